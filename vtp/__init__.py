@@ -1,0 +1,21 @@
+"""VTP: pre-training, tuning and evaluation of visual tokenizers for generative models.
+
+The public names load on first use, so that importing `vtp` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vtp.models.lightningdit import LightningDiT
+    from vtp.models.tokenizer import VisualTokenizer
+
+__all__ = ["LightningDiT", "VisualTokenizer"]
+
+_HOMES = {"VisualTokenizer": "vtp.models.tokenizer", "LightningDiT": "vtp.models.lightningdit"}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'vtp' has no attribute {name!r}")
