@@ -1,8 +1,8 @@
 """Typed access to `params.yaml`.
 
-A stage's parameters are one frozen pydantic model: unknown keys are errors, wrong types are errors, and nothing
-that changes a result has a default, so `params.yaml` is complete and DVC sees every change. YAML is read by
-ruamel.yaml as YAML 1.2, the dialect of DVC (`1e-4` is a number there, and a string in YAML 1.1).
+A stage's parameters are one frozen pydantic model: unknown keys are errors, wrong types are errors, and
+nothing that changes a result has a default, so `params.yaml` is complete and DVC sees every change. YAML is
+read by ruamel.yaml as YAML 1.2, the dialect of DVC (`1e-4` is a number there, and a string in YAML 1.1).
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,11 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML, YAMLError
 
-
 C = TypeVar("C", bound="Config")
 
 
 class ConfigError(ValueError):
-    """A parameter is missing, unknown, of the wrong type or impossible; the message says where and what is allowed."""
+    """A parameter is missing, unknown, of the wrong type or impossible; the message says where."""
 
 
 class Config(BaseModel):

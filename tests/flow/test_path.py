@@ -1,0 +1,55 @@
+"""The path and the flow-matching loss."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vtp import LightningDiT
+from vtp.flow import draw_times, flow_matching_loss
+from vtp.flow.path import LogitNormal, Uniform, interpolate
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
+
+
+def test_loss_matches_official():
+    model, io = LightningDiT.from_pretrained(GOLDEN), load_file(GOLDEN / "io.safetensors")
+    x1, x0, t = io["loss.x1"], io["loss.x0"], io["loss.t"]
+    with torch.no_grad():
+        loss = flow_matching_loss(model, x1, io["y"], t=t, noise=x0)
+    torch.testing.assert_close(interpolate(x1, x0, t), io["loss.xt"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(x1 - x0, io["loss.ut"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(loss.mse, io["loss.mse"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(loss.cosine, io["loss.cos"], atol=1e-4, rtol=0)
+
+
+def test_perfect_velocity_has_no_loss():
+    x1, x0 = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    loss = flow_matching_loss(lambda x, t, c: x1 - x0, x1, torch.zeros(3), t=torch.rand(3), noise=x0)
+    assert loss.mse.abs().max() == 0
+    assert loss.cosine.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "quantiles"), [(0.0, 1.0, (0.16, 0.5, 0.84)), (-0.75, 1.0, (0.08, 0.32, 0.71))]
+)
+def test_times_have_the_published_quantiles(mu, sigma, quantiles):
+    t = draw_times(LogitNormal(name="logit_normal", mu=mu, sigma=sigma), 200_000, torch.Generator().manual_seed(0))
+    measured = torch.quantile(t, torch.tensor([0.05, 0.5, 0.95])).tolist()
+    assert measured == pytest.approx(quantiles, abs=0.006)
+
+
+def test_draws_come_from_the_generator():
+    def loss(seed):
+        torch.manual_seed(seed + 100)  # the global state must not matter
+        generator = torch.Generator().manual_seed(seed)
+        return flow_matching_loss(
+            lambda x, t, c: x * t.view(-1, 1, 1, 1), torch.ones(2, 3, 2, 2), torch.zeros(2), generator=generator
+        ).mse
+
+    assert torch.equal(loss(1), loss(1))
+    assert not torch.equal(loss(1), loss(2))
+    assert draw_times(Uniform(name="uniform"), 1000, torch.Generator().manual_seed(0)).max() < 1
+    with pytest.raises(ValueError, match="generator"):
+        flow_matching_loss(lambda x, t, c: x, torch.ones(1, 1, 1, 1), torch.zeros(1))

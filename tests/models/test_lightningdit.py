@@ -1,0 +1,95 @@
+"""LightningDiT against the official implementation's numbers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vtp import LightningDiT
+from vtp.artefact import ArtefactError
+from vtp.models.lightningdit import OFFICIAL_DEFAULTS, SIZES, LightningDiTConfig
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
+
+
+def config(**values) -> LightningDiTConfig:
+    best = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
+    return LightningDiTConfig.parse(dict(OFFICIAL_DEFAULTS) | best | values, where="test")
+
+
+def test_velocity_matches():
+    model, io = LightningDiT.from_pretrained(GOLDEN), load_file(GOLDEN / "io.safetensors")
+    assert io["y"].max() == model.null_label  # the golden batch holds the null class
+    with torch.no_grad():
+        velocity = model(io["x"], io["t"], io["y"])
+    torch.testing.assert_close(velocity, io["velocity"], atol=1e-4, rtol=0)
+
+
+def test_round_trip(tmp_path):
+    model = LightningDiT.from_pretrained(GOLDEN)
+    model.save_pretrained(tmp_path / "a")
+    LightningDiT.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    golden, written = load_file(GOLDEN / "model.safetensors"), load_file(tmp_path / "a/model.safetensors")
+    assert golden.keys() == written.keys()
+    assert all(torch.equal(value, written[key]) for key, value in golden.items())
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_tables_are_the_official_buffers():
+    """Positions and rotations computed here equal those that the official code stored."""
+    fresh = LightningDiT(LightningDiT.from_pretrained(GOLDEN).config).state_dict()
+    golden = load_file(GOLDEN / "model.safetensors")
+    for key in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
+        torch.testing.assert_close(fresh[key], golden[key], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("B", 130.61), ("XL", 675.33), ("1p0B", 1029.50), ("1p6B", 1631.88)])
+def test_parameter_counts(name, millions):
+    size = SIZES[name]
+    with torch.device("meta"):
+        model = LightningDiT(config(input_size=16, patch_size=1, in_channels=64, **size._asdict()))
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+@pytest.mark.parametrize("options", [{}, {"wo_shift": True, "use_qknorm": True}, {"use_rmsnorm": False}])
+def test_starts_at_zero(options):
+    model = LightningDiT(
+        config(input_size=4, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, **options)
+    )
+    x = torch.randn(2, 3, 4, 4)
+    assert model(x, torch.rand(2), torch.tensor([0, 1000])).abs().max() == 0
+
+
+def test_patches_return_to_their_place():
+    """With a final layer that copies its input channels through, patch (i, j) of the output is patch (i, j) of x."""
+    model = LightningDiT(config(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2))
+    model.final_layer.linear.bias.data = torch.arange(4.0)
+    out = model(torch.zeros(1, 1, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    assert torch.equal(out[0, 0], torch.tensor([[0.0, 1, 0, 1], [2, 3, 2, 3]]).repeat(2, 1))
+
+
+def test_reads_official_checkpoints(tmp_path):
+    shutil.copy(GOLDEN / "config.json", tmp_path)
+    weights = load_file(GOLDEN / "model.safetensors")
+    wrong = {f"module.{key}": torch.zeros_like(value) for key, value in weights.items()}
+    torch.save({"model": wrong, "ema": weights}, tmp_path / "0100000.pt")
+    for source in (tmp_path, tmp_path / "0100000.pt"):
+        state = LightningDiT.from_pretrained(source).state_dict()
+        assert all(torch.equal(state[key], value) for key, value in weights.items())
+    torch.save({"model": wrong}, tmp_path / "0100000.pt")
+    assert LightningDiT.from_pretrained(tmp_path).state_dict()["pos_embed"].abs().max() == 0
+
+
+def test_says_what_does_not_fit(tmp_path):
+    shutil.copy(GOLDEN / "model.safetensors", tmp_path)
+    values = json.loads((GOLDEN / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"depth": 3}))
+    with pytest.raises(ArtefactError, match=r"missing blocks\.2\."):
+        LightningDiT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"learn_sigma": True}))
+    with pytest.raises(ArtefactError, match="learn_sigma"):
+        LightningDiT.from_pretrained(tmp_path)

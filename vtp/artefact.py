@@ -1,0 +1,133 @@
+"""Files that describe themselves: whole or absent, equal bytes for equal content, digests.
+
+A stage's result is a folder of `*.safetensors` and JSON files. Each is written under a temporary name and renamed when
+it is complete, so that a reader never sees half of one. Nothing here pickles.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+CHUNK = 1 << 20
+
+
+class ArtefactError(ValueError):
+    """A file or folder is missing, damaged or of another kind; the message names it and the remedy."""
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty temporary folder beside `path`, which replaces `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        remove(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder; nothing when there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Indented JSON with a final newline; refuses NaN and infinities, which are not JSON."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ArtefactError when it is missing or damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: no such file; {_siblings(path)}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"{path}: not valid JSON ({error}); write it again") from None
+    if not isinstance(values, dict):
+        raise ArtefactError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file. At most one metadata key: the library writes several in an order that varies."""
+    if metadata is not None and len(metadata) > 1:
+        raise ValueError("safetensors metadata is byte-stable with one key only; put one JSON string under it")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save(plain, None if metadata is None else dict(metadata)))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. Raises ArtefactError when it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: no such file; {_siblings(path)}") from None
+    except SafetensorError as error:
+        raise ArtefactError(f"{path}: not a complete safetensors file ({error}); make or fetch it again") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of a folder's relative paths and bytes. Raises ArtefactError when missing."""
+    if path.is_dir():
+        lines = [f"{digest(file)} {file.relative_to(path).as_posix()}\n" for file in files(path)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    if not path.exists():
+        raise ArtefactError(f"{path}: no such file or folder; {_siblings(path)}")
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def files(folder: Path) -> list[Path]:
+    """All files under `folder`, sorted by relative path."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _siblings(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either"
+    names = sorted(entry.name for entry in path.parent.iterdir())
+    return f"{path.parent} holds {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"

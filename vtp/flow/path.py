@@ -1,0 +1,82 @@
+"""The straight path between noise and data, and the loss on its velocity (LightningDiT; paper 4.1).
+
+t = 0 is noise, t = 1 is data;  x_t = t x_1 + (1 - t) x_0;  v = x_1 - x_0
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from vtp.config import Config
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, condition) -> v
+
+
+class LogitNormal(Config):
+    """t = sigmoid(mu + sigma n). Smaller mu trains more on noise; VTP-L uses -0.75, 1.0; VTP-S and B -0.5, 1.25."""
+
+    name: Literal["logit_normal"]
+    mu: float
+    sigma: float = Field(gt=0)
+
+
+class Uniform(Config):
+    """t uniform in [0, 1)."""
+
+    name: Literal["uniform"]
+
+
+TimeSamplingConfig = Annotated[LogitNormal | Uniform, Field(discriminator="name")]
+
+
+class FlowLoss(NamedTuple):
+    """Per sample, float32."""
+
+    mse: Tensor  # [B], mean over channels and positions of the squared error
+    cosine: Tensor  # [B], mean over positions of 1 - cosine along channels
+
+
+def draw_times(config: LogitNormal | Uniform, count: int, generator: torch.Generator) -> Tensor:
+    """Training times [count]."""
+    if isinstance(config, Uniform):
+        return torch.rand(count, generator=generator)
+    return torch.sigmoid(config.mu + config.sigma * torch.randn(count, generator=generator))
+
+
+def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = t x_1 + (1 - t) x_0, for t [B]."""
+    t = t.view(-1, *[1] * (latents.ndim - 1))
+    return t * latents + (1 - t) * noise
+
+
+def flow_matching_loss(
+    model: Velocity,
+    latents: Tensor,
+    condition: Tensor,
+    *,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    times: LogitNormal | Uniform | None = None,
+    generator: torch.Generator | None = None,
+) -> FlowLoss:
+    """Error of the predicted velocity at x_t for latents x_1 [B, C, H, W], noise x_0 and times t [B].
+
+    What is not given is drawn from `generator`: t after `times`, noise from a standard normal. Raises ValueError when
+    something would have to be drawn without a generator.
+    """
+    if (t is None or noise is None) and generator is None:
+        raise ValueError("give t and noise, or a generator to draw them from")
+    if t is None:
+        assert generator is not None
+        t = draw_times(times or Uniform(name="uniform"), latents.shape[0], generator).to(latents)
+    if noise is None:
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+    predicted = model(interpolate(latents, noise, t), t, condition).float()
+    velocity = (latents - noise).float()
+    mse = (predicted - velocity).square().flatten(1).mean(1)
+    cosine = 1 - F.cosine_similarity(predicted, velocity, dim=1)
+    return FlowLoss(mse, cosine.flatten(1).mean(1))

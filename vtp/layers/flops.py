@@ -1,0 +1,23 @@
+"""Floating-point operations of a module, counted by torch on the meta device: nothing is allocated or computed.
+
+Two per multiply-add of every matrix product and convolution; norms and activations are left out, as is usual. A
+backward pass through weights and inputs costs twice the forward pass, through inputs alone once.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+TRAINING = 3  # forward, and backward through weights and inputs
+FROZEN = 2  # forward, and backward through inputs alone
+
+
+@torch.no_grad()
+def forward_flops(module: nn.Module, *inputs: Tensor) -> float:
+    """FLOPs of `module(*inputs)`; only the shapes of the inputs matter."""
+    shadow = copy.deepcopy(module).to("meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        shadow(*(value.to("meta") for value in inputs))
+    return float(counter.get_total_flops())

@@ -1,0 +1,64 @@
+"""Between pixels and the tensors that the models see: ImageNet normalisation, ADM's centre crop, PIL."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images [..., 3, H, W] in [0, 1], or uint8, to ImageNet-normalised float32."""
+    scaled = images.float() / 255 if images.dtype == torch.uint8 else images
+    mean, std = _statistics(scaled)
+    return (scaled - mean) / std
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """ImageNet-normalised images to [0, 1], not clamped."""
+    mean, std = _statistics(images)
+    return images * std + mean
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """ImageNet-normalised images to uint8, clamped and rounded."""
+    return denormalise(images.float()).mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
+def centre_crop(image: "Image", size: int) -> "Image":
+    """ADM's evaluation crop: halve by box averaging, shorten the short side bicubically, cut the centre."""
+    from PIL.Image import Resampling
+
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    scale = size / min(image.size)
+    if scale != 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def from_pil(image: "Image", size: int) -> Tensor:
+    """A PIL image, centre-cropped, as a normalised tensor [3, size, size]."""
+    pixels = torch.from_numpy(np.array(centre_crop(image, size)))  # [H, W, 3]
+    return normalise(pixels.permute(2, 0, 1))
+
+
+def to_pil(images: Tensor) -> "list[Image]":
+    """PIL images of a normalised batch [B, 3, H, W]."""
+    from PIL.Image import fromarray
+
+    return [fromarray(pixels.permute(1, 2, 0).cpu().numpy()) for pixels in to_uint8(images)]
+
+
+def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device, dtype=images.dtype).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device, dtype=images.dtype).view(3, 1, 1)
+    return mean, std

@@ -1,0 +1,27 @@
+"""Normalisation layers by name, with the epsilons of the official code."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+NormName = Literal["rmsnorm", "layernorm"]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation in fp32 with a learned weight: x / rms(x) * weight over the last axis."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return scaled.type_as(x) * self.weight
+
+
+def build_norm(name: NormName, dim: int) -> nn.Module:
+    """`rmsnorm` with eps 1e-5 or `layernorm` with eps 1e-6."""
+    return RMSNorm(dim) if name == "rmsnorm" else nn.LayerNorm(dim, eps=1e-6)

@@ -1,0 +1,58 @@
+"""The tokenizer's pixel decoder: latents -> ViT blocks -> pixels by pixel shuffle (paper 3.2)."""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vtp.config import Config
+from vtp.layers.block import Block, FfnName, initialise_weights
+from vtp.layers.norm import NormName, build_norm
+from vtp.layers.rope import AxialRope
+from vtp.models.vit import RopeDtype
+
+
+class DecoderConfig(Config):
+    """The pixel decoder; its feed-forward layers are four times its width."""
+
+    embed_dim: int = Field(ge=4, description="width of the decoder")
+    depth: int = Field(ge=1, description="number of blocks")
+    num_heads: int = Field(ge=1, description="attention heads; width / heads must be divisible by 4")
+    ffn_layer: FfnName = Field(description="feed-forward layer")
+    norm_layer: NormName = Field(description="normalisation")
+    use_qk_norm: bool = Field(description="RMS-normalise queries and keys")
+    init_values: float | None = Field(description="initial LayerScale, null for none")
+
+
+class PixelDecoder(nn.Module):
+    """Latents [B, d, h, w] to images [B, 3, h * patch_size, w * patch_size] in ImageNet-normalised space."""
+
+    def __init__(self, config: DecoderConfig, *, latent_channels: int, patch_size: int, rope_dtype: RopeDtype) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.proj_in = nn.Conv2d(latent_channels, dim, 1)
+        self.rope_embed = AxialRope(dim // config.num_heads, getattr(torch, rope_dtype))
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                config.num_heads,
+                mlp_ratio=4.0,
+                ffn_layer=config.ffn_layer,
+                norm_layer=config.norm_layer,
+                use_qk_norm=config.use_qk_norm,
+                init_values=config.init_values,
+            )
+            for _ in range(config.depth)
+        )
+        self.norm = build_norm(config.norm_layer, dim)
+        self.proj_out = nn.Conv2d(dim, 3 * patch_size**2, 1)
+        self.pixel_shuffle = nn.PixelShuffle(patch_size)
+        self.apply(initialise_weights)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        height, width = latents.shape[-2:]
+        x = self.proj_in(latents).flatten(2).transpose(1, 2)  # [B, N, D]
+        rotation = self.rope_embed(height, width)
+        for block in self.blocks:
+            x = block(x, rotation)
+        x = self.norm(x).transpose(1, 2).unflatten(2, (height, width))  # [B, D, h, w]
+        return self.pixel_shuffle(self.proj_out(x))

@@ -1,0 +1,80 @@
+"""The text tower: open_clip's transformer and byte-pair tokenizer (paper 4.1: 12 layers of width 768)."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vtp.config import Config
+
+
+class TextConfig(Config):
+    """The text tower. The options with a default exist to read foreign checkpoints; ours keep the default."""
+
+    context_length: int = Field(ge=4, description="tokens per caption, start and end included")
+    vocab_size: int = Field(ge=3, description="49408 for open_clip's byte-pair tokenizer")
+    embed_dim: int = Field(ge=1, description="width of the tower and of the shared image-text space")
+    depth: int = Field(ge=1, description="number of blocks")
+    num_heads: int = Field(ge=1, description="attention heads")
+    mlp_ratio: float = 4.0
+    ls_init_value: float | None = None
+    embed_cls: bool = False
+    pad_id: int = 0
+    no_causal_mask: bool = False
+    pool_type: Literal["argmax", "first", "last", "none"] = "argmax"
+    proj_type: Literal["linear", "none"] = "linear"
+    proj_bias: bool = False
+    output_tokens: bool = False
+    quick_gelu: bool = False
+
+
+def build_text_tower(config: TextConfig) -> nn.Module:
+    """open_clip's TextTransformer: tokens [B, L] -> [B, E], not normalised."""
+    from open_clip.model import QuickGELU
+    from open_clip.transformer import TextTransformer
+
+    return TextTransformer(
+        context_length=config.context_length,
+        vocab_size=config.vocab_size,
+        width=config.embed_dim,
+        heads=config.num_heads,
+        layers=config.depth,
+        mlp_ratio=config.mlp_ratio,
+        ls_init_value=config.ls_init_value,  # pyright: ignore[reportArgumentType] - their annotation forgets None
+        output_dim=config.embed_dim,
+        embed_cls=config.embed_cls,
+        no_causal_mask=config.no_causal_mask,
+        pad_id=config.pad_id,
+        pool_type=config.pool_type,
+        proj_type=config.proj_type,
+        proj_bias=config.proj_bias,
+        act_layer=QuickGELU if config.quick_gelu else nn.GELU,
+    )
+
+
+class CaptionTokenizer:
+    """Captions -> ids [B, L] int64: start, byte pairs, end, zeros; long captions are cut and keep their end token.
+
+    open_clip's byte-pair tokenizer. It is built at the first call, so that workers can be sent this object. Raises
+    ValueError when its vocabulary is not that of the tower.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        self.config = config
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        return torch.as_tensor(self._tokenizer(list(captions)))
+
+    @cached_property
+    def _tokenizer(self) -> Callable[[list[str]], Tensor]:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        tokenizer = SimpleTokenizer(context_length=self.config.context_length)
+        if tokenizer.vocab_size != self.config.vocab_size:
+            raise ValueError(
+                f"text.vocab_size is {self.config.vocab_size}; open_clip's tokenizer has {tokenizer.vocab_size} entries"
+            )
+        return tokenizer

@@ -1,0 +1,289 @@
+"""The visual tokenizer: encoder, bottleneck, pixel decoder and, when CLIP is trained, the text tower (paper 3, fig. 3).
+
+On disk it has the layout that the authors publish (`config.json` + `model.safetensors` of VTPModel), so weights go both
+ways. What that layout has no key for stands under `vtp_pipeline` in `config.json`, which the official code ignores.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, whole_folder, write_json
+from vtp.config import Config
+from vtp.layers.images import from_pil, to_pil
+from vtp.models.decoder import DecoderConfig, PixelDecoder
+from vtp.models.text import CaptionTokenizer, TextConfig, build_text_tower
+from vtp.models.vit import Features, RopeDtype, VisionConfig, VisionTransformer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMAT_VERSION = 1
+INIT_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+class TokenizerConfig(Config):
+    """Architecture of the tokenizer. Field names are the official ones less their prefix (`vision_embed_dim`)."""
+
+    image_size: int = Field(ge=1, description="side of the training images in pixels")
+    vision: VisionConfig
+    decoder: DecoderConfig
+    text: TextConfig | None = Field(description="text tower; null when CLIP is not trained")
+    rope_dtype: RopeDtype = Field(description="precision of the rotary embedding; published weights use bfloat16")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.image_size % self.vision.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.vision.patch_size}")
+        for name, part in (("vision", self.vision), ("decoder", self.decoder)):
+            if part.embed_dim % (4 * part.num_heads):
+                raise ValueError(f"{name}: embed_dim {part.embed_dim} must be a multiple of 4 * num_heads")
+        return self
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the latent grid."""
+        return self.image_size // self.vision.patch_size
+
+
+class VisualTokenizer(nn.Module):
+    """Images [B, 3, H, W] in ImageNet-normalised space to latents [B, d, H/p, W/p] and back."""
+
+    logit_scale: nn.Parameter
+    visual_proj: nn.Linear
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        vision = config.vision
+        self.trunk = VisionTransformer(vision, rope_dtype=config.rope_dtype)
+        self.pixel_decoder = PixelDecoder(
+            config.decoder,
+            latent_channels=vision.feature_bottleneck,
+            patch_size=vision.patch_size,
+            rope_dtype=config.rope_dtype,
+        )
+        if config.text is not None:
+            clip_dim = vision.embed_dim if vision.bottleneck_ae_only else vision.feature_bottleneck
+            self.visual_proj = nn.Linear(clip_dim, config.text.embed_dim, bias=False)
+            nn.init.normal_(self.visual_proj.weight, std=clip_dim**-0.5)
+            self.text = build_text_tower(config.text)
+            self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(d, h, w) at the training image size."""
+        return (self.config.vision.feature_bottleneck, self.config.grid_size, self.config.grid_size)
+
+    def encode(self, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
+        """Latents [B, d, H/p, W/p]: the bottleneck of the last patch tokens, deterministic and unbounded.
+
+        `keep` is the encoder's stochastic depth in training (`VisionTransformer.forward`).
+        """
+        patch_size = self.config.vision.patch_size
+        latents = self.trunk.feature_bottleneck(self.trunk(images, keep=keep).patches)  # [B, N, d]
+        return latents.transpose(1, 2).unflatten(2, (images.shape[2] // patch_size, images.shape[3] // patch_size))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in ImageNet-normalised space, not clamped."""
+        return self.pixel_decoder(latents)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit-norm CLIP embedding [B, E]. Raises ValueError for a tokenizer without a text tower."""
+        self._require_text()
+        return self.project_image(self.trunk(images))
+
+    def project_image(self, features: Features) -> Tensor:
+        """Unit-norm CLIP embedding [B, E] of encoder features."""
+        vision = self.config.vision
+        pooled = features.cls if vision.clip_feat == "cls" else features.patches.mean(1)
+        if not vision.bottleneck_ae_only:
+            pooled = self.trunk.feature_bottleneck(pooled)
+        return F.normalize(self.visual_proj(pooled), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Unit-norm CLIP embedding [B, E] of token ids [B, L] from `tokenize`."""
+        self._require_text()
+        return F.normalize(self.text(tokens), dim=-1)
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Token ids [B, L] int64 of open_clip's byte-pair tokenizer."""
+        self._require_text()
+        assert self.config.text is not None
+        return CaptionTokenizer(self.config.text)(captions)
+
+    def features(self, images: Tensor, masks: Tensor | None = None) -> Features:
+        """Class token [B, D] and patch tokens [B, N, D] before the bottleneck; `masks` [B, N] hides patches."""
+        return self.trunk(images, masks)
+
+    def intermediate_features(self, images: Tensor, n: int) -> list[Features]:
+        """Features after each of the last `n` blocks, normed; the last block comes last."""
+        return self.trunk.intermediate(images, n)
+
+    def preprocess(self, image: "Image") -> Tensor:
+        """A PIL image, centre-cropped to the training size (as ADM does), as one normalised batch [1, 3, S, S]."""
+        return from_pil(image, self.config.image_size)[None]
+
+    @staticmethod
+    def to_pil(images: Tensor) -> "list[Image]":
+        """PIL images of a batch in ImageNet-normalised space, clamped and rounded to 8 bits."""
+        return to_pil(images)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the official layout; equal weights give equal bytes."""
+        folder = Path(folder)
+        with whole_folder(folder) as temporary:
+            write_json(temporary / "config.json", official_config(self.config))
+            tensors = {official_key(key): value for key, value in self.state_dict().items()}
+            save_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read the official layout, ours included. Raises ArtefactError naming what is missing or does not fit."""
+        folder = Path(folder)
+        with torch.device("meta"):
+            model = cls(read_config(folder / "config.json"))
+        tensors = {_our_key(key): value for key, value in load_tensors(folder / "model.safetensors").items()}
+        expected = {key: value.shape for key, value in model.state_dict().items()}
+        problems = [f"missing {official_key(key)}" for key in sorted(expected.keys() - tensors.keys())]
+        problems += [f"unknown {official_key(key)}" for key in sorted(tensors.keys() - expected.keys())]
+        problems += [
+            f"{official_key(key)} has shape {list(tensors[key].shape)}, config.json asks for {list(expected[key])}"
+            for key in sorted(expected.keys() & tensors.keys())
+            if tensors[key].shape != expected[key]
+        ]
+        if problems:
+            shown = "; ".join(problems[:5])
+            raise ArtefactError(
+                f"{folder}/model.safetensors does not fit its config.json: {shown}"
+                f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}; fetch both files again"
+            )
+        model.load_state_dict(tensors, assign=True)
+        _restore_unsaved_buffers(model)
+        return model.requires_grad_(True).eval()
+
+    def _require_text(self) -> None:
+        if self.config.text is None:
+            raise ValueError("this tokenizer was trained without CLIP: it has no text tower (text: null)")
+
+
+def _restore_unsaved_buffers(model: VisualTokenizer) -> None:
+    # open_clip's causal mask is a buffer that no checkpoint holds; on the meta device it was never filled.
+    text = model.config.text
+    if text is not None and getattr(model.text, "attn_mask", None) is not None:
+        length = text.context_length + text.embed_cls
+        mask = torch.full((length, length), float("-inf")).triu_(1)
+        model.text.register_buffer("attn_mask", mask, persistent=False)
+
+
+def official_key(key: str) -> str:
+    """Our state-dict key in the official layout, which flattens the text tower."""
+    if not key.startswith("text."):
+        return key
+    rest = key.removeprefix("text.")
+    return f"text_{rest}" if rest.startswith("transformer.") else rest
+
+
+_TEXT_KEYS = ("token_embedding.", "positional_embedding", "ln_final.", "text_projection", "cls_emb")
+
+
+def _our_key(key: str) -> str:
+    if key.startswith("text_transformer."):
+        return "text." + key.removeprefix("text_")
+    return f"text.{key}" if key.startswith(_TEXT_KEYS) else key
+
+
+# Constructor defaults of the official VTPConfig that our records leave to the checkpoint.
+_FIXED: dict[str, Any] = {
+    "architectures": ["VTPModel"],
+    "model_type": "vtp",
+    "dtype": "float32",
+    "init_logit_scale": None,
+    "init_logit_bias": None,
+    "nonscalar_logit_scale": False,
+    "train_reconstruction": True,
+}
+_UNSUPPORTED: dict[str, Literal[False] | None] = {"nonscalar_logit_scale": False, "init_logit_bias": None}
+
+
+def official_config(config: TokenizerConfig) -> dict[str, Any]:
+    """`config.json` in the flat official form."""
+    flat = {**_FIXED, "image_size": config.image_size, "train_clip": config.text is not None}
+    for prefix, part in (("vision", config.vision), ("decoder", config.decoder), ("text", config.text)):
+        if part is not None:
+            flat |= {f"{prefix}_{key}": value for key, value in part.model_dump().items()}
+    flat["vtp_pipeline"] = {"format_version": FORMAT_VERSION, "rope_dtype": config.rope_dtype}
+    return dict(sorted(flat.items()))
+
+
+def read_config(path: Path) -> TokenizerConfig:
+    """The architecture in an official or own `config.json`. Raises ArtefactError."""
+    flat = read_json(path)
+    if flat.get("model_type") != "vtp":
+        raise ArtefactError(
+            f"{path}: model_type is {flat.get('model_type')!r}, expected 'vtp'; is this the right folder?"
+        )
+    if not flat.get("train_reconstruction", True):
+        raise ArtefactError(f"{path}: train_reconstruction is false: this model has no pixel decoder")
+    for key, supported in _UNSUPPORTED.items():
+        if flat.get(key, supported) != supported:
+            raise ArtefactError(f"{path}: {key} = {flat[key]!r} is not supported, only {supported!r}")
+    ours = flat.get("vtp_pipeline", {"format_version": FORMAT_VERSION, "rope_dtype": "bfloat16"})
+    if ours.get("format_version") != FORMAT_VERSION:
+        raise ArtefactError(f"{path}: format_version {ours.get('format_version')!r}, this code reads {FORMAT_VERSION}")
+    values = {
+        "image_size": flat.get("image_size"),
+        "vision": _section(flat, "vision"),
+        "decoder": _section(flat, "decoder"),
+        "text": _section(flat, "text") if flat.get("train_clip") else None,
+        "rope_dtype": ours.get("rope_dtype"),
+    }
+    return TokenizerConfig.parse(values, where=str(path))
+
+
+def _section(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(f"{prefix}_"): value for key, value in flat.items() if key.startswith(f"{prefix}_")}
+
+
+def save_decoder(tokenizer: VisualTokenizer, folder: Path) -> None:
+    """Write the pixel decoder alone, with the architecture that it belongs to."""
+    with whole_folder(folder) as temporary:
+        write_json(temporary / "config.json", official_config(tokenizer.config))
+        weights = {f"pixel_decoder.{key}": value for key, value in tokenizer.pixel_decoder.state_dict().items()}
+        save_tensors(temporary / "decoder.safetensors", weights, {"format": "pt"})
+
+
+def load_tokenizer(folder: str | Path, decoder: str | Path | None = None) -> VisualTokenizer:
+    """A tokenizer, with the tuned decoder of folder `decoder` in place of its own.
+
+    Raises ArtefactError when the decoder was made for other latents.
+    """
+    tokenizer = VisualTokenizer.from_pretrained(folder)
+    if decoder is None:
+        return tokenizer
+    config = read_config(Path(decoder) / "config.json")
+    ours, theirs = tokenizer.config, config
+    if (ours.vision.feature_bottleneck, ours.vision.patch_size) != (
+        theirs.vision.feature_bottleneck,
+        theirs.vision.patch_size,
+    ):
+        raise ArtefactError(
+            f"{decoder} decodes {theirs.vision.feature_bottleneck} channels at patch {theirs.vision.patch_size}; "
+            f"{folder} encodes {ours.vision.feature_bottleneck} at patch {ours.vision.patch_size}"
+        )
+    tuned = PixelDecoder(
+        config.decoder,
+        latent_channels=config.vision.feature_bottleneck,
+        patch_size=config.vision.patch_size,
+        rope_dtype=config.rope_dtype,
+    )
+    weights = load_tensors(Path(decoder) / "decoder.safetensors")
+    tuned.load_state_dict({key.removeprefix("pixel_decoder."): value for key, value in weights.items()})
+    tokenizer.pixel_decoder = tuned.eval()
+    return tokenizer

@@ -1,0 +1,120 @@
+"""The tokenizer's encoder: a vision transformer with rotary positions and a linear bottleneck (paper 3.1).
+
+The parameter names are those of the official trunk, so its weights load as they are.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vtp.config import Config
+from vtp.layers.block import Block, FfnName, initialise_weights
+from vtp.layers.norm import NormName, build_norm
+from vtp.layers.rope import AxialRope
+
+RopeDtype = Literal["float32", "bfloat16"]
+
+
+class VisionConfig(Config):
+    """The encoder and its bottleneck."""
+
+    patch_size: int = Field(ge=1, description="side of a patch in pixels; latents are image_size / patch_size wide")
+    embed_dim: int = Field(ge=4, description="width of the encoder")
+    depth: int = Field(ge=1, description="number of blocks")
+    num_heads: int = Field(ge=1, description="attention heads; width / heads must be divisible by 4")
+    mlp_ratio: float = Field(gt=0, description="hidden width of the feed-forward layers over the width")
+    ffn_layer: FfnName = Field(description="feed-forward layer")
+    norm_layer: NormName = Field(description="normalisation")
+    use_qk_norm: bool = Field(description="RMS-normalise queries and keys (paper 4.1)")
+    init_values: float | None = Field(description="initial LayerScale, null for none")
+    feature_bottleneck: int = Field(ge=1, description="latent channels d")
+    bottleneck_ae_only: bool = Field(description="true: CLIP reads the trunk; false: it reads the d channels")
+    clip_feat: Literal["cls", "pooled"] = Field(description="CLIP feature: class token, or mean of the patches")
+
+
+class Features(NamedTuple):
+    """Output of the last block after the final norm, before the bottleneck."""
+
+    cls: Tensor  # [B, D]
+    patches: Tensor  # [B, N, D]
+
+
+class VisionTransformer(nn.Module):
+    """Images [B, 3, H, W] to features; H and W are multiples of the patch size and may differ from call to call."""
+
+    def __init__(self, config: VisionConfig, *, rope_dtype: RopeDtype) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        dim = config.embed_dim
+        self.patch_embed = PatchEmbed(dim, config.patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, dim))
+        self.rope_embed = AxialRope(dim // config.num_heads, getattr(torch, rope_dtype))
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                config.num_heads,
+                mlp_ratio=config.mlp_ratio,
+                ffn_layer=config.ffn_layer,
+                norm_layer=config.norm_layer,
+                use_qk_norm=config.use_qk_norm,
+                init_values=config.init_values,
+            )
+            for _ in range(config.depth)
+        )
+        self.norm = build_norm(config.norm_layer, dim)
+        self.feature_bottleneck = nn.Linear(dim, config.feature_bottleneck, bias=False)
+        self.apply(initialise_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward(self, images: Tensor, masks: Tensor | None = None, *, keep: Tensor | None = None) -> Features:
+        """Features of `images` [B, 3, H, W].
+
+        Patches where `masks` [B, N] is true are replaced by the mask token after patch embedding (paper 3.3).
+        `keep` [depth, 2, K] holds, for each residual branch, the samples that it computes (stochastic depth).
+        Raises ValueError when H or W is not a multiple of the patch size.
+        """
+        return self._split(self.norm(self._tokens(images, masks, keep, num_last=1)[-1]))
+
+    def intermediate(self, images: Tensor, num_last: int) -> list[Features]:
+        """Features after each of the last `num_last` blocks, each through the final norm; the last block comes last."""
+        if not 1 <= num_last <= len(self.blocks):
+            raise ValueError(f"num_last must be between 1 and {len(self.blocks)}, got {num_last}")
+        return [self._split(self.norm(x)) for x in self._tokens(images, None, None, num_last=num_last)]
+
+    def _tokens(self, images: Tensor, masks: Tensor | None, keep: Tensor | None, *, num_last: int) -> list[Tensor]:
+        height, width = self._grid(images)
+        x = self.patch_embed(images)  # [B, N, D]
+        if masks is not None:
+            x = torch.where(masks[:, :, None], self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # [B, 1 + N, D]
+        rotation = self.rope_embed(height, width)
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            x = block(x, rotation, None if keep is None else keep[index])
+            if index >= len(self.blocks) - num_last:
+                outputs.append(x)
+        return outputs
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"image size {height}x{width} is not a multiple of patch size {self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
+    @staticmethod
+    def _split(x: Tensor) -> Features:
+        return Features(x[:, 0], x[:, 1:])
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens by one convolution: [B, 3, H, W] -> [B, N, D]."""
+
+    def __init__(self, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
