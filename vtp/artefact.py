@@ -131,3 +131,13 @@ def _siblings(path: Path) -> str:
         return f"there is no folder {path.parent} either"
     names = sorted(entry.name for entry in path.parent.iterdir())
     return f"{path.parent} holds {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"
+
+
+def verified_weights(path: Path, sha256: str, what: str) -> Path:
+    """`path`, if it is there and has the digest. Raises ArtefactError that says what to put where."""
+    remedy = f"put {what} there, by hand or with `dvc import-url`, or choose random-vgg16 in params.yaml"
+    if not path.is_file():
+        raise ArtefactError(f"{path}: no such weights; {remedy}")
+    if (found := digest(path)) != sha256:
+        raise ArtefactError(f"{path}: sha256 is {found}, params.yaml expects {sha256}; {remedy}")
+    return path

@@ -122,7 +122,7 @@ class LightningDiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
-        """Read `config.json` and `model.safetensors` of a folder, or an official `.pt` with its `config.json` beside it.
+        """Read a folder with `config.json` and `model.safetensors`, or an official `.pt` beside a `config.json`.
 
         A `.pt` holds `ema`, which is taken first, or `model`. Raises ArtefactError naming what does not fit.
         """

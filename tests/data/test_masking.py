@@ -1,0 +1,48 @@
+"""Block masks."""
+
+import numpy as np
+import pytest
+import torch
+
+from vtp.data.masking import MaskConfig, draw_masks
+
+CONFIG = MaskConfig(probability=0.5, ratio_min=0.1, ratio_max=0.5)
+
+
+@pytest.mark.parametrize("side", [4, 8, 14])
+def test_count_is_constant_and_ratios_are_spread(side):
+    totals = set()
+    for seed in range(20):
+        masks = draw_masks(16, side, side, CONFIG, np.random.default_rng(seed))
+        per_crop = masks.sum(1).sort().values
+        assert per_crop[:8].max() == 0
+        expected = [int(side * side * ratio) for ratio in np.linspace(0.1, 0.5, 9)[1:]]
+        assert per_crop[8:].tolist() == expected
+        totals.add(int(masks.sum()))
+    assert len(totals) == 1
+
+
+def test_crops_are_shuffled():
+    """Masked crops sit anywhere, so every crop is masked half of the time."""
+    hits = sum(draw_masks(8, 8, 8, CONFIG, np.random.default_rng(seed)).any(1).float() for seed in range(200))
+    assert torch.all((hits - 100).abs() < 35)
+
+
+def test_masks_are_blocks():
+    """Masked patches touch more masked neighbours than scattered ones would."""
+    masks = torch.cat([draw_masks(32, 14, 14, CONFIG, np.random.default_rng(seed)) for seed in range(10)])
+    grid = masks[masks.any(1)].view(-1, 14, 14).float()
+    touching = (grid[:, 1:] * grid[:, :-1]).sum() / grid[:, :-1].sum()
+    assert touching > grid.mean() + 0.25
+
+
+def test_draws_decide():
+    a, b, c = (draw_masks(8, 8, 8, CONFIG, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_nothing_to_mask():
+    assert draw_masks(0, 4, 4, CONFIG, np.random.default_rng(0)).shape == (0, 16)
+    off = MaskConfig(probability=0.0, ratio_min=0.1, ratio_max=0.5)
+    assert not draw_masks(4, 4, 4, off, np.random.default_rng(0)).any()

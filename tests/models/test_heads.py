@@ -1,0 +1,32 @@
+"""The DINO head."""
+
+import torch
+from torch.nn.utils.parametrizations import weight_norm
+
+from vtp.layers.average import frozen_copy
+from vtp.models.heads import DinoHead, DinoHeadConfig
+
+CONFIG = DinoHeadConfig(hidden_dim=16, bottleneck_dim=8, prototypes=12)
+
+
+def test_last_layer_is_torch_weight_norm():
+    head = DinoHead(6, CONFIG)
+    head.scales.data.uniform_(0.5, 2)
+    last = torch.nn.Linear(8, 12, bias=False)
+    last.weight.data = head.directions.data.clone()
+    last = weight_norm(last)
+    last.parametrizations.weight.original0.data = head.scales.data[:, None].clone()
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(head(x), last(torch.nn.functional.normalize(head.mlp(x), dim=-1)))
+
+
+def test_logits_are_bounded_by_the_scales():
+    head = DinoHead(6, CONFIG)
+    assert head(1000 * torch.randn(50, 6)).abs().max() <= 1 + 1e-6
+
+
+def test_copy_is_equal_and_frozen():
+    head = DinoHead(6, CONFIG)
+    copy, x = frozen_copy(head), torch.randn(3, 6)
+    assert torch.equal(head(x), copy(x))
+    assert not copy(x).requires_grad

@@ -1,0 +1,75 @@
+"""Perceptual distance by name: LPIPS with its trained weights, or LPIPS's formula on a random VGG16 (paper eq. 1)."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from vtp.artefact import verified_weights
+from vtp.config import Config
+from vtp.layers.images import normalise
+from vtp.layers.random_vgg import random_vgg16
+
+
+class RandomVggDistanceConfig(Config):
+    """Stages of a VGG16 with seeded random weights."""
+
+    name: Literal["random_vgg16"]
+    seed: int
+    stages: int = Field(ge=1, le=5, description="the first so many stages; fewer are cheaper")
+
+
+class LpipsConfig(Config):
+    """LPIPS (Zhang et al. 2018) with VGG16."""
+
+    name: Literal["lpips"]
+    weights: str = Field(description="file under weights/: the state dict of lpips.LPIPS(net='vgg')")
+    sha256: str
+
+
+PerceptualConfig = Annotated[RandomVggDistanceConfig | LpipsConfig, Field(discriminator="name")]
+
+
+class PerceptualDistance(nn.Module):
+    """(a, b) in [-1, 1], [B, 3, H, W] -> distance [B], in float32; `name` goes into metric names."""
+
+    def __init__(self, name: str, network: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(a.device.type, enabled=False):
+            return self.network(a.float(), b.float()).flatten()
+
+
+class RandomVggDistance(nn.Module):
+    """Mean over stages of |f_a / |f_a| - f_b / |f_b||^2, channels normalised at every position, positions averaged."""
+
+    def __init__(self, config: RandomVggDistanceConfig) -> None:
+        super().__init__()
+        self.features = random_vgg16(config.seed, num_stages=config.stages)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        # One pass over both: twice the batch keeps the convolutions busy.
+        both = self.features(normalise((torch.cat([a, b]) + 1) / 2))
+        distances = []
+        for stage in both:
+            of_a, of_b = F.normalize(stage, dim=1, eps=1e-6).chunk(2)
+            distances.append((of_a - of_b).square().sum(1).mean((1, 2)))
+        return torch.stack(distances).mean(0)
+
+
+def build_perceptual(config: RandomVggDistanceConfig | LpipsConfig, *, weights: Path) -> PerceptualDistance:
+    """The distance that the parameters name. Raises ArtefactError when its weights file is missing or another one."""
+    if isinstance(config, RandomVggDistanceConfig):
+        return PerceptualDistance("random-vgg16", RandomVggDistance(config))
+    path = verified_weights(weights / config.weights, config.sha256, "a state dict of lpips.LPIPS(net='vgg')")
+    from lpips import LPIPS
+
+    network = LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return PerceptualDistance("vgg16", network)
