@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vtp.models.lightningdit import LightningDiT
-    from vtp.models.tokenizer import VisualTokenizer
+    from vtp.models.tokenizer import VisualTokenizer, load_tokenizer
 
-__all__ = ["LightningDiT", "VisualTokenizer"]
+__all__ = ["LightningDiT", "VisualTokenizer", "load_tokenizer"]
 
-_HOMES = {"VisualTokenizer": "vtp.models.tokenizer", "LightningDiT": "vtp.models.lightningdit"}
+_HOMES = {
+    "VisualTokenizer": "vtp.models.tokenizer",
+    "load_tokenizer": "vtp.models.tokenizer",
+    "LightningDiT": "vtp.models.lightningdit",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562

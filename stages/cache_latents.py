@@ -1,0 +1,49 @@
+"""Encode the labelled training images once: sharded latents and their statistics per channel (paper 4.1)."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from vtp.data.shards import ShardDataset
+
+from stages._runner import Input, Output, Work, main
+from vtp.artefact import digest
+from vtp.config import Config
+from vtp.data.latents import LatentWriter
+from vtp.layers.images import normalise
+from vtp.models.tokenizer import VisualTokenizer
+
+
+class CacheLatents(Config):
+    """The section `cache_latents`."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(description="of the stored latents")
+    batch_size: int = Field(ge=1, description="images per forward pass")
+    shard_size: int = Field(ge=1, description="latents per file")
+
+
+@torch.inference_mode()
+def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Output, work: Work) -> None:
+    images = ShardDataset(shards, "train")
+    model = VisualTokenizer.from_pretrained(tokenizer).to(work.device)
+    singles = images.singles  # scenes have no class
+    writer = LatentWriter(work.folder / "latents", shard_size=config.shard_size)
+    with work.progress(total=len(singles), description="encoding", unit="image") as bar:
+        for path, rows in writer.missing(len(singles)):
+            parts = []
+            for first in range(rows.start, rows.stop, config.batch_size):
+                chosen = singles[first : min(first + config.batch_size, rows.stop)]
+                parts.append(model.encode(normalise(images.images(chosen).to(work.device))).cpu())
+                bar.update(len(chosen))
+            labels = torch.from_numpy(images.labels[singles[np.array(rows)]])
+            writer.write(path, torch.cat(parts).to(getattr(torch, config.dtype)), labels)
+            if work.stop_requested:
+                work.stop()
+    writer.finish(len(singles), {"classes": images.manifest.classes, "encoder": digest(tokenizer / "model.safetensors")})
+    writer.folder.rename(latents)
+    work.record(samples=len(singles))
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,106 @@
+"""Decode the sampled latents and compare them with the training images: gFID, IS, precision, recall.
+
+Beside every setting stands the baseline `noise`: Gaussian noise with the latents' own statistics, through the decoder.
+"""
+
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stages._pictures import grid
+from stages._runner import Input, Output, Work, main
+from vtp.artefact import load_tensors, read_json, write_json
+from vtp.config import Config
+from vtp.data.shards import ShardDataset
+from vtp.evaluation.features import FeatureExtractor, FeaturesConfig, build_features, count_name
+from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
+from vtp.evaluation.inception_score import inception_score
+from vtp.evaluation.manifold import precision_recall
+from vtp.layers.images import to_uint8
+from vtp.models.tokenizer import VisualTokenizer, load_tokenizer
+
+SETTINGS = ("unguided", "guided", "noise")
+
+
+class EvaluateGenerator(Config):
+    """The section `evaluate_generator`."""
+
+    features: FeaturesConfig
+    batch_size: int = Field(ge=1)
+    reference_samples: int = Field(ge=2, description="training images behind the reference statistics")
+    neighbours: int = Field(ge=1, description="k of precision and recall")
+    inception_splits: int = Field(ge=1, description="parts of the inception score; used by features with classes")
+    pictures_per_class: int = Field(ge=1)
+    pictured_classes: int = Field(ge=1)
+
+
+@torch.inference_mode()
+def run(
+    config: EvaluateGenerator,
+    *,
+    shards: Input,
+    tokenizer: Input,
+    decoder: Input,
+    samples: Input,
+    metrics: Output,
+    pictures: Output,
+    work: Work,
+) -> None:
+    images = ShardDataset(shards, "train")
+    extractor = build_features(config.features, weights=work.weights, device=work.device)
+    model = load_tokenizer(tokenizer, decoder).to(work.device)
+    rows = images.singles[: config.reference_samples]  # class-conditional samples are single pictures
+    description = read_json(samples / "config.json")
+    pictures.mkdir()
+    with work.progress(total=len(rows) + 3 * description["samples"], description="features", unit="image") as bar:
+        batches = (images.images(part) for part in torch.from_numpy(rows).split(config.batch_size))
+        real = extractor.all(batches, bar.update)
+        reference = GaussianStatistics.of(real)
+        table: dict[str, dict[str, float]] = {}
+        for name in SETTINGS:
+            decoded, labels = _decode(model, samples / f"{name}.safetensors", config.batch_size, work.device)
+            drawn = extractor.all(decoded.split(config.batch_size), bar.update)
+            table[name] = _compare(config, extractor, drawn, real, reference)
+            if extractor.has_logits:
+                score = inception_score(extractor.all_logits(decoded.split(config.batch_size)), splits=config.inception_splits)
+                table[name][f"is_{extractor.name}"] = score.mean
+            _picture(config, decoded, labels, description["classes"], pictures / f"{name}.png", name)
+    write_json(metrics, {"generation": table})
+
+
+def _decode(model: VisualTokenizer, path: Path, batch_size: int, device: str) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, H, W] uint8 and labels [N]."""
+    tensors = load_tensors(path)
+    parts = [to_uint8(model.decode(part.to(device))).cpu() for part in tensors["latents"].split(batch_size)]
+    return torch.cat(parts), tensors["labels"]
+
+
+def _compare(
+    config: EvaluateGenerator,
+    extractor: FeatureExtractor,
+    drawn: Tensor,
+    real: Tensor,
+    reference: GaussianStatistics,
+) -> dict[str, float]:
+    size = f"{extractor.name}_{count_name(len(drawn))}"
+    distance = frechet_distance(reference, GaussianStatistics.of(drawn))
+    manifold = precision_recall(real[: len(drawn)], drawn, neighbours=config.neighbours)
+    return {
+        f"gfid_{size}": distance,
+        f"precision_{size}": manifold.precision,
+        f"recall_{size}": manifold.recall,
+    }
+
+
+def _picture(
+    config: EvaluateGenerator, decoded: Tensor, labels: Tensor, classes: list[str], path: Path, name: str
+) -> None:
+    shown = range(min(config.pictured_classes, len(classes)))
+    rows = [decoded[labels == label][: config.pictures_per_class] for label in shown]
+    grid(rows, [classes[label] for label in shown], path, title=f"Samples by class: {name}")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,80 @@
+"""Reconstruction on the validation images, with the pre-trained and with the tuned decoder: PSNR, SSIM, LPIPS, rFID."""
+
+import torch
+from pydantic import Field
+
+from stages._pictures import grid
+from stages._runner import Input, Output, Work, main
+from vtp.artefact import write_json
+from vtp.config import Config
+from vtp.data.shards import ShardDataset
+from vtp.evaluation.features import FeaturesConfig, build_features, count_name
+from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
+from vtp.evaluation.reconstruction import psnr, ssim
+from vtp.layers.images import denormalise, normalise, to_uint8
+from vtp.losses.perceptual import PerceptualConfig, build_perceptual
+from vtp.models.tokenizer import load_tokenizer
+
+
+class EvaluateReconstruction(Config):
+    """The section `evaluate_reconstruction`."""
+
+    features: FeaturesConfig = Field(description="of rFID")
+    perceptual: PerceptualConfig = Field(description="the distance under LPIPS's formula")
+    batch_size: int = Field(ge=1)
+    pictures: int = Field(ge=1, description="images in the comparison")
+
+
+@torch.inference_mode()
+def run(
+    config: EvaluateReconstruction,
+    *,
+    shards: Input,
+    tokenizer: Input,
+    decoder: Input,
+    metrics: Output,
+    picture: Output,
+    work: Work,
+) -> None:
+    images = ShardDataset(shards, "validation")
+    extractor = build_features(config.features, weights=work.weights, device=work.device)
+    perceptual = build_perceptual(config.perceptual, weights=work.weights).to(work.device)
+    models = {
+        "pretrained": load_tokenizer(tokenizer).to(work.device),
+        "tuned": load_tokenizer(tokenizer, decoder).to(work.device),
+    }
+    reference = GaussianStatistics(extractor.dim)
+    statistics = {name: GaussianStatistics(extractor.dim) for name in models}
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
+    rows: list[torch.Tensor] = []
+    with work.progress(total=len(images), description="reconstructing", unit="image") as bar:
+        for indices in torch.arange(len(images)).split(config.batch_size):
+            originals = images.images(indices.numpy()).to(work.device)
+            reference.update(extractor(originals))
+            latents = models["pretrained"].encode(normalise(originals))
+            first = not rows
+            rows += [originals] if first else []
+            for name, model in models.items():
+                written = to_uint8(model.decode(latents))
+                statistics[name].update(extractor(written))
+                a, b = originals / 255, written / 255
+                values = [psnr(a, b), ssim(a, b), perceptual(a * 2 - 1, b * 2 - 1)]
+                sums[name] += torch.stack([value.double().sum().cpu() for value in values])
+                rows += [written] if first else []
+            bar.update(len(indices))
+    size = f"{extractor.name}_{count_name(len(images))}"
+    table = {}
+    for name, total in sums.items():
+        means = (total / len(images)).tolist()
+        table[name] = {
+            "psnr": means[0],
+            "ssim": means[1],
+            f"lpips_{perceptual.name}": means[2],
+            f"rfid_{size}": frechet_distance(reference, statistics[name]),
+        }
+    write_json(metrics, {"reconstruction": table})
+    grid([row[: config.pictures] for row in rows], ["original", *models], picture, title="Validation images")
+
+
+if __name__ == "__main__":
+    main(run)

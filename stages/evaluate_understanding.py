@@ -1,0 +1,80 @@
+"""What the representation understands: zero-shot classification, linear probes, nearest neighbours (paper 4.2)."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stages._runner import Input, Output, Work, main
+from vtp.artefact import write_json
+from vtp.config import Config
+from vtp.data.shards import ShardDataset
+from vtp.evaluation.linear_probe import LinearProbeConfig, knn_accuracy, linear_probe
+from vtp.evaluation.zero_shot import build_classifier, top_k_accuracy
+from vtp.layers.images import normalise
+from vtp.models.tokenizer import VisualTokenizer
+
+
+class EvaluateUnderstanding(Config):
+    """The section `evaluate_understanding`."""
+
+    batch_size: int = Field(ge=1)
+    train_samples: int = Field(ge=1, description="labelled training images that the probes see")
+    templates: list[str] = Field(min_length=1, description="prompts; {} stands for the class")
+    probe: LinearProbeConfig
+    neighbours: int = Field(ge=1, description="k of the nearest-neighbour classifier")
+
+
+@torch.inference_mode()
+def run(config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metrics: Output, work: Work) -> None:
+    model = VisualTokenizer.from_pretrained(tokenizer).to(work.device)
+    train, validation = ShardDataset(shards, "train"), ShardDataset(shards, "validation")
+    rows = {"train": train.singles[: config.train_samples], "validation": validation.singles}
+    with work.progress(total=sum(map(len, rows.values())), description="features", unit="image") as bar:
+        of_train = _features(model, train, rows["train"], config.batch_size, bar.update)
+        of_validation = _features(model, validation, rows["validation"], config.batch_size, bar.update)
+    manifest = train.manifest
+    labels = torch.from_numpy(train.labels[rows["train"]])
+    truth = torch.from_numpy(validation.labels[rows["validation"]])
+    category = torch.tensor(manifest.category_of_class)
+    table: dict[str, float] = {}
+    if model.config.text is not None:
+        classifier = build_classifier(
+            lambda texts: model.encode_text(model.tokenize(texts).to(work.device)), manifest.classes, config.templates
+        )
+        accuracy = top_k_accuracy(of_validation["clip"], classifier.cpu(), truth, ks=(1, 5))
+        table |= {f"zero_shot_top{k}": value for k, value in accuracy.items()}
+    with torch.inference_mode(False):
+        for name in ("bottleneck", "last"):
+            probes = {"": (labels, truth), "_category": (category[labels], category[truth])}
+            for suffix, (known, asked) in probes.items():
+                result = linear_probe(
+                    of_train[name].clone(), known.clone(), of_validation[name].clone(), asked.clone(), config=config.probe
+                )
+                table[f"linear_probe_{name}{suffix}"] = result.accuracy
+        table[f"knn{config.neighbours}_last"] = knn_accuracy(
+            of_train["last"], labels, of_validation["last"], truth, k=config.neighbours
+        )
+    write_json(metrics, {"understanding": table | {"chance": 1 / len(manifest.classes)}})
+
+
+def _features(
+    model: VisualTokenizer, images: ShardDataset, rows: np.ndarray, batch_size: int, progress: Callable[[int], object]
+) -> dict[str, Tensor]:
+    """Per image, on the CPU: `last` [N, 2D], class token and mean patch; `bottleneck` [N, d], mean latent; `clip` [N, E]."""
+    parts: dict[str, list[Tensor]] = {"last": [], "bottleneck": [], "clip": []}
+    for indices in np.split(rows, range(batch_size, len(rows), batch_size)):
+        features = model.features(normalise(images.images(indices).to(next(model.parameters()).device)))
+        mean = features.patches.mean(1)
+        parts["last"].append(torch.cat([features.cls, mean], dim=1).cpu())
+        parts["bottleneck"].append(model.trunk.feature_bottleneck(mean).cpu())
+        if model.config.text is not None:
+            parts["clip"].append(model.project_image(features).cpu())
+        progress(len(indices))
+    return {name: torch.cat(values) for name, values in parts.items() if values}
+
+
+if __name__ == "__main__":
+    main(run)

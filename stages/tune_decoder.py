@@ -1,0 +1,60 @@
+"""Tune the pixel decoder with a GAN objective; the encoder and its latents stay as they are (paper 3.2)."""
+
+import torch
+from pydantic import Field
+from vtp.data.shards import ShardDataset
+from vtp.losses.perceptual import build_perceptual
+from vtp.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+
+from stages._runner import Input, Output, Work, main
+from vtp.artefact import write_json
+from vtp.config import Config
+from vtp.data.batches import ImageBatches
+from vtp.draws import address
+from vtp.models.tokenizer import VisualTokenizer, save_decoder
+from vtp.objectives.decoder import DecoderObjective, DecoderObjectiveConfig
+from vtp.training.fit import TrainingConfig, fit, plan
+from vtp.training.optim import OptimConfig
+
+
+class TuneDecoder(Config):
+    """The section `tune_decoder`."""
+
+    seed: int
+    batch_size: int = Field(ge=1)
+    discriminator: DiscriminatorConfig
+    objective: DecoderObjectiveConfig
+    decoder_optim: OptimConfig
+    critic_optim: OptimConfig
+    training: TrainingConfig
+
+
+def run(
+    config: TuneDecoder,
+    *,
+    shards: Input,
+    tokenizer: Input,
+    decoder: Output,
+    metrics: Output,
+    curves: Output,
+    work: Work,
+) -> None:
+    batches = ImageBatches(ShardDataset(shards, "train"), batch_size=config.batch_size, seed=config.seed)
+    model = VisualTokenizer.from_pretrained(tokenizer).to(work.device)
+    torch.manual_seed(address(config.seed, "weights"))
+    critic = PatchDiscriminator(config.discriminator)
+    perceptual = build_perceptual(config.objective.perceptual, weights=work.weights).to(work.device)
+    objective = DecoderObjective(model, critic, config.objective, perceptual=perceptual, seed=config.seed)
+    objective = objective.to(work.device)
+    length = plan(config.training.length, samples=config.batch_size, flops=objective.step_flops(batches[0]))
+    work.record(**length._asdict())
+    optim = {"decoder": config.decoder_optim, "critic": config.critic_optim}
+    fit(objective, batches, steps=length.steps, training=config.training, optim=optim, host=work)
+    model.pixel_decoder.load_state_dict(objective.average.state_dict())
+    save_decoder(model, decoder)
+    write_json(metrics, {"tune_decoder": length._asdict()})
+    curves.write_bytes((work.folder / "curves.csv").read_bytes())
+
+
+if __name__ == "__main__":
+    main(run)

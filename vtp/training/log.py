@@ -1,0 +1,74 @@
+"""Training curves: one CSV row per interval, readable while the run goes on, exact after a resume."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Logs = Mapping[str, Tensor | float]
+
+
+class Means:
+    """Running means of named scalars, kept as float64 tensors, so that they go into a checkpoint."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, logs: Logs) -> None:
+        """Count one value of each scalar."""
+        for name, value in logs.items():
+            exact = torch.as_tensor(value).detach().double()  # stays on its device: no synchronisation here
+            self._sums[name] = self._sums[name] + exact if name in self._sums else exact
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means, and start again."""
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+    def state_dict(self) -> dict[str, dict[str, Tensor] | dict[str, int]]:
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, dict]) -> None:
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+
+class Curves:
+    """A CSV file with a `step` column; opened at step n, it drops the rows of later steps."""
+
+    def __init__(self, path: Path, *, start: int) -> None:
+        self.path = path
+        self._columns: list[str] = []
+        rows: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                # A kill in the middle of a line leaves a row without its last columns.
+                rows = [row for row in reader if None not in row.values() and int(row["step"]) <= start]
+                self._columns = list(reader.fieldnames or [])
+        self._rewrite(rows)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one row; a column that appears for the first time rewrites the file."""
+        row = {"step": str(step)} | {name: f"{value:.6g}" for name, value in values.items()}
+        fresh = [name for name in row if name not in self._columns]
+        if fresh:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            self._columns += fresh
+            self._rewrite(rows)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(row)
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
+            if self._columns:
+                writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.path)
