@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from vtp.config import Config
 from vtp.data.batches import LatentBatch

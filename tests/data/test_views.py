@@ -1,0 +1,125 @@
+"""Views: geometry, colours, and draws by address."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vtp.data.views import ClipViewConfig, SslViewsConfig, _recolour, clip_batch, gaussian_blur, shift_hue, ssl_batch
+from vtp.data.views import _Colours as Colours
+from vtp.layers.images import denormalise, normalise, to_uint8
+
+PLAIN = {"global_scale_min": 1.0, "local_scale_min": 0.1, "local_scale_max": 0.3, "flip": 0.0, "jitter": 0.0}
+PLAIN |= {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grey": 0.0}
+PLAIN |= {"blur_first": 0.0, "blur_second": 0.0, "blur_local": 0.0, "blur_sigma_max": 2.0, "solarize": 0.0}
+
+
+def ssl_config(**changes) -> SslViewsConfig:
+    values = {"global_size": 16, "local_size": 8, "local_views": 3} | PLAIN | changes
+    return SslViewsConfig.parse(values, where="test")
+
+
+def noise(count: int, side: int = 16) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_shapes_and_emptiness():
+    global_views, local_views = ssl_batch(noise(5), ssl_config(), 0, np.arange(5))
+    assert global_views.shape == (2, 5, 3, 16, 16)
+    assert local_views.shape == (3, 5, 3, 8, 8)
+    global_views, local_views = ssl_batch([], ssl_config(), 0, np.arange(0))
+    assert global_views.shape == (2, 0, 3, 16, 16)
+    assert local_views.shape == (3, 0, 3, 8, 8)
+    assert clip_batch([], ClipViewConfig(size=8, scale_min=0.9), 0, np.arange(0)).shape == (0, 3, 8, 8)
+
+
+def test_a_view_depends_on_its_address_alone():
+    config = ssl_config(jitter=0.8, flip=0.5, grey=0.2, blur_second=0.9, blur_local=0.5, solarize=0.2)
+    images = noise(6)
+    together, _ = ssl_batch(images, config, 0, np.arange(6))
+    for chosen in ([4], [5, 1]):
+        alone, _ = ssl_batch([images[i] for i in chosen], config, 0, np.array(chosen))
+        torch.testing.assert_close(alone, together[:, chosen], atol=1e-4, rtol=0)
+    other, _ = ssl_batch(images, config, 1, np.arange(6))
+    assert not torch.equal(other, together)
+    clip = ClipViewConfig(size=16, scale_min=0.5)
+    assert torch.equal(clip_batch(images, clip, 0, np.arange(6))[3:4], clip_batch(images[3:4], clip, 0, np.array([3])))
+
+
+def test_a_crop_of_everything_is_the_image():
+    """Square crops of full area: aspect draws only shrink one side, so the centre keeps its colours."""
+    flat = Image.new("RGB", (16, 16), (10, 200, 90))
+    views, local = ssl_batch([flat], ssl_config(), 3, np.array([0]))
+    for view in (*views, *local):
+        assert (to_uint8(view) == torch.tensor([10, 200, 90], dtype=torch.uint8).view(1, 3, 1, 1)).all()
+
+
+def test_local_crops_are_enlarged_parts():
+    """A horizontal ramp: a crop of at most 30 % of the area spans less of it than the whole does."""
+    ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))).convert("RGB")
+    _, local = ssl_batch([ramp] * 20, ssl_config(), 0, np.arange(20))
+    pixels = denormalise(local)[:, :, 0, 0]
+    spans = pixels[..., -1] - pixels[..., 0]
+    assert spans.max() < 0.7
+    assert spans.min() > 0.1
+
+
+def colours(count: int, **changes) -> Colours:
+    no, one = torch.zeros(count, dtype=torch.bool), torch.ones(count, 1, 1, 1)
+    values = {"flip": no, "jitter": no, "brightness": one, "contrast": one, "saturation": one, "hue": 0 * one}
+    values |= {"grey": no, "blur": no, "sigma": torch.ones(count), "solarize": no}
+    return Colours(**(values | changes))
+
+
+@pytest.mark.parametrize("value", [0.6, 1.0, 1.4])
+def test_jitter_is_torchvisions(value):
+    from torchvision.transforms.v2 import functional as TF
+
+    x = torch.rand(2, 3, 8, 8)
+    on, factor = torch.ones(2, dtype=torch.bool), torch.full((2, 1, 1, 1), value)
+    for name, function in (
+        ("brightness", TF.adjust_brightness),
+        ("contrast", TF.adjust_contrast),
+        ("saturation", TF.adjust_saturation),
+    ):
+        ours = _recolour(x, colours(2, jitter=on, **{name: factor}), 4)
+        torch.testing.assert_close(ours, function(x, value), atol=2e-3, rtol=0)
+    torch.testing.assert_close(shift_hue(x, factor - 1), TF.adjust_hue(x, value - 1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(shift_hue(x, 0 * factor), x, atol=1e-5, rtol=0)
+
+
+def test_blur_is_torchvisions_and_keeps_the_mean():
+    from torchvision.transforms.v2 import functional as TF
+
+    x = torch.rand(2, 3, 16, 16)
+    ours = gaussian_blur(x, torch.tensor([2.0, 2.0]), 4)
+    torch.testing.assert_close(ours, TF.gaussian_blur(x, [9, 9], [2.0, 2.0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(gaussian_blur(torch.ones(1, 3, 8, 8), torch.tensor([1.0]), 2), torch.ones(1, 3, 8, 8))
+
+
+def test_switches():
+    x = torch.rand(2, 3, 8, 8)
+    first = torch.tensor([True, False])
+    assert torch.equal(_recolour(x, colours(2), 4), x)
+    assert torch.equal(_recolour(x, colours(2, flip=first)), torch.stack([x[0].flip(2), x[1]]), 4)
+    grey = _recolour(x, colours(2, grey=first), 4)
+    assert grey[0].std(0).max() < 1e-6
+    assert torch.equal(grey[1], x[1])
+    solar = _recolour(x, colours(2, solarize=first), 4)
+    assert solar[0].max() <= 128 / 255
+    assert torch.equal(solar[1], x[1])
+
+
+def test_probabilities_are_effective():
+    """A probability is the share of views that are changed."""
+    flat = [Image.new("RGB", (8, 8), (200, 40, 40))] * 400
+    config = ssl_config(grey=0.25, global_size=8, local_views=0)
+    views, _ = ssl_batch(flat, config, 0, np.arange(400))
+    share = (denormalise(views).std(2).amax((2, 3)) < 1e-3).float().mean()
+    assert float(share) == pytest.approx(0.25, abs=0.06)
+
+
+def test_normalise_inverts():
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(to_uint8(normalise(pixels)), pixels)

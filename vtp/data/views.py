@@ -1,0 +1,191 @@
+"""Views of an image for each objective: CLIP crops, DINOv2's multi-crop, all drawn by address.
+
+Crops are cut and resized one by one, colours change for the whole batch at once. What happens to a sample depends on
+(seed, position in the stream) and not on its batch. Probabilities are the effective ones: DINOv2's blur probabilities
+were inverted by its code, and its weights were trained so (0, 0.9, 0.5 for first global, second global, local).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from vtp.config import Config
+from vtp.draws import numpy_draws
+from vtp.layers.images import normalise
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_LOG_ASPECT = math.log(4 / 3)
+SOLARIZE_THRESHOLD = 128 / 255
+DRAWS = 14  # uniform numbers per view: 4 for the crop, 10 for colours
+
+
+class ClipViewConfig(Config):
+    """Random crop of nearly the whole image; no flip and no colour, because captions speak of both."""
+
+    size: int = Field(ge=1, description="side in pixels")
+    scale_min: float = Field(gt=0, le=1, description="least area of the crop; the largest is the whole image")
+
+
+class SslViewsConfig(Config):
+    """Two global and several local crops with colour augmentation (DINOv2)."""
+
+    global_size: int = Field(ge=1)
+    local_size: int = Field(ge=1)
+    local_views: int = Field(ge=0)
+    global_scale_min: float = Field(gt=0, le=1, description="area of a global crop is at least this share")
+    local_scale_min: float = Field(gt=0, le=1)
+    local_scale_max: float = Field(gt=0, le=1, description="area of a local crop is at most this share")
+    flip: float = Field(ge=0, le=1, description="probability of a horizontal flip")
+    jitter: float = Field(ge=0, le=1, description="probability of colour jitter")
+    brightness: float = Field(ge=0, le=1)
+    contrast: float = Field(ge=0, le=1)
+    saturation: float = Field(ge=0, le=1)
+    hue: float = Field(ge=0, le=0.5)
+    grey: float = Field(ge=0, le=1, description="probability of a grey image")
+    blur_first: float = Field(ge=0, le=1, description="probability for the first global view")
+    blur_second: float = Field(ge=0, le=1, description="for the second global view")
+    blur_local: float = Field(ge=0, le=1)
+    blur_sigma_max: float = Field(gt=0, description="in pixels; the least is 0.1")
+    solarize: float = Field(ge=0, le=1, description="probability, second global view only")
+
+
+def clip_batch(images: Sequence["Image"], config: ClipViewConfig, seed: int, positions: np.ndarray) -> Tensor:
+    """Normalised crops [B, 3, S, S]; `positions` are the places of the images in the stream."""
+    crops = []
+    for image, position in zip(images, positions.tolist(), strict=True):
+        draws = numpy_draws(seed, "clip_view", position).random(4)
+        crops.append(_crop(image, config.size, (config.scale_min, 1.0), draws))
+    return normalise(_stack(crops, config.size))
+
+
+def ssl_batch(
+    images: Sequence["Image"], config: SslViewsConfig, seed: int, positions: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Normalised global views [2, B, 3, G, G] and local views [L, B, 3, S, S]."""
+    views = 2 + config.local_views
+    uniform = np.array([numpy_draws(seed, "ssl_views", int(p)).random((views, DRAWS)) for p in positions])
+    uniform = uniform.reshape(len(images), views, DRAWS)
+    global_range, local_range = (config.global_scale_min, 1.0), (config.local_scale_min, config.local_scale_max)
+    reach = math.ceil(2 * config.blur_sigma_max)  # of the widest blur, so that no sample depends on its batch
+    batches = []
+    for view in range(views):
+        size, area = (config.global_size, global_range) if view < 2 else (config.local_size, local_range)
+        crops = [_crop(image, size, area, u[view, :4]) for image, u in zip(images, uniform, strict=True)]
+        blur = (config.blur_first, config.blur_second, config.blur_local)[min(view, 2)]
+        colours = _Colours.of(torch.from_numpy(uniform[:, view, 4:]).float(), config, blur, solarize=view == 1)
+        batches.append(normalise(_recolour(_stack(crops, size).float() / 255, colours, reach)))
+    local = torch.stack(batches[2:]) if views > 2 else batches[0].new_empty(0, *batches[0].shape)
+    return torch.stack(batches[:2]), local
+
+
+def _crop(image: "Image", size: int, area: tuple[float, float], draws: np.ndarray) -> np.ndarray:
+    """A crop of random area and aspect (3/4 to 4/3), sides limited to the image, resized bicubically."""
+    from PIL.Image import Resampling
+
+    pixels = image.width * image.height * (area[0] + (area[1] - area[0]) * draws[0])
+    aspect = math.exp((2 * draws[1] - 1) * MAX_LOG_ASPECT)
+    width, height = min(image.width, math.sqrt(pixels * aspect)), min(image.height, math.sqrt(pixels / aspect))
+    left, top = draws[2] * (image.width - width), draws[3] * (image.height - height)
+    box = (left, top, left + width, top + height)
+    return np.asarray(image.resize((size, size), Resampling.BICUBIC, box=box))
+
+
+def _stack(crops: list[np.ndarray], size: int) -> Tensor:
+    """[B, 3, S, S] uint8."""
+    pixels = np.stack(crops) if crops else np.empty((0, size, size, 3), dtype=np.uint8)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+class _Colours(NamedTuple):
+    """What happens to each image of a batch; factors are [B, 1, 1, 1], conditions are [B]."""
+
+    flip: Tensor
+    jitter: Tensor
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    grey: Tensor
+    blur: Tensor
+    sigma: Tensor
+    solarize: Tensor
+
+    @classmethod
+    def of(cls, uniform: Tensor, config: SslViewsConfig, blur: float, *, solarize: bool) -> "_Colours":
+        columns = uniform.unbind(1)
+
+        def factor(column: int, strength: float) -> Tensor:
+            return (1 + (2 * columns[column] - 1) * strength).view(-1, 1, 1, 1)
+
+        return cls(
+            flip=columns[0] < config.flip,
+            jitter=columns[1] < config.jitter,
+            brightness=factor(2, config.brightness),
+            contrast=factor(3, config.contrast),
+            saturation=factor(4, config.saturation),
+            hue=factor(5, config.hue) - 1,
+            grey=columns[6] < config.grey,
+            blur=columns[7] < blur,
+            sigma=0.1 + columns[8] * (config.blur_sigma_max - 0.1),
+            solarize=columns[9] < (config.solarize if solarize else 0.0),
+        )
+
+
+def _recolour(x: Tensor, colours: _Colours, reach: int) -> Tensor:
+    """Flip, jitter (brightness, contrast, saturation, hue in this order), grey, blur, solarize, on [0, 1]."""
+    x = torch.where(_wide(colours.flip), x.flip(3), x)
+    jittered = (x * colours.brightness).clamp(0, 1)
+    mean = _grey(jittered).mean((2, 3), keepdim=True)
+    jittered = torch.lerp(mean, jittered, colours.contrast).clamp(0, 1)
+    jittered = torch.lerp(_grey(jittered).expand_as(x), jittered, colours.saturation).clamp(0, 1)
+    x = torch.where(_wide(colours.jitter), shift_hue(jittered, colours.hue), x)
+    x = torch.where(_wide(colours.grey), _grey(x).expand_as(x), x)
+    if colours.blur.any():
+        x = x.clone()
+        x[colours.blur] = gaussian_blur(x[colours.blur], colours.sigma[colours.blur], reach)
+    return torch.where(_wide(colours.solarize) & (x >= SOLARIZE_THRESHOLD), 1 - x, x)
+
+
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of images [B, 3, H, W] in [0, 1] by `shift` [B, 1, 1, 1] turns; value and saturation stay."""
+    value, top = x.max(1, keepdim=True)
+    chroma = value - x.min(1, keepdim=True).values
+    red, green, blue = x.split(1, dim=1)
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    sixth = torch.where(
+        top == 0, (green - blue) / safe, torch.where(top == 1, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    )
+    hue = sixth + 6 * shift
+    # Each channel is the value less the chroma times a trapezoid of the hue.
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
+    k = (hue + offsets) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor, reach: int) -> Tensor:
+    """Blur each image [B, C, H, W] with its own sigma [B], `reach` pixels each way, reflecting at the border."""
+    reach = min(reach, min(x.shape[2:]) - 1)
+    grid = torch.arange(-reach, reach + 1, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (grid / sigma[:, None]).square())
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(x.shape[1], 0)[:, None]  # [B * C, 1, taps]
+    padded = F.pad(x, [reach] * 4, mode="reflect").flatten(0, 1)[None]  # [1, B * C, H', W']
+    channels = padded.shape[1]
+    rows = F.conv2d(padded, kernel[:, :, :, None], groups=channels)
+    return F.conv2d(rows, kernel[:, :, None], groups=channels)[0].unflatten(0, x.shape[:2])
+
+
+def _grey(x: Tensor) -> Tensor:
+    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
+    return (x * weights).sum(1, keepdim=True)
+
+
+def _wide(condition: Tensor) -> Tensor:
+    return condition.view(-1, 1, 1, 1)
