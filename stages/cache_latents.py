@@ -5,12 +5,12 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
-from vtp.data.shards import ShardDataset
 
 from stages._runner import Input, Output, Work, main
 from vtp.artefact import digest
 from vtp.config import Config
 from vtp.data.latents import LatentWriter
+from vtp.data.shards import ShardDataset
 from vtp.layers.images import normalise
 from vtp.models.tokenizer import VisualTokenizer
 
@@ -40,7 +40,9 @@ def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Outpu
             writer.write(path, torch.cat(parts).to(getattr(torch, config.dtype)), labels)
             if work.stop_requested:
                 work.stop()
-    writer.finish(len(singles), {"classes": images.manifest.classes, "encoder": digest(tokenizer / "model.safetensors")})
+    writer.finish(
+        len(singles), {"classes": images.manifest.classes, "encoder": digest(tokenizer / "model.safetensors")}
+    )
     writer.folder.rename(latents)
     work.record(samples=len(singles))
 

@@ -64,8 +64,8 @@ def run(
             drawn = extractor.all(decoded.split(config.batch_size), bar.update)
             table[name] = _compare(config, extractor, drawn, real, reference)
             if extractor.has_logits:
-                score = inception_score(extractor.all_logits(decoded.split(config.batch_size)), splits=config.inception_splits)
-                table[name][f"is_{extractor.name}"] = score.mean
+                score = inception_score(extractor.logits(drawn), splits=config.inception_splits)
+                table[name][f"is_{extractor.name}_{count_name(len(decoded))}"] = score.mean
             _picture(config, decoded, labels, description["classes"], pictures / f"{name}.png", name)
     write_json(metrics, {"generation": table})
 

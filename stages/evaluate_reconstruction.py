@@ -11,7 +11,7 @@ from vtp.data.shards import ShardDataset
 from vtp.evaluation.features import FeaturesConfig, build_features, count_name
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.evaluation.reconstruction import psnr, ssim
-from vtp.layers.images import denormalise, normalise, to_uint8
+from vtp.layers.images import normalise, to_uint8
 from vtp.losses.perceptual import PerceptualConfig, build_perceptual
 from vtp.models.tokenizer import load_tokenizer
 

@@ -27,7 +27,6 @@ class EvaluateUnderstanding(Config):
     neighbours: int = Field(ge=1, description="k of the nearest-neighbour classifier")
 
 
-@torch.inference_mode()
 def run(config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metrics: Output, work: Work) -> None:
     model = VisualTokenizer.from_pretrained(tokenizer).to(work.device)
     train, validation = ShardDataset(shards, "train"), ShardDataset(shards, "validation")
@@ -41,29 +40,30 @@ def run(config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metri
     category = torch.tensor(manifest.category_of_class)
     table: dict[str, float] = {}
     if model.config.text is not None:
-        classifier = build_classifier(
-            lambda texts: model.encode_text(model.tokenize(texts).to(work.device)), manifest.classes, config.templates
-        )
+        with torch.no_grad():
+            classifier = build_classifier(
+                lambda texts: model.encode_text(model.tokenize(texts).to(work.device)),
+                manifest.classes,
+                config.templates,
+            )
         accuracy = top_k_accuracy(of_validation["clip"], classifier.cpu(), truth, ks=(1, 5))
         table |= {f"zero_shot_top{k}": value for k, value in accuracy.items()}
-    with torch.inference_mode(False):
-        for name in ("bottleneck", "last"):
-            probes = {"": (labels, truth), "_category": (category[labels], category[truth])}
-            for suffix, (known, asked) in probes.items():
-                result = linear_probe(
-                    of_train[name].clone(), known.clone(), of_validation[name].clone(), asked.clone(), config=config.probe
-                )
-                table[f"linear_probe_{name}{suffix}"] = result.accuracy
-        table[f"knn{config.neighbours}_last"] = knn_accuracy(
-            of_train["last"], labels, of_validation["last"], truth, k=config.neighbours
-        )
+    for name in ("bottleneck", "last"):
+        for suffix, of_label in (("", torch.arange(len(manifest.classes))), ("_category", category)):
+            result = linear_probe(
+                of_train[name], of_label[labels], of_validation[name], of_label[truth], config=config.probe
+            )
+            table[f"linear_probe_{name}{suffix}"] = result.accuracy
+    neighbours = knn_accuracy(of_train["last"], labels, of_validation["last"], truth, k=config.neighbours)
+    table[f"knn{config.neighbours}_last"] = neighbours
     write_json(metrics, {"understanding": table | {"chance": 1 / len(manifest.classes)}})
 
 
+@torch.no_grad()
 def _features(
     model: VisualTokenizer, images: ShardDataset, rows: np.ndarray, batch_size: int, progress: Callable[[int], object]
 ) -> dict[str, Tensor]:
-    """Per image, on the CPU: `last` [N, 2D], class token and mean patch; `bottleneck` [N, d], mean latent; `clip` [N, E]."""
+    """On the CPU: `last` [N, 2D], class token and mean patch; `bottleneck` [N, d], mean latent; `clip` [N, E]."""
     parts: dict[str, list[Tensor]] = {"last": [], "bottleneck": [], "clip": []}
     for indices in np.split(rows, range(batch_size, len(rows), batch_size)):
         features = model.features(normalise(images.images(indices).to(next(model.parameters()).device)))

@@ -6,7 +6,6 @@ A sample is a function of (seed, index): its noise and its label do not depend o
 import torch
 from pydantic import Field
 from torch import Tensor
-from vtp.models.lightningdit import LightningDiT
 
 from stages._runner import Input, Output, Work, main
 from vtp.artefact import save_tensors, write_json
@@ -14,6 +13,7 @@ from vtp.config import Config
 from vtp.data.latents import LatentDataset
 from vtp.draws import torch_draws
 from vtp.flow import SamplerConfig, sample
+from vtp.models.lightningdit import LightningDiT
 
 
 class Generate(Config):

@@ -1,10 +1,9 @@
 """Write the embedded data set: WebDataset shards of captioned pictures, and their manifest."""
 
-from vtp.data.compose import EmbeddedConfig
-from vtp.data.embedded import write_embedded
-
 from stages._runner import Output, Work, main
 from vtp.artefact import files
+from vtp.data.compose import EmbeddedConfig
+from vtp.data.embedded import write_embedded
 
 
 def run(config: EmbeddedConfig, *, shards: Output, work: Work) -> None:

@@ -4,14 +4,14 @@ from typing import Self
 
 import torch
 from pydantic import model_validator
-from vtp.data.shards import ShardDataset
-from vtp.losses.perceptual import build_perceptual
 
 from stages._runner import Input, Output, Work, main
 from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.batches import ActiveBatch, PretrainBatches, PretrainDataConfig
+from vtp.data.shards import ShardDataset
 from vtp.draws import address
+from vtp.losses.perceptual import build_perceptual
 from vtp.models.text import CaptionTokenizer
 from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
 from vtp.objectives.pretrain import PretrainObjective, PretrainObjectiveConfig

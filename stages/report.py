@@ -16,7 +16,11 @@ from stages._runner import Input, Output, Work, main
 from vtp.artefact import read_json
 from vtp.config import Config
 
-STYLE = "body{font:15px sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em 1em;text-align:left}img{max-width:100%}"
+STYLE = """
+body { font: 15px sans-serif; max-width: 70em; margin: 2em auto }
+td, th { padding: .2em 1em; text-align: left }
+img { max-width: 100% }
+"""
 
 
 class Report(Config):

@@ -2,7 +2,6 @@
 
 import torch
 from pydantic import Field
-from vtp.models.lightningdit import LightningDiT, LightningDiTConfig
 
 from stages._runner import Input, Output, Work, main
 from vtp.artefact import write_json
@@ -10,6 +9,7 @@ from vtp.config import Config
 from vtp.data.batches import LatentBatches
 from vtp.data.latents import LatentDataset
 from vtp.draws import address
+from vtp.models.lightningdit import LightningDiT, LightningDiTConfig
 from vtp.objectives.generation import GenerationObjective, GenerationObjectiveConfig
 from vtp.training.fit import TrainingConfig, fit, plan
 from vtp.training.optim import OptimConfig

@@ -2,15 +2,15 @@
 
 import torch
 from pydantic import Field
-from vtp.data.shards import ShardDataset
-from vtp.losses.perceptual import build_perceptual
-from vtp.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 
 from stages._runner import Input, Output, Work, main
 from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.batches import ImageBatches
+from vtp.data.shards import ShardDataset
 from vtp.draws import address
+from vtp.losses.perceptual import build_perceptual
+from vtp.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from vtp.models.tokenizer import VisualTokenizer, save_decoder
 from vtp.objectives.decoder import DecoderObjective, DecoderObjectiveConfig
 from vtp.training.fit import TrainingConfig, fit, plan

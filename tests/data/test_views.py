@@ -102,7 +102,7 @@ def test_switches():
     x = torch.rand(2, 3, 8, 8)
     first = torch.tensor([True, False])
     assert torch.equal(_recolour(x, colours(2), 4), x)
-    assert torch.equal(_recolour(x, colours(2, flip=first)), torch.stack([x[0].flip(2), x[1]]), 4)
+    assert torch.equal(_recolour(x, colours(2, flip=first), 4), torch.stack([x[0].flip(2), x[1]]))
     grey = _recolour(x, colours(2, grey=first), 4)
     assert grey[0].std(0).max() < 1e-6
     assert torch.equal(grey[1], x[1])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from vtp import LightningDiT
 from vtp.artefact import ArtefactError
+from vtp.config import ConfigError
 from vtp.models.lightningdit import OFFICIAL_DEFAULTS, SIZES, LightningDiTConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
@@ -18,6 +19,18 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
 def config(**values) -> LightningDiTConfig:
     best = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
     return LightningDiTConfig.parse(dict(OFFICIAL_DEFAULTS) | best | values, where="test")
+
+
+SMALL = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2}
+
+
+def opened(values: LightningDiTConfig) -> LightningDiT:
+    """A model whose gates are open, so that every layer acts on the output."""
+    model = LightningDiT(values)
+    for name, parameter in model.named_parameters():
+        if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def test_velocity_matches():
@@ -57,19 +70,54 @@ def test_parameter_counts(name, millions):
 
 @pytest.mark.parametrize("options", [{}, {"wo_shift": True, "use_qknorm": True}, {"use_rmsnorm": False}])
 def test_starts_at_zero(options):
-    model = LightningDiT(
-        config(input_size=4, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, **options)
-    )
+    model = LightningDiT(config(**SMALL | options))
     x = torch.randn(2, 3, 4, 4)
     assert model(x, torch.rand(2), torch.tensor([0, 1000])).abs().max() == 0
 
 
+def test_outputs_fill_patches_row_by_row_channels_last():
+    model = LightningDiT(config(**SMALL | {"in_channels": 2}))
+    model.final_layer.linear.bias.data = torch.arange(8.0)
+    out = model(torch.zeros(1, 2, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    first = torch.tensor([[0.0, 2, 0, 2], [4, 6, 4, 6]]).repeat(2, 1)
+    assert torch.equal(out[0], torch.stack([first, first + 1]))
+
+
 def test_patches_return_to_their_place():
-    """With a final layer that copies its input channels through, patch (i, j) of the output is patch (i, j) of x."""
-    model = LightningDiT(config(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2))
-    model.final_layer.linear.bias.data = torch.arange(4.0)
-    out = model(torch.zeros(1, 1, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-    assert torch.equal(out[0, 0], torch.tensor([[0.0, 1, 0, 1], [2, 3, 2, 3]]).repeat(2, 1))
+    """With closed gates tokens do not mix: a change in one patch of x changes that patch of the output only."""
+    model = LightningDiT(config(**SMALL))
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    x, t, labels = torch.zeros(1, 3, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    changed = x.clone()
+    changed[..., 0, 3] = 1.0  # in the upper right patch
+    difference = (model(changed, t, labels) - model(x, t, labels)).abs()
+    assert (difference[..., :2, 2:] > 1e-4).all()
+    difference[..., :2, 2:] = 0
+    assert difference.max() == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"use_qknorm": True}, {"use_qknorm": True, "use_rmsnorm": False}])
+def test_compiles_whole_and_runs_in_bfloat16(options):
+    """No graph breaks, and autocast changes the velocity by rounding only."""
+    torch._dynamo.reset()
+    model = opened(config(**SMALL | options))
+    inputs = torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([0, 1000])
+    expected = model(*inputs)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(*inputs), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(*inputs)
+    assert low.dtype == torch.bfloat16
+    assert (low - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_permuting_the_batch_permutes_the_output():
+    model = opened(config(**SMALL))
+    x, t, labels = torch.randn(4, 3, 4, 4), torch.rand(4), torch.tensor([0, 5, 1000, 7])
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        expected = model(x, t, labels)[order]
+        torch.testing.assert_close(model(x[order], t[order], labels[order]), expected, atol=1e-5, rtol=0)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
 
 
 def test_reads_official_checkpoints(tmp_path):
@@ -84,11 +132,39 @@ def test_reads_official_checkpoints(tmp_path):
     assert LightningDiT.from_pretrained(tmp_path).state_dict()["pos_embed"].abs().max() == 0
 
 
+def test_refuses_damaged_checkpoints(tmp_path):
+    shutil.copy(GOLDEN / "config.json", tmp_path)
+    for content, message in (({"opt": {}}, "holds opt"), ([1], "holds a list"), ({"ema": Path()}, "plain tensors")):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(ArtefactError, match=message):
+            LightningDiT.from_pretrained(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(b"half")
+    with pytest.raises(ArtefactError, match=r"a\.pt"):
+        LightningDiT.from_pretrained(tmp_path)
+    torch.save({}, tmp_path / "b.pt")
+    with pytest.raises(ArtefactError, match=r"a\.pt, b\.pt"):
+        LightningDiT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values", [{"patch_size": 3}, {"num_heads": 3}, {"hidden_size": 30}, {"hidden_size": 36, "num_heads": 6}]
+)
+def test_refuses_impossible_sizes(values):
+    with pytest.raises(ConfigError, match="test"):
+        config(**SMALL | values)
+
+
 def test_says_what_does_not_fit(tmp_path):
     shutil.copy(GOLDEN / "model.safetensors", tmp_path)
     values = json.loads((GOLDEN / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"depth": 3}))
     with pytest.raises(ArtefactError, match=r"missing blocks\.2\."):
+        LightningDiT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"depth": 1}))
+    with pytest.raises(ArtefactError, match=r"unknown blocks\.1\."):
+        LightningDiT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"num_classes": 8}))
+    with pytest.raises(ArtefactError, match=r"y_embedder.embedding_table.weight has shape \[8, 96\]"):
         LightningDiT.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(values | {"learn_sigma": True}))
     with pytest.raises(ArtefactError, match="learn_sigma"):

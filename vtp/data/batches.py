@@ -112,7 +112,7 @@ class PretrainBatches(Dataset[PretrainBatch]):
         first = step * pool  # position of the pool in the endless stream: the address of every view's draws
         plain_views = np.arange(pool) if self.active.clip else np.sort(for_rec)
         shared = clip_batch(self._images(drawn[plain_views]), self.config.clip_view, self.seed, first + plain_views)
-        captions = [self.shards[index].caption for index in drawn] if self.active.clip else []
+        captions = [self.shards.captions[index] for index in drawn] if self.active.clip else []
         global_views, local_views = ssl_batch(
             self._images(drawn[for_ssl]), self.config.ssl_views, self.seed, first + for_ssl
         )

@@ -7,11 +7,12 @@ both ways. The forward pass is pure: whoever trains replaces dropped labels by `
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, whole_folder, write_json
@@ -38,6 +39,16 @@ class LightningDiTConfig(Config):
     use_rope: bool = Field(description="rotary positions beside the fixed sine table")
     use_rmsnorm: bool = Field(description="RMSNorm with weights, else LayerNorm without")
     wo_shift: bool = Field(description="leave the shifts out of adaLN")
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % 4 or self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} must be divisible by 4 and by num_heads {self.num_heads}")
+        if self.use_rope and self.hidden_size // self.num_heads % 4:
+            raise ValueError(f"use_rope needs heads of a width divisible by 4, got {self.hidden_size}/{self.num_heads}")
+        return self
 
 
 # Defaults of the official constructor, for published config files that leave keys out.
@@ -84,8 +95,6 @@ class LightningDiT(nn.Module):
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
-        if config.input_size % config.patch_size:
-            raise ValueError(f"input_size {config.input_size} is not a multiple of patch_size {config.patch_size}")
         self.config = config
         side, dim = config.input_size // config.patch_size, config.hidden_size
         self.x_embedder = LatentEmbed(config.in_channels, dim, config.patch_size)
@@ -134,8 +143,8 @@ class LightningDiT(nn.Module):
                 names = ", ".join(path.name for path in found)
                 raise ArtefactError(f"{folder} holds several checkpoints ({names}); give the path of one")
             weights = found[0]
-        tensors = _official_checkpoint(weights) if weights.suffix == ".pt" else load_tensors(weights)
         model = cls(_read_config(folder / "config.json"))
+        tensors = _official_checkpoint(weights) if weights.suffix == ".pt" else load_tensors(weights)
         expected = model.state_dict()
         wrong = [f"missing {key}" for key in sorted(expected.keys() - tensors.keys())]
         wrong += [f"unknown {key}" for key in sorted(tensors.keys() - expected.keys())]
@@ -344,7 +353,12 @@ def _read_config(path: Path) -> LightningDiTConfig:
 def _official_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise ArtefactError(f"{path}: no such checkpoint")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError) as error:
+        raise ArtefactError(f"{path}: not a checkpoint of plain tensors ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path}: holds a {type(content).__name__}, expected a dict with ema or model")
     for name in ("ema", "model"):
         if name in content:
             return {key.removeprefix("module."): value for key, value in content[name].items()}

@@ -1,0 +1,113 @@
+"""What a stage's code means: a digest of its import closure without comments, docstrings, annotations and formatting.
+
+A comment changes no digest; a changed formula changes those of the stages that can reach it.
+"""
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGES = ("vtp", "stages")
+# Files that cannot change a result: how a run is started, resumed, logged and drawn on a terminal.
+LEFT_OUT = ("stages._runner", "stages._scratch", "stages._closure", "vtp.training.log", "vtp.training.checkpoint")
+
+
+def code_digest(module: str) -> str:
+    """SHA-256 over the meaning of every file that `module` can import within our packages."""
+    state = hashlib.sha256()
+    for name, path in sorted(closure(module).items()):
+        state.update(f"{name}\n{meaning(path.read_text(encoding='utf-8'))}\n".encode())
+    return state.hexdigest()
+
+
+def closure(module: str) -> dict[str, Path]:
+    """Modules of our packages that `module` imports, anywhere in their code, itself included; name -> file."""
+    found: dict[str, Path] = {}
+    queue = [module]
+    while queue:
+        name = queue.pop()
+        if name in found or name in LEFT_OUT or (path := _file(name)) is None:
+            continue
+        found[name] = path
+        queue += _imports(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def meaning(source: str) -> str:
+    """The syntax tree as text, without what cannot change a result."""
+    return _dump(_Meaning().visit(ast.parse(source)))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            # `from a import b` may name a module or a value.
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] in PACKAGES:
+                parts = name.split(".")
+                yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _file(name: str) -> Path | None:
+    """The file of a module, or None when the name is a value in one."""
+    parent = name.rpartition(".")[0]
+    if parent and ((above := _file(parent)) is None or above.name != "__init__.py"):
+        return None
+    spec = find_spec(name)
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+class _Meaning(ast.NodeTransformer):
+    """Drops docstrings, annotations of functions and variables, and descriptions of parameters.
+
+    Annotations of class attributes stay: they are what a parameter record accepts.
+    """
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        node.body = _without_docstring(node.body)
+        node.body = [self._plain(statement) for statement in node.body]
+        return self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        node.body = _without_docstring(node.body)
+        return self.generic_visit(node)
+
+    def visit_Module(self, node: ast.Module) -> ast.AST:
+        node.body = _without_docstring(node.body)
+        return self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        node.keywords = [keyword for keyword in node.keywords if keyword.arg != "description"]
+        return self.generic_visit(node)
+
+    def _plain(self, statement: ast.stmt) -> ast.stmt:
+        if isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            return ast.Assign([statement.target], statement.value, lineno=statement.lineno)
+        return statement
+
+
+def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+    first = body[0] if body else None
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        return body[1:] or [ast.Pass()]
+    return body
+
+
+def _dump(node: object) -> str:
+    """Like ast.dump, but empty fields are skipped, so that Python versions with new fields agree."""
+    if isinstance(node, ast.AST):
+        fields = [f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return f"{type(node).__name__}({', '.join(fields)})"
+    return f"[{', '.join(map(_dump, node))}]" if isinstance(node, list) else repr(node)

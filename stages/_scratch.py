@@ -1,0 +1,115 @@
+"""The scratch folder of one run: `$DVC_ROOT/.scratch/<stage>/<fingerprint>`, outside of what DVC deletes.
+
+    folder/        the stage's own: checkpoints, live curves, finished parts
+    outputs/       results, complete only when `finished.json` is there
+    lock           held while a process works here
+
+A finished run stays until its outputs stand in dvc.lock: when dvc is killed before it writes that file, it deletes the
+outputs at the next start, and they are published again from here.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from vtp.artefact import files, read_json, remove, write_json
+
+
+class Scratch:
+    """One run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+        self.folder = folder / "folder"
+        self.outputs = folder / "outputs"
+        self._finished = folder / "finished.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether all outputs are complete."""
+        return self._finished.exists()
+
+    def output(self, flag: str, destination: Path) -> Path:
+        """Where the stage writes the output `flag`; it keeps the suffix of its destination."""
+        return self.outputs / f"{flag}{destination.suffix}"
+
+    def start(self) -> None:
+        """Make the folder; outputs of an earlier attempt are dropped, its checkpoints stay."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove(self.outputs)
+        self.outputs.mkdir()
+
+    def finish(self, destinations: dict[str, Path]) -> None:
+        """Mark the outputs as complete, with the digests that DVC will give them; drop the checkpoints."""
+        digests = {str(path): dvc_digest(self.output(flag, path)) for flag, path in destinations.items()}
+        write_json(self._finished, {"outputs": digests})
+        shutil.rmtree(self.folder)
+
+    def publish(self, destinations: dict[str, Path]) -> None:
+        """Put every output in its place, each whole."""
+        for flag, destination in destinations.items():
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            temporary = destination.with_name(f".{destination.name}.tmp")
+            remove(temporary)
+            _copy(self.output(flag, destination), temporary)
+            remove(destination)
+            temporary.rename(destination)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder; wait, saying so, for whoever holds it now, such as an orphan of a killed dvc."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                print(f"waiting for process {lock.read().strip()}, which works on the same run", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            lock.truncate()
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+
+def prune(stage_folder: Path, keep: Path, lock_file: Path) -> None:
+    """Delete finished runs of a stage whose outputs stand in dvc.lock, except `keep`."""
+    if not stage_folder.is_dir() or not lock_file.exists():
+        return
+    recorded = YAML(typ="safe", pure=True).load(lock_file.read_text(encoding="utf-8")) or {}
+    known = {(out["path"], out["md5"]) for stage in recorded["stages"].values() for out in stage.get("outs", [])}
+    for folder in stage_folder.iterdir():
+        finished = folder / "finished.json"
+        if folder != keep and finished.exists() and set(read_json(finished)["outputs"].items()) <= known:
+            shutil.rmtree(folder)
+
+
+def dvc_digest(path: Path) -> str:
+    """The md5 that DVC records: of a file's bytes, or of the list of a folder's files."""
+    if path.is_dir():
+        entries = [{"md5": dvc_digest(file), "relpath": file.relative_to(path).as_posix()} for file in files(path)]
+        entries.sort(key=lambda entry: entry["relpath"])
+        return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+    state = hashlib.md5()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _copy(source: Path, destination: Path) -> None:
+    # Copies, not links: DVC makes what it finds here read-only and links it into its cache, and a later write through
+    # the other name would reach the cached bytes.
+    if source.is_dir():
+        shutil.copytree(source, destination)
+    else:
+        shutil.copyfile(source, destination)

@@ -1,0 +1,129 @@
+"""Validate all parameters before any stage works, and digest the code of every stage.
+
+Every other stage depends on the constant file that this one writes last, so a typo anywhere in `params.yaml` stops
+`dvc repro` within seconds and leaves every artefact in place. `--schema` prints the JSON schema of `params.yaml`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+
+from stages._closure import code_digest
+from stages._runner import BAD_PARAMETERS, config_class
+from vtp.artefact import whole_file, whole_folder
+from vtp.config import Config, ConfigError, read_yaml, split_address
+
+COMMAND = re.compile(r"python -m stages\.(\w+)\s+(\S+:\S+)")
+
+
+class Use(BaseModel):
+    """A stage of dvc.yaml that reads a section."""
+
+    module: str
+    file: Path
+    section: str
+
+
+def uses(dvc_file: Path) -> list[Use]:
+    """Every `python -m stages.<module> FILE:SECTION` of a dvc.yaml."""
+    stages = YAML(typ="safe", pure=True).load(dvc_file.read_text(encoding="utf-8"))["stages"]
+    found = []
+    for stage in stages.values():
+        if match := COMMAND.search(" ".join(stage["cmd"].split())):
+            file, section = split_address(match[2])
+            found.append(Use(module=match[1], file=file, section=section))
+    return found
+
+
+def stage_config(module: str) -> type[Config]:
+    """The parameter record of a stage."""
+    return config_class(import_module(f"stages.{module}").run)
+
+
+def problems(params: Path, sections: list[Use]) -> list[str]:
+    """Everything that is wrong with a parameter file, a message each."""
+    values = read_yaml(params)
+    wanted = {use.section: use for use in sections}
+    found = [f"{params}: section {name!r} is missing" for name in wanted if name not in values]
+    for name in values:
+        if name not in wanted:
+            found.append(f"{params}: no stage reads section {name!r}{did_you_mean(str(name), wanted)}")
+    configs: dict[str, Config] = {}
+    for name, use in wanted.items():
+        if name in values:
+            try:
+                configs[use.module] = stage_config(use.module).parse(values[name], where=f"{params}:{name}")
+            except ConfigError as error:
+                found.append(str(error))
+    return found + disagreements(configs)
+
+
+def disagreements(configs: dict[str, Any]) -> list[str]:
+    """What is wrong between sections."""
+    found = []
+    data, pretrain, understanding = (configs.get(n) for n in ("prepare_data", "pretrain", "evaluate_understanding"))
+    if data and pretrain and data.image_size != pretrain.tokenizer.image_size:
+        found.append(
+            f"prepare_data.image_size is {data.image_size}, pretrain.tokenizer.image_size is "
+            f"{pretrain.tokenizer.image_size}: decoder tuning and evaluation read the images at their own size"
+        )
+    if understanding and any("{}" not in template for template in understanding.templates):
+        found.append("evaluate_understanding.templates: every template must hold {} for the class")
+    return found
+
+
+def did_you_mean(name: str, known: Any) -> str:  # noqa: ANN401 - any collection of names
+    """`; did you mean X?` for the nearest known name, or nothing."""
+    near = get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def schema(sections: list[Use]) -> dict[str, Any]:
+    """The JSON schema of a parameter file."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "params.yaml",
+        "type": "object",
+        "additionalProperties": False,
+        "required": [use.section for use in sections],
+        "properties": {use.section: stage_config(use.module).model_json_schema() for use in sections},
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser("python -m stages.check", description=__doc__)
+    parser.add_argument("params", type=Path)
+    parser.add_argument("--valid", type=Path, help="written when all is well")
+    parser.add_argument("--code", type=Path, help="folder for one code digest per stage")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of the parameters and exit")
+    arguments = parser.parse_args()
+    sections = [use for use in uses(arguments.params.parent / "dvc.yaml") if use.file == arguments.params]
+    if arguments.schema:
+        json.dump(schema(sections), sys.stdout, indent=2)
+        sys.stdout.write("\n")
+        return
+    try:
+        found = problems(arguments.params, sections)
+    except ConfigError as error:
+        found = [str(error)]
+    if found:
+        sys.stderr.write("".join(f"error: {problem}\n" for message in found for problem in message.splitlines()))
+        sys.exit(BAD_PARAMETERS)
+    with whole_folder(arguments.code) as temporary:
+        for use in sections:
+            (temporary / f"{use.module}.txt").write_text(code_digest(f"stages.{use.module}") + "\n")
+    with whole_file(arguments.valid) as temporary:
+        temporary.write_text("valid\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Fréchet distance."""
+
+import numpy as np
+import pytest
+import torch
+
+from vtp.artefact import ArtefactError, save_tensors
+from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
+
+
+def samples(seed, count, dim, scale=1.0, shift=0.0):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) * scale + shift
+
+
+def with_moments(mean, std):
+    """Samples whose sample mean and diagonal covariance are exactly those given."""
+    dim = len(mean)
+    cube = torch.cat([torch.eye(dim), -torch.eye(dim)]).double() * ((2 * dim - 1) / 2) ** 0.5
+    return cube * torch.tensor(std) + torch.tensor(mean)
+
+
+def test_statistics_stream():
+    x = samples(0, 103, 7, shift=1000.0)
+    statistics = GaussianStatistics(7)
+    for part in x.split([1, 50, 0, 52]):
+        statistics.update(part)
+    expected = np.cov(x.double().numpy(), rowvar=False)
+    assert statistics.count == 103
+    np.testing.assert_allclose(statistics.mean, x.double().mean(0), rtol=1e-14)
+    np.testing.assert_allclose(statistics.covariance, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_closed_form_of_diagonal_covariances():
+    """sum (mu_a - mu_b)^2 + sum (sigma_a - sigma_b)^2, also where a sigma is zero."""
+    mean_a, mean_b, std_a, std_b = [0.0, 1.0, 2.0], [0.5, -1.0, 2.0], [1.0, 2.0, 0.5], [3.0, 0.0, 0.5]
+    a, b = GaussianStatistics.of(with_moments(mean_a, std_a)), GaussianStatistics.of(with_moments(mean_b, std_b))
+    expected = sum((m - n) ** 2 + (s - t) ** 2 for m, n, s, t in zip(mean_a, mean_b, std_a, std_b, strict=True))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-13)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("count", [500, 20])
+def test_equals_torch_fidelity(count):
+    """20 samples in 64 dimensions: singular covariances, where the reference itself is less exact."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    mix = torch.linspace(1, 0.01, 64) * (torch.eye(64) + 0.1)
+    a, b = samples(0, count, 64) @ mix, samples(1, count, 64, 1.2, 0.3) @ mix
+    reference = [fid_features_to_statistics(x.double()) for x in (a, b)]
+    expected = fid_statistics_to_metric(*reference, verbose=False)["frechet_inception_distance"]
+    ours = frechet_distance(GaussianStatistics.of(a), GaussianStatistics.of(b))
+    assert ours == pytest.approx(expected, rel=1e-10 if count > 64 else 1e-5)
+
+
+def test_singular_covariances_keep_their_precision():
+    """The same rank-3 sets, in 3 and, rotated, in 40 dimensions, are equally far apart."""
+    a, b = samples(0, 30, 3).double(), samples(1, 30, 3, 2.0, 1.0).double()
+    rotation = torch.linalg.qr(samples(2, 40, 40).double()).Q[:3]
+    expected = frechet_distance(GaussianStatistics.of(a), GaussianStatistics.of(b))
+    embedded = frechet_distance(GaussianStatistics.of(a @ rotation), GaussianStatistics.of(b @ rotation))
+    assert embedded == pytest.approx(expected, rel=1e-12)
+
+
+def test_zero_to_itself():
+    a = GaussianStatistics.of(samples(0, 10, 32, scale=100.0))
+    assert 0 <= frechet_distance(a, a) < 1e-7
+    constant = GaussianStatistics.of(torch.ones(4, 8))
+    assert frechet_distance(constant, constant) == 0
+
+
+def test_one_sample_has_no_covariance():
+    a, b = GaussianStatistics.of(torch.ones(1, 4)), GaussianStatistics.of(torch.ones(3, 4))
+    with pytest.raises(ValueError, match="at least 2 samples, these statistics hold 1"):
+        frechet_distance(a, b)
+
+
+def test_saved_statistics_go_on(tmp_path):
+    x = samples(0, 60, 5)
+    first = GaussianStatistics.of(x[:30])
+    first.save(tmp_path / "statistics.safetensors")
+    second = GaussianStatistics.load(tmp_path / "statistics.safetensors")
+    for statistics in (first, second):
+        statistics.update(x[30:])
+    assert second.count == 60
+    assert torch.equal(first.mean, second.mean)
+    assert torch.equal(first.covariance, second.covariance)
+    save_tensors(tmp_path / "other.safetensors", {"mean": x})
+    with pytest.raises(ArtefactError, match="holds mean, not Gaussian statistics"):
+        GaussianStatistics.load(tmp_path / "other.safetensors")

@@ -1,0 +1,143 @@
+"""Linear probe and nearest neighbours."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vtp.config import ConfigError
+from vtp.evaluation.linear_probe import LinearProbeConfig, fit_logistic, knn_accuracy, linear_probe
+
+CONFIG = LinearProbeConfig(l2=[1e-4, 1e-2, 1.0], max_iterations=200, holdout=0.2, seed=0)
+
+
+def blobs(seed, count, *, classes=3, dim=6, spread=1.0):
+    """Classes around fixed centres of unit length."""
+    draws = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=draws)
+    return torch.eye(dim)[labels] + spread * torch.randn(count, dim, generator=draws), labels
+
+
+def newton(features, labels, classes, l2):
+    """Newton's method on the same objective, with the exact Hessian."""
+    x = torch.cat([features, torch.ones(len(features), 1).double()], dim=1)
+    ridge = torch.full((x.shape[1], 1), l2).double()
+    ridge[-1] = 0
+
+    def loss(flat):
+        weight = flat.view(-1, classes)
+        return F.cross_entropy(x @ weight, labels) + (ridge * weight**2).sum() / 2
+
+    flat = torch.zeros(x.shape[1] * classes).double()
+    for _ in range(20):
+        gradient = torch.func.grad(loss)(flat)
+        # The bias is free along one direction, hence the least-squares step.
+        flat = flat - torch.linalg.pinv(torch.func.hessian(loss)(flat), hermitian=True, rtol=1e-10) @ gradient
+    return flat.view(-1, classes)
+
+
+@pytest.mark.parametrize("l2", [1e-3, 0.1])
+def test_reaches_the_optimum(l2):
+    features, labels = blobs(0, 200)
+    ours = fit_logistic(features.double(), labels, 3, l2=l2, max_iterations=500)
+    torch.testing.assert_close(ours, newton(features.double(), labels, 3, l2), rtol=0, atol=1e-5)
+
+
+def test_intercept_closed_form():
+    """Without informative features, the probabilities are the class frequencies, whatever the penalty."""
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2])
+    weight = fit_logistic(torch.zeros(10, 4).double(), labels, 3, l2=10.0, max_iterations=100)
+    torch.testing.assert_close(weight[-1].softmax(0), torch.tensor([0.6, 0.3, 0.1]).double(), atol=1e-6, rtol=0)
+
+
+def test_separable():
+    result = linear_probe(*blobs(0, 300, spread=0.05), *blobs(1, 100, spread=0.05), config=CONFIG)
+    assert result.accuracy == result.train_accuracy == 1
+    assert result.l2 == 1.0  # all candidates are right on the held-out samples: the strongest
+
+
+def test_random_labels():
+    """Nothing to learn: near chance on others, whatever was memorised, and a strong penalty is chosen."""
+    (train, _), (test, _) = blobs(0, 400, dim=100), blobs(1, 1000, dim=100)
+    draws = torch.Generator().manual_seed(2)
+    known, truth = torch.randint(4, (400,), generator=draws), torch.randint(4, (1000,), generator=draws)
+    result = linear_probe(train, known, test, truth, config=CONFIG)
+    assert abs(result.accuracy - 0.25) < 0.06
+    assert result.train_accuracy > 0.4
+
+
+def test_penalty_is_chosen_for_generalisation():
+    """Many noisy dimensions, few samples: the held-out samples want a penalty, and the training samples none."""
+    train, test = blobs(0, 120, dim=100, spread=0.7), blobs(1, 500, dim=100, spread=0.7)
+    results = {l2: linear_probe(*train, *test, config=CONFIG.model_copy(update={"l2": [l2]})) for l2 in CONFIG.l2}
+    chosen = linear_probe(*train, *test, config=CONFIG)
+    assert chosen.l2 > 1e-4
+    assert chosen.accuracy == results[chosen.l2].accuracy > results[1e-4].accuracy
+    assert results[1e-4].train_accuracy == 1
+    assert chosen.holdout_accuracy == {l2: results[l2].holdout_accuracy[l2] for l2 in (1.0, 1e-2, 1e-4)}
+
+
+def test_scale_and_dead_features_do_not_matter():
+    train, test = blobs(0, 200), blobs(1, 200)
+    expected = linear_probe(*train, *test, config=CONFIG)
+
+    def disguise(features):
+        dead = torch.full((len(features), 2), 3.3)
+        return torch.cat([features * torch.tensor([1e-3, 1, 1, 1, 1, 1e3]) - 50, dead], dim=1)
+
+    disguised = linear_probe(disguise(train[0]), train[1], disguise(test[0]), test[1], config=CONFIG)
+    assert disguised.accuracy == pytest.approx(expected.accuracy, abs=0.011)
+    assert disguised.l2 == expected.l2
+
+
+def test_repeats_itself_and_works_in_inference_mode():
+    train, test = blobs(0, 100), blobs(1, 100)
+    expected = linear_probe(*train, *test, config=CONFIG)
+    torch.manual_seed(5)
+    with torch.inference_mode():
+        inside = linear_probe(*(x.clone() for x in (*train, *test)), config=CONFIG)
+    assert inside == expected
+
+
+def test_holdout_must_leave_something():
+    with pytest.raises(ValueError, match=r"holdout 0\.9 of 2 training samples leaves none to fit"):
+        linear_probe(*blobs(0, 2), *blobs(1, 2), config=CONFIG.model_copy(update={"holdout": 0.9}))
+
+
+def test_config_refuses_nonsense():
+    for change in ({"l2": []}, {"l2": [0.0]}, {"holdout": 1.0}, {"holdout": 0.0}):
+        with pytest.raises(ConfigError, match="params.yaml:probe"):
+            LinearProbeConfig.parse(CONFIG.model_dump() | change, where="params.yaml:probe")
+
+
+def angles(*degrees):
+    return torch.tensor([[math.cos(math.radians(angle)), math.sin(math.radians(angle))] for angle in degrees])
+
+
+def test_knn_weighs_votes_by_similarity():
+    """One close neighbour of class 0, two far ones of class 1: the temperature decides. Lengths do not weigh."""
+    train, labels = angles(5, 40, 45) * torch.tensor([[1.0], [9.0], [9.0]]), torch.tensor([0, 1, 1])
+    query, truth = angles(0), torch.tensor([0])
+    assert knn_accuracy(train, labels, query, truth, k=3) == 1  # exp(-0.3 / 0.07) is small
+    assert knn_accuracy(train, labels, query, truth, k=3, temperature=10) == 0
+    assert knn_accuracy(train, labels, query, truth, k=3, temperature=1e-4) == 1  # and does not overflow
+    assert knn_accuracy(train, labels, query, truth, k=1, temperature=10) == 1
+
+
+def test_knn_equals_brute_force(monkeypatch):
+    monkeypatch.setattr("vtp.evaluation.linear_probe.BLOCK", 16)
+    (train, labels), (test, truth) = blobs(0, 80), blobs(1, 50)
+    hits = 0
+    for query, label in zip(test, truth, strict=True):
+        near = sorted(
+            ((F.cosine_similarity(query, x, dim=0).item(), y.item()) for x, y in zip(train, labels, strict=True))
+        )
+        votes = [sum(math.exp(s / 0.07) for s, y in near[-7:] if y == c) for c in range(3)]
+        hits += votes.index(max(votes)) == label.item()
+    assert knn_accuracy(train, labels, test, truth, k=7) == hits / 50
+
+
+def test_knn_needs_enough_neighbours():
+    with pytest.raises(ValueError, match="k is 20, the training set has 5 samples"):
+        knn_accuracy(*blobs(0, 5), *blobs(1, 5), k=20)

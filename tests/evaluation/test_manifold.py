@@ -1,0 +1,56 @@
+"""Precision and recall."""
+
+import pytest
+import torch
+
+from vtp.evaluation.manifold import precision_recall
+
+
+def samples(seed, count, dim=8, scale=1.0, shift=0.0):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) * scale + shift
+
+
+def brute_force(centres, points, neighbours):
+    """Share of points in a ball, by loops over float64 norms."""
+    centres, points = centres.double(), points.double()
+    radii = [sorted((centres - centre).norm(dim=1).tolist())[neighbours] for centre in centres]
+    inside = [any((point - c).norm() <= r for c, r in zip(centres, radii, strict=True)) for point in points]
+    return sum(inside) / len(inside)
+
+
+@pytest.mark.parametrize("neighbours", [1, 3])
+def test_equals_brute_force(neighbours):
+    real, fake = samples(0, 40), samples(1, 30, scale=0.7, shift=0.3)
+    result = precision_recall(real, fake, neighbours=neighbours, block=7)
+    assert result == (brute_force(real, fake, neighbours), brute_force(fake, real, neighbours))
+    assert 0 < result.recall < result.precision < 1
+
+
+@pytest.mark.parametrize("block", [2, 64, 4096])
+def test_equals_torch_fidelity(block):
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    real, fake = samples(0, 300), samples(1, 200, scale=0.8)
+    expected = prc_features_to_metric(fake, real, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True)
+    result = precision_recall(real, fake, neighbours=3, block=block)
+    assert result == pytest.approx((expected["precision"], expected["recall"]))
+
+
+def test_extremes():
+    """A sample of two modes: leaving one out costs recall, leaving the data costs both."""
+    modes = torch.cat([samples(0, 50), samples(1, 50, shift=100.0)])
+    assert precision_recall(modes, modes) == (1, 1)
+    assert precision_recall(modes, modes[:50]) == (1, 0.5)
+    assert precision_recall(modes[:50], modes) == (0.5, 1)
+    assert precision_recall(modes[:50], modes[50:]) == (0, 0)
+
+
+def test_far_from_the_origin():
+    """Features with a large common mean, as after a ReLU, keep their distances."""
+    real, fake = samples(0, 100), samples(1, 100, scale=0.8)
+    assert precision_recall(real + 1000, fake + 1000) == pytest.approx(precision_recall(real, fake), abs=0.02)
+
+
+def test_needs_more_points_than_neighbours():
+    with pytest.raises(ValueError, match="3 neighbours need more points than 10 real and 3 generated"):
+        precision_recall(samples(0, 10), samples(1, 3), neighbours=3)

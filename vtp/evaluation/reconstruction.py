@@ -1,0 +1,67 @@
+"""How close reconstructions are to their images, image by image: PSNR, SSIM and a perceptual distance (paper table 2)."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+WINDOW, SIGMA = 11, 1.5
+STABILISERS = (0.01**2, 0.03**2)  # C1, C2 for images in [0, 1]
+
+
+class ReconstructionMeans:
+    """Running means over images, whatever the batch sizes; `perceptual` maps pairs in [-1, 1] to distances [B]."""
+
+    def __init__(self, perceptual: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.count = 0
+        self._perceptual = perceptual
+        self._sums = {"psnr": 0.0, "ssim": 0.0, "perceptual": 0.0}
+
+    @torch.no_grad()
+    def update(self, a: Tensor, b: Tensor) -> None:
+        """Add pairs [B, 3, H, W] in [0, 1]."""
+        values = {"psnr": psnr(a, b), "ssim": ssim(a, b), "perceptual": self._perceptual(a * 2 - 1, b * 2 - 1)}
+        for name, value in values.items():
+            self._sums[name] += value.cpu().double().sum().item()
+        self.count += len(a)
+
+    def means(self) -> dict[str, float]:
+        """`psnr` in dB, `ssim`, `perceptual`. Raises ValueError before the first image."""
+        if not self.count:
+            raise ValueError("no image was added; call `update` first")
+        return {name: total / self.count for name, total in self._sums.items()}
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio [B] in dB of images [B, C, H, W] in [0, 1]; at most 100, where equal images stand."""
+    error = (a.float() - b.float()).square().mean((1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity [B] of images [B, C, H, W] in [0, 1], H and W at least 11 (Wang et al. 2004).
+
+    Gaussian window of 11 x 11, sigma 1.5, only where it lies inside the image; channels and positions are averaged.
+    """
+    if min(a.shape[2:]) < WINDOW:
+        raise ValueError(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels, given {tuple(a.shape[2:])}")
+    a, b = a.float(), b.float()
+    mean_a, mean_b, aa, bb, ab = _blur(torch.stack([a, b, a * a, b * b, a * b]))
+    c1, c2 = STABILISERS
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
+    variances = aa - mean_a.square() + bb - mean_b.square()
+    structure = (2 * (ab - mean_a * mean_b) + c2) / (variances + c2)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+def _blur(x: Tensor) -> Tensor:
+    """Gaussian average over the last two axes. Sums of slices: a TF32 convolution would drown the small variances."""
+    weights = [math.exp(-((offset - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for offset in range(WINDOW)]
+    for axis in (-2, -1):
+        length = x.shape[axis] - WINDOW + 1
+        blurred = torch.zeros_like(x.narrow(axis, 0, length))
+        for offset, weight in enumerate(weights):
+            blurred.add_(x.narrow(axis, offset, length), alpha=weight / sum(weights))
+        x = blurred
+    return x
