@@ -10,7 +10,7 @@ from vtp.config import Config
 from vtp.data.shards import ShardDataset
 from vtp.evaluation.features import FeaturesConfig, build_features, count_name
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
-from vtp.evaluation.reconstruction import psnr, ssim
+from vtp.evaluation.reconstruction import ReconstructionMeans
 from vtp.layers.images import normalise, to_uint8
 from vtp.losses.perceptual import PerceptualConfig, build_perceptual
 from vtp.models.tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ def run(
     }
     reference = GaussianStatistics(extractor.dim)
     statistics = {name: GaussianStatistics(extractor.dim) for name in models}
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
+    means = {name: ReconstructionMeans(perceptual) for name in models}
     rows: list[torch.Tensor] = []
     with work.progress(total=len(images), description="reconstructing", unit="image") as bar:
         for indices in torch.arange(len(images)).split(config.batch_size):
@@ -57,19 +57,17 @@ def run(
             for name, model in models.items():
                 written = to_uint8(model.decode(latents))
                 statistics[name].update(extractor(written))
-                a, b = originals / 255, written / 255
-                values = [psnr(a, b), ssim(a, b), perceptual(a * 2 - 1, b * 2 - 1)]
-                sums[name] += torch.stack([value.double().sum().cpu() for value in values])
+                means[name].update(originals / 255, written / 255)
                 rows += [written] if first else []
             bar.update(len(indices))
     size = f"{extractor.name}_{count_name(len(images))}"
     table = {}
-    for name, total in sums.items():
-        means = (total / len(images)).tolist()
+    for name, measured in means.items():
+        values = measured.means()
         table[name] = {
-            "psnr": means[0],
-            "ssim": means[1],
-            f"lpips_{perceptual.name}": means[2],
+            "psnr": values["psnr"],
+            "ssim": values["ssim"],
+            f"lpips_{perceptual.name}": values["perceptual"],
             f"rfid_{size}": frechet_distance(reference, statistics[name]),
         }
     write_json(metrics, {"reconstruction": table})

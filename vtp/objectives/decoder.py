@@ -18,7 +18,7 @@ from vtp.layers.average import frozen_copy, update_average, warm_momentum
 from vtp.layers.flops import FROZEN, TRAINING, forward_flops
 from vtp.layers.images import denormalise, normalise
 from vtp.losses.gan import adaptive_weight, discriminator_loss, generator_loss
-from vtp.losses.perceptual import PerceptualConfig
+from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
 from vtp.models.discriminator import AugmentationConfig, PatchDiscriminator, augment, draw_augmentation
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.pretrain import Term, reconstruction_distance
@@ -52,7 +52,7 @@ class DecoderObjective(nn.Module):
         critic: PatchDiscriminator,
         config: DecoderObjectiveConfig,
         *,
-        perceptual: nn.Module,
+        perceptual: PerceptualDistance,
         seed: int,
     ) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class DecoderObjective(nn.Module):
         height, width = (size // tokenizer.config.vision.patch_size for size in images.shape[2:])
         latents = torch.empty(len(images), tokenizer.config.vision.feature_bottleneck, height, width)
         flops = forward_flops(tokenizer.trunk, images) + TRAINING * forward_flops(self.decoder, latents)
-        flops += (1 + FROZEN) / 2 * forward_flops(perceptual, images, images)
+        flops += (1 + FROZEN) / 2 * forward_flops(perceptual.network, images, images)
         if self.config.adversarial_weight:
             flops += (FROZEN + 2 * TRAINING) * forward_flops(self.critic, images)
         return flops

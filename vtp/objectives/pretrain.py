@@ -23,7 +23,7 @@ from vtp.layers.images import denormalise
 from vtp.losses.clip import clip_loss
 from vtp.losses.dino import TargetsConfig, build_targets, dino_loss, ibot_loss, target_diagnostics
 from vtp.losses.koleo import koleo_loss
-from vtp.losses.perceptual import PerceptualConfig
+from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
 from vtp.models.heads import DinoHead, DinoHeadConfig
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.models.vit import Features
@@ -88,7 +88,7 @@ class PretrainObjective(nn.Module):
         tokenizer: VisualTokenizer,
         config: PretrainObjectiveConfig,
         *,
-        perceptual: nn.Module,
+        perceptual: PerceptualDistance,
         seed: int,
     ) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class PretrainObjective(nn.Module):
             forward_flops(trunk, images) + forward_flops(self.tokenizer.pixel_decoder, self._latents(images))
         )
         # The perceptual network sees target and reconstruction, and passes gradients through the latter only.
-        return flops + (1 + FROZEN) / 2 * forward_flops(self._perceptual[0], images, images)
+        return flops + (1 + FROZEN) / 2 * forward_flops(self._perceptual[0].network, images, images)
 
     def _latents(self, images: Tensor) -> Tensor:
         patch_size = self.tokenizer.config.vision.patch_size
@@ -243,7 +243,7 @@ class Distance(NamedTuple):
     perceptual: Tensor
 
 
-def reconstruction_distance(perceptual: nn.Module, reconstructions: Tensor, images: Tensor) -> Distance:
+def reconstruction_distance(perceptual: PerceptualDistance, reconstructions: Tensor, images: Tensor) -> Distance:
     """L1 in ImageNet-normalised space and the perceptual distance in [-1, 1], both in float32 (paper eq. 1)."""
     reconstructions, images = reconstructions.float(), images.float()
     distance = perceptual(denormalise(reconstructions) * 2 - 1, denormalise(images) * 2 - 1)
