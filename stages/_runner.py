@@ -84,12 +84,12 @@ class Work:
         """End a run that has saved its state."""
         raise Interrupted
 
-    def progress(self, total: int, description: str, unit: str) -> AbstractContextManager[Any]:
-        """A bar on stderr with rate and time left."""
+    def progress(self, total: int, description: str, unit: str, done: int = 0) -> AbstractContextManager[Any]:
+        """A bar on stderr with rate and time left; `done` units were done by an earlier start."""
         from tqdm import tqdm
 
         interval = 0.1 if sys.stderr.isatty() else 15.0
-        return tqdm(total=total, desc=description, unit=unit, mininterval=interval, maxinterval=interval)
+        return tqdm(total=total, desc=description, unit=unit, initial=done, mininterval=interval, maxinterval=interval)
 
 
 def main(run: Callable[..., None]) -> None:

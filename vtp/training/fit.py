@@ -5,6 +5,7 @@ only one objective are alive at a time. Its phases are trained in turn within ev
 generation, two for adversarial tuning.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -105,7 +106,7 @@ class Host(Protocol):
     @property
     def stop_requested(self) -> bool: ...
     def stop(self) -> NoReturn: ...
-    def progress(self, total: int, description: str, unit: str) -> AbstractContextManager[Progress]: ...
+    def progress(self, total: int, description: str, unit: str, done: int = 0) -> AbstractContextManager[Progress]: ...
 
 
 class NotFinite(RuntimeError):
@@ -135,8 +136,9 @@ def fit(
     start = _resume(checkpoints, parts)
     curves = Curves(host.folder / "curves.csv", start=start)
     saved_at = time.monotonic()
-    with host.progress(total=steps, description="training", unit="step") as bar:
-        bar.update(start)
+    if start:
+        logging.info("resumed after step %d of %d", start, steps)
+    with host.progress(total=steps, description="training", unit="step", done=start) as bar:
         for step, batch in zip(range(start, steps), _stream(batches, range(start, steps), host), strict=True):
             for phase, optimizer in optimizers.items():
                 terms = objective.losses(phase, batch, step, step / steps)

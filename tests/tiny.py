@@ -1,0 +1,71 @@
+"""The reference recipe at a size of seconds: params.yaml with small numbers, every section and key kept."""
+
+from pathlib import Path
+from typing import Any
+
+from vtp.config import read_yaml
+
+ROOT = Path(__file__).parents[1]
+
+SMALL: dict[str, Any] = {
+    "prepare_data": {
+        "image_size": 16,
+        "classes": 6,
+        "train_samples": 64,
+        "validation_samples": 32,
+        "samples_per_shard": 48,
+    },
+    "pretrain": {
+        "tokenizer": {
+            "image_size": 16,
+            "vision": {"embed_dim": 16, "depth": 2, "num_heads": 2, "feature_bottleneck": 8},
+            "decoder": {"embed_dim": 16, "depth": 1, "num_heads": 2},
+            "text": {"embed_dim": 16, "depth": 1, "num_heads": 2},
+        },
+        "data": {
+            "batch": {"clip": 8, "ssl": 4, "reconstruction": 4},
+            "clip_view": {"size": 16},
+            "ssl_views": {"global_size": 16, "local_size": 8, "local_views": 2},
+        },
+        "objective": {"ssl": {"head": {"hidden_dim": 16, "bottleneck_dim": 8, "prototypes": 16}}},
+        "training": {"length": {"name": "samples", "samples": 96}, "log_every": 2},
+    },
+    "tune_decoder": {
+        "batch_size": 4,
+        "discriminator": {"width": 4},
+        "training": {"length": {"name": "samples", "samples": 48}, "log_every": 2},
+    },
+    "cache_latents": {"batch_size": 16, "shard_size": 20},
+    "train_generator": {
+        "batch_size": 8,
+        "model": {"hidden_size": 16, "depth": 1, "num_heads": 2},
+        "training": {"length": {"name": "samples", "samples": 96}, "log_every": 2},
+    },
+    "generate": {"samples": 24, "batch_size": 10, "unguided": {"steps": 2}, "guided": {"steps": 2}},
+    "evaluate_understanding": {"batch_size": 16, "train_samples": 40, "probe": {"max_iterations": 5}},
+    "evaluate_reconstruction": {"batch_size": 20, "pictures": 3},
+    "evaluate_generator": {"batch_size": 20, "reference_samples": 40, "pictures_per_class": 2, "pictured_classes": 3},
+}
+
+
+def tiny_params(params: Path = ROOT / "params.yaml") -> dict[str, Any]:
+    """All sections of `params` at tiny size."""
+    return merged(read_yaml(params), SMALL)
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with nested `changes`; a union member is replaced as a whole."""
+    result = dict(values)
+    for key, change in changes.items():
+        assert key in values, key
+        nested = isinstance(change, dict) and "name" not in change
+        result[key] = merged(values[key], change) if nested else change
+    return result
+
+
+def write_params(values: dict[str, Any], path: Path) -> None:
+    """As YAML."""
+    from ruamel.yaml import YAML
+
+    with path.open("w", encoding="utf-8") as file:
+        YAML().dump(values, file)
