@@ -14,7 +14,13 @@ from stages._runner import Input, Output, Work, main
 from vtp.artefact import load_tensors, read_json, write_json
 from vtp.config import Config
 from vtp.data.shards import ShardDataset
-from vtp.evaluation.features import FeatureExtractor, FeaturesConfig, build_features, count_name
+from vtp.evaluation.features import (
+    FeatureExtractor,
+    FeaturesConfig,
+    InceptionFeaturesConfig,
+    build_features,
+    count_name,
+)
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.evaluation.inception_score import inception_score
 from vtp.evaluation.manifold import precision_recall
@@ -31,7 +37,6 @@ class EvaluateGenerator(Config):
     batch_size: int = Field(ge=1)
     reference_samples: int = Field(ge=2, description="training images behind the reference statistics")
     neighbours: int = Field(ge=1, description="k of precision and recall")
-    inception_splits: int = Field(ge=1, description="parts of the inception score; used by features with classes")
     pictures_per_class: int = Field(ge=1)
     pictured_classes: int = Field(ge=1)
 
@@ -63,8 +68,8 @@ def run(
             decoded, labels = _decode(model, samples / f"{name}.safetensors", config.batch_size, work.device)
             drawn = extractor.all(decoded.split(config.batch_size), bar.update)
             table[name] = _compare(config, extractor, drawn, real, reference)
-            if extractor.has_logits:
-                score = inception_score(extractor.logits(drawn), splits=config.inception_splits)
+            if isinstance(config.features, InceptionFeaturesConfig):
+                score = inception_score(extractor.logits(drawn), splits=config.features.splits)
                 table[name][f"is_{extractor.name}_{count_name(len(decoded))}"] = score.mean
             _picture(config, decoded, labels, description["classes"], pictures / f"{name}.png", name)
     write_json(metrics, {"generation": table})

@@ -25,7 +25,7 @@ def images(seed, count=4, side=32):
 
 def inception(path):
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return InceptionFeaturesConfig(name="inception", weights=path.name, sha256=sha256)
+    return InceptionFeaturesConfig(name="inception", splits=10, weights=path.name, sha256=sha256)
 
 
 def test_random_vgg_features(tmp_path):
@@ -84,7 +84,7 @@ def test_inception_equals_torch_fidelity(tmp_path, monkeypatch):
 
 
 def test_inception_file_is_checked(tmp_path):
-    config = InceptionFeaturesConfig(name="inception", weights="inception.pth", sha256="00")
+    config = InceptionFeaturesConfig(name="inception", splits=10, weights="inception.pth", sha256="00")
     with pytest.raises(ArtefactError, match=r"inception\.pth: no such weights; put .* there"):
         build_features(config, weights=tmp_path, device="cpu")
     (tmp_path / "inception.pth").write_bytes(b"something else")

@@ -31,6 +31,7 @@ class InceptionFeaturesConfig(Config):
     name: Literal["inception"]
     weights: str = Field(description="file under weights/: weights-inception-2015-12-05-6726825d.pth of torch-fidelity")
     sha256: str
+    splits: int = Field(ge=1, description="parts of the inception score; 10 for published numbers")
 
 
 FeaturesConfig = Annotated[RandomVggFeaturesConfig | InceptionFeaturesConfig, Field(discriminator="name")]

@@ -27,7 +27,6 @@ class TextConfig(Config):
     pool_type: Literal["argmax", "first", "last", "none"] = "argmax"
     proj_type: Literal["linear", "none"] = "linear"
     proj_bias: bool = False
-    output_tokens: bool = False
     quick_gelu: bool = False
 
 

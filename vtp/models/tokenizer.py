@@ -208,8 +208,13 @@ _FIXED: dict[str, Any] = {
     "init_logit_bias": None,
     "nonscalar_logit_scale": False,
     "train_reconstruction": True,
+    "text_output_tokens": False,
 }
-_UNSUPPORTED: dict[str, Literal[False] | None] = {"nonscalar_logit_scale": False, "init_logit_bias": None}
+_UNSUPPORTED: dict[str, Literal[False] | None] = {
+    "nonscalar_logit_scale": False,
+    "init_logit_bias": None,
+    "text_output_tokens": False,
+}
 
 
 def official_config(config: TokenizerConfig) -> dict[str, Any]:
@@ -248,7 +253,8 @@ def read_config(path: Path) -> TokenizerConfig:
 
 
 def _section(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(f"{prefix}_"): value for key, value in flat.items() if key.startswith(f"{prefix}_")}
+    own = {key: value for key, value in flat.items() if key.startswith(f"{prefix}_") and key not in _FIXED}
+    return {key.removeprefix(f"{prefix}_"): value for key, value in own.items()}
 
 
 def save_decoder(tokenizer: VisualTokenizer, folder: Path) -> None:

@@ -74,7 +74,10 @@ class Objective(Protocol[Consumed_contra]):
         ...
 
     def losses(self, phase: str, batch: Consumed_contra, step: int, progress: float) -> Iterator[tuple[Tensor, Logs]]:
-        """The phase's loss terms, each with the scalars to log; their gradients add up. Progress is in [0, 1)."""
+        """The phase's loss terms, each with the scalars to log; their gradients add up.
+
+        Each term is differentiated before the next is computed, so no two share a graph. Progress is in [0, 1).
+        """
         ...
 
     def after_step(self, step: int) -> None:

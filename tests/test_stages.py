@@ -1,0 +1,169 @@
+"""All stages, one after the other, at tiny size in this process: artefacts fit together, and every parameter is read."""
+
+import json
+import math
+from contextlib import nullcontext
+from importlib import import_module
+
+import pytest
+import torch
+from tiny import ROOT, tiny_params
+
+from stages._runner import Work, path_flags
+from stages.check import stage_config, uses
+from vtp import LightningDiT, load_tokenizer
+from vtp.artefact import digest
+from vtp.config import Config
+
+ORDER = [use.module for use in uses(ROOT / "dvc.yaml")]
+# The names of a path: its producer's flag, and the flags of those who read it.
+SAME = {
+    "pretrain": "pretrain_metrics",
+    "pretrain_curves": "pretrain_curves",
+    "tune_decoder": "tune_decoder_metrics",
+    "decoder_curves": "tune_decoder_curves",
+    "train_generator": "train_generator_metrics",
+    "generator_curves": "train_generator_curves",
+    "reconstruction": "evaluate_reconstruction_metrics",
+    "reconstructions": "evaluate_reconstruction_picture",
+    "understanding": "evaluate_understanding_metrics",
+    "generation": "evaluate_generator_metrics",
+}
+
+
+class QuietWork(Work):
+    """Without bars."""
+
+    workers = property(lambda self: 0)
+    processes = property(lambda self: 0)
+
+    def progress(self, total, description, unit, done=0):
+        return nullcontext(self)
+
+    def update(self, count):
+        pass
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Run the recipe; the folder of all outputs, the parameters, and which parameters were read."""
+    root = tmp_path_factory.mktemp("work")
+    params = tiny_params()
+    configs = {name: stage_config(name).parse(params[name], where=name) for name in ORDER}
+    reads: set[tuple[str, str]] = set()
+    plain = Config.__getattribute__
+
+    def recording(self, name):
+        reads.add((type(self).__name__, name))
+        return plain(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Config, "__getattribute__", recording)
+        for name in ORDER:
+            run = import_module(f"stages.{name}").run
+            inputs = {flag: path_of(root, name, flag, "input") for flag in path_flags(run, "input")}
+            outputs = {flag: path_of(root, name, flag, "output") for flag in path_flags(run, "output")}
+            work = QuietWork(root / "scratch" / name, root)
+            work.folder.mkdir(parents=True)
+            run(configs[name], **inputs, **outputs, work=work)
+    return root, configs, reads
+
+
+def path_of(root, stage, flag, kind):
+    if kind == "output" and flag in {"metrics", "curves", "picture", "report"}:
+        return root / f"{stage}_{flag}"
+    if kind == "output" and flag == "pictures":
+        return root / "pictures"
+    if stage == "report":
+        return root / ("pictures" if flag == "samples" else SAME[flag])
+    return root / flag
+
+
+def fields(config):
+    """(class, field) of every parameter in a record, nested ones included."""
+    for name in type(config).model_fields:
+        value = vars(config)[name]
+        if isinstance(value, Config):
+            yield from fields(value)
+        elif name != "name":  # of a union: chooses the class
+            yield type(config).__name__, name
+
+
+def test_every_parameter_is_read(results):
+    _, configs, reads = results
+    # Fields of foreign checkpoints carry the official defaults and do not stand in params.yaml.
+    written = {key for config in configs.values() for key in fields(config)}
+    dumped = {key for key in written if key[0] in {"GeneratorConfig", "EmbeddedConfig"}}
+    unread = written - reads - {key for key in dumped if ("LightningDiTConfig", key[1]) in reads}
+    assert unread == set()
+
+
+def test_metrics_are_finite_and_named(results):
+    root, *_ = results
+    table = {}
+    for path in root.glob("*_metrics"):
+        table |= json.loads(path.read_text())
+    assert set(table) == {
+        "pretrain",
+        "tune_decoder",
+        "train_generator",
+        "understanding",
+        "reconstruction",
+        "generation",
+    }
+
+    def leaves(values):
+        for value in values.values():
+            yield from leaves(value) if isinstance(value, dict) else [value]
+
+    assert all(math.isfinite(value) for value in leaves(table))
+    assert set(table["reconstruction"]["tuned"]) == {"psnr", "ssim", "lpips_random-vgg16", "rfid_random-vgg16_32"}
+    assert set(table["generation"]) == {"unguided", "guided", "noise"}
+    assert "gfid_random-vgg16_24" in table["generation"]["guided"]
+    assert {"zero_shot_top1", "linear_probe_bottleneck", "linear_probe_last"} <= set(table["understanding"])
+    assert table["pretrain"]["samples"] == 96
+
+
+def test_tuning_leaves_the_encoder_alone(results):
+    root, *_ = results
+    plain, tuned = load_tokenizer(root / "tokenizer"), load_tokenizer(root / "tokenizer", root / "decoder")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(plain.encode(images), tuned.encode(images))
+    assert not torch.equal(plain.decode(plain.encode(images)), tuned.decode(plain.encode(images)))
+
+
+def test_latents_are_those_of_the_encoder(results):
+    from vtp.data.latents import LatentDataset
+    from vtp.data.shards import ShardDataset
+    from vtp.layers.images import normalise
+
+    root, *_ = results
+    latents, images = LatentDataset(root / "latents"), ShardDataset(root / "shards", "train")
+    assert len(latents) == len(images.singles) == 48
+    rows = [0, 19, 20, 47]
+    encoded = load_tokenizer(root / "tokenizer").encode(normalise(images.images(images.singles[rows])))
+    import numpy as np
+
+    torch.testing.assert_close(latents.rows(np.array(rows)), encoded.detach(), atol=1e-5, rtol=1e-5)
+    everything = latents.statistics.normalise(latents.rows(np.arange(48)))
+    torch.testing.assert_close(everything.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(everything.std((0, 2, 3), correction=0), torch.ones(8), atol=1e-4, rtol=0)
+    assert latents.config["encoder"] == digest(root / "tokenizer" / "model.safetensors")
+
+
+def test_generator_loads_and_samples_belong_to_their_index(results):
+    from stages.generate import sample_noise
+
+    root, *_ = results
+    model = LightningDiT.from_pretrained(root / "generator")
+    assert model.null_label == 6
+    assert torch.equal(sample_noise(0, 5, (8, 2, 2)), sample_noise(0, 5, (8, 2, 2)))
+    assert not torch.equal(sample_noise(0, 5, (8, 2, 2)), sample_noise(0, 6, (8, 2, 2)))
+
+
+def test_report_stands_alone(results):
+    root, *_ = results
+    page = (root / "report_report" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert "http" not in page
+    assert "generation.guided.gfid_random-vgg16_24" in page
