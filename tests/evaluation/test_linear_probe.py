@@ -68,12 +68,15 @@ def test_random_labels():
 
 
 def test_penalty_is_chosen_for_generalisation():
-    """Many noisy dimensions, few samples: the held-out samples want a penalty, and the training samples none."""
-    train, test = blobs(0, 120, dim=100, spread=0.7), blobs(1, 500, dim=100, spread=0.7)
+    """Many noisy dimensions and wrong labels: held-out samples want a penalty, the fitted ones want none."""
+    (features, labels), test = blobs(0, 400, dim=150, spread=0.3), blobs(1, 500, dim=150, spread=0.3)
+    draws = torch.Generator().manual_seed(2)
+    wrong = torch.rand(400, generator=draws) < 0.4
+    train = features, torch.where(wrong, torch.randint(3, (400,), generator=draws), labels)
     results = {l2: linear_probe(*train, *test, config=CONFIG.model_copy(update={"l2": [l2]})) for l2 in CONFIG.l2}
     chosen = linear_probe(*train, *test, config=CONFIG)
-    assert chosen.l2 > 1e-4
-    assert chosen.accuracy == results[chosen.l2].accuracy > results[1e-4].accuracy
+    assert chosen.l2 == 1.0
+    assert chosen.accuracy == results[1.0].accuracy > results[1e-4].accuracy + 0.1
     assert results[1e-4].train_accuracy == 1
     assert chosen.holdout_accuracy == {l2: results[l2].holdout_accuracy[l2] for l2 in (1.0, 1e-2, 1e-4)}
 
@@ -107,7 +110,7 @@ def test_holdout_must_leave_something():
 
 def test_config_refuses_nonsense():
     for change in ({"l2": []}, {"l2": [0.0]}, {"holdout": 1.0}, {"holdout": 0.0}):
-        with pytest.raises(ConfigError, match="params.yaml:probe"):
+        with pytest.raises(ConfigError, match=r"params\.yaml:probe"):
             LinearProbeConfig.parse(CONFIG.model_dump() | change, where="params.yaml:probe")
 
 

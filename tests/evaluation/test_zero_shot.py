@@ -30,7 +30,7 @@ def test_classifier_closed_form(batch, monkeypatch):
 
 
 def test_template_without_a_place_for_the_name():
-    with pytest.raises(ValueError, match="template 'a photo': has no {}"):
+    with pytest.raises(ValueError, match=r"template 'a photo': has no \{\}"):
         build_classifier(encode, ["cat"], ["a {}", "a photo"])
 
 

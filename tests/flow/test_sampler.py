@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from safetensors.torch import load_file
 
 from vtp import LightningDiT
 from vtp.flow import SamplerConfig, sample
-from vtp.flow.sampler import time_grid
+from vtp.flow.sampler import Solver, time_grid
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
-OFFICIAL = {
+OFFICIAL: dict[str, dict[str, Any]] = {
     "euler_10steps_shift0.0": {"solver": "euler", "steps": 10, "timestep_shift": 0.0},
     "euler_10steps_shift0.3": {"solver": "euler", "steps": 10, "timestep_shift": 0.3},
     "dopri5": {"solver": "dopri5", "steps": 10, "timestep_shift": 0.0},
@@ -55,7 +56,7 @@ class Recorder:
         return rate.view(-1, 1, 1, 1) * x
 
 
-def draw(model, *, steps=8, solver="euler", **options):
+def draw(model, *, steps=8, solver: Solver = "euler", **options):
     noise = torch.ones(2, 4, 1, 1, dtype=torch.float64)
     return sample(
         model, noise, torch.zeros(2, dtype=torch.int64), solver=solver, steps=steps, timestep_shift=0, **options
@@ -69,12 +70,27 @@ def test_order_of_convergence(solver, order):
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.05)
 
 
-def test_dopri5_solves_it():
-    assert float(draw(Recorder(), solver="dopri5").mean()) == pytest.approx(math.e, rel=1e-3)
+def test_constant_velocity_is_integrated_exactly():
+    """x(1) = x(0) + v for any grid, since the steps sum to one."""
+    noise, v = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    cases: list[tuple[Solver, float]] = [("euler", 0.0), ("euler", 0.075), ("heun", 0.3), ("dopri5", 0.0)]
+    for solver, shift in cases:
+        out = sample(lambda x, t, c: v, noise, torch.zeros(2), solver=solver, steps=7, timestep_shift=shift)
+        torch.testing.assert_close(out, noise + v, atol=1e-12, rtol=0)
+
+
+def test_dopri5_keeps_its_tolerance():
+    """Tighter tolerances give a smaller error and cost more evaluations."""
+    loose, tight = Recorder(), Recorder()
+    loose_error = abs(float(draw(loose, solver="dopri5").mean()) - math.e)
+    tight_error = abs(float(draw(tight, solver="dopri5", atol=1e-12, rtol=1e-10).mean()) - math.e)
+    assert tight_error < 1e-8 < loose_error < 1e-2
+    assert len(tight.batches) > len(loose.batches)
 
 
 def test_steps_count_evaluations():
-    for solver, evaluations in (("euler", 8), ("heun", 16)):
+    cases: list[tuple[Solver, int]] = [("euler", 8), ("heun", 16)]
+    for solver, evaluations in cases:
         model = Recorder()
         draw(model, solver=solver)
         assert model.batches == [2] * evaluations
@@ -84,9 +100,22 @@ def test_null_branch_is_computed_inside_the_interval_only():
     model = Recorder()
     draw(model, guidance_scale=2.0, guidance_interval=(0.5, 1.0))
     assert model.batches == [2] * 4 + [4] * 4
-    unguided = Recorder()
-    torch.testing.assert_close(draw(unguided, guidance_scale=1.0), draw(Recorder()))
-    assert set(unguided.batches) == {2}
+    draw(model := Recorder(), guidance_scale=2.0, guidance_interval=(0.25, 0.5))
+    assert model.batches == [2] * 2 + [4] * 3 + [2] * 3  # both ends belong to the interval
+
+
+def test_scale_one_is_no_guidance():
+    """One plain evaluation a step, no need of a null condition, and the limit of guidance as the scale nears one."""
+    evaluations = []
+
+    def model(x, t, condition):
+        evaluations.append(len(x))
+        return -x
+
+    draw(model, guidance_scale=1.0)
+    assert evaluations == [2] * 8
+    nearly = draw(Recorder(weak=0.5), guidance_scale=1 + 1e-9)
+    torch.testing.assert_close(nearly, draw(Recorder(weak=0.5), guidance_scale=1.0), atol=1e-7, rtol=0)
 
 
 def test_guidance_extrapolates():
@@ -100,6 +129,44 @@ def test_guidance_on_three_channels():
     torch.testing.assert_close(guided[:, :3], draw(Recorder(strong=2.0))[:, :3])
     torch.testing.assert_close(guided[:, 3:], draw(Recorder(strong=1.0))[:, 3:])
 
+    for channels in (None, "all", 4):
+        every = draw(Recorder(strong=1.0, weak=0.5), guidance_scale=3.0, guidance_channels=channels)
+        torch.testing.assert_close(every, draw(Recorder(strong=2.0)))
+    with pytest.raises(ValueError, match="guidance_channels is 5"):
+        draw(Recorder(), guidance_scale=3.0, guidance_channels=5)
+
+
+def test_null_condition_is_an_argument():
+    """Conditions need not be labels: any tensor with a null of its shape."""
+    noise, features = torch.ones(2, 4, 1, 1, dtype=torch.float64), torch.ones(2, 1, 1, 1, dtype=torch.float64)
+
+    def model(x, t, condition):
+        return condition * x
+
+    options: dict[str, Any] = {"solver": "euler", "steps": 8, "timestep_shift": 0.0}
+    guided = sample(model, noise, features, null_condition=features / 2, guidance_scale=3.0, **options)
+    torch.testing.assert_close(guided, sample(model, noise, features * 2, **options))
+    with pytest.raises(ValueError, match="null_condition"):
+        sample(model, noise, features, guidance_scale=3.0, **options)
+
+
+def test_low_precision_models_keep_the_state_in_full():
+    """A bfloat16 velocity, as under autocast, is widened before guidance and integration."""
+
+    def model(x, t, condition):
+        return x.bfloat16()
+
+    for solver in ("euler", "heun", "dopri5"):
+        out = draw(model, solver=solver, guide_model=model, guidance_scale=2.0)
+        assert out.dtype == torch.float64
+        torch.testing.assert_close(out, draw(Recorder(), solver=solver), rtol=0.02, atol=0)
+
+
+def test_progress_is_the_time_reached():
+    reached = []
+    draw(Recorder(), steps=4, progress=reached.append)
+    assert reached == [0.25, 0.5, 0.75, 1.0]
+
 
 def test_autoguidance_keeps_the_condition():
     model, guide = Recorder(strong=1.0), Recorder(strong=0.5)
@@ -109,15 +176,46 @@ def test_autoguidance_keeps_the_condition():
 
 def test_samples_do_not_depend_on_their_neighbours():
     model, io = LightningDiT.from_pretrained(GOLDEN), load_file(GOLDEN / "io.safetensors")
-    options = {"solver": "euler", "steps": 4, "timestep_shift": 0.3, "guidance_scale": 2.0}
+    options: dict[str, Any] = {"solver": "euler", "steps": 4, "timestep_shift": 0.3, "guidance_scale": 2.0}
     with torch.no_grad():
         both = sample(model, io["ode.noise"], io["ode.y"], **options)
         swapped = sample(model, io["ode.noise"].flip(0), io["ode.y"].flip(0), **options).flip(0)
     torch.testing.assert_close(both, swapped, atol=1e-5, rtol=0)
+    assert (both[0] - both[1]).abs().max() > 0.1
 
 
-def test_config_refuses_an_empty_interval():
-    values = {"solver": "euler", "steps": 5, "timestep_shift": 0.0, "guidance_scale": 1.0, "guidance_channels": "all"}
-    assert SamplerConfig.model_validate(values | {"guidance_interval": [0.0, 1.0]}).guidance_interval == (0.0, 1.0)
-    with pytest.raises(ValidationError, match="start < end"):
-        SamplerConfig.model_validate(values | {"guidance_interval": [0.5, 0.5]})
+VALUES = {
+    "solver": "euler",
+    "steps": 5,
+    "timestep_shift": 0.0,
+    "guidance_scale": 1.0,
+    "guidance_interval": [0.0, 1.0],  # YAML has lists only
+    "guidance_channels": "all",
+}
+
+
+def test_config_is_the_arguments_of_sample():
+    config = SamplerConfig.model_validate(VALUES)
+    assert config.guidance_interval == (0.0, 1.0)
+    assert SamplerConfig.model_validate(VALUES | {"guidance_channels": 3}).guidance_channels == 3
+    noise = torch.ones(2, 4, 1, 1, dtype=torch.float64)
+    drawn = sample(Recorder(), noise, torch.zeros(2, dtype=torch.int64), **config.arguments())
+    assert torch.equal(drawn, draw(Recorder(), steps=5))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("guidance_interval", [0.5, 0.5]),
+        ("guidance_interval", [-0.1, 0.5]),
+        ("guidance_interval", [0.5]),
+        ("guidance_channels", 0),
+        ("guidance_channels", "first"),
+        ("solver", "rk4"),
+        ("steps", 0),
+        ("timestep_shift", -1.0),
+    ],
+)
+def test_config_refuses(key, value):
+    with pytest.raises(ValidationError, match=key):
+        SamplerConfig.model_validate(VALUES | {key: value})

@@ -1,7 +1,7 @@
 """Features by name, behind FID, inception score, precision and recall.
 
-Inception needs a weights file and gives published numbers. The random VGG16 needs none and serves laptops and tests; its
-numbers compare with each other only, which is why metric names carry the extractor's name.
+Inception needs a weights file and gives published numbers. The random VGG16 needs none and serves laptops and tests;
+its numbers compare with each other only, which is why metric names carry the extractor's name.
 """
 
 from collections.abc import Callable, Iterable

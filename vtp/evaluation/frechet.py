@@ -14,7 +14,7 @@ from vtp.artefact import ArtefactError, load_tensors, save_tensors
 
 
 class GaussianStatistics:
-    """Mean and covariance of features that arrive in batches; float64 on the CPU, since not every device has float64."""
+    """Mean and covariance of streamed features, in float64 on the CPU, since not every device has float64."""
 
     def __init__(self, dim: int) -> None:
         self.count = 0

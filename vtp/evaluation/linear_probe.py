@@ -1,7 +1,7 @@
 """What frozen features know of labels: multinomial logistic regression and weighted nearest neighbours (paper 4.1).
 
-The probe is a convex problem solved to its optimum, so there is no learning rate to tune, and its one hyper-parameter is
-chosen on held-out training samples. (Picking the best head and epoch on the validation set, as is common, flatters.)
+The probe is a convex problem solved to its optimum, so there is no learning rate to tune, and its one hyper-parameter
+is chosen on held-out training samples. (Picking the best head and epoch on the validation set, as is common, flatters.)
 """
 
 from typing import Annotated, NamedTuple
@@ -100,9 +100,10 @@ def knn_accuracy(
     k: int,
     temperature: float = 0.07,
 ) -> float:
-    """Share of test samples whose k most similar training samples (cosine s) vote for their label with exp(s / temperature).
+    """Share of test samples for whose label the k most similar training samples vote.
 
-    The classifier of Wu et al. (2018) and DINO. Raises ValueError when there are fewer training samples than k.
+    A vote weighs exp(cosine / temperature): the classifier of Wu et al. (2018) and DINO. Raises ValueError when there
+    are fewer training samples than k.
     """
     if k > len(train_features):
         raise ValueError(f"k is {k}, the training set has {len(train_features)} samples; lower k or take more samples")

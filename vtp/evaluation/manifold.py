@@ -1,7 +1,7 @@
 """Improved precision and recall (Kynkäänniemi et al. 2019).
 
-A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour. Precision
-is the share of generated points on the manifold of the real ones, recall the share of real points on that of the generated.
+A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour.
+Precision is the share of generated points on the real manifold, recall the share of real points on the generated one.
 """
 
 from typing import NamedTuple
@@ -19,10 +19,14 @@ class PrecisionRecall(NamedTuple):
 
 @torch.no_grad()
 def precision_recall(real: Tensor, fake: Tensor, *, neighbours: int = 3, block: int = 4096) -> PrecisionRecall:
-    """Of features [N, D] and [M, D]; at most `block` x `block` distances are in memory. Raises ValueError for small sets."""
+    """Of features [N, D] and [M, D], with `block` x `block` distances in memory at a time.
+
+    Raises ValueError when a set has no more points than `neighbours`.
+    """
     if neighbours >= min(len(real), len(fake)):
         raise ValueError(
-            f"{neighbours} neighbours need more points than {len(real)} real and {len(fake)} generated; lower `neighbours`"
+            f"{neighbours} neighbours need more points than {len(real)} real and {len(fake)} generated; "
+            "lower `neighbours` or take more samples"
         )
     # Distances come from inner products, which round less around a common centre.
     centre = real.mean(0)

@@ -1,4 +1,4 @@
-"""How close reconstructions are to their images, image by image: PSNR, SSIM and a perceptual distance (paper table 2)."""
+"""How close reconstructions are to their images: PSNR, SSIM and a perceptual distance, per image (paper table 2)."""
 
 import math
 from collections.abc import Callable

@@ -41,14 +41,21 @@ class FlowLoss(NamedTuple):
 
 
 def draw_times(config: LogitNormal | Uniform, count: int, generator: torch.Generator) -> Tensor:
-    """Training times [count]."""
+    """Training times [count] in [0, 1], float32, on the generator's device.
+
+    sigmoid(mu + sigma n), n standard normal (Esser et al. 2024, logit-normal sampling), or uniform.
+    """
     if isinstance(config, Uniform):
-        return torch.rand(count, generator=generator)
-    return torch.sigmoid(config.mu + config.sigma * torch.randn(count, generator=generator))
+        return torch.rand(count, generator=generator, device=generator.device)
+    normal = torch.randn(count, generator=generator, device=generator.device)
+    return torch.sigmoid(config.mu + config.sigma * normal)
 
 
 def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = t x_1 + (1 - t) x_0, for t [B]."""
+    """x_t = t x_1 + (1 - t) x_0 for data x_1, noise x_0 and t [B].
+
+    The straight path of flow matching (Lipman et al. 2023; Ma et al. 2024, SiT, linear interpolant).
+    """
     t = t.view(-1, *[1] * (latents.ndim - 1))
     return t * latents + (1 - t) * noise
 
@@ -65,18 +72,21 @@ def flow_matching_loss(
 ) -> FlowLoss:
     """Error of the predicted velocity at x_t for latents x_1 [B, C, H, W], noise x_0 and times t [B].
 
-    What is not given is drawn from `generator`: t after `times`, noise from a standard normal. Raises ValueError when
-    something would have to be drawn without a generator.
+    mean (v_hat - v)^2 and mean (1 - cos(v_hat, v)) with v = x_1 - x_0 (Yao et al. 2025, LightningDiT).
+    What is not given is drawn from `generator`: t after `times` (None: uniform), noise from a standard normal. Raises
+    ValueError when something would have to be drawn without a generator.
     """
     if (t is None or noise is None) and generator is None:
         raise ValueError("give t and noise, or a generator to draw them from")
+    latents = latents.float()
     if t is None:
         assert generator is not None
         t = draw_times(times or Uniform(name="uniform"), latents.shape[0], generator).to(latents)
     if noise is None:
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        assert generator is not None
+        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
     predicted = model(interpolate(latents, noise, t), t, condition).float()
-    velocity = (latents - noise).float()
+    velocity = latents - noise
     mse = (predicted - velocity).square().flatten(1).mean(1)
     cosine = 1 - F.cosine_similarity(predicted, velocity, dim=1)
     return FlowLoss(mse, cosine.flatten(1).mean(1))

@@ -13,6 +13,7 @@ from vtp.flow.path import Velocity
 
 Solver = Literal["euler", "heun", "dopri5"]
 Channels = Literal["all"] | Annotated[int, Field(ge=1)]
+Derivative = Callable[[float, Tensor], Tensor]  # (t, x) -> dx/dt
 
 
 def _pair(value: object) -> object:
@@ -44,7 +45,10 @@ class SamplerConfig(Config):
 
 
 def time_grid(steps: int, shift: float) -> Tensor:
-    """`steps` + 1 times from 0 to 1 in float64, warped by t' = s t / (1 + (s - 1) t) unless s is 0."""
+    """`steps` + 1 times from 0 to 1 in float64, warped by t' = s t / (1 + (s - 1) t) unless s is 0.
+
+    The timestep shift of Esser et al. 2024, written for t = 0 noise: s < 1 spends more steps on noise.
+    """
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     return shift * t / (1 + (shift - 1) * t) if shift else t
 
@@ -59,56 +63,72 @@ def sample(  # noqa: PLR0913 - the sampler's own degrees of freedom
     timestep_shift: float,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
-    guidance_channels: Channels = "all",
+    guidance_channels: Channels | None = "all",
     guide_model: Velocity | None = None,
     null_condition: Tensor | None = None,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+    progress: Callable[[float], None] | None = None,
 ) -> Tensor:
-    """Samples [B, C, H, W] from `noise` of that shape.
+    """Samples [B, C, H, W] from `noise` of that shape, in its precision.
 
-    Guidance replaces v by v_0 + w (v - v_0) while t lies in the interval, where v_0 is the velocity under
-    `null_condition` (by default the model's null label), or that of a weaker `guide_model` under the same condition
-    (autoguidance, Karras et al. 2024). Outside the interval v_0 is not computed.
+    Guidance replaces v by v_0 + w (v - v_0) while t lies in the interval, ends included (Ho and Salimans 2022;
+    Kynkäänniemi et al. 2024). v_0 is the velocity under `null_condition` (by default the model's null label), or that
+    of a weaker `guide_model` under the same condition (autoguidance, Karras et al. 2024). Outside the interval v_0 is
+    not computed. `atol` and `rtol` are dopri5's; the other solvers tell `progress` the time reached after every step.
+    Raises ValueError when guidance lacks a null condition or asks for more channels than there are.
     """
     if guide_model is None and null_condition is None and guidance_scale != 1:
-        null_condition = torch.full_like(condition, model.null_label)  # pyright: ignore[reportFunctionMemberAccess]
-    channels = noise.shape[1] if guidance_channels == "all" else guidance_channels
+        null_condition = _null_like(condition, model)
+    channels = guidance_channels if isinstance(guidance_channels, int) else noise.shape[1]
+    if channels > noise.shape[1]:
+        raise ValueError(f"guidance_channels is {channels}, the latents have {noise.shape[1]}")
     start, end = guidance_interval
 
     def velocity(t: float, x: Tensor) -> Tensor:
         times = torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device)
         if guidance_scale == 1 or not start <= t <= end:
-            return model(x, times, condition)
+            return model(x, times, condition).to(x)
+        # Extrapolated in the precision of x: the difference of two bfloat16 velocities loses what guidance multiplies.
         if guide_model is not None:
-            strong, weak = model(x, times, condition), guide_model(x, times, condition)
+            strong, weak = model(x, times, condition).to(x), guide_model(x, times, condition).to(x)
         else:
             assert null_condition is not None
             both = model(torch.cat([x, x]), times.repeat(2), torch.cat([condition, null_condition]))
-            strong, weak = both.chunk(2)
+            strong, weak = both.to(x).chunk(2)
         guided = weak + guidance_scale * (strong - weak)
         return torch.cat([guided[:, :channels], strong[:, channels:]], dim=1)
 
-    grid = time_grid(steps, timestep_shift)
     if solver == "dopri5":
-        return _dopri5(velocity, noise, grid)
-    return _fixed_steps(velocity, noise, grid.tolist(), second_order=solver == "heun")
-
-
-def _fixed_steps(
-    velocity: Callable[[float, Tensor], Tensor], x: Tensor, grid: list[float], *, second_order: bool
-) -> Tensor:
-    """Euler, or Heun's trapezoid."""
-    for t, following in pairwise(grid):
-        step = following - t
-        v = velocity(t, x)
-        if second_order:
-            v = (v + velocity(following, x + step * v)) / 2
-        x = x + step * v
+        return _dopri5(velocity, noise, atol=atol, rtol=rtol)
+    x = noise
+    for t, following in pairwise(time_grid(steps, timestep_shift).tolist()):
+        x = _step(velocity, x, t, following, second_order=solver == "heun")
+        if progress is not None:
+            progress(following)
     return x
 
 
-def _dopri5(velocity: Callable[[float, Tensor], Tensor], x: Tensor, grid: Tensor) -> Tensor:
-    """torchdiffeq's adaptive solver at the tolerances of the reference."""
+def _step(velocity: Derivative, x: Tensor, t: float, following: float, *, second_order: bool) -> Tensor:
+    """Euler x + h v(t, x), or Heun's trapezoid x + h (v(t, x) + v(t + h, x + h v(t, x))) / 2."""
+    step = following - t
+    v = velocity(t, x)
+    if second_order:
+        v = (v + velocity(following, x + step * v)) / 2
+    return x + step * v
+
+
+def _dopri5(velocity: Derivative, x: Tensor, *, atol: float, rtol: float) -> Tensor:
+    """Dormand and Prince 1980 by torchdiffeq, which chooses its own steps from 0 to 1."""
     from torchdiffeq import odeint
 
-    path: Any = odeint(lambda t, y: velocity(float(t), y), x, grid.to(x), method="dopri5", atol=1e-6, rtol=1e-3)
+    ends = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
+    path: Any = odeint(lambda t, y: velocity(float(t), y), x, ends, method="dopri5", atol=atol, rtol=rtol)
     return path[-1]
+
+
+def _null_like(condition: Tensor, model: Velocity) -> Tensor:
+    null_label = getattr(model, "null_label", None)
+    if null_label is None:
+        raise ValueError(f"{type(model).__name__} has no null_label: give null_condition, or a guide_model")
+    return torch.full_like(condition, null_label)
