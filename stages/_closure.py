@@ -41,7 +41,7 @@ def meaning(source: str) -> str:
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+    for node in ast.walk(_AtRuntime().visit(tree)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -62,6 +62,15 @@ def _file(name: str) -> Path | None:
         return None
     spec = find_spec(name)
     return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+class _AtRuntime(ast.NodeTransformer):
+    """Drops what only type checkers see."""
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return ast.Pass()
+        return self.generic_visit(node)
 
 
 class _Meaning(ast.NodeTransformer):

@@ -59,6 +59,11 @@ def test_card(path):
         assert "print(" not in text
 
 
+def test_sources_import_names_from_their_home():
+    """`from vtp import X` is for users: its lazy loading hides from the code digests what is used."""
+    assert not [path for path in SOURCES if "from vtp import" in path.read_text()]
+
+
 def test_configs_load_without_heavy_libraries():
     """They would cost every stage seconds."""
     modules = [f"stages.{path.stem}" for path in (ROOT / "stages").glob("[a-z]*.py")]

@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
     "pretrain": {
         "tokenizer": {
             "image_size": 16,
-            "vision": {"embed_dim": 16, "depth": 2, "num_heads": 2, "feature_bottleneck": 8},
+            "vision": {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "feature_bottleneck": 8},
             "decoder": {"embed_dim": 16, "depth": 1, "num_heads": 2},
             "text": {"embed_dim": 16, "depth": 1, "num_heads": 2},
         },

@@ -54,13 +54,14 @@ class RandomVggDistance(nn.Module):
         self.features = random_vgg16(config.seed, num_stages=config.stages)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        # One pass over both: twice the batch keeps the convolutions busy.
-        both = self.features(normalise((torch.cat([a, b]) + 1) / 2))
+        # Two passes: the one over a target takes no gradient and keeps no activations.
         distances = []
-        for stage in both:
-            of_a, of_b = F.normalize(stage, dim=1, eps=1e-6).chunk(2)
+        for of_a, of_b in zip(self._directions(a), self._directions(b), strict=True):
             distances.append((of_a - of_b).square().sum(1).mean((1, 2)))
         return torch.stack(distances).mean(0)
+
+    def _directions(self, images: Tensor) -> list[Tensor]:
+        return [F.normalize(stage, dim=1, eps=1e-6) for stage in self.features(normalise((images + 1) / 2))]
 
 
 def build_perceptual(config: RandomVggDistanceConfig | LpipsConfig, *, weights: Path) -> PerceptualDistance:

@@ -1,0 +1,314 @@
+"""The pipeline under real DVC in a temporary clone, at tiny size, with real kills.
+
+One clone serves all tests of this file, in order: run, no-op, edits, typos, kills.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from tiny import ROOT, merged, tiny_params, write_params
+
+from vtp.artefact import digest
+
+pytestmark = pytest.mark.slow
+WEIGHTS = {
+    "pretrain": "work/tokenizer/model.safetensors",
+    "tune_decoder": "work/decoder/decoder.safetensors",
+    "train_generator": "work/generator/model.safetensors",
+}
+
+
+class Clone:
+    """A git clone with its own DVC cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # The working tree as it is, uncommitted changes included.
+        ignore = shutil.ignore_patterns(
+            ".git", ".scratch", "work", "cache", "tmp", "*.egg-info", ".venv", "__pycache__"
+        )
+        shutil.copytree(ROOT, folder, ignore=ignore)
+        for name in ("dvc.lock", "metrics", "plots"):
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.git("init", "-q")
+        self.params = tiny_params()
+        self.write({})
+
+    def git(self, *arguments):
+        subprocess.run(["git", *arguments], cwd=self.folder, check=True)
+
+    def write(self, changes):
+        write_params(merged(self.params, changes), self.folder / "params.yaml")
+
+    def environment(self):
+        own = {"VTP_CHECKPOINT_SECONDS": "0", "VTP_WORKERS": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+        return os.environ | own
+
+    def start(self, *arguments):
+        # sys.executable's folder first: `python` in a stage's command is this interpreter.
+        environment = self.environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "dvc", *arguments],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def dvc(self, *arguments):
+        """Output of a dvc command and its status."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=600)
+        return output, process.returncode
+
+    def repro(self, *arguments):
+        output, status = self.dvc("repro", *arguments)
+        assert status == 0, output
+        return output
+
+    def forget(self):
+        """Go back to before the first run: no lock, no outputs, no run cache, no scratch."""
+        for name in ("work", "metrics", "plots", ".scratch", ".dvc/cache"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / "dvc.lock").unlink(missing_ok=True)
+
+    def weights(self, stage):
+        return digest(self.folder / WEIGHTS[stage])
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    return Clone(tmp_path_factory.mktemp("dvc") / "clone")
+
+
+@pytest.fixture(scope="module")
+def finished(clone):
+    """The clone after one uninterrupted run, and the digests of its weights."""
+    clone.repro()
+    return {stage: clone.weights(stage) for stage in WEIGHTS}
+
+
+def ran(output):
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def test_whole_pipeline_and_plots(clone, finished):
+    assert (clone.folder / "work/report/report.html").exists()
+    metrics = json.loads((clone.folder / "metrics/generation.json").read_text())
+    assert "noise" in metrics["generation"]
+    shown, status = clone.dvc("plots", "show")
+    assert status == 0, shown
+    page = (clone.folder / "dvc_plots/index.html").read_text()
+    assert all(name in page for name in ("reconstructions.png", "guided.png", "pretrain losses"))
+    provenance = json.loads((clone.folder / "work/provenance/pretrain.json").read_text())
+    assert provenance["facts"]["samples"] == 96
+    assert provenance["config"]["seed"] == 0
+    assert set(provenance["inputs"]) == {"shards"}
+
+
+def test_second_run_does_nothing(clone, finished):
+    start = time.monotonic()
+    output = clone.repro()
+    assert "Data and pipelines are up to date" in output
+    assert time.monotonic() - start < 20  # 5 s on an idle machine
+
+
+def test_a_comment_runs_nothing_but_check(clone, finished):
+    path = clone.folder / "vtp/losses/dino.py"
+    text = path.read_text()
+    path.write_text(text.replace('"""', '"""Another docstring. ', 1) + "\n# a comment\n")
+    try:
+        assert ran(clone.repro()) == ["check"]
+    finally:
+        path.write_text(text)
+    assert ran(clone.repro()) in ([], ["check"])
+
+
+def test_sampling_parameters_rerun_sampling(clone, finished):
+    clone.write({"generate": {"guided": {"guidance_scale": 3.0}}})
+    assert ran(clone.repro()) == ["check", "generate", "evaluate_generator", "report"]
+    clone.write({})
+    clone.repro()
+
+
+def test_decoder_parameters_leave_latents_and_generator(clone, finished):
+    clone.write({"tune_decoder": {"objective": {"adversarial_weight": 0.25}}})
+    again = ran(clone.repro())
+    assert again == ["check", "tune_decoder", "evaluate_reconstruction", "evaluate_generator", "report"]
+    clone.write({})
+    clone.repro()
+
+
+def test_autoencoder_experiment(clone, finished):
+    """Weights of 0 switch objectives off; the run has equal FLOPs and more steps."""
+    length = {"training": {"length": {"name": "flops", "flops": 6e9}}}
+    plans = []
+    for weights in ({}, {"objective": {"weights": {"clip": 0.0, "ssl": 0.0}}}):
+        clone.write({"pretrain": length | weights})
+        clone.repro("pretrain")
+        plans.append(json.loads((clone.folder / "metrics/pretrain.json").read_text())["pretrain"])
+    joint, autoencoder = plans
+    assert autoencoder["flops"] == pytest.approx(joint["flops"], rel=0.1)
+    assert autoencoder["flops"] / autoencoder["steps"] < joint["flops"] / joint["steps"]
+    config = json.loads((clone.folder / "work/tokenizer/config.json").read_text())
+    assert config["train_clip"] is False
+    clone.write({})
+    clone.repro()
+    assert clone.weights("pretrain") == finished["pretrain"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("pretrain", "sed", 1, "params.yaml:pretrain.sed: unknown key"),
+        (
+            "generate",
+            "samples",
+            "many",
+            "params.yaml:generate.samples: Input should be a valid integer (given: 'many')",
+        ),
+        ("report", None, None, "section 'report' is missing"),
+        ("prepare_data", "image_size", 24, "prepare_data.image_size is 24, pretrain.tokenizer.image_size is 16"),
+        ("cache_latents", "dtype", "float8", "Input should be 'float32' or 'bfloat16' (given: 'float8')"),
+    ],
+)
+def test_typos_stop_everything_and_lose_nothing(clone, finished, section, key, value, said):
+    values = json.loads(json.dumps(clone.params))
+    if key is None:
+        del values[section]
+    else:
+        values[section][key] = value
+    before = {path: digest(path) for path in clone.folder.glob("work/*") if path.name != "check"}
+    write_params(values, clone.folder / "params.yaml")
+    output, status = clone.dvc("repro")
+    assert status != 0
+    assert said in output
+    assert ran(output) == ["check"]
+    assert {path: digest(path) for path in before} == before
+    clone.write({})
+    clone.repro()
+
+
+def wait_for(condition, process, seconds=300):
+    """Until `condition` holds; the process must not end before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def scratch(clone, stage):
+    return next(
+        iter(sorted((clone.folder / ".scratch" / stage).glob("*/"), key=lambda p: p.stat().st_mtime)[-1:]), None
+    )
+
+
+def checkpoints(clone, stage):
+    folder = scratch(clone, stage)
+    return list(folder.glob("folder/checkpoints/step-*.pt")) if folder else []
+
+
+@pytest.mark.parametrize("stage", WEIGHTS)
+def test_killed_stage_goes_on(clone, finished, stage):
+    """SIGKILL of dvc and the stage in the middle of training: the next run resumes, and ends with the same bits."""
+    clone.repro(*([] if stage == "pretrain" else ["cache_latents"]))
+    for name in (WEIGHTS[stage], "dvc.lock"):
+        (clone.folder / name).unlink(missing_ok=True)
+    shutil.rmtree(clone.folder / ".scratch" / stage, ignore_errors=True)
+    shutil.rmtree(clone.folder / ".dvc/cache/runs", ignore_errors=True)
+    process = clone.start("repro", "-s", stage)
+    # pretrain's dependencies are in place; -s runs this stage alone
+    wait_for(lambda: any(int(path.name[5:14]) >= 3 for path in checkpoints(clone, stage)), process)
+    kill(process)
+    clone.repro("-s", stage)
+    log = (scratch(clone, stage) / "run.log").read_text()
+    assert "resumed after step" in log
+    assert clone.weights(stage) == finished[stage]
+
+
+def test_killed_between_the_end_and_the_lock(clone, finished):
+    """DVC forgets a run that it was killed after; the outputs come back without training."""
+    clone.repro()
+    shutil.rmtree(clone.folder / ".dvc/cache/runs", ignore_errors=True)
+    lock = clone.folder / "dvc.lock"
+    yaml = YAML()
+    recorded = yaml.load(lock.read_text())
+    del recorded["stages"]["train_generator"]
+    with lock.open("w") as file:
+        yaml.dump(recorded, file)
+    start = time.monotonic()
+    output = clone.repro("-s", "train_generator")
+    assert "this run is finished" in output
+    assert "resumed" not in output
+    assert time.monotonic() - start < 30
+    assert clone.weights("train_generator") == finished["train_generator"]
+
+
+def test_dvc_killed_alone_leaves_an_orphan_that_is_waited_for(clone, finished):
+    clone.repro()
+    shutil.rmtree(clone.folder / ".scratch/pretrain", ignore_errors=True)
+    shutil.rmtree(clone.folder / ".dvc/cache/runs", ignore_errors=True)
+    (clone.folder / "dvc.lock").unlink()
+    process = clone.start("repro", "-s", "pretrain")
+    wait_for(lambda: checkpoints(clone, "pretrain"), process)
+    os.kill(process.pid, signal.SIGKILL)
+    output = clone.repro("-s", "pretrain")
+    assert "which works on the same run" in output
+    assert "this run is finished" in output
+    process.communicate()
+    assert clone.weights("pretrain") == finished["pretrain"]
+
+
+def test_terminated_stage_saves_and_says_so(clone, finished):
+    shutil.rmtree(clone.folder / ".scratch/tune_decoder", ignore_errors=True)
+    command = YAML(typ="safe", pure=True).load(clone.folder / "dvc.yaml")["stages"]["tune_decoder"]["cmd"].split()
+    process = subprocess.Popen(
+        [sys.executable, *command[1:]],
+        cwd=clone.folder,
+        env=clone.environment() | {"VTP_CHECKPOINT_SECONDS": "1000"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: (folder := scratch(clone, "tune_decoder")) and (folder / "folder/curves.csv").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.fail("the stage ended before the signal; make it longer")
+    assert process.returncode == 130, said
+    assert "the next start goes on from here" in said
+    assert len(checkpoints(clone, "tune_decoder")) == 1
+
+
+def test_edited_parameters_are_not_certified(clone, finished):
+    """Parameters that change while a stage runs: it fails instead of recording the wrong ones."""
+    shutil.rmtree(clone.folder / ".scratch/train_generator", ignore_errors=True)
+    shutil.rmtree(clone.folder / ".dvc/cache/runs", ignore_errors=True)
+    before = clone.weights("train_generator")
+    command = YAML(typ="safe", pure=True).load(clone.folder / "dvc.yaml")["stages"]["train_generator"]["cmd"].split()
+    process = subprocess.Popen(
+        [sys.executable, *command[1:]], cwd=clone.folder, env=clone.environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: checkpoints(clone, "train_generator"), process)
+    clone.write({"train_generator": {"seed": 1}})
+    _, said = process.communicate(timeout=100)
+    clone.write({})
+    assert process.returncode == 3
+    assert "params.yaml:train_generator was edited during the run" in said
+    assert clone.weights("train_generator") == before
