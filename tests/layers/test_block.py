@@ -27,8 +27,8 @@ def test_equals_timms_block(ffn):
     ours = block(ffn_layer=ffn, norm_layer="layernorm", use_qk_norm=False, init_values=0.1)
     swiglu = {"swiglu_mlp": True, "swiglu_align_to": 8, "mlp_ratio": 2.0} if ffn == "swiglu" else {"mlp_ratio": 3.0}
     theirs = EvaBlock(
-        32, 2, **swiglu, init_values=0.1, num_prefix_tokens=1, norm_layer=lambda dim, **where: nn.LayerNorm(dim, eps=1e-6, **where),
-        qkv_fused=True, scale_mlp=False, rotate_half=True,
+        32, 2, **swiglu, init_values=0.1, num_prefix_tokens=1, qkv_fused=True, scale_mlp=False, rotate_half=True,
+        norm_layer=lambda dim, **where: nn.LayerNorm(dim, eps=1e-6, **where),
     )  # fmt: skip
     names = {
         "ls1.gamma": "gamma_1",

@@ -1,0 +1,54 @@
+"""What `check` says about bad parameters."""
+
+import pytest
+from tiny import ROOT, merged, tiny_params, write_params
+
+from stages.check import problems, uses
+
+USES = uses(ROOT / "dvc.yaml")
+
+
+def said(tmp_path, changes=None, *, without=()):
+    values = merged(tiny_params(), changes or {})
+    for section in without:
+        del values[section]
+    write_params(values, tmp_path / "params.yaml")
+    return "\n".join(problems(tmp_path / "params.yaml", USES))
+
+
+def test_the_recipe_is_valid(tmp_path):
+    assert said(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrain": {"seed": "zero"}}, "pretrain.seed: Input should be a valid integer (given: 'zero')"),
+        ({"pretrain": {"seed": 1.5}}, "pretrain.seed"),
+        ({"generate": {"samples": 0}}, "generate.samples: Input should be greater than or equal to 1 (given: 0)"),
+        ({"train_generator": {"optim": {"lr": -1.0}}}, "train_generator.optim.lr: Input should be greater than 0"),
+        ({"pretrain": {"data": {"batch": {"ssl": 99}}}}, "must fall, clip 8 >= ssl 99"),
+        ({"generate": {"guided": {"guidance_interval": [0.9, 0.1]}}}, "start < end"),
+        ({"evaluate_generator": {"features": {"name": "dino"}}}, "'random_vgg16', 'inception'"),
+        ({"pretrain": {"tokenizer": {"image_size": 32}}}, "image_size"),
+        ({"evaluate_understanding": {"templates": ["an emoji"]}}, "every template must hold {}"),
+    ],
+)
+def test_bad_values_are_named(tmp_path, changes, message):
+    assert message in said(tmp_path, changes)
+
+
+def test_all_errors_are_reported_at_once(tmp_path):
+    found = said(tmp_path, {"generate": {"samples": 0}, "report": {"title": ""}}, without=["cache_latents"])
+    for place in ("generate.samples", "report.title", "section 'cache_latents' is missing"):
+        assert place in found
+
+
+def test_unknown_names(tmp_path):
+    values = tiny_params()
+    values["pretrian"] = values.pop("pretrain")
+    values["generate"]["stpes"] = 3
+    write_params(values, tmp_path / "params.yaml")
+    found = "\n".join(problems(tmp_path / "params.yaml", USES))
+    assert "no stage reads section 'pretrian'; did you mean 'pretrain'?" in found
+    assert "generate.stpes: unknown key" in found

@@ -1,0 +1,68 @@
+"""Whole files, stable bytes, digests."""
+
+import pytest
+import torch
+
+from vtp.artefact import (
+    ArtefactError,
+    digest,
+    load_tensors,
+    read_json,
+    save_tensors,
+    whole_file,
+    whole_folder,
+    write_json,
+)
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    target = tmp_path / "a.txt"
+    with pytest.raises(RuntimeError), whole_file(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with whole_file(target) as temporary:
+        temporary.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+
+
+def test_folders_replace_their_predecessor_when_whole(tmp_path):
+    target = tmp_path / "folder"
+    with whole_folder(target) as temporary:
+        (temporary / "old").touch()
+    with pytest.raises(RuntimeError), whole_folder(target) as temporary:
+        (temporary / "new").touch()
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["old"]
+    with whole_folder(target) as temporary:
+        (temporary / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "new"]
+
+
+def test_tensors_have_stable_bytes(tmp_path):
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2).T}
+    save_tensors(tmp_path / "x", tensors, {"format": "pt"})
+    save_tensors(tmp_path / "y", dict(reversed(tensors.items())), {"format": "pt"})
+    assert digest(tmp_path / "x") == digest(tmp_path / "y")
+    assert torch.equal(load_tensors(tmp_path / "x")["b"], tensors["b"])
+    with pytest.raises(ValueError, match="one key"):
+        save_tensors(tmp_path / "z", tensors, {"a": "1", "b": "2"})
+
+
+def test_json_refuses_what_is_not_json(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(ArtefactError, match="not valid JSON"):
+        read_json(tmp_path / "b.json")
+
+
+def test_digest_of_a_folder_sees_names_and_contents(tmp_path):
+    for name, content in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("y" if name == "b" else "x")).write_text(content)
+    assert len({digest(tmp_path / name) for name in "abc"}) == 3
+    with pytest.raises(ArtefactError, match="no such file or folder; .* holds a, b, c"):
+        digest(tmp_path / "d")
