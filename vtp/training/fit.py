@@ -112,7 +112,7 @@ class Host(Protocol):
     def progress(self, total: int, description: str, unit: str, done: int = 0) -> AbstractContextManager[Progress]: ...
 
 
-class NotFinite(RuntimeError):
+class NotFinite(FloatingPointError):
     """A loss or a gradient is NaN or infinite."""
 
 
