@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from vtp import VisualTokenizer
 from vtp.artefact import ArtefactError
+from vtp.models.tokenizer import TokenizerConfig
+from vtp.models.vit import SIZES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 OPTION_SETS = ["vtp-tiny", "vtp-tiny-ae", "vtp-tiny-layernorm-mlp"]
@@ -128,3 +130,28 @@ def test_pil_round_trip():
     assert batch.shape == (1, 3, 64, 64)
     assert tokenizer.to_pil(batch)[0].tobytes() == image.tobytes()
     assert tokenizer.preprocess(Image.new("RGB", (301, 170))).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("B", 171.2), ("L", 607.2)])
+def test_sizes_of_the_paper(name, millions):
+    """Table 1 counts a symmetric autoencoder; which norms and biases it has is not said, so within 0.2 %."""
+    size = SIZES[name]._asdict()
+    shared = {"ffn_layer": "swiglu", "norm_layer": "rmsnorm", "use_qk_norm": True, "init_values": None}
+    encoder = {
+        "patch_size": 16,
+        "mlp_ratio": 4.0,
+        "feature_bottleneck": 64,
+        "bottleneck_ae_only": True,
+        "clip_feat": "cls",
+    }
+    values = {
+        "image_size": 256,
+        "vision": size | shared | encoder,
+        "decoder": size | shared,
+        "text": None,
+        "rope_dtype": "float32",
+    }
+    with torch.device("meta"):
+        tokenizer = VisualTokenizer(TokenizerConfig.parse(values, where="test"))
+    assert sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)
+    assert tokenizer.latent_shape == (64, 16, 16)

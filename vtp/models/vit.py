@@ -3,6 +3,7 @@
 The parameter names are those of the official trunk, so its weights load as they are.
 """
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,6 +33,18 @@ class VisionConfig(Config):
     feature_bottleneck: int = Field(ge=1, description="latent channels d")
     bottleneck_ae_only: bool = Field(description="true: CLIP reads the trunk; false: it reads the d channels")
     clip_feat: Literal["cls", "pooled"] = Field(description="CLIP feature: class token, or mean of the patches")
+
+
+class Size(NamedTuple):
+    """Depth, width and heads of a named model."""
+
+    depth: int
+    embed_dim: int
+    num_heads: int
+
+
+# The paper's encoders; its final models have a decoder of the same size (paper 4.1).
+SIZES: Mapping[str, Size] = {"S": Size(12, 384, 6), "B": Size(12, 768, 12), "L": Size(24, 1024, 16)}
 
 
 class Features(NamedTuple):
