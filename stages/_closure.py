@@ -6,9 +6,9 @@ A comment changes no digest; a changed formula changes those of the stages that 
 import ast
 import hashlib
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]  # the packages lie beside each other, in an experiment's copy too
 PACKAGES = ("vtp", "stages")
 # Files that cannot change a result: how a run is started, resumed, logged and drawn on a terminal.
 LEFT_OUT = ("stages._runner", "stages._scratch", "stages._closure", "vtp.training.log", "vtp.training.checkpoint")
@@ -57,11 +57,8 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 def _file(name: str) -> Path | None:
     """The file of a module, or None when the name is a value in one."""
-    parent = name.rpartition(".")[0]
-    if parent and ((above := _file(parent)) is None or above.name != "__init__.py"):
-        return None
-    spec = find_spec(name)
-    return Path(spec.origin) if spec is not None and spec.origin else None
+    path = ROOT.joinpath(*name.split("."))
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.exists()), None)
 
 
 class _AtRuntime(ast.NodeTransformer):

@@ -64,8 +64,7 @@ def test_each_term_trains_its_part():
 
 
 def test_teacher_starts_as_the_student_and_follows_it():
-    config = config_of()
-    objective = objective_of(config)
+    objective = objective_of(config_of({"objective": {"ssl": {"momentum": 0.99}}}))
     for teacher, student in ((objective.teacher, objective.tokenizer.trunk), (objective.teacher_head, objective.head)):
         assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
         assert not any(p.requires_grad for p in teacher.parameters())
@@ -134,7 +133,9 @@ def test_drop_path_draws_by_step():
 
 
 def test_temperature_rises_then_stays():
-    objective = objective_of(config_of())
+    warmup = {"start": 0.04, "end": 0.07, "warmup": 0.3}
+    ssl = {f"teacher_temperature_{key}": value for key, value in warmup.items()}
+    objective = objective_of(config_of({"objective": {"ssl": ssl}}))
     values = [objective.teacher_temperature(progress) for progress in (0.0, 0.15, 0.3, 0.9)]
     assert values == pytest.approx([0.04, 0.055, 0.07, 0.07])
 
