@@ -11,7 +11,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]  # the packages lie beside each other, in an experiment's copy too
 PACKAGES = ("vtp", "stages")
 # Files that cannot change a result: how a run is started, resumed, logged and drawn on a terminal.
-LEFT_OUT = ("stages._runner", "stages._scratch", "stages._closure", "vtp.training.log", "vtp.training.checkpoint")
+LEFT_OUT = (
+    "stages._runner",
+    "stages._runtime",
+    "stages._launch",
+    "stages._rank",
+    "stages._scratch",
+    "stages._closure",
+    "stages._plan",
+    "vtp.training.log",
+    "vtp.training.checkpoint",
+    "vtp.training.throughput",
+)
 
 
 def code_digest(module: str) -> str:

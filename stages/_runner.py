@@ -14,88 +14,49 @@ import json
 import logging
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, NamedTuple, get_type_hints
 
 from stages._closure import code_digest
+from stages._launch import Job, run_ranks, several
+from stages._runtime import STOP, Interrupted, Runtime, Work
 from stages._scratch import Scratch, prune
-from vtp.artefact import digest, write_json
+from vtp.artefact import digest, remove, write_json
 from vtp.config import Config, ConfigError, load
 
 Input = Annotated[Path, "input"]
 Output = Annotated[Path, "output"]
+OptionalInput = Annotated[Path | None, "input", "optional"]
 
 FORMAT_VERSION = 1
 BAD_PARAMETERS, DRIFTED, INTERRUPTED = 2, 3, 130
-
-
-class Interrupted(Exception):
-    """The stage has saved and stops because it was asked to."""
 
 
 class StageError(Exception):
     """The stage cannot start; the message says why and what to do."""
 
 
-class Work:
-    """What a stage gets besides its parameters and paths: its folder, the machine, and the wish to stop."""
+def main(run: Callable[..., None], *, distributed: bool = False, plan: Callable[..., None] | None = None) -> None:
+    """Run a stage from the command line, and exit with its status.
 
-    def __init__(self, folder: Path, root: Path) -> None:
-        self.folder = folder
-        self.weights = Path(os.environ.get("VTP_WEIGHTS", root / "weights"))
-        self.facts: dict[str, int | float | str] = {}
-        self.stop_requested = False
-
-    @property
-    def device(self) -> str:
-        """$VTP_DEVICE, or cuda where there is one."""
-        if "VTP_DEVICE" in os.environ:
-            return os.environ["VTP_DEVICE"]
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-    @property
-    def processes(self) -> int:
-        """Processes for work outside of torch: $VTP_PROCESSES, or one per core."""
-        return int(os.environ.get("VTP_PROCESSES", len(os.sched_getaffinity(0))))
-
-    @property
-    def workers(self) -> int:
-        """Processes that prepare batches: $VTP_WORKERS, or half of the cores, at most 16."""
-        return int(os.environ.get("VTP_WORKERS", min(16, max(1, self.processes // 2))))
-
-    @property
-    def checkpoint_seconds(self) -> float:
-        """Time between two checkpoints: $VTP_CHECKPOINT_SECONDS, or a minute."""
-        return float(os.environ.get("VTP_CHECKPOINT_SECONDS", "60"))
-
-    def record(self, **facts: float | str) -> None:
-        """Facts about the run for its provenance, such as samples seen."""
-        self.facts |= facts
-
-    def stop(self) -> NoReturn:
-        """End a run that has saved its state."""
-        raise Interrupted
-
-    def progress(self, total: int, description: str, unit: str, done: int = 0) -> AbstractContextManager[Any]:
-        """A bar on stderr with rate and time left; `done` units were done by an earlier start."""
-        from tqdm import tqdm
-
-        interval = 0.1 if sys.stderr.isatty() else 15.0
-        return tqdm(total=total, desc=description, unit=unit, initial=done, mininterval=interval, maxinterval=interval)
-
-
-def main(run: Callable[..., None]) -> None:
-    """Run a stage from the command line, and exit with its status."""
+    A `distributed` stage runs on every device that there is. `plan` answers `--plan` instead of a run: it takes the
+    parameters and the rest of the command line.
+    """
+    arguments = sys.argv[1:]
     try:
-        status = _run(run, sys.argv[1:])
+        if plan is not None and "--plan" in arguments:
+            address = next((a for a in arguments if ":" in a and not a.startswith("-")), "")
+            address = address or f"params.yaml:{Path(inspect.getfile(run)).stem}"
+            plan(load(address, config_class(run)), [a for a in arguments if a not in ("--plan", address)])
+            status = 0
+        else:
+            status = _run(run, arguments, distributed=distributed)
     except (ConfigError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = BAD_PARAMETERS
@@ -108,12 +69,12 @@ def config_class(run: Callable[..., None]) -> type[Config]:
 
 
 def path_flags(run: Callable[..., None], kind: str) -> list[str]:
-    """Names of a stage's `input` or `output` parameters."""
+    """Names of a stage's `input`, `output` or `optional` parameters."""
     hints = get_type_hints(run, include_extras=True)
     return [name for name, hint in hints.items() if kind in getattr(hint, "__metadata__", ())]
 
 
-def _run(run: Callable[..., None], arguments: list[str]) -> int:
+def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -> int:
     stage = Path(inspect.getfile(run)).stem
     address, inputs, outputs, provenance = _parse(run, stage, arguments)
     config = load(address, config_class(run))
@@ -122,6 +83,7 @@ def _run(run: Callable[..., None], arguments: list[str]) -> int:
     code = code_digest(f"stages.{stage}")
     fingerprint = hashlib.sha256(json.dumps([identity, code], sort_keys=True).encode()).hexdigest()[:16]
     root = _project_root()
+    runtime = Runtime.of(os.environ)
     scratch = Scratch(root / ".scratch" / stage / fingerprint)
     destinations = outputs | {"provenance": provenance}
     with scratch.locked():
@@ -129,13 +91,14 @@ def _run(run: Callable[..., None], arguments: list[str]) -> int:
         if scratch.finished:
             print(f"{stage}: this run is finished; its outputs are put back in place", file=sys.stderr)
         else:
-            work = Work(scratch.folder, root)
-            status = _work(run, config, work, scratch, {"inputs": inputs, "outputs": outputs})
+            work = Work(scratch.folder, root, runtime)
+            body = _Body(run, config, inputs, {name: scratch.output(name, path) for name, path in outputs.items()})
+            status = _work(body, work, scratch, several=distributed and several(runtime))
             if status:
                 return status
             provenance_path = scratch.output("provenance", provenance)
             write_json(
-                provenance_path, {"format_version": FORMAT_VERSION, **identity, "code": code, "facts": work.facts}
+                provenance_path, {"format_version": FORMAT_VERSION, **identity, "code": code, "facts": work.recorded()}
             )
             scratch.finish(destinations)
         if (drift := _drift(address, config, stage, code)) is not None:
@@ -145,41 +108,65 @@ def _run(run: Callable[..., None], arguments: list[str]) -> int:
     return 0
 
 
-def _work(
-    run: Callable[..., None], config: Config, work: Work, scratch: Scratch, paths: dict[str, dict[str, Path]]
-) -> int:
-    """Run the body; its exit status. Errors of ours are told without a traceback."""
+class _Body(NamedTuple):
+    """A stage's function and its arguments."""
+
+    run: Callable[..., None]
+    config: Config
+    inputs: dict[str, Path]
+    outputs: dict[str, Path]
+
+    @property
+    def written(self) -> bool:
+        return all(path.exists() for path in self.outputs.values())
+
+
+def _work(body: _Body, work: Work, scratch: Scratch, *, several: bool) -> int:
+    """Run the body here or on several ranks; its exit status. Errors of ours are told without a traceback."""
     scratch.start()
     _log_start(scratch.root / "run.log")
-    written = {name: scratch.output(name, path) for name, path in paths["outputs"].items()}
-
-    def request_stop(number: int, frame: FrameType | None) -> None:
-        print("stopping after this step; the next start goes on from here", file=sys.stderr)
-        work.stop_requested = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, request_stop)
     try:
-        run(config, **paths["inputs"], **written, work=work)
+        problem = _run_ranks(body, work, scratch) if several else _run_here(body, work)
     except Interrupted:
         return INTERRUPTED
     except (ValueError, FloatingPointError) as error:
         logging.exception("the stage failed")
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        problem = str(error)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            print(
-                f"error: no space left for {error.filename or scratch.root}; free some and start again", file=sys.stderr
-            )
-            return 1
-        raise
+        if error.errno != errno.ENOSPC:
+            raise
+        problem = f"no space left for {error.filename or scratch.root}; free some and start again"
     finally:
-        logging.info("ended")
-    missing = [name for name, path in written.items() if not path.exists()]
-    if missing:
+        logging.info("ended, peak memory %.3g GB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    if problem is not None:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    if not body.written:
+        missing = [name for name, path in body.outputs.items() if not path.exists()]
         raise RuntimeError(f"the stage returned without writing {', '.join(missing)}")
     return 0
+
+
+def _run_here(body: _Body, work: Work) -> None:
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        print("stopping after this step; the next start goes on from here", file=sys.stderr)
+        work.asked_to_stop = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, request_stop)
+    remove(work.folder.parent / STOP)
+    body.run(body.config, **body.inputs, **body.outputs, work=work)
+
+
+def _run_ranks(body: _Body, work: Work, scratch: Scratch) -> str | None:
+    """What went wrong, if anything. Raises Interrupted when the ranks stopped because they were asked to."""
+    inputs, outputs = ({name: str(path) for name, path in paths.items()} for paths in (body.inputs, body.outputs))
+    stage, config = Path(inspect.getfile(body.run)).stem, body.config.model_dump(mode="json")
+    job = Job(stage, config, inputs, outputs, str(work.folder), str(_project_root()))
+    problem = run_ranks(job, scratch.root, work.runtime)
+    if problem is None and not body.written and (scratch.root / STOP).exists():
+        raise Interrupted
+    return problem
 
 
 def _parse(
@@ -189,12 +176,15 @@ def _parse(
     parser = argparse.ArgumentParser(f"python -m stages.{stage}", description=(module and module.__doc__) or "")
     parser.add_argument("address", metavar="FILE:SECTION", help="parameters, such as params.yaml:pretrain")
     names = {kind: path_flags(run, kind) for kind in ("input", "output")}
+    optional = path_flags(run, "optional")
     for kind, flags in names.items():
         for name in flags:
-            parser.add_argument(_flag(name), type=Path, required=True, metavar="PATH", help=kind)
+            parser.add_argument(_flag(name), type=Path, required=name not in optional, metavar="PATH", help=kind)
     parser.add_argument("--provenance", type=Path, required=True, metavar="PATH", help="what the outputs were made of")
     values = vars(parser.parse_args(arguments))
-    inputs, outputs = ({name: values[name] for name in names[kind]} for kind in ("input", "output"))
+    inputs, outputs = (
+        {name: values[name] for name in names[kind] if values[name] is not None} for kind in ("input", "output")
+    )
     return values["address"], inputs, outputs, values["provenance"]
 
 

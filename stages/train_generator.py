@@ -11,7 +11,7 @@ from vtp.data.latents import LatentDataset
 from vtp.draws import address
 from vtp.models.lightningdit import LightningDiT, LightningDiTConfig
 from vtp.objectives.generation import GenerationObjective, GenerationObjectiveConfig
-from vtp.training.fit import TrainingConfig, fit, plan
+from vtp.training.fit import Run, TrainingConfig, fit, plan
 from vtp.training.optim import OptimConfig
 
 
@@ -53,9 +53,10 @@ def run(
     torch.manual_seed(address(config.seed, "weights"))
     model = LightningDiT(architecture)
     objective = GenerationObjective(model, config.objective, seed=config.seed).to(work.device)
-    length = plan(config.training.length, samples=config.batch_size, flops=objective.step_flops(batches[0]))
+    cost = objective.step_cost(batches[0])
+    length = plan(config.training.length, samples=config.batch_size, flops=cost.flops)
     work.record(**length._asdict())
-    fit(objective, batches, steps=length.steps, training=config.training, optim={"model": config.optim}, host=work)
+    fit(objective, batches, Run(length.steps, config.training, {"model": config.optim}, cost), host=work)
     objective.average.save_pretrained(generator)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     write_json(metrics, {"train_generator": length._asdict() | {"parameters": parameters}})

@@ -13,7 +13,7 @@ from vtp.losses.perceptual import build_perceptual
 from vtp.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from vtp.models.tokenizer import VisualTokenizer, save_decoder
 from vtp.objectives.decoder import DecoderObjective, DecoderObjectiveConfig
-from vtp.training.fit import TrainingConfig, fit, plan
+from vtp.training.fit import Run, TrainingConfig, fit, plan
 from vtp.training.optim import OptimConfig
 
 
@@ -46,10 +46,11 @@ def run(
     perceptual = build_perceptual(config.objective.perceptual, weights=work.weights).to(work.device)
     objective = DecoderObjective(model, critic, config.objective, perceptual=perceptual, seed=config.seed)
     objective = objective.to(work.device)
-    length = plan(config.training.length, samples=config.batch_size, flops=objective.step_flops(batches[0]))
+    cost = objective.step_cost(batches[0])
+    length = plan(config.training.length, samples=config.batch_size, flops=cost.flops)
     work.record(**length._asdict())
     optim = {"decoder": config.decoder_optim, "critic": config.critic_optim}
-    fit(objective, batches, steps=length.steps, training=config.training, optim=optim, host=work)
+    fit(objective, batches, Run(length.steps, config.training, optim, cost), host=work)
     model.pixel_decoder.load_state_dict(objective.average.state_dict())
     save_decoder(model, decoder)
     write_json(metrics, {"tune_decoder": length._asdict()})

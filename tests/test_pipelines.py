@@ -42,7 +42,9 @@ def test_stage_is_wired(file, stage):
     run = import_module(module).run
     inputs = {f"--{name.replace('_', '-')}" for name in path_flags(run, "input")}
     outputs = {f"--{name.replace('_', '-')}" for name in path_flags(run, "output")} | {"--provenance"}
-    assert set(given) == inputs | outputs
+    optional = {f"--{name.replace('_', '-')}" for name in path_flags(run, "optional")}
+    assert inputs | outputs >= set(given) >= (inputs | outputs) - optional
+    inputs &= set(given)
     assert {given[flag] for flag in inputs} <= set(deps)
     assert {given[flag] for flag in outputs} == set(outs)
     # All else that a stage depends on is what `check` writes: the constant and its own code digest.

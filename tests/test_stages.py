@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import ROOT, tiny_params
 
-from stages._runner import Work, path_flags
+from stages._runner import path_flags
+from stages._runtime import Runtime, Work
 from stages.check import stage_config, uses
 from vtp import LightningDiT, load_tokenizer
 from vtp.artefact import digest
@@ -43,6 +44,9 @@ class QuietWork(Work):
     def update(self, count):
         pass
 
+    def set_postfix_str(self, text):
+        pass
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
@@ -61,12 +65,16 @@ def results(tmp_path_factory):
         patch.setattr(Config, "__getattribute__", recording)
         for name in ORDER:
             run = import_module(f"stages.{name}").run
-            inputs = {flag: path_of(root, name, flag, "input") for flag in path_flags(run, "input")}
+            inputs = {flag: path_of(root, name, flag, "input") for flag in required_inputs(run)}
             outputs = {flag: path_of(root, name, flag, "output") for flag in path_flags(run, "output")}
-            work = QuietWork(root / "scratch" / name, root)
+            work = QuietWork(root / "scratch" / name / "folder", root, Runtime())
             work.folder.mkdir(parents=True)
             run(configs[name], **inputs, **outputs, work=work)
     return root, configs, reads
+
+
+def required_inputs(run):
+    return [flag for flag in path_flags(run, "input") if flag not in path_flags(run, "optional")]
 
 
 def path_of(root, stage, flag, kind):

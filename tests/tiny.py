@@ -23,12 +23,18 @@ SMALL: dict[str, Any] = {
             "text": {"embed_dim": 16, "depth": 1, "num_heads": 2},
         },
         "data": {
-            "batch": {"clip": 8, "ssl": 4, "reconstruction": 4},
+            "batch": {"clip": 8, "ssl": 4, "reconstruction": 2},
             "clip_view": {"size": 16},
             "ssl_views": {"global_size": 16, "local_size": 8, "local_views": 2},
         },
         "objective": {"ssl": {"head": {"hidden_dim": 16, "bottleneck_dim": 8, "prototypes": 16}}},
         "training": {"length": {"name": "samples", "samples": 96}, "log_every": 2},
+        "watch": {
+            "looks": 3,
+            "pictures": 3,
+            "probe": {"train_samples": 20, "test_samples": 10, "neighbours": 3},
+            "milestones": [1.0e8],
+        },
     },
     "tune_decoder": {
         "batch_size": 4,
@@ -58,7 +64,7 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     result = dict(values)
     for key, change in changes.items():
         assert key in values, key
-        nested = isinstance(change, dict) and "name" not in change
+        nested = isinstance(change, dict) and isinstance(values[key], dict) and "name" not in change
         result[key] = merged(values[key], change) if nested else change
     return result
 

@@ -8,14 +8,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 CHUNK = 1 << 20
 
@@ -100,10 +100,27 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise ArtefactError(f"{path}: not a complete safetensors file ({error}); make or fetch it again") from None
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+def assign_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path, name: Callable[[str], str] = str
+) -> None:
+    """Give a module its weights; it may be on the meta device. `name` says what a key is called in the file.
+
+    Raises ArtefactError that lists what is missing, unknown or of another shape.
+    """
+    expected = {key: list(value.shape) for key, value in module.state_dict().items()}
+    problems = [f"missing {name(key)}" for key in sorted(expected.keys() - tensors.keys())]
+    problems += [f"unknown {name(key)}" for key in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"{name(key)} has shape {list(tensors[key].shape)}, config.json asks for {expected[key]}"
+        for key in sorted(expected.keys() & tensors.keys())
+        if list(tensors[key].shape) != expected[key]
+    ]
+    if problems:
+        rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ArtefactError(
+            f"{where} does not fit its config.json: {'; '.join(problems[:5])}{rest}; fetch both files again"
+        )
+    module.load_state_dict(tensors, assign=True)
 
 
 def digest(path: Path) -> str:

@@ -10,16 +10,28 @@ CONFIG = MaskConfig(probability=0.5, ratio_min=0.1, ratio_max=0.5)
 
 
 @pytest.mark.parametrize("side", [4, 8, 14])
-def test_count_is_constant_and_ratios_are_spread(side):
-    totals = set()
-    for seed in range(20):
-        masks = draw_masks(16, side, side, CONFIG, np.random.default_rng(seed))
+@pytest.mark.parametrize("crops", [4, 6, 16])
+def test_count_is_constant_and_ratios_are_spread(side, crops):
+    totals, ratios = set(), []
+    for seed in range(40):
+        masks = draw_masks(crops, side, side, CONFIG, np.random.default_rng(seed))
         per_crop = masks.sum(1).sort().values
-        assert per_crop[:8].max() == 0
-        expected = [int(side * side * ratio) for ratio in np.linspace(0.1, 0.5, 9)[1:]]
-        assert per_crop[8:].tolist() == expected
+        hidden = crops // 2
+        assert per_crop[: crops - hidden].max() == 0
+        shares = per_crop[crops - hidden :] / side**2
+        strata = np.linspace(0.1, 0.5, hidden + 1)
+        for share, low, high in zip(shares, strata, strata[1:], strict=False):
+            assert low - 1.5 / side**2 <= share <= high + 1.5 / side**2
         totals.add(int(masks.sum()))
+        ratios += shares.tolist()
     assert len(totals) == 1
+    assert min(ratios) < 0.2
+    assert max(ratios) > 0.4
+
+
+def test_a_single_crop_has_the_mean_ratio():
+    counts = {int(draw_masks(2, 10, 10, CONFIG, np.random.default_rng(seed)).sum()) for seed in range(9)}
+    assert counts == {30}
 
 
 def test_crops_are_shuffled():

@@ -1,4 +1,4 @@
-"""Self-distillation losses against DINOv2's own numbers, and at extremes."""
+"""Self-distillation losses against DINOv2's own numbers, in chunks of any size, and at extremes."""
 
 import json
 import math
@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from vtp.losses.dino import (
     CenteringConfig,
     SinkhornConfig,
+    TargetDiagnostics,
     build_targets,
     dino_loss,
     ibot_loss,
-    sinkhorn,
-    target_diagnostics,
+    sinkhorn_potential,
+    target_of,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dinov2-losses"
@@ -27,22 +28,41 @@ def close(ours, golden):
     torch.testing.assert_close(ours, golden, atol=1e-5, rtol=0)
 
 
+def in_chunks(logits, rows):
+    return lambda: iter(logits.split(rows))
+
+
+def probabilities(targets, logits, rows=4):
+    """Targets of all rows, by a potential that saw them in chunks."""
+    return target_of(logits, targets(in_chunks(logits, rows), TEACHER), TEACHER)
+
+
+def sinkhorn(logits, *, temperature, iterations, rows=3):
+    potential = sinkhorn_potential(in_chunks(logits, rows), temperature=temperature, iterations=iterations)
+    return target_of(logits, potential, temperature)
+
+
+def weights_of(masks):
+    """One over the masked patches of the image, for every masked patch."""
+    return (1 / masks.sum(1, keepdim=True).clamp_min(1)).expand_as(masks)[masks]
+
+
 def check_step(io, name, cls_probs, patch_probs):
     """Teacher probabilities and the three loss terms of one recorded step."""
     cls_probs = cls_probs.unflatten(0, (2, -1))
     close(cls_probs.flip(0).flatten(0, 1), io[f"{name}.teacher_cls_probs"])  # golden rows are swapped
     close(patch_probs, io[f"{name}.teacher_patch_probs"])
     dino = dino_loss(
-        io["student_global_cls_logits"].unflatten(0, (2, -1)),
-        io["student_local_cls_logits"].unflatten(0, (SETUP["n_local_crops"], -1)),
-        cls_probs,
+        io["student_global_cls_logits"].unflatten(0, (2, -1)).transpose(0, 1),
+        io["student_local_cls_logits"].unflatten(0, (SETUP["n_local_crops"], -1)).transpose(0, 1),
+        cls_probs.transpose(0, 1),
         temperature=STUDENT,
     )
-    close(dino.between_globals, io[f"{name}.dino_global"])
-    close(dino.local_to_global, io[f"{name}.dino_local"])
-    close(
-        ibot_loss(io["student_masked_patch_logits"], patch_probs, io["masks"], temperature=STUDENT), io[f"{name}.ibot"]
-    )
+    close(dino.between_globals / SETUP["batch"], io[f"{name}.dino_global"])
+    close(dino.local_to_global / SETUP["batch"], io[f"{name}.dino_local"])
+    masks = io["masks"]
+    ibot = ibot_loss(io["student_masked_patch_logits"], patch_probs, weights_of(masks), temperature=STUDENT)
+    close(ibot / len(masks), io[f"{name}.ibot"])
 
 
 def test_sinkhorn_matches_official():
@@ -51,7 +71,8 @@ def test_sinkhorn_matches_official():
         SinkhornConfig(name="sinkhorn", iterations=SETUP["sinkhorn_iterations"]), SETUP["prototypes"]
     )
     cls, patches = io["teacher_cls_logits"], io["teacher_masked_patch_logits"]
-    check_step(io, "sinkhorn_knopp.step0", targets(cls, TEACHER), targets(patches, TEACHER))
+    for rows in (1, 3, 1000):
+        check_step(io, "sinkhorn_knopp.step0", probabilities(targets, cls, rows), probabilities(targets, patches, rows))
 
 
 def test_centering_matches_official_over_three_steps():
@@ -60,7 +81,17 @@ def test_centering_matches_official_over_three_steps():
     of_cls, of_patches = (build_targets(config, SETUP["prototypes"]) for _ in range(2))
     cls, patches = io["teacher_cls_logits"], io["teacher_masked_patch_logits"]
     for step in range(3):
-        check_step(io, f"centering.step{step}", of_cls(cls, TEACHER), of_patches(patches, TEACHER))
+        check_step(io, f"centering.step{step}", probabilities(of_cls, cls), probabilities(of_patches, patches))
+        of_cls.after_step()
+        of_patches.after_step()
+
+
+def test_a_skipped_step_leaves_the_centre():
+    centering = build_targets(CenteringConfig(name="centering", momentum=0.5), 3)
+    centering(in_chunks(torch.ones(4, 3), 2), 1.0)
+    assert centering.center.eq(0).all()
+    centering.after_step()
+    torch.testing.assert_close(centering.center, torch.full((3,), 0.5))
 
 
 def test_sinkhorn_is_the_plain_algorithm_in_float64():
@@ -78,17 +109,22 @@ def test_sinkhorn_balances():
     torch.testing.assert_close(q.sum(0), torch.full((8,), 8.0), atol=1e-3, rtol=0)
 
 
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match=r"no patch is masked"):
+        sinkhorn_potential(lambda: iter([]), temperature=1.0, iterations=3)
+
+
 @pytest.mark.parametrize(
-    "targets", [SinkhornConfig(name="sinkhorn", iterations=3), CenteringConfig(name="centering", momentum=0.9)]
+    "config", [SinkhornConfig(name="sinkhorn", iterations=3), CenteringConfig(name="centering", momentum=0.9)]
 )
-def test_finite_at_huge_logits(targets):
-    signs = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1)).sign()
-    teacher = build_targets(targets, 16)(200 * signs.flatten(0, 1), 0.04)
+def test_finite_at_huge_logits(config):
+    signs = torch.randn(6, 2, 16, generator=torch.Generator().manual_seed(1)).sign()
+    logits = 200 * signs
+    teacher = target_of(logits, build_targets(config, 16)(in_chunks(logits.flatten(0, 1), 5), 0.04), 0.04)
     student = (200 * signs.flip(2)).requires_grad_()
-    masks = torch.ones(4, 3, dtype=torch.bool)
-    dino = dino_loss(student, student[:, :, :], teacher.unflatten(0, (2, -1)), temperature=0.1)
+    dino = dino_loss(student, student, teacher, temperature=0.1)
     loss = dino.between_globals + dino.local_to_global
-    loss = loss + ibot_loss(student.flatten(0, 1), teacher, masks, temperature=0.1)
+    loss = loss + ibot_loss(student.flatten(0, 1), teacher.flatten(0, 1), torch.ones(12), temperature=0.1)
     loss.backward()
     assert torch.isfinite(teacher).all()
     assert torch.isfinite(loss)
@@ -98,12 +134,24 @@ def test_finite_at_huge_logits(targets):
 def test_agreement_is_the_entropy_of_the_target():
     """A student that equals the target reaches its entropy, and no view is compared with itself."""
     first, second = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.1, 0.8])
-    targets = torch.stack([first, second])[:, None]  # [2, 1, 3]
-    student = targets.flip(0).log()  # view 0 says what the target of view 1 says
-    loss = dino_loss(student, torch.empty(0, 1, 3), targets, temperature=1.0)
+    targets = torch.stack([first, second])[None]  # [1, 2, 3]
+    student = targets.flip(1).log()  # view 0 says what the target of view 1 says
+    loss = dino_loss(student, torch.empty(1, 0, 3), targets, temperature=1.0)
     entropy = [-(p * p.log()).sum() for p in (first, second)]
     torch.testing.assert_close(loss.between_globals, (entropy[0] + entropy[1]) / 2)
     assert loss.local_to_global == 0
+
+
+def test_dino_is_the_mean_over_pairs():
+    """Against the definition, with explicit log-softmax and loops over pairs."""
+    targets, seen, local = (torch.randn(5, views, 7) for views in (2, 2, 3))
+    targets = targets.softmax(-1)
+    parts = dino_loss(seen, local, targets, temperature=0.2)
+    cost = lambda target, view: -(target * torch.log_softmax(view / 0.2, -1)).sum(-1).sum()  # noqa: E731
+    crossed = cost(targets[:, 0], seen[:, 1]) + cost(targets[:, 1], seen[:, 0])
+    of_local = sum(cost(targets[:, t], local[:, v]) for t in range(2) for v in range(3))
+    torch.testing.assert_close(parts.between_globals, crossed / 8)
+    torch.testing.assert_close(parts.local_to_global, of_local / 8)
 
 
 def test_ibot_weighs_images_equally():
@@ -112,13 +160,21 @@ def test_ibot_weighs_images_equally():
     targets = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
     student = torch.tensor([[0.0, 0], [5, 0], [5, 0]])
     costs = -torch.log_softmax(student, -1)[:, 0]
-    expected = (costs[0] + (costs[1] + costs[2]) / 2) / 3
-    torch.testing.assert_close(ibot_loss(student, targets, masks, temperature=1.0), expected)
+    expected = costs[0] + (costs[1] + costs[2]) / 2
+    torch.testing.assert_close(ibot_loss(student, targets, weights_of(masks), temperature=1.0), expected)
 
 
 def test_diagnostics_tell_collapse():
+    def of(targets):
+        diagnostics = TargetDiagnostics(8, torch.device("cpu"))
+        for chunk in targets.split(3):
+            diagnostics.add(chunk)
+        return {name: float(value) for name, value in diagnostics.parts().items()}
+
     one_hot = torch.eye(8)
-    spread, collapsed = target_diagnostics(one_hot), target_diagnostics(one_hot[[0] * 8])
-    assert spread.entropy == collapsed.entropy == 0
-    assert float(spread.kl_to_uniform) == pytest.approx(0, abs=1e-6)
-    assert float(collapsed.kl_to_uniform) == pytest.approx(math.log(8))
+    spread, collapsed = of(one_hot), of(one_hot[[0] * 8])
+    assert spread["teacher_entropy"] == collapsed["teacher_entropy"] == 0
+    assert spread["teacher_kl_to_uniform"] == pytest.approx(0, abs=1e-6)
+    assert collapsed["teacher_kl_to_uniform"] == pytest.approx(math.log(8))
+    assert (spread["prototypes_used"], collapsed["prototypes_used"]) == (1.0, 0.125)
+    assert of(torch.full((4, 8), 1 / 8))["teacher_entropy"] == pytest.approx(math.log(8))

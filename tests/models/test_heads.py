@@ -6,7 +6,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from vtp.layers.average import frozen_copy
 from vtp.models.heads import DinoHead, DinoHeadConfig
 
-CONFIG = DinoHeadConfig(hidden_dim=16, bottleneck_dim=8, prototypes=12)
+CONFIG = DinoHeadConfig(hidden_dim=16, bottleneck_dim=8, prototypes=12, weight_norm=True)
 
 
 def test_last_layer_is_torch_weight_norm():
@@ -23,6 +23,13 @@ def test_last_layer_is_torch_weight_norm():
 def test_logits_are_bounded_by_the_scales():
     head = DinoHead(6, CONFIG)
     assert head(1000 * torch.randn(50, 6)).abs().max() <= 1 + 1e-6
+
+
+def test_plain_prototypes():
+    head = DinoHead(6, CONFIG.model_copy(update={"weight_norm": False}))
+    assert "scales" not in dict(head.named_parameters())
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(head(x), head.embed(x) @ head.directions.T)
 
 
 def test_copy_is_equal_and_frozen():

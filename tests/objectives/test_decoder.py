@@ -13,6 +13,7 @@ from vtp.losses.perceptual import build_perceptual
 from vtp.models.discriminator import PatchDiscriminator
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.decoder import DecoderObjective, to_8_bits
+from vtp.step import Moment
 
 
 def setup(changes=None):
@@ -28,11 +29,13 @@ def setup(changes=None):
 
 def step(objective, batch, progress):
     logs = {}
-    for phase, modules in objective.phases().items():
-        parameters = [p for module in modules for p in module.parameters()]
-        for loss, scalars in objective.losses(phase, batch, 0, progress):
-            loss.backward(inputs=parameters)
-            logs |= scalars
+    objective.zero_grad()
+    for phase in objective.phases():
+        for term in objective.terms(phase, [batch], Moment(int(100 * progress), 100, watched=False)):
+            term.loss.backward()
+            logs |= term.parts
+        if phase == "decoder":
+            assert all(p.grad is None for p in objective.critic.parameters())
     return logs
 
 
@@ -64,7 +67,7 @@ def test_average_follows():
     before = objective.average.proj_out.bias.clone()
     with torch.no_grad():
         objective.decoder.proj_out.bias.add_(1.0)
-    objective.after_step(0)  # momentum 1/10 at the first step
+    objective.after_step(Moment(0, 10, watched=False))  # momentum 1/10 at the first step
     torch.testing.assert_close(objective.average.proj_out.bias, before + 0.9)
 
 

@@ -1,4 +1,4 @@
-"""The joint objective: who trains whom, what a weight of zero saves, and that it learns."""
+"""The joint objective: who trains whom, what a weight of zero saves, micro-batches, and that it learns."""
 
 from pathlib import Path
 
@@ -7,12 +7,24 @@ import torch
 from tiny import merged, tiny_params
 
 from stages.pretrain import Pretrain
-from vtp.data.batches import PretrainBatch
+from vtp.data.batches import PretrainBatch, Share
 from vtp.data.masking import draw_masks
 from vtp.draws import numpy_draws
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.tokenizer import VisualTokenizer
+from vtp.objectives.cost import items, pretrain_cost
+from vtp.objectives.gradient_cache import GradientCache
 from vtp.objectives.pretrain import PretrainObjective
+from vtp.step import Moment
+
+ALONE = Share(0, 1, 1)
+START = Moment(0, 10, watched=True)
+COMBINATIONS = {
+    "ae": {"clip": 0.0, "ssl": 0.0},
+    "clip+ae": {"ssl": 0.0},
+    "ssl+ae": {"clip": 0.0},
+    "clip+ssl+ae": {"clip": 0.5, "ssl": 2.0},
+}
 
 
 def config_of(changes=None) -> Pretrain:
@@ -21,131 +33,340 @@ def config_of(changes=None) -> Pretrain:
 
 def objective_of(config: Pretrain) -> PretrainObjective:
     torch.manual_seed(0)
-    perceptual = build_perceptual(config.objective.perceptual, weights=Path())
-    return PretrainObjective(VisualTokenizer(config.architecture), config.objective, perceptual=perceptual, seed=0)
+    perceptual = build_perceptual(config.objective.reconstruction.perceptual, weights=Path())
+    tokenizer = VisualTokenizer(config.architecture)
+    return PretrainObjective(tokenizer, config.objective, config.rates, perceptual=perceptual, seed=0)
 
 
-def batch_of(config: Pretrain) -> PretrainBatch:
-    torch.manual_seed(1)
+def batch_of(config: Pretrain, step: int = 0, share: Share = ALONE, micro: int = 0) -> PretrainBatch:
+    """A step's micro-batch of random pictures, in the blocks that PretrainBatches gives a rank."""
     clip, ssl, rec = config.active
+    _, blocks = share.of(rec, step * share.micros + micro)
+    draws = torch.Generator().manual_seed(step)
+
+    def part(per_block, *shape):
+        pixels = torch.randint(0, 256, (per_block * rec, *shape), generator=draws, dtype=torch.uint8)
+        return pixels[blocks.start * per_block : blocks.stop * per_block]
+
+    ratios = config.data.masks.model_copy(update={"ratio_max": 0.8})
+    masks = [draw_masks(2 * ssl // rec, 2, 2, ratios, numpy_draws(step, "m", block)) for block in blocks]
+    masks = torch.cat(masks).unflatten(0, (len(blocks) * ssl // rec, 2))
+    weights = (1 / masks.sum(2, keepdim=True).clamp_min(1)).expand_as(masks)
     return PretrainBatch(
-        clip_images=torch.randn(clip, 3, 16, 16),
-        tokens=torch.randint(1, 100, (clip, 40)),
-        global_views=torch.randn(2, ssl, 3, 16, 16),
-        local_views=torch.randn(2, ssl, 3, 8, 8),
-        masks=draw_masks(2 * ssl, 2, 2, config.data.masks.model_copy(update={"ratio_max": 0.8}), numpy_draws(0, "m")),
-        rec_images=torch.randn(rec, 3, 16, 16),
+        clip_images=part(clip // rec, 3, 16, 16),
+        tokens=1 + part(clip // rec, config.tokenizer.text.context_length).long() % 99,
+        global_views=part(ssl // rec, 2, 3, 16, 16),
+        local_views=part(ssl // rec, 2, 3, 8, 8),
+        masks=masks,
+        masked=masks.flatten().nonzero()[:, 0],
+        mask_weights=weights[masks],
+        rec_images=part(1, 3, 16, 16),
     )
 
 
-def gradients(objective, batch, term):
-    """Names of the tokenizer's parameters that one term moves."""
+def backward(objective, micros, moment=START):
+    """Gradients by name and logged scalars of one step."""
     objective.zero_grad()
-    loss, _ = objective._terms[term](batch, 0, 0.0)
-    loss.backward()
-    named = objective.tokenizer.named_parameters()
-    return {name for name, p in named if p.grad is not None and p.grad.abs().sum() > 0}
+    logs = {}
+    for term in objective.terms("model", micros, moment):
+        if term.loss is not None:
+            term.loss.backward()
+        for name, value in term.parts.items():
+            logs[name] = logs.get(name, 0) + float(value)
+    return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}, logs
 
 
 def test_each_term_trains_its_part():
     config = config_of()
-    objective, batch = objective_of(config), batch_of(config)
-    clip, ssl, rec = (gradients(objective, batch, term) for term in ("clip", "ssl", "reconstruction"))
+    clip, ssl, rec = (_moved_alone(config, term) for term in ("clip", "ssl", "reconstruction"))
     shared = "trunk.blocks.0.attn.qkv.weight"
     assert shared in clip & ssl & rec
     assert any(name.startswith("text.") for name in clip)
     assert not any(name.startswith(("text.", "pixel_decoder.")) for name in ssl)
     assert "trunk.mask_token" in ssl - clip - rec
-    # bottleneck_ae_only: only reconstruction shapes the latents
+    # bottleneck_ae_only and features: trunk: only reconstruction shapes the latents
     assert "trunk.feature_bottleneck.weight" in rec - clip - ssl
-    through = config_of({"tokenizer": {"vision": {"bottleneck_ae_only": False}}})
-    assert "trunk.feature_bottleneck.weight" in gradients(objective_of(through), batch, "clip")
-    assert "trunk.feature_bottleneck.weight" in gradients(objective_of(through), batch, "ssl")
+    through = config_of(
+        {"tokenizer": {"vision": {"bottleneck_ae_only": False}}, "objective": {"ssl": {"features": "latent"}}}
+    )
+    assert "trunk.feature_bottleneck.weight" in _moved_alone(through, "clip")
+    assert "trunk.feature_bottleneck.weight" in _moved_alone(through, "ssl")
+
+
+def _moved_alone(config, term):
+    """Parameters of the tokenizer that the terms of one objective move."""
+    objective = objective_of(config)
+    moved, before = set(), {}
+    for each in objective.terms("model", [batch_of(config)], START):
+        if each.loss is not None:
+            each.loss.backward()
+        for name, parameter in objective.tokenizer.named_parameters():
+            if parameter.grad is not None:
+                now = parameter.grad.clone()
+                changed = name not in before or not torch.equal(before[name], now)
+                if each.name == term and changed and now.abs().sum() > 0:
+                    moved.add(name)
+                before[name] = now
+    return moved
+
+
+@pytest.mark.parametrize("weights", COMBINATIONS.values(), ids=COMBINATIONS)
+@pytest.mark.parametrize("targets", [{"name": "sinkhorn", "iterations": 3}, {"name": "centering", "momentum": 0.9}])
+def test_micro_batches_have_the_gradient_of_the_batch(weights, targets):
+    """Cached features and chunks: exact for contrast, Sinkhorn, centering and KoLeo."""
+    config = config_of({"objective": {"weights": weights, "ssl": {"targets": targets}}})
+    objective = objective_of(config)
+    whole, logs = backward(objective, [batch_of(config)])
+    halves = [batch_of(config, 0, Share(0, 1, 2), micro) for micro in range(2)]
+    split, split_logs = backward(objective, halves)
+    assert whole.keys() == split.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(split[name], gradient, atol=2e-6 * float(gradient.abs().max()) + 1e-9, rtol=2e-5)
+    assert split_logs == pytest.approx(logs, rel=1e-5, abs=1e-6)
+
+
+def test_chunks_of_any_size_are_equal(monkeypatch):
+    config = config_of()
+    objective = objective_of(config)
+    whole, logs = backward(objective, [batch_of(config)])
+    monkeypatch.setattr("vtp.objectives.self_distillation.CHUNK", 1)  # one row at a time
+    split, split_logs = backward(objective, [batch_of(config)])
+    for name, gradient in whole.items():
+        torch.testing.assert_close(split[name], gradient, atol=2e-6 * float(gradient.abs().max()) + 1e-9, rtol=2e-5)
+    assert split_logs == pytest.approx(logs, rel=1e-5, abs=1e-6)
+
+
+def test_weights_scale_gradients():
+    """Twice the weight is twice the gradient: cached gradients are not weighted again."""
+    for name in ("clip", "ssl"):
+        others = {"clip": 0.0, "ssl": 0.0, "reconstruction": 1e-9}
+        gradients = []
+        for weight in (1.0, 2.0):
+            config = config_of({"objective": {"weights": others | {name: weight}}})
+            gradients.append(backward(objective_of(config), [batch_of(config)])[0]["tokenizer.trunk.cls_token"])
+        torch.testing.assert_close(gradients[1], 2 * gradients[0], rtol=1e-3, atol=1e-9)
+
+
+def test_gradient_cache_is_the_chain_rule():
+    weight = torch.randn(4, 3, requires_grad=True)
+    inputs = [(torch.randn(5, 4),), (torch.randn(2, 4),)]
+
+    def loss(features):
+        return (features @ features.T).logsumexp(1).sum()
+
+    cache = GradientCache(lambda micro, number: [torch.tanh(micro[0] @ weight)], inputs)
+    loss(cache.features[0]).backward()
+    for surrogate in cache.surrogates():
+        surrogate.backward()
+    (expected,) = torch.autograd.grad(loss(torch.tanh(torch.cat([x for (x,) in inputs]) @ weight)), weight)
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_recomputed_activations_give_equal_gradients():
+    config = config_of({"tokenizer": {"text": {"depth": 2}}})
+    plain, logs = backward(objective_of(config), [batch_of(config)])
+    objective = objective_of(config)
+    objective.recompute()
+    again, same = backward(objective, [batch_of(config)])
+    assert logs == same
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-7, rtol=1e-5)
 
 
 def test_teacher_starts_as_the_student_and_follows_it():
-    objective = objective_of(config_of({"objective": {"ssl": {"momentum": 0.99}}}))
-    for teacher, student in ((objective.teacher, objective.tokenizer.trunk), (objective.teacher_head, objective.head)):
+    momentum = {"name": "constant", "value": 0.99}
+    objective = objective_of(config_of({"objective": {"ssl": {"momentum": momentum, "teacher_projection": True}}}))
+    ssl, tokenizer = objective.ssl, objective.tokenizer
+    pairs = [(ssl.teacher.trunk, tokenizer.trunk), (ssl.teacher.heads, ssl.heads)]
+    for teacher, student in [*pairs, (ssl.teacher.visual_proj, tokenizer.visual_proj)]:
         assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
         assert not any(p.requires_grad for p in teacher.parameters())
     with torch.no_grad():
-        objective.head.scales.fill_(2.0)
-    objective.after_step(0)
-    torch.testing.assert_close(objective.teacher_head.scales, torch.full((16,), 1.01))
+        ssl.heads["dino"].scales.fill_(2.0)
+    objective.after_step(START)
+    torch.testing.assert_close(ssl.teacher.heads["dino"].scales, torch.full((16,), 1.01))
+    without = objective_of(config_of({"objective": {"ssl": {"teacher_projection": False}}}))
+    assert without.ssl.teacher.visual_proj is None
 
 
-def test_logit_scale_is_clamped():
+def test_momentum_rises_along_a_cosine():
+    momentum = {"name": "cosine", "start": 0.99, "end": 1.0}
+    ssl = objective_of(config_of({"objective": {"ssl": {"momentum": momentum}}})).ssl
+    assert [ssl.momentum(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.99, 0.995, 1.0])
+
+
+def test_logit_scale_starts_and_is_clamped():
     objective = objective_of(config_of())
+    assert objective.tokenizer.logit_scale.exp().item() == pytest.approx(14.2857, rel=1e-5)
     objective.tokenizer.logit_scale.data.fill_(9.0)
-    objective.after_step(0)
+    objective.after_step(START)
     assert objective.tokenizer.logit_scale.exp().item() == pytest.approx(100, rel=1e-4)
+
+
+def test_sigmoid_contrast_learns_scale_and_bias():
+    config = config_of({"objective": {"contrast": {"name": "sigmoid", "scale": 10.0, "bias": -10.0}}})
+    gradients, _ = backward(objective_of(config), [batch_of(config)])
+    assert float(gradients["tokenizer.logit_bias"]) != 0
+    assert float(gradients["tokenizer.logit_scale"]) != 0
+
+
+def test_separate_patch_head():
+    other = {"hidden_dim": 8, "bottleneck_dim": 4, "prototypes": 24, "weight_norm": False}
+    config = config_of({"objective": {"ssl": {"patch_head": other, "pooling": "pooled"}}})
+    objective = objective_of(config)
+    gradients, _ = backward(objective, [batch_of(config)])
+    assert gradients["ssl.heads.ibot.directions"].abs().sum() > 0
+    assert gradients["ssl.heads.dino.directions"].abs().sum() > 0
 
 
 def test_zero_weights_cost_nothing():
     joint, autoencoder = config_of(), config_of({"objective": {"weights": {"clip": 0.0, "ssl": 0.0}}})
     objective = objective_of(autoencoder)
-    assert list(objective._terms) == ["reconstruction"]
+    terms = list(objective.terms("model", [batch_of(autoencoder)], START))
+    assert {term.name for term in terms} == {"reconstruction"}
     assert not any("text" in name or "teacher" in name or "head" in name for name, _ in objective.named_parameters())
-    assert autoencoder.active == (0, 0, 4)
-    flops = [objective_of(c).step_flops(batch_of(c)) for c in (joint, autoencoder)]
-    assert flops[1] < flops[0]
+    assert autoencoder.active == (0, 0, 2)
+    names = [item.name for item in parts_of(autoencoder)]
+    assert all(name.startswith("reconstruction") for name in names)
+    assert cost_of(autoencoder).flops < cost_of(joint).flops
 
 
-def test_flops_are_those_of_the_step():
-    """The sum of its parts equals what torch counts while a step runs, less the small products of the losses."""
+def cost_of(config):
+    return pretrain_cost(config.architecture, config.data, config.objective, config.active)
+
+
+def parts_of(config):
+    return items(config.architecture, config.data, config.objective, config.active)
+
+
+@pytest.mark.parametrize("weights", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_flops_are_those_of_the_step(weights):
+    """Counted from shapes against what torch counts while a step runs."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = config_of()
+    ratios = {"ratio_min": 0.25, "ratio_max": 0.75}
+    targets = {"name": "sinkhorn", "iterations": 1}
+    # Wide and short, as real models are: in attention torch counts what its backward pass computes again.
+    text = {"embed_dim": 64, "context_length": 8}
+    changes = {"objective": {"weights": weights, "ssl": {"targets": targets}}, "tokenizer": {"text": text}}
+    config = config_of(changes | {"data": {"masks": ratios}})
     objective, batch = objective_of(config), batch_of(config)
+    objective._perceptual = [lambda a, b: (a - b).abs().mean((1, 2, 3))]  # its network would hide the rest
     with FlopCounterMode(display=False) as counter:
-        for loss, _ in objective.losses("model", batch, 0, 0.0):
-            loss.backward()
-    assert objective.step_flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.05)
+        for term in objective.terms("model", [batch], Moment(0, 10, watched=False)):
+            if term.loss is not None:
+                term.loss.backward()
+    # Sinkhorn makes the teacher's logits a second time.
+    rows = batch.masked.numel() + 2 * len(batch.global_views)
+    repeated = 2 * rows * 8 * 16 if config.active.ssl else 0
+    ours = sum(item.training for item in parts_of(config) if "perceptual" not in item.name)
+    assert ours + repeated == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_forward_flops_of_the_models():
+    """Every part alone, within 1 %, at a size where attention counts."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from vtp.objectives.cost import decoder_flops, encoder_flops, perceptual_flops, text_flops
+
+    config = config_of({"tokenizer": {"vision": {"patch_size": 2}}, "data": {"ssl_views": {"local_size": 8}}})
+    objective = objective_of(config)
+    tokenizer, vision = objective.tokenizer, config.tokenizer.vision
+
+    def count(function, *inputs):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            function(*inputs)
+        return counter.get_total_flops()
+
+    images, latents, perceptual = torch.zeros(1, 3, 16, 16), torch.zeros(1, 8, 8, 8), objective._perceptual[0]
+    for counted, ours in (
+        (count(tokenizer.encode, images), encoder_flops(vision, 16, bottleneck=True)),
+        (count(tokenizer.decode, latents), decoder_flops(config.tokenizer.decoder, vision, 16)),
+        (count(tokenizer.encode_text, torch.ones(1, 40, dtype=torch.int64)), text_flops(config.tokenizer.text)),
+        (count(perceptual, images, images), 2 * perceptual_flops(config.objective.reconstruction.perceptual, 16)),
+    ):
+        assert ours == pytest.approx(counted, rel=0.01)
 
 
 def test_learns_one_batch():
     config = config_of()
     objective, batch = objective_of(config), batch_of(config)
-    optimizer = torch.optim.AdamW([p for m in objective.phases()["model"] for p in m.parameters()], 3e-3)
+    optimizer = torch.optim.AdamW([p for group in objective.phases()["model"] for p in group.parameters], 3e-3)
     history = []
     for step in range(60):
-        logs = {}
-        for loss, scalars in objective.losses("model", batch, step, step / 60):
-            loss.backward()
-            logs |= scalars
+        moment = Moment(step, 60, watched=False)
+        history.append(backward(objective, [batch], moment)[1])
         optimizer.step()
-        optimizer.zero_grad()
-        objective.after_step(step)
-        history.append({name: float(value) for name, value in logs.items()})
+        objective.after_step(moment)
     assert history[-1]["clip_loss"] < 0.5 * history[0]["clip_loss"]
     assert history[-1]["l1"] < 0.8 * history[0]["l1"]
     assert history[-1]["ibot_loss"] < history[0]["ibot_loss"]
 
 
-def test_drop_path_draws_by_step():
-    config = config_of({"objective": {"drop_path": {"ssl": 0.5}}})
+def test_every_parameter_is_in_one_group():
+    rates = {"layer_decay": 0.5, "patch_embed": 0.2, "frozen_prototypes": 0.1, "decoder": {"lr": 3.0}}
+    objective = objective_of(config_of({"rates": rates}))
+    groups = objective.phases()["model"]
+    grouped = [p for group in groups for p in group.parameters]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {p for p in objective.parameters() if p.requires_grad}
+    factor = {name: group for group in groups for name, p in objective.named_parameters() if p in set(group.parameters)}
+    assert factor["tokenizer.trunk.norm.weight"].lr == 1.0
+    assert factor["tokenizer.trunk.blocks.1.attn.proj.weight"].lr == 0.5
+    assert factor["tokenizer.trunk.blocks.0.attn.proj.weight"].lr == 0.25
+    assert factor["tokenizer.trunk.patch_embed.proj.weight"].lr == pytest.approx(0.125 * 0.2)
+    assert factor["tokenizer.trunk.cls_token"].lr == 0.125
+    assert factor["tokenizer.pixel_decoder.proj_in.weight"].lr == 3.0
+    assert factor["ssl.heads.dino.directions"].frozen_until == 0.1
+    assert factor["ssl.heads.dino.mlp.0.weight"].frozen_until == 0.0
+    assert "tokenizer.logit_scale" in factor
+
+
+def test_drop_path_draws_belong_to_blocks():
+    """Whoever holds a block leaves out the same crops, an exact count of each group."""
+    config = config_of({"objective": {"drop_path": {"ssl": 0.25, "blocks": 1}}})
     objective = objective_of(config)
-    first, again, other = objective._keep("ssl", 8, 0), objective._keep("ssl", 8, 0), objective._keep("ssl", 8, 1)
-    assert first.shape == (2, 2, 4)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert objective._keep("clip", 8, 0) is None
+
+    def keeps(number, count, step=0):
+        batch = batch_of(config, step, Share(0, 1, count), number)
+        return objective._keeps(batch, number, count, step)
+
+    whole, first, second = keeps(0, 1), keeps(0, 2), keeps(1, 2)
+    assert whole.views.shape == (2, 2, 6)  # 2 blocks of 4 crops, 3 kept of each
+    assert torch.equal(whole.views, torch.cat([first.views, second.views + 4], -1))
+    assert torch.equal(whole.local_views, torch.cat([first.local_views, second.local_views + 4], -1))
+    assert not torch.equal(whole.views, keeps(0, 1, step=1).views)
+    grouped = objective_of(config_of({"objective": {"drop_path": {"ssl": 0.25, "blocks": 2}}}))
+    with pytest.raises(ValueError, match=r"set drop_path\.blocks to a divisor"):
+        grouped._keeps(batch_of(config, 0, Share(0, 1, 2), 0), 0, 2, 0)
 
 
 def test_temperature_rises_then_stays():
     warmup = {"start": 0.04, "end": 0.07, "warmup": 0.3}
     ssl = {f"teacher_temperature_{key}": value for key, value in warmup.items()}
     objective = objective_of(config_of({"objective": {"ssl": ssl}}))
-    values = [objective.teacher_temperature(progress) for progress in (0.0, 0.15, 0.3, 0.9)]
+    values = [objective.ssl.teacher_temperature(progress) for progress in (0.0, 0.15, 0.3, 0.9)]
     assert values == pytest.approx([0.04, 0.055, 0.07, 0.07])
+
+
+def test_l1_space():
+    def losses(space):
+        config = config_of({"objective": {"reconstruction": {"l1_space": space}}})
+        return backward(objective_of(config), [batch_of(config)])[1]
+
+    # [-1, 1] is wider than normalised space by 2 sigma, about 0.45.
+    assert losses("unit")["l1"] / losses("normalised")["l1"] == pytest.approx(0.45, abs=0.01)
 
 
 def test_impossible_configurations_are_refused():
     for changes, said in (
         ({"objective": {"weights": {"reconstruction": 0.0}}}, "reconstruction must be above 0"),
         ({"tokenizer": {"text": None}}, "text must not be null"),
-        ({"data": {"batch": {"ssl": 9}}}, "clip 8 >= ssl 9"),
+        ({"data": {"batch": {"ssl": 16}}}, "clip 8 is below ssl 16"),
+        ({"data": {"batch": {"ssl": 5}}}, "ssl 5 is not a multiple of reconstruction 2"),
         ({"data": {"ssl_views": {"local_size": 9}}}, "local_size 9 is not a multiple"),
+        ({"data": {"clip_view": {"size": 8}}}, "reconstruction_view is shared"),
+        ({"data": {"subsets": "disjoint", "batch": {"clip": 4}}}, "no image is left"),
         ({"tokenizer": {"vision": {"num_heads": 3}}}, "must be a multiple of 4"),
     ):
         with pytest.raises(ValueError, match=said):

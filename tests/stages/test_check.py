@@ -27,7 +27,7 @@ def test_the_recipe_is_valid(tmp_path):
         ({"pretrain": {"seed": 1.5}}, "pretrain.seed"),
         ({"generate": {"samples": 0}}, "generate.samples: Input should be greater than or equal to 1 (given: 0)"),
         ({"train_generator": {"optim": {"lr": -1.0}}}, "train_generator.optim.lr: Input should be greater than 0"),
-        ({"pretrain": {"data": {"batch": {"ssl": 99}}}}, "must fall, clip 8 >= ssl 99"),
+        ({"pretrain": {"data": {"batch": {"ssl": 99}}}}, "ssl 99 is not a multiple of reconstruction 2"),
         ({"generate": {"guided": {"guidance_interval": [0.9, 0.1]}}}, "start < end"),
         ({"evaluate_generator": {"features": {"name": "dino"}}}, "'random_vgg16', 'inception'"),
         ({"pretrain": {"tokenizer": {"image_size": 32}}}, "image_size"),

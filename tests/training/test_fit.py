@@ -1,6 +1,7 @@
 """The loop on a problem of a few numbers: it learns, resumes exactly, stops when asked, and refuses NaN."""
 
 import csv
+import json
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -9,12 +10,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from vtp.distributed import StateError
+from vtp.step import Moment, ParameterGroup, StepCost, Term
 from vtp.training.checkpoint import Checkpoints
-from vtp.training.fit import Flops, NotFinite, Samples, TrainingConfig, fit, plan
+from vtp.training.fit import Flops, NotFinite, Run, Samples, TrainingConfig, fit, plan
 from vtp.training.log import Curves, Means
-from vtp.training.optim import OptimConfig, build_optimizer, learning_rate
+from vtp.training.optim import OptimConfig, build_optimizer, learning_rate, set_rates
 
-TRAINING = TrainingConfig(length=Samples(name="samples", samples=1), precision="float32", log_every=3)
+TRAINING = TrainingConfig(length=Samples(name="samples", samples=1), precision="float32", log_every=3, max_skipped=1)
 OPTIM = OptimConfig(
     lr=0.05,
     final_lr=0.0,
@@ -24,6 +27,7 @@ OPTIM = OptimConfig(
     beta2=0.99,
     eps=1e-8,
     weight_decay=0.01,
+    final_weight_decay=0.01,
     clip_norm=1.0,
 )
 
@@ -37,12 +41,12 @@ class Lines(Dataset):
     """y = x @ (1, -2, 3); a batch is a function of the step."""
 
     def __init__(self, poisoned=None):
-        self.poisoned = poisoned
+        self.poisoned = poisoned or ()
 
     def __getitem__(self, step):
         x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
         y = x @ torch.tensor([1.0, -2, 3])
-        return Pairs(x, y * float("nan") if step == self.poisoned else y)
+        return Pairs(x, y * float("nan") if step in self.poisoned else y)
 
 
 class Regression(nn.Module):
@@ -55,23 +59,29 @@ class Regression(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
 
     def phases(self):
-        return {"first": [self.first], "second": [self.second]}
+        return {name: [ParameterGroup(list(getattr(self, name).parameters()))] for name in ("first", "second")}
 
-    def losses(self, phase, batch, step, progress):
-        assert 0 <= progress < 1
+    def watched(self):
+        return [self.first.weight]
+
+    def terms(self, phase, micros, moment):
+        assert 0 <= moment.progress < 1
         layer = getattr(self, phase)
-        loss = (layer(batch.x)[:, 0] - batch.y).square().mean()
-        yield loss, {f"{phase}_loss": loss.detach()}
-        yield 0.1 * (layer(batch.x)[:, 0] - batch.y).abs().mean(), {}
+        for batch in micros:
+            loss = (layer(batch.x)[:, 0] - batch.y).square().mean() / len(micros)
+            yield Term("square", loss, {f"{phase}_loss": loss.detach()})
+        for batch in micros:
+            yield Term("absolute", 0.1 * (layer(batch.x)[:, 0] - batch.y).abs().mean() / len(micros))
 
-    def after_step(self, step):
+    def after_step(self, moment):
         self.steps += 1
+        return {}
 
 
 class Host:
     """A machine without terminals."""
 
-    device, workers, checkpoint_seconds = "cpu", 0, 1e9
+    device, workers, checkpoint_seconds, checkpoints_kept, timeout, peak_flops = "cpu", 0, 1e9, 2, 60, None
 
     def __init__(self, folder, stop_after=None):
         self.folder, self.stop_after, self.count = folder, stop_after, 0
@@ -86,22 +96,20 @@ class Host:
     def update(self, n):
         self.count += n
 
+    def set_postfix_str(self, s):
+        self.said = s
+
     @contextmanager
     def progress(self, total, description, unit, done=0):
         self.count = done
         yield self
 
 
-def train(host, *, steps=40, batches=None):
+def train(host, *, steps=40, batches=None, micros=1, **more):
     objective = Regression()
-    fit(
-        objective,
-        batches or Lines(),
-        steps=steps,
-        training=TRAINING,
-        optim={"first": OPTIM, "second": OPTIM},
-        host=host,
-    )
+    optim = {"first": OPTIM, "second": OPTIM}
+    run = Run(steps, TRAINING, optim, StepCost(1e6, {"square": 16}, 16), micros)
+    fit(objective, batches or Lines(), run, host=host, **more)
     return objective
 
 
@@ -146,21 +154,52 @@ def test_a_kill_between_checkpoints_repeats_the_steps_since(tmp_path):
 
 
 def test_damaged_checkpoint_is_passed_over(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints, x = Checkpoints(tmp_path, kept=2), torch.zeros(3)
     for step in (1, 2, 3):
-        checkpoints.save(step, {"x": torch.tensor(step)})
-    paths = sorted(tmp_path.glob("*.pt"))
-    assert len(paths) == 2  # the newest two are kept
-    paths[-1].write_bytes(paths[-1].read_bytes()[:-7])
-    newest = checkpoints.newest()
-    assert newest.step == 2
-    assert newest.state["x"] == 2
-    assert len(list(tmp_path.glob("*.pt"))) == 1
+        x.fill_(step)
+        checkpoints.save(step, {"x": x}, {"count": step})
+        x.fill_(-1)  # what is written is what was there
+    checkpoints.wait()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000002", "step-000000003"]
+    piece = next((tmp_path / "step-000000003").glob("*.distcp"))
+    piece.write_bytes(piece.read_bytes()[:-1] + b"?")
+    found = Checkpoints(tmp_path, kept=2).newest({"x": x})
+    assert found == (2, {"count": 2})
+    assert x.tolist() == [2, 2, 2]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_half_a_checkpoint_is_none(tmp_path):
+    checkpoints, x = Checkpoints(tmp_path, kept=2), torch.ones(3)
+    checkpoints.save(1, {"x": x}, {})
+    checkpoints.wait()
+    (tmp_path / "step-000000001" / "digests.json").unlink()
+    (tmp_path / "step-000000002.tmp").mkdir()
+    assert Checkpoints(tmp_path, kept=2).newest({"x": x}) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kept_is_a_number(tmp_path):
+    checkpoints = Checkpoints(tmp_path, kept=1)
+    for step in range(4):
+        checkpoints.save(step, {"x": torch.ones(1)}, {})
+    checkpoints.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000003"]
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, kept=1)
+    checkpoints.save(1, {"x": torch.ones(2)}, {})
+    checkpoints.wait()
+    with pytest.raises(StateError, match="delete"):
+        Checkpoints(tmp_path, kept=1).newest({"y": torch.ones(2)})
 
 
 def test_nan_stops_and_names_the_place(tmp_path):
-    with pytest.raises(NotFinite, match="step 5, phase first: gradient norm is nan"):
-        train(Host(tmp_path), batches=Lines(poisoned=5))
+    with pytest.raises(
+        NotFinite, match=r"step 5: the gradient is not finite, phase first, from square \(loss\) on rank 0"
+    ):
+        train(Host(tmp_path), batches=Lines(poisoned=(3, 5)))
 
 
 def test_curves_are_means_over_intervals(tmp_path):
@@ -182,8 +221,8 @@ def test_half_a_row_is_dropped(tmp_path):
 
 def test_means_survive_a_checkpoint():
     means, copy = Means(), Means()
-    means.add({"a": 1.0})
-    copy.load_state_dict(means.state_dict())
+    means.add({"a": 1.0, "gone": float("nan")})
+    copy.load(json.loads(json.dumps(means.state())))
     copy.add({"a": torch.tensor(4.0), "b": 2})
     assert copy.take() == {"a": 2.5, "b": 2.0}
     assert copy.take() == {}
@@ -205,9 +244,91 @@ def test_schedule():
     assert learning_rate(constant, 99, 100) == 0.05
 
 
+def test_groups_have_their_own_rates():
+    optim = OPTIM.model_copy(update={"warmup": 0.0, "weight_decay": 0.1, "final_weight_decay": 0.3})
+    slow, late = nn.Linear(3, 2), nn.Linear(2, 2, bias=False)
+    groups = [
+        ParameterGroup(list(slow.parameters()), lr=0.5, weight_decay=2.0),
+        ParameterGroup(list(late.parameters()), frozen_until=0.5),
+    ]
+    optimizer = build_optimizer(groups, optim)
+    matrix, bias, prototypes = optimizer.param_groups
+    assert set_rates(optimizer, optim, Moment(0, 10, False)) == 0.05
+    assert (matrix["lr"], bias["lr"], prototypes["lr"]) == (0.025, 0.025, 0.0)
+    assert (matrix["weight_decay"], bias["weight_decay"], prototypes["weight_decay"]) == (0.2, 0.0, 0.1)
+    set_rates(optimizer, optim, Moment(5, 10, False))
+    assert prototypes["lr"] == pytest.approx(0.025)
+    assert prototypes["weight_decay"] == pytest.approx(0.2)  # half way between 0.1 and 0.3
+    with pytest.raises(ValueError, match="more than one"):
+        build_optimizer([groups[0], groups[0]], optim)
+
+
+def test_a_skipped_step_changes_nothing_but_the_count(tmp_path):
+    """One poisoned batch of forty: the run goes on, and its curves say so."""
+    objective = train(Host(tmp_path), batches=Lines(poisoned=(7,)))
+    assert torch.isfinite(objective.first.weight).all()
+    assert objective.steps == 39  # averages do not follow a skipped step
+    with (tmp_path / "curves.csv").open() as file:
+        skipped = [float(row["skipped"]) for row in csv.DictReader(file)]
+    assert skipped[2] == pytest.approx(1 / 3, rel=1e-4)
+    assert sum(skipped) == pytest.approx(1 / 3, rel=1e-4)
+
+
+def test_micro_batches_are_one_batch(tmp_path):
+    """Eight small batches a step give the gradient of their union."""
+
+    class Union(Lines):
+        def __getitem__(self, step):
+            parts = [Lines()[8 * step + number] for number in range(8)]
+            return Pairs(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    small, large = train(Host(tmp_path / "small"), micros=8), train(Host(tmp_path / "large"), batches=Union())
+    torch.testing.assert_close(small.first.weight, large.first.weight, atol=1e-5, rtol=0)
+
+
+def test_gradient_geometry(tmp_path):
+    """Norms and the cosine of both terms, against autograd."""
+    train(Host(tmp_path), steps=3)
+    with (tmp_path / "curves.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    objective = Regression()
+    batch, optim = Lines()[2], OPTIM
+    state = build_optimizer(objective.phases()["first"], optim)
+    for step in range(3):
+        batch, moment = Lines()[step], Moment(step, 3, False)
+        gradients = []
+        for term in objective.terms("first", [batch], moment):
+            gradients.append(torch.autograd.grad(term.loss, objective.first.weight)[0].flatten())
+        objective.first.weight.grad = sum(gradients)[None].clone()
+        torch.nn.utils.clip_grad_norm_([objective.first.weight], 1.0)
+        set_rates(state, optim, moment)
+        state.step()
+    square, absolute = gradients
+    assert float(row["trunk_gradient_square"]) == pytest.approx(float(square.norm()), rel=1e-4)
+    cosine = torch.cosine_similarity(square, absolute, dim=0)
+    assert float(row["gradient_cosine_square_absolute"]) == pytest.approx(float(cosine), rel=1e-4)
+
+
+def test_rates_are_written(tmp_path):
+    host = Host(tmp_path)
+    host.peak_flops = 1e9
+    train(host, steps=6)
+    with (tmp_path / "throughput.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [3, 6]
+    for row in rows:
+        assert float(row["square_images_per_second"]) > 0
+        assert 0 <= float(row["data_wait_share"]) <= 1
+        utilisation = float(row["flops_per_second"]) / 1e9
+        assert float(row["model_flops_utilisation"]) == pytest.approx(utilisation, rel=1e-4)
+    assert float(rows[1]["flops_so_far"]) == 6e6
+    assert "of peak" in host.said
+
+
 def test_only_matrices_decay():
-    optimizer = build_optimizer([nn.Linear(3, 2), nn.LayerNorm(2)], OPTIM)
+    modules = nn.ModuleList([nn.Linear(3, 2), nn.LayerNorm(2)])
+    optimizer = build_optimizer([ParameterGroup(list(modules.parameters()))], OPTIM)
     decaying, plain = optimizer.param_groups
     assert [p.ndim for p in decaying["params"]] == [2]
     assert [p.ndim for p in plain["params"]] == [1, 1, 1]
-    assert (decaying["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
+    assert (decaying["decay_factor"], plain["decay_factor"]) == (1.0, 0.0)

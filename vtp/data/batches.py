@@ -1,11 +1,11 @@
 """Batches as functions of the step: what each training sees, drawn by address and not by history.
 
-A dataset here has one item per step. A loader may compute items in any worker and in any order; a resumed run asks for
-the same items again.
+A dataset here has one item per step, or per micro-batch of a step. A loader may compute items in any worker and in any
+order; a resumed run asks for the same items again.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,19 +17,32 @@ from vtp.config import Config
 from vtp.data.latents import LatentDataset
 from vtp.data.masking import MaskConfig, draw_masks
 from vtp.data.shards import ShardDataset, sample_indices
-from vtp.data.views import ClipViewConfig, SslViewsConfig, clip_batch, ssl_batch
+from vtp.data.views import (
+    ClipViewConfig,
+    ReconstructionViewConfig,
+    SharedView,
+    SslViewsConfig,
+    clip_batch,
+    reconstruction_batch,
+    ssl_batch,
+)
 from vtp.draws import numpy_draws
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class PretrainBatch(NamedTuple):
-    """One step's views. The part of an objective that is switched off is empty."""
+    """One micro-batch of a rank. The part of an objective that is switched off is empty; pictures are uint8."""
 
     clip_images: Tensor  # [B_clip, 3, S, S]
     tokens: Tensor  # [B_clip, L]
-    global_views: Tensor  # [2, B_ssl, 3, G, G]
-    local_views: Tensor  # [views, B_ssl, 3, s, s]
-    masks: Tensor  # [2 * B_ssl, N], true where the student sees the mask token
-    rec_images: Tensor  # [B_rec, 3, S, S]
+    global_views: Tensor  # [B_ssl, 2, 3, G, G]
+    local_views: Tensor  # [B_ssl, views, 3, s, s]
+    masks: Tensor  # [B_ssl, 2, N], true where the student sees the mask token
+    masked: Tensor  # [M], the true entries of masks, counted through
+    mask_weights: Tensor  # [M], one over the number of true entries of the same crop
+    rec_images: Tensor  # [B_rec, 3, R, R]
 
 
 class ImageBatch(NamedTuple):
@@ -46,27 +59,40 @@ class LatentBatch(NamedTuple):
 
 
 class BatchSizes(Config):
-    """Samples per step and objective (paper 3.6: 16k, 4k, 2k)."""
+    """Samples per step and objective over all devices (paper 3.6: 16k, 4k, 2k)."""
 
     clip: int = Field(ge=1)
     ssl: int = Field(ge=1)
     reconstruction: int = Field(ge=1)
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.clip >= self.ssl >= self.reconstruction:
+    def _nested(self) -> Self:
+        for name, size in (("clip", self.clip), ("ssl", self.ssl)):
+            if size % self.reconstruction:
+                raise ValueError(
+                    f"{name} {size} is not a multiple of reconstruction {self.reconstruction}: a batch consists of blocks "
+                    "with one image to reconstruct"
+                )
+        if self.clip < self.ssl:
             raise ValueError(
-                f"batch sizes must fall, clip {self.clip} >= ssl {self.ssl} >= reconstruction {self.reconstruction}: "
-                "the smaller ones are drawn from the larger (paper 3.6)"
+                f"clip {self.clip} is below ssl {self.ssl}: the smaller is drawn from the larger (paper 3.6)"
             )
         return self
+
+
+Subsets = Literal["independent", "nested", "disjoint", "contiguous"]
 
 
 class PretrainDataConfig(Config):
     """Views of the three objectives."""
 
     batch: BatchSizes
-    clip_view: ClipViewConfig = Field(description="shared by CLIP and reconstruction, without flips")
+    subsets: Subsets = Field(
+        description="images of self-supervision and reconstruction within a block: drawn independently, one from "
+        "the other, without overlap, or the first ones"
+    )
+    clip_view: ClipViewConfig
+    reconstruction_view: ReconstructionViewConfig
     ssl_views: SslViewsConfig
     masks: MaskConfig
 
@@ -83,8 +109,42 @@ class ActiveBatch(NamedTuple):
         return max(self)
 
 
+class Share(NamedTuple):
+    """What a rank takes of every global batch, in so many micro-batches."""
+
+    rank: int
+    ranks: int
+    micros: int
+
+    def of(self, blocks: int, index: int) -> tuple[int, range]:
+        """The step and the blocks of item `index`, counted over steps and micro-batches."""
+        step, micro = divmod(index, self.micros)
+        count = blocks // (self.ranks * self.micros)
+        first = (self.rank * self.micros + micro) * count
+        return step, range(first, first + count)
+
+
+def count_micros(blocks: int, ranks: int, largest: int) -> int:
+    """The least number of equal micro-batches of at most `largest` blocks that a rank needs.
+
+    Raises ValueError when the blocks cannot be split evenly over the ranks.
+    """
+    if blocks % ranks:
+        raise ValueError(
+            f"batch.reconstruction {blocks} is not a multiple of the {ranks} ranks, and a rank holds whole blocks; "
+            "change the number of devices or the batch"
+        )
+    of_rank = blocks // ranks
+    return next(micros for micros in range(1, of_rank + 1) if of_rank % micros == 0 and of_rank <= largest * micros)
+
+
 class PretrainBatches(Dataset[PretrainBatch]):
-    """Joint batches: each step draws a pool, and each objective a random subset of it (paper 3.6)."""
+    """Joint batches (paper 3.6): one item per micro-batch of this rank.
+
+    The global batch of a step is a stretch of the endless stream of samples. It is cut into B_rec blocks of consecutive
+    positions; each block draws its own images for self-supervision and reconstruction, and its masks, from its address.
+    So what is drawn depends neither on ranks nor on micro-batches, and every block has the same shapes.
+    """
 
     def __init__(
         self,
@@ -92,46 +152,95 @@ class PretrainBatches(Dataset[PretrainBatch]):
         config: PretrainDataConfig,
         *,
         active: ActiveBatch,
+        image_size: int,
         patch_size: int,
         tokenize: Callable[[Sequence[str]], Tensor] | None,
         seed: int,
+        share: Share,
     ) -> None:
         self.shards = shards
         self.config = config
         self.active = active
+        self.image_size = image_size
         self.patch_size = patch_size
         self.tokenize = tokenize
         self.seed = seed
+        self.share = share
 
-    def __getitem__(self, step: int) -> PretrainBatch:
-        pool = self.active.pool
-        drawn = sample_indices(step * pool, pool, len(self.shards), self.seed)
-        draws = numpy_draws(self.seed, "subsets", step)
-        for_ssl = draws.permutation(pool)[: self.active.ssl]
-        for_rec = draws.permutation(pool)[: self.active.reconstruction]
-        first = step * pool  # position of the pool in the endless stream: the address of every view's draws
-        plain_views = np.arange(pool) if self.active.clip else np.sort(for_rec)
-        shared = clip_batch(self._images(drawn[plain_views]), self.config.clip_view, self.seed, first + plain_views)
-        captions = [self.shards.captions[index] for index in drawn] if self.active.clip else []
-        global_views, local_views = ssl_batch(
-            self._images(drawn[for_ssl]), self.config.ssl_views, self.seed, first + for_ssl
-        )
+    def __getitem__(self, index: int) -> PretrainBatch:
+        step, blocks = self.share.of(self.active.reconstruction, index)
+        size = self.active.pool // self.active.reconstruction  # of a block
+        drawn = [self._subsets(step, block, size) for block in blocks]
+        # Positions within the micro-batch, and in the stream: the addresses of every view's draws.
+        for_ssl = np.concatenate([block * size + subset.ssl for block, subset in enumerate(drawn)])
+        for_rec = np.concatenate([block * size + subset.reconstruction for block, subset in enumerate(drawn)])
+        for_clip = np.arange(len(blocks) * size if self.active.clip else 0)
+        first = step * self.active.pool + blocks.start * size
+        indices = sample_indices(first, len(blocks) * size, len(self.shards), self.seed)
+        needed = np.unique(np.concatenate([for_clip, for_ssl, for_rec]))
+        images = {place: self.shards.image(int(indices[place])) for place in needed.tolist()}  # decoded once
+
+        def of(places: np.ndarray) -> "list[Image]":
+            return [images[place] for place in places.tolist()]
+
+        config, seed = self.config, self.seed
+        clip_images = clip_batch(of(for_clip), config.clip_view, seed, first + for_clip)
+        global_views, local_views = ssl_batch(of(for_ssl), config.ssl_views, seed, first + for_ssl)
+        if isinstance(config.reconstruction_view, SharedView):
+            rec_images = (
+                clip_images[torch.from_numpy(for_rec)]
+                if self.active.clip
+                else clip_batch(of(for_rec), config.clip_view, seed, first + for_rec)
+            )
+        else:
+            rec_images = reconstruction_batch(
+                of(for_rec), config.reconstruction_view, self.image_size, seed, first + for_rec
+            )
+        captions = [self.shards.captions[index] for index in indices[for_clip].tolist()]
+        tokens = self.tokenize(captions) if self.tokenize and captions else torch.empty(0, 0, dtype=torch.int64)
+        masks = self._masks(step, blocks)
+        weights = (1 / masks.sum(2, keepdim=True).clamp_min(1)).expand_as(masks)
         return PretrainBatch(
-            clip_images=shared if self.active.clip else shared[:0],
-            tokens=self.tokenize(captions) if self.tokenize and captions else torch.empty(0, 0, dtype=torch.int64),
-            global_views=global_views,
-            local_views=local_views,
-            masks=self._masks(step),
-            rec_images=shared[np.searchsorted(plain_views, for_rec)],
+            clip_images,
+            tokens,
+            global_views,
+            local_views,
+            masks=masks,
+            masked=masks.flatten().nonzero()[:, 0],
+            mask_weights=weights[masks],
+            rec_images=rec_images,
         )
 
-    def _images(self, indices: np.ndarray) -> list:
-        return [self.shards.image(index) for index in indices.tolist()]
+    def _subsets(self, step: int, block: int, size: int) -> "_Subsets":
+        """Who in a block of `size` positions is seen by self-supervision, and who is reconstructed."""
+        ssl = self.active.ssl // self.active.reconstruction
+        draws = numpy_draws(self.seed, "subsets", step, block)
+        order, other = draws.permutation(size), draws.permutation(size)
+        match self.config.subsets:
+            case "independent":
+                return _Subsets(order[:ssl], other[:1])
+            case "nested":
+                return _Subsets(order[:ssl], order[:1])
+            case "disjoint":
+                return _Subsets(order[:ssl], order[ssl : ssl + 1])
+            case "contiguous":
+                return _Subsets(np.arange(ssl), np.arange(1))
 
-    def _masks(self, step: int) -> Tensor:
+    def _masks(self, step: int, blocks: range) -> Tensor:
         side = self.config.ssl_views.global_size // self.patch_size
-        draws = numpy_draws(self.seed, "masks", step)
-        return draw_masks(2 * self.active.ssl, side, side, self.config.masks, draws)
+        samples = self.active.ssl // self.active.reconstruction
+        drawn = []
+        for block in blocks:
+            draws = numpy_draws(self.seed, "masks", step, block)
+            drawn.append(draw_masks(2 * samples, side, side, self.config.masks, draws).unflatten(0, (samples, 2)))
+        return torch.cat(drawn)
+
+
+class _Subsets(NamedTuple):
+    """Positions within a block."""
+
+    ssl: np.ndarray
+    reconstruction: np.ndarray
 
 
 class ImageBatches(Dataset[ImageBatch]):

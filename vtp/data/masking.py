@@ -1,6 +1,7 @@
 """Block masks for masked image modelling (BEiT, iBOT), filled to an exact count.
 
-The number of masked patches is the same in every batch (DINOv3), so shapes stay static and no step costs more.
+Every block of the batch hides the same number of patches (as DINOv3 does for a whole batch), so shapes stay static for
+any number of ranks and micro-batches, and no step costs more.
 """
 
 import math
@@ -25,15 +26,25 @@ class MaskConfig(Config):
     ratio_max: float = Field(ge=0, lt=1, description="largest; ratios are spread evenly between the two")
 
 
-def draw_masks(count: int, height: int, width: int, config: MaskConfig, draws: np.random.Generator) -> Tensor:
-    """Masks [count, height * width], true where a patch is hidden, in random order over the crops."""
+def draw_masks(crops: int, height: int, width: int, config: MaskConfig, draws: np.random.Generator) -> Tensor:
+    """Masks [crops, height * width] of one block of the batch, true where a patch is hidden, in random order.
+
+    Ratios are drawn from even strata in pairs that mirror each other, so their sum is always the same; a crop without
+    a partner has the mean ratio.
+    """
     patches = height * width
-    masked = int(count * config.probability)
-    ratios = np.linspace(config.ratio_min, config.ratio_max, masked + 1)[1:]
-    masks = np.zeros((count, height, width), dtype=bool)
-    for mask, ratio in zip(masks, ratios, strict=False):
-        _fill(mask, int(patches * ratio), draws)
-    return torch.from_numpy(masks[draws.permutation(count)].reshape(count, patches))
+    masks = np.zeros((crops, height, width), dtype=bool)
+    for mask, count in zip(masks, _counts(int(crops * config.probability), patches, config, draws), strict=False):
+        _fill(mask, count, draws)
+    return torch.from_numpy(masks[draws.permutation(crops)].reshape(crops, patches))
+
+
+def _counts(masked: int, patches: int, config: MaskConfig, draws: np.random.Generator) -> list[int]:
+    """Hidden patches of each masked crop."""
+    span, pair = config.ratio_max - config.ratio_min, round(patches * (config.ratio_min + config.ratio_max))
+    strata = (np.arange(masked // 2) + draws.random(masked // 2)) / max(masked, 1)
+    lower = [round(patches * (config.ratio_min + span * float(share))) for share in strata]
+    return [*lower, *(pair - count for count in lower), *([pair // 2] if masked % 2 else [])]
 
 
 def _fill(mask: np.ndarray, target: int, draws: np.random.Generator) -> None:

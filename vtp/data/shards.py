@@ -10,6 +10,7 @@ Any WebDataset reader streams the tars. `ShardDataset` reads samples in any orde
 import io
 import tarfile
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -169,8 +170,9 @@ def sample_indices(start: int, count: int, size: int, seed: int) -> np.ndarray:
     return indices
 
 
+@lru_cache(maxsize=2)
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch, a permutation of range(size)."""
+    """The order of an epoch, a permutation of range(size). Kept: a step asks for it again and may touch two epochs."""
     return numpy_draws(seed, "epoch", epoch).permutation(size)
 
 

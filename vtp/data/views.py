@@ -7,7 +7,7 @@ were inverted by its code, and its weights were trained so (0, 0.9, 0.5 for firs
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vtp.config import Config
 from vtp.draws import numpy_draws
-from vtp.layers.images import normalise
+from vtp.layers.images import centre_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +32,55 @@ class ClipViewConfig(Config):
 
     size: int = Field(ge=1, description="side in pixels")
     scale_min: float = Field(gt=0, le=1, description="least area of the crop; the largest is the whole image")
+
+
+class SharedView(Config):
+    """Reconstruct the view that CLIP sees (fig. 3 of the paper shows one image)."""
+
+    name: Literal["shared"]
+
+
+class CentreCropView(Config):
+    """Reconstruct the whole centre of the image, as evaluation does."""
+
+    name: Literal["centre_crop"]
+
+
+class RandomCropView(Config):
+    """Reconstruct a random crop of its own."""
+
+    name: Literal["random_crop"]
+    scale_min: float = Field(gt=0, le=1, description="least area of the crop")
+
+
+ReconstructionViewConfig = Annotated[SharedView | CentreCropView | RandomCropView, Field(discriminator="name")]
+
+
+class BlurAsTrained(Config):
+    """What DINOv2's weights were trained with: its code inverted the probabilities."""
+
+    name: Literal["as_trained"]
+    first: ClassVar[float] = 0.0
+    second: ClassVar[float] = 0.9
+    local: ClassVar[float] = 0.5
+
+
+class BlurAsIntended(Config):
+    """What DINOv2's configuration says."""
+
+    name: Literal["as_intended"]
+    first: ClassVar[float] = 1.0
+    second: ClassVar[float] = 0.1
+    local: ClassVar[float] = 0.5
+
+
+class BlurProbabilities(Config):
+    """Others."""
+
+    name: Literal["probabilities"]
+    first: float = Field(ge=0, le=1, description="of the first global view")
+    second: float = Field(ge=0, le=1, description="of the second global view")
+    local: float = Field(ge=0, le=1)
 
 
 class SslViewsConfig(Config):
@@ -50,26 +99,38 @@ class SslViewsConfig(Config):
     saturation: float = Field(ge=0, le=1)
     hue: float = Field(ge=0, le=0.5)
     grey: float = Field(ge=0, le=1, description="probability of a grey image")
-    blur_first: float = Field(ge=0, le=1, description="probability for the first global view")
-    blur_second: float = Field(ge=0, le=1, description="for the second global view")
-    blur_local: float = Field(ge=0, le=1)
+    blur: BlurAsTrained | BlurAsIntended | BlurProbabilities = Field(discriminator="name")
     blur_sigma_max: float = Field(gt=0, description="in pixels; the least is 0.1")
     solarize: float = Field(ge=0, le=1, description="probability, second global view only")
 
 
 def clip_batch(images: Sequence["Image"], config: ClipViewConfig, seed: int, positions: np.ndarray) -> Tensor:
-    """Normalised crops [B, 3, S, S]; `positions` are the places of the images in the stream."""
+    """Crops [B, 3, S, S] uint8; `positions` are the places of the images in the stream."""
+    return _random_crops(images, config.size, config.scale_min, (seed, "clip_view"), positions)
+
+
+def reconstruction_batch(
+    images: Sequence["Image"], config: CentreCropView | RandomCropView, size: int, seed: int, positions: np.ndarray
+) -> Tensor:
+    """Crops [B, 3, size, size] uint8 that are no view of another objective."""
+    if isinstance(config, CentreCropView):
+        return _stack([np.asarray(centre_crop(image, size)) for image in images], size)
+    return _random_crops(images, size, config.scale_min, (seed, "reconstruction_view"), positions)
+
+
+def _random_crops(
+    images: Sequence["Image"], size: int, scale_min: float, purpose: tuple[int, str], positions: np.ndarray
+) -> Tensor:
     crops = []
     for image, position in zip(images, positions.tolist(), strict=True):
-        draws = numpy_draws(seed, "clip_view", position).random(4)
-        crops.append(_crop(image, config.size, (config.scale_min, 1.0), draws))
-    return normalise(_stack(crops, config.size))
+        crops.append(_crop(image, size, (scale_min, 1.0), numpy_draws(*purpose, position).random(4)))
+    return _stack(crops, size)
 
 
 def ssl_batch(
     images: Sequence["Image"], config: SslViewsConfig, seed: int, positions: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """Normalised global views [2, B, 3, G, G] and local views [L, B, 3, S, S]."""
+    """Global views [B, 2, 3, G, G] and local views [B, L, 3, S, S], uint8."""
     views = 2 + config.local_views
     uniform = np.array([numpy_draws(seed, "ssl_views", int(p)).random((views, DRAWS)) for p in positions])
     uniform = uniform.reshape(len(images), views, DRAWS)
@@ -79,11 +140,12 @@ def ssl_batch(
     for view in range(views):
         size, area = (config.global_size, global_range) if view < 2 else (config.local_size, local_range)
         crops = [_crop(image, size, area, u[view, :4]) for image, u in zip(images, uniform, strict=True)]
-        blur = (config.blur_first, config.blur_second, config.blur_local)[min(view, 2)]
+        blur = (config.blur.first, config.blur.second, config.blur.local)[min(view, 2)]
         colours = _Colours.of(torch.from_numpy(uniform[:, view, 4:]).float(), config, blur, solarize=view == 1)
-        batches.append(normalise(_recolour(_stack(crops, size).float() / 255, colours, reach)))
-    local = torch.stack(batches[2:]) if views > 2 else batches[0].new_empty(0, *batches[0].shape)
-    return torch.stack(batches[:2]), local
+        pixels = _recolour(_stack(crops, size).float() / 255, colours, reach)
+        batches.append(pixels.mul(255).round().to(torch.uint8))
+    local = torch.stack(batches[2:], 1) if views > 2 else torch.empty(len(images), 0, 3, 0, 0, dtype=torch.uint8)
+    return torch.stack(batches[:2], 1), local
 
 
 def _crop(image: "Image", size: int, area: tuple[float, float], draws: np.ndarray) -> np.ndarray:

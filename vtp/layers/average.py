@@ -6,6 +6,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from vtp.distributed import local
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -16,8 +18,12 @@ def frozen_copy(module: M) -> M:
 
 @torch.no_grad()
 def update_average(average: nn.Module, module: nn.Module, momentum: float) -> None:
-    """average = momentum * average + (1 - momentum) * module, over all parameters; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - momentum)
+    """average = momentum * average + (1 - momentum) * module, over all parameters; buffers are copied.
+
+    Works on the pieces that a rank holds, when both are sharded alike.
+    """
+    ours, theirs = ([local(p) for p in part.parameters()] for part in (average, module))
+    torch._foreach_lerp_(ours, theirs, 1 - momentum)
     for kept, current in zip(average.buffers(), module.buffers(), strict=True):
         kept.copy_(current)
 

@@ -5,12 +5,13 @@ on a subset of the batch (DINOv2's stochastic depth, which saves the dropped com
 `tests/layers/test_block.py` holds it equal to timm's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vtp.layers.norm import NormName, RMSNorm, build_norm
 from vtp.layers.rope import Rotation, rotate
@@ -113,6 +114,22 @@ class Block(nn.Module):
             return x + branch(x)
         # Scaled by B / K, so that the expected sum is that of the full batch.
         return x.index_add(0, keep, branch(x[keep]).to(x.dtype), alpha=x.shape[0] / keep.shape[0])
+
+
+class Blocks(nn.ModuleList):
+    """A stack of blocks. With `recompute`, activations inside a block are not kept but computed again (backward)."""
+
+    recompute = False
+
+    def outputs(self, x: Tensor, rotation: Rotation, keep: Tensor | None = None) -> Iterator[Tensor]:
+        """x after each block; `keep` is [depth, 2, K], see `Block.forward`."""
+        for index, block in enumerate(self):
+            arguments = (x, rotation, None if keep is None else keep[index])
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*arguments)
+            yield x
 
 
 def initialise_weights(module: nn.Module) -> None:

@@ -1,10 +1,13 @@
 """Self-distillation losses of DINOv2: teacher targets, class tokens (DINO), masked patches (iBOT) (paper eq. 2).
 
-Targets are computed without gradient; everything runs in float32, and Sinkhorn in log space, where logits of any size
-stay finite.
+A target is softmax_k(logit / temperature + potential_k). The potential of a prototype balances it over the global
+batch: Sinkhorn-Knopp solves for it, centering averages for it. Potentials are vectors [K], so targets never exist for
+the whole batch at once: at 4,096 images and 65,536 prototypes they would take 61 GB. Logits come in chunks, as often as
+they are asked for. Everything runs in float32 and log space, where logits of any size stay finite.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -12,6 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vtp.config import Config
+from vtp.distributed import log_sum_exp, ranks, total
+
+Chunks = Callable[[], Iterable[Tensor]]  # logits of this rank's rows, [m, K] each, computed anew by every call
 
 
 class SinkhornConfig(Config):
@@ -31,8 +37,8 @@ class CenteringConfig(Config):
 TargetsConfig = Annotated[SinkhornConfig | CenteringConfig, Field(discriminator="name")]
 
 
-def build_targets(config: SinkhornConfig | CenteringConfig, prototypes: int) -> nn.Module:
-    """A module (logits [M, K], temperature) -> probabilities [M, K], with whatever state it keeps between steps."""
+def build_targets(config: SinkhornConfig | CenteringConfig, prototypes: int) -> "Sinkhorn | Centering":
+    """What balances the prototypes, with whatever state it keeps between steps."""
     return Sinkhorn(config) if isinstance(config, SinkhornConfig) else Centering(config, prototypes)
 
 
@@ -43,84 +49,131 @@ class Sinkhorn(nn.Module):
         super().__init__()
         self.iterations = config.iterations
 
-    def forward(self, logits: Tensor, temperature: float) -> Tensor:
-        return sinkhorn(logits, temperature=temperature, iterations=self.iterations)
+    def forward(self, chunks: Chunks, temperature: float) -> Tensor:
+        """The potential [K] for the rows of all ranks."""
+        return sinkhorn_potential(chunks, temperature=temperature, iterations=self.iterations)
+
+    def after_step(self) -> None:
+        """Nothing to keep."""
 
 
 class Centering(nn.Module):
-    """Softmax of centred logits; the centre moves after it has been used."""
+    """The centre of the logits, which moves after it has been used."""
 
     center: Tensor
 
     def __init__(self, config: CenteringConfig, prototypes: int) -> None:
         super().__init__()
         self.momentum = config.momentum
-        self.register_buffer("center", torch.zeros(1, prototypes))
+        self.register_buffer("center", torch.zeros(prototypes))
+        self._mean: Tensor | None = None
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, temperature: float) -> Tensor:
-        logits = logits.float()
-        probabilities = torch.softmax((logits - self.center) / temperature, dim=-1)
-        if len(logits):
-            self.center.lerp_(logits.mean(0, keepdim=True), 1 - self.momentum)
-        return probabilities
+    def forward(self, chunks: Chunks, temperature: float) -> Tensor:
+        """The potential [K]; the mean logits of all ranks wait for the end of the step."""
+        sums, rows = torch.zeros_like(self.center), 0
+        for logits in chunks():
+            sums += logits.float().sum(0)
+            rows += len(logits)
+        self._mean = total(sums) / (rows * ranks().size) if rows else None
+        return -self.center / temperature
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the centre; a skipped step does not."""
+        if self._mean is not None:
+            self.center.lerp_(self._mean, 1 - self.momentum)
 
 
 @torch.no_grad()
-def sinkhorn(logits: Tensor, *, temperature: float, iterations: int) -> Tensor:
-    """Probabilities [M, K] whose rows sum to 1 and whose columns are balanced after `iterations` rounds."""
-    log_q = logits.float() / temperature
+def sinkhorn_potential(chunks: Chunks, *, temperature: float, iterations: int) -> Tensor:
+    """The potential [K] of balanced prototypes after `iterations` rounds of columns, then rows.
+
+    A round of columns makes every prototype's mass equal, over the rows of all ranks; one of rows makes the mass of
+    every row 1. The last round of rows is the softmax of the target itself.
+    """
+    potential: Tensor | None = None
     for _ in range(iterations):
-        log_q = log_q - log_q.logsumexp(0, keepdim=True)  # equal mass for every prototype
-        log_q = log_q - log_q.logsumexp(1, keepdim=True)  # mass 1 for every row
-    return log_q.exp()
+        mass: Tensor | None = None  # log of each column's sum
+        for logits in chunks():
+            scaled = logits.float() / temperature
+            if potential is not None:
+                scaled = scaled - (scaled + potential).logsumexp(1, keepdim=True)
+            of_chunk = scaled.logsumexp(0)
+            mass = of_chunk if mass is None else torch.logaddexp(mass, of_chunk)
+        if mass is None:
+            raise ValueError("no rows to balance: no patch is masked; raise masks.probability or masks.ratio_max")
+        potential = -log_sum_exp(mass)
+    assert potential is not None
+    return potential
+
+
+def target_of(logits: Tensor, potential: Tensor, temperature: float) -> Tensor:
+    """Probabilities [..., K] of teacher logits."""
+    return torch.softmax(logits.float() / temperature + potential, dim=-1)
 
 
 class DinoLoss(NamedTuple):
-    """The two parts, scaled so that they add up to a mean over all pairs of different views."""
+    """The two parts, scaled so that they add up to a mean over all pairs of different views, summed over images."""
 
     between_globals: Tensor
     local_to_global: Tensor
 
 
 def dino_loss(student_global: Tensor, student_local: Tensor, targets: Tensor, *, temperature: float) -> DinoLoss:
-    """Cross-entropy of every student view against the targets of the other global views.
+    """Cross-entropy of every student view against the targets of the other global views, summed over images.
 
-    `student_global` [2, B, K] and `student_local` [L, B, K] are logits (L may be 0), `targets` [2, B, K] probabilities
+    `student_global` [B, 2, K] and `student_local` [B, L, K] are logits (L may be 0), `targets` [B, 2, K] probabilities
     of the same two views in the same order. There are 2 + 2 L pairs; each part is its sum over the number of all.
     """
-    pairs = 2 + 2 * len(student_local)
-    log_global = torch.log_softmax(student_global.float() / temperature, dim=-1)
-    log_local = torch.log_softmax(student_local.float() / temperature, dim=-1)
-    crossed = -(targets.flip(0) * log_global).sum(-1).mean(-1).sum()
-    local = -torch.einsum("tbk,vbk->", targets, log_local) / targets.shape[1]
-    return DinoLoss(crossed / pairs, local / pairs)
+    pairs = 2 + 2 * student_local.shape[1]
+    crossed = _entropy(student_global, targets.flip(1), temperature)
+    # Both targets meet every local view: their sum has mass 2.
+    local = _entropy(student_local, targets.sum(1, keepdim=True), temperature, mass=2)
+    return DinoLoss(crossed.sum() / pairs, local.sum() / pairs)
 
 
-def ibot_loss(student: Tensor, targets: Tensor, masks: Tensor, *, temperature: float) -> Tensor:
-    """Cross-entropy at masked patches, averaged within each image and then over all images.
-
-    `student` logits and `targets` probabilities are [M, K], in the order of the true entries of `masks` [V, N]. An
-    image without masked patches counts as zero.
-    """
-    per_image = masks.sum(1, keepdim=True).clamp_min(1)
-    weights = (1 / per_image).expand_as(masks)[masks]  # [M]
-    entropy = -(targets * torch.log_softmax(student.float() / temperature, dim=-1)).sum(-1)
-    return (weights * entropy).sum() / masks.shape[0]
+def ibot_loss(student: Tensor, targets: Tensor, weights: Tensor, *, temperature: float) -> Tensor:
+    """Cross-entropy at masked patches [M, K], each times its weight [M]: one over the masked patches of its image."""
+    return (weights * _entropy(student, targets, temperature)).sum()
 
 
-class TargetDiagnostics(NamedTuple):
-    """Two signs of collapse."""
+def _entropy(student: Tensor, targets: Tensor, temperature: float, mass: float = 1) -> Tensor:
+    """-sum_k target log softmax(student / temperature), for targets that sum to `mass`; no log-softmax is kept."""
+    scaled = student.float() / temperature
+    return mass * scaled.logsumexp(-1) - (targets * scaled).sum(-1)
 
-    entropy: Tensor  # mean entropy of a target, in nats: 0 is one-hot, ln K says nothing
-    kl_to_uniform: Tensor  # of the mean target, in nats: ln K when all samples share one prototype
 
+class TargetDiagnostics:
+    """Signs of collapse, collected over the targets of a step."""
 
-@torch.no_grad()
-def target_diagnostics(targets: Tensor) -> TargetDiagnostics:
-    """Diagnostics of targets [M, K]."""
-    mean = targets.mean(0)
-    return TargetDiagnostics(
-        entropy=-torch.xlogy(targets, targets).sum(-1).mean(),
-        kl_to_uniform=torch.xlogy(mean, mean).sum() + math.log(targets.shape[-1]),
-    )
+    def __init__(self, prototypes: int, device: torch.device) -> None:
+        self._entropy = torch.zeros((), device=device)
+        self._mass = torch.zeros(prototypes, device=device)
+        self._used = torch.zeros(prototypes, device=device)
+        self._rows = 0
+
+    @torch.no_grad()
+    def add(self, targets: Tensor) -> None:
+        """Count targets [..., K]."""
+        rows = targets.flatten(0, -2)
+        self._entropy -= torch.xlogy(rows, rows).sum()
+        self._mass += rows.sum(0)
+        self._used[rows.argmax(1)] = 1
+        self._rows += len(rows)
+
+    def parts(self) -> dict[str, Tensor]:
+        """This rank's parts of what is logged.
+
+        `teacher_entropy`: mean entropy of a target in nats (0 is one-hot, ln K says nothing).
+        `teacher_kl_to_uniform`: of the mean target in nats (ln K when all samples share one prototype).
+        `prototypes_used`: share of the prototypes that are some target's first choice.
+        """
+        size = ranks().size
+        mass, used = total(self._mass.clone()), total(self._used.clone())
+        mean = mass / mass.sum()
+        return {
+            "teacher_entropy": self._entropy / (self._rows * size),
+            "teacher_kl_to_uniform": (torch.xlogy(mean, mean).sum() + math.log(len(mean))) / size,
+            "prototypes_used": (used > 0).float().mean() / size,
+        }

@@ -4,20 +4,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtp.distributed import gather, ranks
+
 EPS = 1e-8
 
 
 def koleo_loss(features: Tensor) -> Tensor:
-    """-mean log distance to the nearest neighbour on the unit sphere, for features [B, D], in float32.
+    """This rank's part of -mean log distance to the nearest neighbour on the unit sphere, in float32.
 
-    Raises ValueError for a batch of one, which has no neighbour.
+    `features` [B, D] are rows of this rank; neighbours come from all ranks. Raises ValueError for a global batch of
+    one, which has no neighbour.
     """
-    if len(features) < 2:
+    rank, size = ranks()
+    count = len(features)
+    if size * count < 2:
         raise ValueError("KoLeo needs at least two samples; raise batch.ssl, or set koleo to 0")
     with torch.autocast(features.device.type, enabled=False):
         x = F.normalize(features.float(), eps=EPS, dim=-1)
+        every = gather(x)
         with torch.no_grad():
-            similarity = (x @ x.T).fill_diagonal_(-1)
+            similarity = x @ every.T
+            similarity.diagonal(rank * count).fill_(-2)
             nearest = similarity.argmax(1)
-        distance = F.pairwise_distance(x, x[nearest], eps=EPS)
-        return -(distance + EPS).log().mean()
+        distance = F.pairwise_distance(x, every[nearest], eps=EPS)
+        return -(distance + EPS).log().sum() / (size * count)

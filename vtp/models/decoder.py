@@ -5,7 +5,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vtp.config import Config
-from vtp.layers.block import Block, FfnName, initialise_weights
+from vtp.layers.block import Block, Blocks, FfnName, initialise_weights
 from vtp.layers.norm import NormName, build_norm
 from vtp.layers.rope import AxialRope
 from vtp.models.vit import RopeDtype
@@ -31,7 +31,7 @@ class PixelDecoder(nn.Module):
         dim = config.embed_dim
         self.proj_in = nn.Conv2d(latent_channels, dim, 1)
         self.rope_embed = AxialRope(dim // config.num_heads, getattr(torch, rope_dtype))
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(
                 dim,
                 config.num_heads,
@@ -52,7 +52,6 @@ class PixelDecoder(nn.Module):
         height, width = latents.shape[-2:]
         x = self.proj_in(latents).flatten(2).transpose(1, 2)  # [B, N, D]
         rotation = self.rope_embed(height, width)
-        for block in self.blocks:
-            x = block(x, rotation)
+        *_, x = self.blocks.outputs(x, rotation)
         x = self.norm(x).transpose(1, 2).unflatten(2, (height, width))  # [B, D, h, w]
         return self.pixel_shuffle(self.proj_out(x))

@@ -9,18 +9,21 @@ from vtp.config import Config
 
 
 class DinoHeadConfig(Config):
-    """One head for class tokens and masked patches."""
+    """A head for class tokens, masked patches or both."""
 
     hidden_dim: int = Field(ge=1)
     bottleneck_dim: int = Field(ge=1)
     prototypes: int = Field(ge=2, description="K")
+    weight_norm: bool = Field(description="true: prototypes are unit vectors with a learned scale; false: plain (v3)")
 
 
 class DinoHead(nn.Module):
-    """Three-layer GELU MLP, unit norm, and cosine logits scaled per prototype (weight normalisation).
+    """Three-layer GELU MLP, unit norm, and one logit per prototype: [..., in_dim] -> [..., K].
 
-    [..., in_dim] -> [..., K]; a logit is at most its prototype's scale, which starts at 1.
+    With weight normalisation a logit is at most its prototype's scale, which starts at 1.
     """
+
+    scales: nn.Parameter | None
 
     def __init__(self, in_dim: int, config: DinoHeadConfig) -> None:
         super().__init__()
@@ -34,7 +37,7 @@ class DinoHead(nn.Module):
             nn.Linear(hidden, config.bottleneck_dim),
         )
         self.directions = nn.Parameter(torch.empty(config.prototypes, config.bottleneck_dim))
-        self.scales = nn.Parameter(torch.ones(config.prototypes))
+        self.register_parameter("scales", nn.Parameter(torch.ones(config.prototypes)) if config.weight_norm else None)
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -43,5 +46,14 @@ class DinoHead(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        embedding = F.normalize(self.mlp(x), dim=-1)
-        return F.linear(embedding, F.normalize(self.directions, dim=-1)) * self.scales
+        return self.logits(self.embed(x))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Unit-norm embeddings [..., bottleneck_dim]."""
+        return F.normalize(self.mlp(x), dim=-1)
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Logits [..., K] of embeddings: the wide product, cheap to repeat and large to keep."""
+        if self.scales is None:
+            return F.linear(embeddings, self.directions)
+        return F.linear(embeddings, F.normalize(self.directions, dim=-1)) * self.scales

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, whole_folder, write_json
+from vtp.artefact import (
+    ArtefactError,
+    assign_weights,
+    load_tensors,
+    read_json,
+    save_tensors,
+    whole_folder,
+    write_json,
+)
 from vtp.config import Config
 from vtp.layers.images import from_pil, to_pil
 from vtp.models.decoder import DecoderConfig, PixelDecoder
@@ -36,6 +44,8 @@ class TokenizerConfig(Config):
     decoder: DecoderConfig
     text: TextConfig | None = Field(description="text tower; null when CLIP is not trained")
     rope_dtype: RopeDtype = Field(description="precision of the rotary embedding; published weights use bfloat16")
+    init_logit_scale: float | None = Field(None, description="log of the first inverse temperature; null: CLIP's")
+    init_logit_bias: float | None = Field(None, description="first bias of SigLIP's logits; null: none")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -56,6 +66,7 @@ class VisualTokenizer(nn.Module):
     """Images [B, 3, H, W] in ImageNet-normalised space to latents [B, d, H/p, W/p] and back."""
 
     logit_scale: nn.Parameter
+    logit_bias: nn.Parameter  # only with SigLIP's loss
     visual_proj: nn.Linear
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -63,18 +74,16 @@ class VisualTokenizer(nn.Module):
         self.config = config
         vision = config.vision
         self.trunk = VisionTransformer(vision, rope_dtype=config.rope_dtype)
-        self.pixel_decoder = PixelDecoder(
-            config.decoder,
-            latent_channels=vision.feature_bottleneck,
-            patch_size=vision.patch_size,
-            rope_dtype=config.rope_dtype,
-        )
+        self.pixel_decoder = build_decoder(config)
         if config.text is not None:
             clip_dim = vision.embed_dim if vision.bottleneck_ae_only else vision.feature_bottleneck
             self.visual_proj = nn.Linear(clip_dim, config.text.embed_dim, bias=False)
             nn.init.normal_(self.visual_proj.weight, std=clip_dim**-0.5)
             self.text = build_text_tower(config.text)
-            self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
+            scale = INIT_LOGIT_SCALE if config.init_logit_scale is None else config.init_logit_scale
+            self.logit_scale = nn.Parameter(torch.tensor(scale))
+            if config.init_logit_bias is not None:
+                self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -87,24 +96,26 @@ class VisualTokenizer(nn.Module):
         `keep` is the encoder's stochastic depth in training (`VisionTransformer.forward`).
         """
         patch_size = self.config.vision.patch_size
-        latents = self.trunk.feature_bottleneck(self.trunk(images, keep=keep).patches)  # [B, N, d]
+        latents = self.trunk(images, keep=keep, latent=True).patches  # [B, N, d]
         return latents.transpose(1, 2).unflatten(2, (images.shape[2] // patch_size, images.shape[3] // patch_size))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in ImageNet-normalised space, not clamped."""
         return self.pixel_decoder(latents)
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
         """Unit-norm CLIP embedding [B, E]. Raises ValueError for a tokenizer without a text tower."""
         self._require_text()
-        return self.project_image(self.trunk(images))
+        return self._embed(self.trunk(images, keep=keep, latent=not self.config.vision.bottleneck_ae_only))
 
     def project_image(self, features: Features) -> Tensor:
-        """Unit-norm CLIP embedding [B, E] of encoder features."""
-        vision = self.config.vision
-        pooled = features.cls if vision.clip_feat == "cls" else features.patches.mean(1)
-        if not vision.bottleneck_ae_only:
-            pooled = self.trunk.feature_bottleneck(pooled)
+        """Unit-norm CLIP embedding [B, E] of trunk features, without another pass through the trunk."""
+        if not self.config.vision.bottleneck_ae_only:
+            features = Features(*map(self.trunk.feature_bottleneck, features))
+        return self._embed(features)
+
+    def _embed(self, features: Features) -> Tensor:
+        pooled = features.cls if self.config.vision.clip_feat == "cls" else features.patches.mean(1)
         return F.normalize(self.visual_proj(pooled), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -137,11 +148,7 @@ class VisualTokenizer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the official layout; equal weights give equal bytes."""
-        folder = Path(folder)
-        with whole_folder(folder) as temporary:
-            write_json(temporary / "config.json", official_config(self.config))
-            tensors = {official_key(key): value for key, value in self.state_dict().items()}
-            save_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
+        save_tokenizer(Path(folder), self.config, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -149,22 +156,9 @@ class VisualTokenizer(nn.Module):
         folder = Path(folder)
         with torch.device("meta"):
             model = cls(read_config(folder / "config.json"))
-        tensors = {_our_key(key): value for key, value in load_tensors(folder / "model.safetensors").items()}
-        expected = {key: value.shape for key, value in model.state_dict().items()}
-        problems = [f"missing {official_key(key)}" for key in sorted(expected.keys() - tensors.keys())]
-        problems += [f"unknown {official_key(key)}" for key in sorted(tensors.keys() - expected.keys())]
-        problems += [
-            f"{official_key(key)} has shape {list(tensors[key].shape)}, config.json asks for {list(expected[key])}"
-            for key in sorted(expected.keys() & tensors.keys())
-            if tensors[key].shape != expected[key]
-        ]
-        if problems:
-            shown = "; ".join(problems[:5])
-            raise ArtefactError(
-                f"{folder}/model.safetensors does not fit its config.json: {shown}"
-                f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}; fetch both files again"
-            )
-        model.load_state_dict(tensors, assign=True)
+        path = folder / "model.safetensors"
+        tensors = {_our_key(key): value for key, value in load_tensors(path).items()}
+        assign_weights(model, tensors, where=path, name=official_key)
         _restore_unsaved_buffers(model)
         return model.requires_grad_(True).eval()
 
@@ -204,17 +198,11 @@ _FIXED: dict[str, Any] = {
     "architectures": ["VTPModel"],
     "model_type": "vtp",
     "dtype": "float32",
-    "init_logit_scale": None,
-    "init_logit_bias": None,
     "nonscalar_logit_scale": False,
     "train_reconstruction": True,
     "text_output_tokens": False,
 }
-_UNSUPPORTED: dict[str, Literal[False] | None] = {
-    "nonscalar_logit_scale": False,
-    "init_logit_bias": None,
-    "text_output_tokens": False,
-}
+_UNSUPPORTED: dict[str, Literal[False]] = {"nonscalar_logit_scale": False, "text_output_tokens": False}
 
 
 def official_config(config: TokenizerConfig) -> dict[str, Any]:
@@ -223,6 +211,7 @@ def official_config(config: TokenizerConfig) -> dict[str, Any]:
     for prefix, part in (("vision", config.vision), ("decoder", config.decoder), ("text", config.text)):
         if part is not None:
             flat |= {f"{prefix}_{key}": value for key, value in part.model_dump().items()}
+    flat |= {"init_logit_scale": config.init_logit_scale, "init_logit_bias": config.init_logit_bias}
     flat["vtp_pipeline"] = {"format_version": FORMAT_VERSION, "rope_dtype": config.rope_dtype}
     return dict(sorted(flat.items()))
 
@@ -248,6 +237,8 @@ def read_config(path: Path) -> TokenizerConfig:
         "decoder": _section(flat, "decoder"),
         "text": _section(flat, "text") if flat.get("train_clip") else None,
         "rope_dtype": ours.get("rope_dtype"),
+        "init_logit_scale": flat.get("init_logit_scale"),
+        "init_logit_bias": flat.get("init_logit_bias"),
     }
     return TokenizerConfig.parse(values, where=str(path))
 
@@ -255,6 +246,24 @@ def read_config(path: Path) -> TokenizerConfig:
 def _section(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     own = {key: value for key, value in flat.items() if key.startswith(f"{prefix}_") and key not in _FIXED}
     return {key.removeprefix(f"{prefix}_"): value for key, value in own.items()}
+
+
+def build_decoder(config: TokenizerConfig) -> PixelDecoder:
+    """The pixel decoder that belongs to a tokenizer."""
+    return PixelDecoder(
+        config.decoder,
+        latent_channels=config.vision.feature_bottleneck,
+        patch_size=config.vision.patch_size,
+        rope_dtype=config.rope_dtype,
+    )
+
+
+def save_tokenizer(folder: Path, config: TokenizerConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write a tokenizer, given by its state dict, in the official layout."""
+    with whole_folder(folder) as temporary:
+        write_json(temporary / "config.json", official_config(config))
+        tensors = {official_key(key): value for key, value in weights.items()}
+        save_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
 
 
 def save_decoder(tokenizer: VisualTokenizer, folder: Path) -> None:
@@ -283,13 +292,8 @@ def load_tokenizer(folder: str | Path, decoder: str | Path | None = None) -> Vis
             f"{decoder} decodes {theirs.vision.feature_bottleneck} channels at patch {theirs.vision.patch_size}; "
             f"{folder} encodes {ours.vision.feature_bottleneck} at patch {ours.vision.patch_size}"
         )
-    tuned = PixelDecoder(
-        config.decoder,
-        latent_channels=config.vision.feature_bottleneck,
-        patch_size=config.vision.patch_size,
-        rope_dtype=config.rope_dtype,
-    )
-    weights = load_tensors(Path(decoder) / "decoder.safetensors")
-    tuned.load_state_dict({key.removeprefix("pixel_decoder."): value for key, value in weights.items()})
+    tuned, path = build_decoder(config), Path(decoder) / "decoder.safetensors"
+    weights = {key.removeprefix("pixel_decoder."): value for key, value in load_tensors(path).items()}
+    assign_weights(tuned, weights, where=path)
     tokenizer.pixel_decoder = tuned.eval()
     return tokenizer

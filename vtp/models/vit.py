@@ -3,6 +3,7 @@
 The parameter names are those of the official trunk, so its weights load as they are.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -11,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vtp.config import Config
-from vtp.layers.block import Block, FfnName, initialise_weights
+from vtp.layers.block import Block, Blocks, FfnName, initialise_weights
 from vtp.layers.norm import NormName, build_norm
 from vtp.layers.rope import AxialRope
 
@@ -31,7 +32,7 @@ class VisionConfig(Config):
     use_qk_norm: bool = Field(description="RMS-normalise queries and keys (paper 4.1)")
     init_values: float | None = Field(description="initial LayerScale, null for none")
     feature_bottleneck: int = Field(ge=1, description="latent channels d")
-    bottleneck_ae_only: bool = Field(description="true: CLIP reads the trunk; false: it reads the d channels")
+    bottleneck_ae_only: bool = Field(description="CLIP reads: true, the trunk; false, the d channels")
     clip_feat: Literal["cls", "pooled"] = Field(description="CLIP feature: class token, or mean of the patches")
 
 
@@ -48,7 +49,7 @@ SIZES: Mapping[str, Size] = {"S": Size(12, 384, 6), "B": Size(12, 768, 12), "L":
 
 
 class Features(NamedTuple):
-    """Output of the last block after the final norm, before the bottleneck."""
+    """Output of the last block after the final norm; D is the width of the encoder, or d behind the bottleneck."""
 
     cls: Tensor  # [B, D]
     patches: Tensor  # [B, N, D]
@@ -65,7 +66,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
         self.rope_embed = AxialRope(dim // config.num_heads, getattr(torch, rope_dtype))
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(
                 dim,
                 config.num_heads,
@@ -82,14 +83,17 @@ class VisionTransformer(nn.Module):
         self.apply(initialise_weights)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, images: Tensor, masks: Tensor | None = None, *, keep: Tensor | None = None) -> Features:
-        """Features of `images` [B, 3, H, W].
+    def forward(
+        self, images: Tensor, masks: Tensor | None = None, *, keep: Tensor | None = None, latent: bool = False
+    ) -> Features:
+        """Features of `images` [B, 3, H, W], or with `latent` what the bottleneck makes of them, d channels.
 
         Patches where `masks` [B, N] is true are replaced by the mask token after patch embedding (paper 3.3).
         `keep` [depth, 2, K] holds, for each residual branch, the samples that it computes (stochastic depth).
         Raises ValueError when H or W is not a multiple of the patch size.
         """
-        return self._split(self.norm(self._tokens(images, masks, keep, num_last=1)[-1]))
+        x = self.norm(self._tokens(images, masks, keep, num_last=1)[-1])
+        return self._split(self.feature_bottleneck(x) if latent else x)
 
     def intermediate(self, images: Tensor, num_last: int) -> list[Features]:
         """Features after each of the last `num_last` blocks, each through the final norm; the last block comes last."""
@@ -104,12 +108,7 @@ class VisionTransformer(nn.Module):
             x = torch.where(masks[:, :, None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # [B, 1 + N, D]
         rotation = self.rope_embed(height, width)
-        outputs = []
-        for index, block in enumerate(self.blocks):
-            x = block(x, rotation, None if keep is None else keep[index])
-            if index >= len(self.blocks) - num_last:
-                outputs.append(x)
-        return outputs
+        return list(deque(self.blocks.outputs(x, rotation, keep), maxlen=num_last))
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]

@@ -21,7 +21,8 @@ from vtp.losses.gan import adaptive_weight, discriminator_loss, generator_loss
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
 from vtp.models.discriminator import AugmentationConfig, PatchDiscriminator, augment, draw_augmentation
 from vtp.models.tokenizer import VisualTokenizer
-from vtp.objectives.pretrain import Term, reconstruction_distance
+from vtp.objectives.pretrain import reconstruction_distance
+from vtp.step import Logs, Moment, ParameterGroup, StepCost, Term
 
 
 class DecoderObjectiveConfig(Config):
@@ -64,18 +65,26 @@ class DecoderObjective(nn.Module):
         self.critic = critic
         self._pair: tuple[Tensor, Tensor] | None = None
 
-    def phases(self) -> Mapping[str, Sequence[nn.Module]]:
-        adversarial = {"critic": [self.critic]} if self.config.adversarial_weight else {}
-        return {"decoder": [self.decoder], **adversarial}
+    def phases(self) -> Mapping[str, Sequence[ParameterGroup]]:
+        adversarial = {"critic": [ParameterGroup(list(self.critic.parameters()))]}
+        return {
+            "decoder": [ParameterGroup(list(self.decoder.parameters()))],
+            **(adversarial if self.config.adversarial_weight else {}),
+        }
 
-    def losses(self, phase: str, batch: ImageBatch, step: int, progress: float) -> Iterator[Term]:
-        yield from self._decoder(batch, step, progress) if phase == "decoder" else self._critic(step, progress)
+    def watched(self) -> Sequence[nn.Parameter]:
+        return ()
 
-    def after_step(self, step: int) -> None:
+    def terms(self, phase: str, micros: Sequence[ImageBatch], moment: Moment) -> Iterator[Term]:
+        (batch,) = micros
+        yield from self._decoder(batch, moment) if phase == "decoder" else self._critic(moment)
+
+    def after_step(self, moment: Moment) -> Logs:
         """Move the averaged decoder."""
-        update_average(self.average, self.decoder, warm_momentum(self.config.ema, step))
+        update_average(self.average, self.decoder, warm_momentum(self.config.ema, moment.step))
+        return {}
 
-    def step_flops(self, batch: ImageBatch) -> float:
+    def step_cost(self, batch: ImageBatch) -> StepCost:
         """Training FLOPs of a step with both phases at work."""
         tokenizer, perceptual = self._frozen
         images = batch.images.float()
@@ -85,9 +94,9 @@ class DecoderObjective(nn.Module):
         flops += (1 + FROZEN) / 2 * forward_flops(perceptual.network, images, images)
         if self.config.adversarial_weight:
             flops += (FROZEN + 2 * TRAINING) * forward_flops(self.critic, images)
-        return flops
+        return StepCost(flops, {"decoder": len(images)}, len(images) * height * width)
 
-    def _decoder(self, batch: ImageBatch, step: int, progress: float) -> Iterator[Term]:
+    def _decoder(self, batch: ImageBatch, moment: Moment) -> Iterator[Term]:
         tokenizer, perceptual = self._frozen
         images = normalise(batch.images)
         with torch.no_grad():
@@ -97,33 +106,35 @@ class DecoderObjective(nn.Module):
         loss = distance.l1 + self.config.perceptual_weight * distance.perceptual
         logs = {"l1": distance.l1.detach(), "perceptual": distance.perceptual.detach()}
         fake, real = denormalise(reconstructions.float()) * 2 - 1, denormalise(images) * 2 - 1
-        if self._started(self.config.adversarial_start, progress):
-            adversarial = generator_loss(self.critic(self._augment(fake, "decoder", step)))
+        if self._started(self.config.adversarial_start, moment):
+            self.critic.requires_grad_(False)
+            adversarial = generator_loss(self.critic(self._augment(fake, "decoder", moment.step)))
+            self.critic.requires_grad_(True)
             weight = adaptive_weight(
                 loss, adversarial, self.decoder.proj_out.weight, ceiling=self.config.max_adaptive_weight
             )
             loss = loss + self.config.adversarial_weight * weight * adversarial
             logs |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
         self._pair = (real, to_8_bits(fake.detach()))
-        yield loss, logs
+        yield Term("decoder", loss, logs, (reconstructions,))
 
-    def _critic(self, step: int, progress: float) -> Iterator[Term]:
+    def _critic(self, moment: Moment) -> Iterator[Term]:
         assert self._pair is not None
-        (real, fake), self._pair = self._pair, None
-        if not self._started(self.config.critic_start, progress):
+        real, fake = self._pair
+        if not self._started(self.config.critic_start, moment):
             return
-        of_real = self.critic(self._augment(real, "real", step))
-        of_fake = self.critic(self._augment(fake, "fake", step))
+        of_real = self.critic(self._augment(real, "real", moment.step))
+        of_fake = self.critic(self._augment(fake, "fake", moment.step))
         loss = discriminator_loss(of_real, of_fake)
         accuracy = ((of_real > 0).float().mean() + (of_fake < 0).float().mean()) / 2
-        yield loss, {"critic_loss": loss.detach(), "critic_accuracy": accuracy}
+        yield Term("critic", loss, {"critic_loss": loss.detach(), "critic_accuracy": accuracy}, (fake,))
 
     def _augment(self, images: Tensor, purpose: str, step: int) -> Tensor:
         draws = torch_draws(self.seed, f"augmentation/{purpose}", step)
         return augment(images, draw_augmentation(images.shape, self.config.augmentation, draws))
 
-    def _started(self, share: float, progress: float) -> bool:
-        return bool(self.config.adversarial_weight) and progress >= share
+    def _started(self, share: float, moment: Moment) -> bool:
+        return bool(self.config.adversarial_weight) and moment.progress >= share
 
 
 def to_8_bits(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from vtp.flow import TimeSamplingConfig, draw_times, flow_matching_loss
 from vtp.layers.average import frozen_copy, update_average, warm_momentum
 from vtp.layers.flops import TRAINING, forward_flops
 from vtp.models.lightningdit import LightningDiT
-from vtp.objectives.pretrain import Term
+from vtp.step import Logs, Moment, ParameterGroup, StepCost, Term
 
 
 class GenerationObjectiveConfig(Config):
@@ -35,13 +35,15 @@ class GenerationObjective(nn.Module):
         self.model = model
         self.average = frozen_copy(model)
 
-    def phases(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {"model": [self.model]}
+    def phases(self) -> Mapping[str, Sequence[ParameterGroup]]:
+        return {"model": [ParameterGroup(list(self.model.parameters()))]}
 
-    def losses(self, phase: str, batch: LatentBatch, step: int, progress: float) -> Iterator[Term]:
-        assert phase == "model"
-        draws = torch_draws(self.seed, "flow", step)
-        latents, labels = batch
+    def watched(self) -> Sequence[nn.Parameter]:
+        return ()
+
+    def terms(self, phase: str, micros: Sequence[LatentBatch], moment: Moment) -> Iterator[Term]:
+        draws = torch_draws(self.seed, "flow", moment.step)
+        ((latents, labels),) = micros
         count, device = latents.shape[0], latents.device
         t = draw_times(self.config.times, count, draws).to(device)
         noise = torch.randn(latents.shape, generator=draws).to(device)
@@ -49,12 +51,20 @@ class GenerationObjective(nn.Module):
         labels = torch.where(dropped, self.model.null_label, labels)
         loss = flow_matching_loss(self.model, latents, labels, t=t, noise=noise)
         mse, cosine = loss.mse.mean(), loss.cosine.mean()
-        yield mse + self.config.cosine_weight * cosine, {"mse": mse.detach(), "cosine": cosine.detach()}
+        parts = {"mse": mse.detach(), "cosine": cosine.detach()}
+        yield Term("flow", mse + self.config.cosine_weight * cosine, parts, (loss.mse,))
 
-    def step_flops(self, batch: LatentBatch) -> float:
+    def step_cost(self, batch: LatentBatch) -> StepCost:
         """Training FLOPs of one step."""
-        return TRAINING * forward_flops(self.model, batch.latents, torch.zeros(len(batch.labels)), batch.labels)
+        count, _, height, width = batch.latents.shape
+        flops = TRAINING * forward_flops(self.model, batch.latents, torch.zeros(count), batch.labels)
+        return StepCost(flops, {"flow": count}, count * (height // self._patch) * (width // self._patch))
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, moment: Moment) -> Logs:
         """Move the averaged weights."""
-        update_average(self.average, self.model, warm_momentum(self.config.ema, step))
+        update_average(self.average, self.model, warm_momentum(self.config.ema, moment.step))
+        return {}
+
+    @property
+    def _patch(self) -> int:
+        return self.model.config.patch_size

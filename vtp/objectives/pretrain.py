@@ -1,32 +1,30 @@
 """The joint pre-training objective: CLIP, self-supervision and reconstruction on one encoder (paper 3.3 to 3.6).
 
-    L = w_rec (L1 + perceptual) + w_clip L_clip + w_ssl (L_dino + L_ibot + koleo)
+    L = w_clip L_clip + w_ssl (L_dino + L_ibot + koleo) + w_rec (L1 + perceptual)
 
-Each term sees its own share of the batch. The teacher is a moving average of the encoder and the DINO head; it never
-sees the text tower or the decoder.
+Each objective sees its own share of the batch and is back-propagated before the next begins, so the step's memory is
+that of the largest and not of the sum. A term is this rank's part of the loss of the global batch.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vtp.config import Config
 from vtp.data.batches import PretrainBatch
+from vtp.distributed import ranks
 from vtp.draws import torch_draws
-from vtp.layers.average import frozen_copy, update_average
-from vtp.layers.flops import FROZEN, TRAINING, forward_flops
-from vtp.layers.images import denormalise
-from vtp.losses.clip import clip_loss
-from vtp.losses.dino import TargetsConfig, build_targets, dino_loss, ibot_loss, target_diagnostics
-from vtp.losses.koleo import koleo_loss
+from vtp.layers.images import denormalise, normalise
+from vtp.losses.clip import ContrastConfig, clip_loss, siglip_loss
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
-from vtp.models.heads import DinoHead, DinoHeadConfig
 from vtp.models.tokenizer import VisualTokenizer
-from vtp.models.vit import Features
+from vtp.objectives.gradient_cache import GradientCache
+from vtp.objectives.rates import RatesConfig, groups
+from vtp.objectives.self_distillation import Keeps, SelfDistillation, SslConfig
+from vtp.step import Logs, Moment, ParameterGroup, Term
 
 MAX_LOGIT_SCALE = 4.6052  # ln 100, as CLIP clamps it
 
@@ -45,17 +43,12 @@ class WeightsConfig(Config):
         return self
 
 
-class SslConfig(Config):
-    """Self-distillation after DINOv2."""
+class ReconstructionConfig(Config):
+    """L1 and a perceptual distance (paper eq. 1: 1 and 1)."""
 
-    head: DinoHeadConfig
-    targets: TargetsConfig
-    student_temperature: float = Field(gt=0)
-    teacher_temperature_start: float = Field(gt=0)
-    teacher_temperature_end: float = Field(gt=0)
-    teacher_temperature_warmup: float = Field(ge=0, le=1, description="share of the run from start to end")
-    momentum: float = Field(ge=0, le=1, description="of the teacher, constant: see docs/decisions.md")
-    koleo: float = Field(ge=0, description="weight of the KoLeo spread of class tokens")
+    l1_space: Literal["normalised", "unit"] = Field(description="ImageNet-normalised pixels, or pixels in [-1, 1]")
+    perceptual: PerceptualConfig
+    perceptual_weight: float = Field(ge=0, description="of the perceptual distance beside L1")
 
 
 class DropPathConfig(Config):
@@ -64,176 +57,147 @@ class DropPathConfig(Config):
     clip: float = Field(ge=0, lt=1)
     ssl: float = Field(ge=0, lt=1)
     reconstruction: float = Field(ge=0, lt=1)
+    blocks: int = Field(ge=1, description="blocks of the batch that share a draw, so that counts are exact")
 
 
 class PretrainObjectiveConfig(Config):
     """The loss."""
 
     weights: WeightsConfig
-    perceptual: PerceptualConfig
-    perceptual_weight: float = Field(ge=0, description="of the perceptual distance beside L1 (paper eq. 1: 1)")
+    contrast: ContrastConfig
     ssl: SslConfig
+    reconstruction: ReconstructionConfig
     drop_path: DropPathConfig
 
 
 Part = Literal["clip", "ssl", "reconstruction"]
-Term = tuple[Tensor, dict[str, Tensor]]  # a loss, and the scalars to log
 
 
 class PretrainObjective(nn.Module):
-    """One phase; its losses come in the order clip, ssl, reconstruction."""
+    """One phase; its terms come in the order clip, ssl, reconstruction."""
 
     def __init__(
         self,
         tokenizer: VisualTokenizer,
         config: PretrainObjectiveConfig,
+        rates: RatesConfig,
         *,
         perceptual: PerceptualDistance,
         seed: int,
     ) -> None:
         super().__init__()
         self.config = config
+        self.rates = rates
         self.seed = seed
         self.tokenizer = tokenizer
         self._perceptual = [perceptual]  # in a list: frozen, so no part of the state
-        self._terms: dict[Part, Callable[[PretrainBatch, int, float], Term]] = {}
-        if config.weights.clip:
-            self._terms["clip"] = self._clip
-        if config.weights.ssl:
-            vision = tokenizer.config.vision
-            width = vision.embed_dim if vision.bottleneck_ae_only else vision.feature_bottleneck
-            self.head = DinoHead(width, config.ssl.head)
-            self.teacher = frozen_copy(tokenizer.trunk)
-            self.teacher_head = frozen_copy(self.head)
-            self.cls_targets = build_targets(config.ssl.targets, config.ssl.head.prototypes)
-            self.patch_targets = build_targets(config.ssl.targets, config.ssl.head.prototypes)
-            self._terms["ssl"] = self._ssl
-        self._terms["reconstruction"] = self._reconstruction
+        self.ssl = SelfDistillation(tokenizer, config.ssl) if config.weights.ssl else None
 
-    def phases(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {"model": [self.tokenizer, *([self.head] if self.config.weights.ssl else [])]}
+    def phases(self) -> Mapping[str, Sequence[ParameterGroup]]:
+        return {"model": list(groups(self.tokenizer, self.ssl and self.ssl.heads, self.rates))}
 
-    def losses(self, phase: str, batch: PretrainBatch, step: int, progress: float) -> Iterator[Term]:
-        assert phase == "model"
-        for name, term in self._terms.items():
-            loss, logs = term(batch, step, progress)
-            yield getattr(self.config.weights, name) * loss, {f"{name}_loss": loss.detach(), **logs}
+    def watched(self) -> Sequence[nn.Parameter]:
+        """The parameters that all objectives share, whose gradients are compared."""
+        return list(self.tokenizer.trunk.blocks.parameters())
+
+    def sharded_units(self) -> Iterator[Sequence[nn.Module]]:
+        """What FSDP gathers together, parts first; the rest is small and stays replicated."""
+        trunks = [self.tokenizer.trunk, *([self.ssl.teacher.trunk] if self.ssl else [])]
+        for model in (*trunks, self.tokenizer.pixel_decoder):
+            yield [*model.blocks, model]
+        if self.tokenizer.config.text is not None:
+            text: Any = self.tokenizer.text  # open_clip's
+            yield [*text.transformer.resblocks, text]
+
+    def recompute(self) -> None:
+        """Keep no activations inside of blocks; the backward pass computes them again."""
+        for model in (self.tokenizer.trunk, self.tokenizer.pixel_decoder):
+            model.blocks.recompute = True
+        if self.tokenizer.config.text is not None:
+            text: Any = self.tokenizer.text  # open_clip's
+            text.set_grad_checkpointing(True)
+
+    def terms(self, phase: str, micros: Sequence[PretrainBatch], moment: Moment) -> Iterator[Term]:
+        if self.config.weights.clip:
+            yield from self._clip(micros, moment)
+        if self.ssl is not None:
+            keeps = [self._keeps(micro, number, len(micros), moment.step) for number, micro in enumerate(micros)]
+            yield from self.ssl.terms(self.tokenizer, micros, keeps, moment, weight=self.config.weights.ssl)
+        yield from self._reconstruction(micros, moment)
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, moment: Moment) -> Logs:
         """Move the teacher; clamp the logit scale."""
+        logs: dict[str, Tensor | float] = {}
         if self.config.weights.clip:
             self.tokenizer.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-        if self.config.weights.ssl:
-            update_average(self.teacher, self.tokenizer.trunk, self.config.ssl.momentum)
-            update_average(self.teacher_head, self.head, self.config.ssl.momentum)
+            logs["logit_scale"] = self.tokenizer.logit_scale.exp()
+        if self.ssl is not None:
+            self.ssl.after_step(self.tokenizer, moment.progress)
+            logs["teacher_temperature"] = self.ssl.teacher_temperature(moment.progress)
+            logs["teacher_momentum"] = self.ssl.momentum(moment.progress)
+        return logs
 
-    def teacher_temperature(self, progress: float) -> float:
-        """Linear from start to end over the warm-up, then constant; `progress` is the share of the run behind us."""
-        config = self.config.ssl
-        share = min(1.0, progress / config.teacher_temperature_warmup) if config.teacher_temperature_warmup else 1.0
-        rise = config.teacher_temperature_end - config.teacher_temperature_start
-        return config.teacher_temperature_start + share * rise
+    def _clip(self, micros: Sequence[PretrainBatch], moment: Moment) -> Iterator[Term]:
+        tokenizer = self.tokenizer
 
-    def step_flops(self, batch: PretrainBatch) -> float:
-        """Training FLOPs of one step: matrix products of models and perceptual network, not of the losses."""
-        flops, trunk = 0.0, self.tokenizer.trunk
-        if "clip" in self._terms:
-            flops += TRAINING * forward_flops(trunk, batch.clip_images)
-            flops += TRAINING * forward_flops(self.tokenizer.text, batch.tokens)
-        if "ssl" in self._terms:
-            views, local_views = batch.global_views.flatten(0, 1), batch.local_views.flatten(0, 1)
-            seen, masked = forward_flops(trunk, views), int(batch.masks.sum())
-            width = self.head.in_dim
-            of_teacher = forward_flops(self.head, torch.empty(len(views) + masked, width))
-            of_student = forward_flops(self.head, torch.empty(len(views) + masked + len(local_views), width))
-            flops += seen + of_teacher + TRAINING * (seen + forward_flops(trunk, local_views) + of_student)
-        images = batch.rec_images
-        flops += TRAINING * (
-            forward_flops(trunk, images) + forward_flops(self.tokenizer.pixel_decoder, self._latents(images))
-        )
-        # The perceptual network sees target and reconstruction, and passes gradients through the latter only.
-        return flops + (1 + FROZEN) / 2 * forward_flops(self._perceptual[0].network, images, images)
+        def represent(micro: PretrainBatch, number: int) -> Sequence[Tensor]:
+            images = normalise(micro.clip_images)
+            keep = self._keep("clip", len(images), len(micro.rec_images), number, len(micros), moment.step)
+            return tokenizer.encode_image(images, keep=keep), tokenizer.encode_text(micro.tokens)
 
-    def _latents(self, images: Tensor) -> Tensor:
-        patch_size = self.tokenizer.config.vision.patch_size
-        height, width = images.shape[2] // patch_size, images.shape[3] // patch_size
-        return torch.empty(len(images), self.tokenizer.config.vision.feature_bottleneck, height, width)
+        cache = GradientCache(represent, micros)
+        image, text = cache.features
+        if self.config.contrast.name == "softmax":
+            loss = clip_loss(image, text, tokenizer.logit_scale.exp())
+        else:
+            loss = siglip_loss(image, text, tokenizer.logit_scale.exp(), tokenizer.logit_bias)
+        yield Term("clip", self.config.weights.clip * loss, {"clip_loss": loss.detach()}, (image, text))
+        for surrogate in cache.surrogates():
+            yield Term("clip", surrogate, {}, (image, text))
 
-    def _clip(self, batch: PretrainBatch, step: int, progress: float) -> Term:
-        images = batch.clip_images
-        keep = self._keep("clip", images.shape[0], step)
-        image_embedding = self.tokenizer.project_image(self.tokenizer.trunk(images, keep=keep))
-        text_embedding = self.tokenizer.encode_text(batch.tokens)
-        scale = self.tokenizer.logit_scale.exp()
-        loss = clip_loss(image_embedding, text_embedding, scale)
-        return loss, {"logit_scale": scale.detach()}
+    def _reconstruction(self, micros: Sequence[PretrainBatch], moment: Moment) -> Iterator[Term]:
+        config, parts = self.config.reconstruction, len(micros) * ranks().size
+        for number, micro in enumerate(micros):
+            images = normalise(micro.rec_images)
+            keep = self._keep("reconstruction", len(images), len(images), number, len(micros), moment.step)
+            reconstructions = self.tokenizer.decode(self.tokenizer.encode(images, keep=keep))
+            distance = reconstruction_distance(self._perceptual[0], reconstructions, images, l1_space=config.l1_space)
+            l1, perceptual = distance.l1 / parts, distance.perceptual / parts
+            logs = {"l1": l1.detach(), "perceptual": perceptual.detach()}
+            loss = self.config.weights.reconstruction * (l1 + config.perceptual_weight * perceptual)
+            yield Term("reconstruction", loss, logs, (reconstructions,))
 
-    def _ssl(self, batch: PretrainBatch, step: int, progress: float) -> Term:
-        config = self.config.ssl
-        targets, patch_targets = self._teach(batch, self.teacher_temperature(progress))
-        views, masks = batch.global_views.flatten(0, 1), batch.masks
-        local_views = batch.local_views.flatten(0, 1)
-        student = self.tokenizer.trunk
-        seen = self._ssl_features(student, views, masks, self._keep("ssl", views.shape[0], step))
-        local = self._ssl_features(student, local_views, None, self._keep("ssl", local_views.shape[0], step, 1))
-        count, masked = views.shape[0], seen.patches[masks]
-        # One pass through the head, the widest product of the step.
-        logits = self.head(torch.cat([seen.cls, local.cls, masked]))
-        of_global, of_local, of_masked = logits.split([count, local.cls.shape[0], masked.shape[0]])
-        dino = dino_loss(
-            of_global.unflatten(0, (2, -1)),
-            of_local.unflatten(0, (batch.local_views.shape[0], -1)),
-            targets.unflatten(0, (2, -1)),
-            temperature=config.student_temperature,
-        )
-        ibot = ibot_loss(of_masked, patch_targets, masks, temperature=config.student_temperature)
-        loss = dino.between_globals + dino.local_to_global + ibot
-        logs = {"dino_loss": (dino.between_globals + dino.local_to_global).detach(), "ibot_loss": ibot.detach()}
-        if config.koleo:
-            koleo = sum((koleo_loss(view) for view in seen.cls.chunk(2)), start=loss.new_zeros(()))
-            loss = loss + config.koleo * koleo
-            logs["koleo_loss"] = koleo.detach()
-        diagnostics = target_diagnostics(targets)
-        return loss, logs | {"teacher_entropy": diagnostics.entropy, "teacher_kl_to_uniform": diagnostics.kl_to_uniform}
+    def _keeps(self, micro: PretrainBatch, number: int, count: int, step: int) -> Keeps:
+        blocks, samples = len(micro.rec_images), len(micro.global_views)
+        views = self._keep("ssl", 2 * samples, blocks, number, count, step)
+        local_views = self._keep("ssl", micro.local_views.shape[1] * samples, blocks, number, count, step, part=1)
+        return Keeps(views, local_views)
 
-    @torch.no_grad()
-    def _teach(self, batch: PretrainBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Targets for the class tokens [2 * B_ssl, K] and the masked patches [M, K]."""
-        seen = self._ssl_features(self.teacher, batch.global_views.flatten(0, 1), None, None)
-        masked = seen.patches[batch.masks]
-        logits = self.teacher_head(torch.cat([seen.cls, masked]))
-        of_cls, of_masked = logits.split([seen.cls.shape[0], masked.shape[0]])
-        return self.cls_targets(of_cls, temperature), self.patch_targets(of_masked, temperature)
+    def _keep(
+        self, term: Part, crops: int, blocks: int, number: int, count: int, step: int, part: int = 0
+    ) -> Tensor | None:
+        """Crops [depth, 2, K] of micro-batch `number` of `count` that each residual branch computes; None for all.
 
-    def _ssl_features(self, trunk: nn.Module, images: Tensor, masks: Tensor | None, keep: Tensor | None) -> Features:
-        features: Features = trunk(images, masks, keep=keep)
-        if self.tokenizer.config.vision.bottleneck_ae_only:
-            return features
-        bottleneck: Any = trunk.feature_bottleneck
-        return Features(bottleneck(features.cls), bottleneck(features.patches))
-
-    def _reconstruction(self, batch: PretrainBatch, step: int, progress: float) -> Term:
-        images = batch.rec_images
-        keep = self._keep("reconstruction", images.shape[0], step)
-        reconstructions = self.tokenizer.decode(self.tokenizer.encode(images, keep=keep))
-        distance = reconstruction_distance(self._perceptual[0], reconstructions, images)
-        return distance.l1 + self.config.perceptual_weight * distance.perceptual, {
-            "l1": distance.l1.detach(),
-            "perceptual": distance.perceptual.detach(),
-        }
-
-    def _keep(self, term: Part, batch_size: int, step: int, part: int = 0) -> Tensor | None:
-        """Samples [depth, 2, K] that each residual branch computes; None for all."""
-        rate = getattr(self.config.drop_path, term)
-        if not rate or not batch_size:
+        Draws belong to groups of blocks of the global batch, each with an exact count: shapes are static, and who
+        is left out does not depend on ranks or micro-batches.
+        """
+        rate, group = getattr(self.config.drop_path, term), self.config.drop_path.blocks
+        if not rate or not crops:
             return None
-        kept = max(1, int(batch_size * (1 - rate)))
-        draws = torch_draws(self.seed, f"drop_path/{term}", step, part)
+        if blocks % group:
+            raise ValueError(
+                f"a micro-batch of {blocks} blocks holds no whole number of groups of {group} blocks, which share a "
+                "draw of stochastic depth; set drop_path.blocks to a divisor, or use larger micro-batches"
+            )
+        first, size = (ranks().rank * count + number) * blocks // group, crops // (blocks // group)
+        kept = max(1, round(size * (1 - rate)))
         depth = self.tokenizer.config.vision.depth
-        noise = torch.rand(depth, 2, batch_size, generator=draws)
-        keep = noise.argsort(-1)[..., :kept]
-        return keep.to(self.tokenizer.trunk.cls_token.device, non_blocking=True)
+        picks = []
+        for index in range(blocks // group):
+            draws = torch_draws(self.seed, f"drop_path/{term}", step, part, first + index)
+            picks.append(torch.rand(depth, 2, size, generator=draws).argsort(-1)[..., :kept] + index * size)
+        return torch.cat(picks, dim=-1).to(self.tokenizer.trunk.cls_token.device, non_blocking=True)
 
 
 class Distance(NamedTuple):
@@ -243,8 +207,14 @@ class Distance(NamedTuple):
     perceptual: Tensor
 
 
-def reconstruction_distance(perceptual: PerceptualDistance, reconstructions: Tensor, images: Tensor) -> Distance:
-    """L1 in ImageNet-normalised space and the perceptual distance in [-1, 1], both in float32 (paper eq. 1)."""
+def reconstruction_distance(
+    perceptual: PerceptualDistance, reconstructions: Tensor, images: Tensor, *, l1_space: str = "normalised"
+) -> Distance:
+    """L1 and the perceptual distance of ImageNet-normalised images, in float32 (paper eq. 1).
+
+    The perceptual distance is taken in [-1, 1], L1 there (`unit`) or in normalised space.
+    """
     reconstructions, images = reconstructions.float(), images.float()
-    distance = perceptual(denormalise(reconstructions) * 2 - 1, denormalise(images) * 2 - 1)
-    return Distance(F.l1_loss(reconstructions, images), distance.mean())
+    ours, theirs = denormalise(reconstructions) * 2 - 1, denormalise(images) * 2 - 1
+    pair = (reconstructions, images) if l1_space == "normalised" else (ours, theirs)
+    return Distance((pair[0] - pair[1]).abs().mean(), perceptual(ours, theirs).mean())

@@ -1,53 +1,106 @@
-"""Checkpoints in a stage's scratch folder: whole files, the newest two kept, damage detected.
+"""Checkpoints in a stage's scratch folder: whole, the newest few kept, damage detected, for any number of ranks.
 
-They are written and read by the same run only. `torch.load` is limited to tensors and plain containers.
+    step-000000120/     state of 120 completed steps
+        *.distcp        tensors, in pieces that the ranks wrote (torch.distributed.checkpoint)
+        counters.json   numbers
+        digests.json    SHA-256 of every other file, written last
+
+Tensors are copied and then written in the background, under a temporary name that the first rank replaces when all
+pieces are there.
 """
 
-import hashlib
-import io
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 
-from vtp.artefact import digest, whole_file
-
-KEPT = 2
+from vtp.artefact import ArtefactError, digest, files, read_json, write_json
+from vtp.distributed import StateError, barrier, gather_objects, load_state, ranks, save_state
 
 
 class Checkpoint(NamedTuple):
-    """State after `step` completed steps."""
+    """What was read: the tensors are in place already."""
 
     step: int
-    state: dict[str, Any]
+    counters: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of one run, `step-<count>.<digest>.pt` in `folder`."""
+    """The checkpoints of one run. Every method is called by all ranks together."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, kept: int) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.kept = kept
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        if ranks().first:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.tmp"):
+                shutil.rmtree(leftover)
+        barrier()
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `step` steps, whole, then drop the oldest files."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        content_digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:16]
-        with whole_file(self.folder / f"step-{step:09d}.{content_digest}.pt") as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-        for path in self._paths()[:-KEPT]:
-            path.unlink()
+    def save(self, step: int, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Begin to write the state after `step` steps; tensors may change as soon as this returns."""
+        self.wait()
+        temporary = self.folder / f"{_name(step)}.tmp"
+        if ranks().first:
+            temporary.mkdir()
+            write_json(temporary / "counters.json", counters)
+        barrier()
+        self._writing = self._thread.submit(self._complete, temporary, save_state(temporary, tensors))
 
-    def newest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint; damaged ones are deleted on the way."""
+    def wait(self) -> None:
+        """Until the last one is written. Raises what its writing raised, such as a full disk."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def newest(self, tensors: Mapping[str, Tensor]) -> Checkpoint | None:
+        """Read the newest undamaged checkpoint into `tensors`, in place; damaged ones are deleted on the way."""
+        while True:
+            # The first rank decides which, so that all read the same.
+            path = gather_objects(self._newest_whole() if ranks().first else None)[0]
+            if path is None:
+                return None
+            try:
+                load_state(path, tensors)
+            except StateError as error:
+                raise StateError(f"{error}; the file is undamaged, so the code changed: delete {path.parent}") from None
+            return Checkpoint(int(path.name[5:]), read_json(path / "counters.json"))
+
+    def _newest_whole(self) -> Path | None:
         for path in reversed(self._paths()):
-            _, content_digest, _ = path.name.split(".")
-            if digest(path).startswith(content_digest):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                return Checkpoint(int(path.name[5:14]), state)
-            path.unlink()
+            if _undamaged(path):
+                return path
+            logging.warning("%s is damaged; the checkpoint before it is used", path)
+            shutil.rmtree(path)
         return None
 
+    def _complete(self, temporary: Path, written: "Future[Any]") -> None:
+        """In the background: when all ranks have written, the first gives the folder its name."""
+        written.result()
+        if ranks().first:
+            digests = {path.relative_to(temporary).as_posix(): digest(path) for path in files(temporary)}
+            write_json(temporary / "digests.json", digests)
+            temporary.rename(temporary.with_suffix(""))
+            for path in self._paths()[: -self.kept]:
+                shutil.rmtree(path)
+
     def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.pt"))
+        return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".tmp")
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def _undamaged(path: Path) -> bool:
+    try:
+        digests = read_json(path / "digests.json")
+        return all(digest(path / name) == expected for name, expected in digests.items())
+    except ArtefactError:
+        return False

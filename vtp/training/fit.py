@@ -1,13 +1,13 @@
 """The one training loop. It knows steps, gradients, schedules, checkpoints and curves, and nothing of images.
 
-An objective yields its losses one after the other, and each is back-propagated at once, so that the activations of
-only one objective are alive at a time. Its phases are trained in turn within every step: one for pre-training and
-generation, two for adversarial tuning.
+An objective yields the terms of its loss one after the other, and each is back-propagated at once, so that the
+activations of only one are alive at a time. Its phases are trained in turn within every step: one for pre-training and
+generation, two for adversarial tuning. All ranks run the same loop on their shares of every batch.
 """
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vtp.config import Config
+from vtp.distributed import fill, ranks
+from vtp.step import Logs, Moment, ParameterGroup, StepCost, Term
 from vtp.training.checkpoint import Checkpoints
-from vtp.training.log import Curves, Logs, Means
-from vtp.training.optim import OptimConfig, build_optimizer, learning_rate
+from vtp.training.log import Curves, Means
+from vtp.training.optim import OptimConfig, build_optimizer
+from vtp.training.throughput import Throughput
+from vtp.training.update import Update
 
 Batch = TypeVar("Batch", bound=tuple)
 Consumed_contra = TypeVar("Consumed_contra", bound=tuple, contravariant=True)
@@ -64,35 +68,50 @@ class TrainingConfig(Config):
     length: Length
     precision: Literal["float32", "bfloat16"] = Field(description="of the forward pass; weights stay float32")
     log_every: int = Field(ge=1, description="steps per row of the curves; a row holds means over them")
+    max_skipped: int = Field(ge=0, description="steps with a gradient that is not finite, skipped before the run fails")
 
 
 class Objective(Protocol[Consumed_contra]):
     """A module that holds models and losses. Its state dict, with the optimisers', is the state of the run."""
 
-    def phases(self) -> Mapping[str, Sequence[nn.Module]]:
-        """The modules that each phase trains, in the order of the phases within a step."""
+    def phases(self) -> Mapping[str, Sequence[ParameterGroup]]:
+        """What each phase trains, in the order of the phases within a step."""
         ...
 
-    def losses(self, phase: str, batch: Consumed_contra, step: int, progress: float) -> Iterator[tuple[Tensor, Logs]]:
-        """The phase's loss terms, each with the scalars to log; their gradients add up.
-
-        Each term is differentiated before the next is computed, so no two share a graph. Progress is in [0, 1).
-        """
+    def watched(self) -> Sequence[nn.Parameter]:
+        """Parameters on which the gradients of the terms are compared; may be empty."""
         ...
 
-    def after_step(self, step: int) -> None:
-        """Moving averages and limits, when all phases have stepped."""
+    def terms(self, phase: str, micros: Sequence[Consumed_contra], moment: Moment) -> Iterator[Term]:
+        """The phase's loss on this rank's micro-batches. Each term is differentiated before the next is computed."""
+        ...
+
+    def after_step(self, moment: Moment) -> Logs:
+        """Moving averages and limits, when all phases have stepped; scalars that are equal on all ranks."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> object: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+class Watcher(Protocol):
+    """Looks at the models now and then; all ranks call it together."""
+
+    def due(self, moment: Moment) -> bool:
+        """Whether to look after this step."""
+        ...
+
+    def look(self, moment: Moment) -> Logs:
+        """Scalars for the curves, equal on all ranks; files are the first rank's to write."""
+        ...
 
 
 class Progress(Protocol):
     """A progress bar."""
 
     def update(self, n: int) -> object: ...
+    def set_postfix_str(self, s: str) -> object: ...
 
 
 class Host(Protocol):
@@ -107,116 +126,173 @@ class Host(Protocol):
     @property
     def checkpoint_seconds(self) -> float: ...
     @property
+    def checkpoints_kept(self) -> int: ...
+    @property
+    def timeout(self) -> float: ...
+    @property
+    def peak_flops(self) -> float | None: ...
+    @property
     def stop_requested(self) -> bool: ...
     def stop(self) -> NoReturn: ...
     def progress(self, total: int, description: str, unit: str, done: int = 0) -> AbstractContextManager[Progress]: ...
 
 
 class NotFinite(FloatingPointError):
-    """A loss or a gradient is NaN or infinite."""
+    """Too many steps had a gradient that is NaN or infinite."""
 
 
-def fit(
+class Run(NamedTuple):
+    """The numbers of a run."""
+
+    steps: int
+    training: TrainingConfig
+    optim: Mapping[str, OptimConfig]
+    cost: StepCost
+    micros: int = 1  # micro-batches per step and rank
+
+
+def fit(  # noqa: C901 - the one loop
     objective: Objective[Batch],
     batches: Dataset[Batch],
+    run: Run,
     *,
-    steps: int,
-    training: TrainingConfig,
-    optim: Mapping[str, OptimConfig],
     host: Host,
-) -> None:
-    """Train for `steps` steps, from the newest checkpoint in `host.folder` if there is one.
+    watchers: Sequence[Watcher] = (),
+    moments: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Train, from the newest checkpoint in `host.folder` if there is one; the state of the optimisers by name.
 
-    `batches[step]` is a named tuple of tensors and a function of the step alone, so the order of the data survives a
-    resume. Curves are in `host.folder / "curves.csv"` from the first interval on. A requested stop ends after the
-    current step with a checkpoint. Raises NotFinite, which names the step and the terms; the last checkpoint stays.
+    `batches[step * micros + i]` is this rank's i-th micro-batch of a step, a named tuple of tensors and a function of
+    its number alone, so the order of the data survives a resume. `moments` is what another run's `fit` returned. Curves
+    are in `host.folder / "curves.csv"` from the first interval on, rates in `throughput.csv`. A requested stop ends
+    after the current step with a checkpoint. A step whose gradient is not finite is skipped and logged; raises
+    NotFinite, which names the objectives and ranks, when there are more than `max_skipped`; the last checkpoint stays.
     """
-    phases = objective.phases()
-    optimizers = {phase: build_optimizer(modules, optim[phase]) for phase, modules in phases.items()}
-    means = Means()
-    checkpoints = Checkpoints(host.folder / "checkpoints")
-    parts: dict[str, Any] = {"objective": objective, "means": means} | optimizers
-    start = _resume(checkpoints, parts)
-    curves = Curves(host.folder / "curves.csv", start=start)
-    saved_at = time.monotonic()
-    if start:
+    steps, training = run.steps, run.training
+    optimizers = {phase: build_optimizer(groups, run.optim[phase]) for phase, groups in objective.phases().items()}
+    updates = [Update(phase, o, run.optim[phase], objective.watched()) for phase, o in optimizers.items()]
+    means, skipped, max_skipped = Means(), 0, training.max_skipped
+    checkpoints = Checkpoints(host.folder / "checkpoints", kept=host.checkpoints_kept)
+    tensors = _state(objective, optimizers)
+    for name, values in (moments or {}).items():
+        fill(tensors[name], values)
+    start = 0
+    if (found := checkpoints.newest(tensors)) is not None:
+        start, skipped = found.step, found.counters["skipped"]
+        means.load(found.counters["means"])
         logging.info("resumed after step %d of %d", start, steps)
+    curves = Curves(host.folder / "curves.csv", start=start) if ranks().first else None
+    throughput = Throughput(host.folder / "throughput.csv", run.cost, device=host.device, peak=host.peak_flops)
+    saved_at = time.monotonic()
     with host.progress(total=steps, description="training", unit="step", done=start) as bar:
-        for step, batch in zip(range(start, steps), _stream(batches, range(start, steps), host), strict=True):
-            for phase, optimizer in optimizers.items():
-                terms = objective.losses(phase, batch, step, step / steps)
-                means.add(_step(optimizer, terms, optim[phase], _Place(phase, step, steps), training.precision))
-            objective.after_step(step)
+        stream = _stream(batches, range(start * run.micros, steps * run.micros), host)
+        for step in range(start, steps):
+            moment = Moment(step, steps, watched=(step + 1) % training.log_every == 0 or step + 1 == steps)
+            with throughput.waiting():
+                micros = [next(stream) for _ in range(run.micros)]
+            wishes = (host.stop_requested, time.monotonic() - saved_at >= host.checkpoint_seconds)
+            stepped = _step(objective, updates, micros, moment, wishes, training=training, device=host.device)
+            skipped += stepped.blamed is not None
+            if stepped.blamed is not None:
+                _report(moment, stepped.blamed, skipped, max_skipped)
+            means.add(stepped.logs)
+            for watcher in watchers:
+                if watcher.due(moment):
+                    means.add(watcher.look(moment))
             bar.update(1)
-            if (step + 1) % training.log_every == 0 or step + 1 == steps:
-                curves.write(step + 1, means.take())
-            due = time.monotonic() - saved_at >= host.checkpoint_seconds
-            if due or step + 1 == steps or host.stop_requested:
-                checkpoints.save(step + 1, {name: part.state_dict() for name, part in parts.items()})
+            throughput.step()
+            if moment.watched:
+                bar.set_postfix_str(_brief(throughput.row(step + 1)))
+                values = means.take()
+                if curves is not None:
+                    curves.write(step + 1, values)
+            stop, due = stepped.wishes
+            if due or stop or step + 1 == steps:
+                checkpoints.save(step + 1, tensors, {"skipped": skipped, "means": means.state()})
                 saved_at = time.monotonic()
-            if host.stop_requested:
+            if stop:
+                checkpoints.wait()
                 host.stop()
+    checkpoints.wait()
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("objective/")}
 
 
-class _Place(NamedTuple):
-    phase: str
-    step: int
-    steps: int
+class _Stepped(NamedTuple):
+    logs: Logs
+    wishes: tuple[bool, ...]
+    blamed: str | None  # when the step was skipped
 
 
 def _step(
-    optimizer: torch.optim.Optimizer,
-    terms: Iterator[tuple[Tensor, Logs]],
-    config: OptimConfig,
-    place: _Place,
-    precision: str,
-) -> dict[str, Tensor | float]:
-    """Gradients of all terms, clipping, one update; the scalars of the phase under its name."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    device = parameters[0].device.type
+    objective: Objective[Batch],
+    updates: Sequence[Update],
+    micros: Sequence[Batch],
+    moment: Moment,
+    wishes: tuple[bool, ...],
+    *,
+    training: TrainingConfig,
+    device: str,
+) -> _Stepped:
+    """All phases of a step, and what follows them; a phase whose gradient is not finite ends the step."""
     logs: dict[str, Tensor | float] = {}
-    # Terms are computed lazily: the loop body runs between two of them.
-    while (term := _next(terms, device, precision)) is not None:
-        loss, scalars = term
-        loss.backward(inputs=[p for p in parameters if p.requires_grad])
-        logs |= scalars
-    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf"))
-    if not torch.isfinite(norm):
-        values = ", ".join(f"{name} {float(value):.4g}" for name, value in logs.items())
+    agreed = wishes
+    for update in updates:
+        terms = _autocast(objective.terms(update.phase, micros, moment), device, training.precision)
+        outcome = update.apply(terms, moment, wishes=wishes)
+        agreed = outcome.wishes
+        if not outcome.finite:
+            again = _autocast(objective.terms(update.phase, micros, moment), device, training.precision)
+            return _Stepped({"skipped": 1.0}, agreed, f"phase {update.phase}, from {update.blame(again)}")
+        logs |= outcome.logs
+    return _Stepped({**logs, **objective.after_step(moment), "skipped": 0.0}, agreed, None)
+
+
+def _state(objective: Objective, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every tensor of the run by name, as the tensors that are in use: reading into them restores the run."""
+    state = {f"objective/{name}": tensor for name, tensor in objective.state_dict().items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
+    for phase, optimizer in optimizers.items():
+        for parameter, moments in optimizer.state.items():
+            state |= {f"{phase}/{names[parameter]}/{name}": tensor for name, tensor in moments.items()}
+    return state
+
+
+def _autocast(terms: Iterator[Term], device: str, precision: str) -> Iterator[Term]:
+    """The same terms, computed in `precision`; what happens between them is not."""
+    while True:
+        with torch.autocast(device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=precision == "bfloat16"):
+            term = next(terms, None)
+        if term is None:
+            return
+        yield term
+
+
+def _report(moment: Moment, blamed: str, skipped: int, largest: int) -> None:
+    message = f"step {moment.step}: the gradient is not finite, {blamed}"
+    if skipped > largest:
         raise NotFinite(
-            f"step {place.step}, phase {place.phase}: gradient norm is {float(norm)} ({values}); "
+            f"{message}; {skipped} skipped, training.max_skipped is {largest}; "
             "lower the learning rate or set clip_norm; the last checkpoint is kept"
         )
-    rate = learning_rate(config, place.step, place.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {**logs, f"{place.phase}_gradient_norm": norm, f"{place.phase}_lr": rate}
+    logging.warning("%s; the step is skipped (%d so far)", message, skipped)
 
 
-def _next(terms: Iterator[tuple[Tensor, Logs]], device: str, precision: str) -> tuple[Tensor, Logs] | None:
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-        return next(terms, None)
+def _brief(row: Mapping[str, float]) -> str:
+    utilisation = row.get("model_flops_utilisation")
+    rate = f"{row['flops_per_second'] / 1e12:.3g} TFLOP/s"
+    share = f", {utilisation:.0%} of peak" if utilisation is not None else ""
+    return f"{rate}{share}, {row['data_wait_share']:.0%} waiting, {row['memory_gigabytes']:.2g} GB"
 
 
-def _resume(checkpoints: Checkpoints, parts: Mapping[str, Any]) -> int:
-    newest = checkpoints.newest()
-    if newest is None:
-        return 0
-    for name, part in parts.items():
-        part.load_state_dict(newest.state[name])
-    return newest.step
-
-
-def _stream(batches: Dataset[Batch], steps: range, host: Host) -> Iterable[Batch]:
+def _stream(batches: Dataset[Batch], items: range, host: Host) -> Iterator[Batch]:
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=steps,
+        sampler=items,
         num_workers=host.workers,
         prefetch_factor=4 if host.workers else None,
         pin_memory=host.device != "cpu",
+        timeout=host.timeout if host.workers else 0,
     )
     for batch in loader:
         yield type(batch)(*(value.to(host.device, non_blocking=True) for value in batch))

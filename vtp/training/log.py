@@ -1,17 +1,18 @@
 """Training curves: one CSV row per interval, readable while the run goes on, exact after a resume."""
 
 import csv
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-Logs = Mapping[str, Tensor | float]
+from vtp.step import Logs
 
 
 class Means:
-    """Running means of named scalars, kept as float64 tensors, so that they go into a checkpoint."""
+    """Running means of named scalars in float64. They stay on their device until they are asked for."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -21,7 +22,7 @@ class Means:
         """Count one value of each scalar."""
         for name, value in logs.items():
             exact = torch.as_tensor(value).detach().double()  # stays on its device: no synchronisation here
-            self._sums[name] = self._sums[name] + exact if name in self._sums else exact
+            self._sums[name] = self._sums[name].to(exact.device) + exact if name in self._sums else exact
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
@@ -30,11 +31,15 @@ class Means:
         self._sums, self._counts = {}, {}
         return means
 
-    def state_dict(self) -> dict[str, dict[str, Tensor] | dict[str, int]]:
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+    def state(self) -> dict[str, list[float]]:
+        """Sum and count of every scalar, exact in JSON."""
+        sums = {name: float(value) for name, value in self._sums.items()}
+        return {name: [value, self._counts[name]] for name, value in sums.items() if math.isfinite(value)}
 
-    def load_state_dict(self, state: Mapping[str, dict]) -> None:
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+    def load(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on from what `state` gave."""
+        self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, (value, _) in state.items()}
+        self._counts = {name: int(count) for name, (_, count) in state.items()}
 
 
 class Curves:

@@ -1,0 +1,57 @@
+"""One of several ranks of a stage, started by torchrun: `python -m stages._rank JOB`."""
+
+import logging
+import os
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from stages._launch import Job, follow_parent
+from stages._runner import config_class
+from stages._runtime import Interrupted, Runtime, Work
+from vtp.artefact import write_json
+from vtp.distributed import process_group
+
+# What gloo and NCCL say when it is another rank that failed.
+CONSEQUENCES = ("Connection closed", "Connection reset", "Timed out", "timed out", "timeout", "Broken pipe", "NCCL")
+
+
+def main() -> None:
+    """Run the body; leave a message when it fails."""
+    path = Path(sys.argv[1])
+    follow_parent()
+    logging.basicConfig(filename=path.parent / "run.log", level=logging.INFO, format="%(asctime)s %(message)s")
+    job, rank = Job.load(path), int(os.environ["RANK"])
+    runtime = Runtime.of(os.environ)
+    try:
+        run = import_module(f"stages.{job.stage}").run
+        config = config_class(run).parse(job.config, where=f"{path}:config")
+        work = Work(Path(job.folder), Path(job.root), runtime)
+
+        def request_stop(number: int, frame: object) -> None:
+            work.asked_to_stop = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, request_stop)
+        paths = {name: Path(value) for name, value in (job.inputs | job.outputs).items()}
+        with process_group(work.device, timeout=work.timeout):
+            try:
+                run(config, **paths, work=work)
+            except Interrupted:
+                logging.info("stopped")
+    except Exception as error:
+        logging.exception("rank %d failed", rank)
+        message = (
+            str(error) if isinstance(error, ValueError | FloatingPointError) else f"{type(error).__name__}: {error}"
+        )
+        consequence = isinstance(error, RuntimeError) and any(word in str(error) for word in CONSEQUENCES)
+        if consequence:
+            message = f"waited for another rank, at most {runtime.timeout_seconds:g} s ({message.splitlines()[0]})"
+        errors = path.parent / "errors" / f"rank-{rank:05d}.json"
+        write_json(errors, {"rank": rank, "message": message, "consequence": consequence})
+        os._exit(1)  # without the farewells of process groups, which would wait for the others
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What looks at the tokenizer while it trains: reconstructions of fixed images, a k-NN probe, milestones."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stages._pictures import grid
+from vtp.artefact import load_tensors, save_tensors, write_json
+from vtp.config import Config
+from vtp.data.shards import ShardDataset
+from vtp.distributed import ranks
+from vtp.evaluation.linear_probe import knn_accuracy
+from vtp.layers.images import normalise, to_uint8
+from vtp.models.vit import VisionTransformer
+from vtp.objectives.pretrain import PretrainObjective
+from vtp.objectives.start import save_exported
+from vtp.step import Logs, Moment
+
+BATCH = 256
+
+
+class ProbeConfig(Config):
+    """k-nearest neighbours on class tokens, of student and teacher."""
+
+    train_samples: int = Field(ge=1)
+    test_samples: int = Field(ge=1)
+    neighbours: int = Field(ge=1)
+
+
+class WatchConfig(Config):
+    """Looks along the run."""
+
+    looks: int = Field(ge=1, description="evenly spaced over the run; the last is at its end")
+    pictures: int = Field(ge=0, description="validation images that are reconstructed at every look")
+    probe: ProbeConfig | None = Field(description="null for none")
+    milestones: list[float] = Field(description="training FLOPs at which the tokenizer is exported")
+
+
+class Looks:
+    """Pictures and probe at even intervals."""
+
+    def __init__(
+        self, objective: PretrainObjective, shards: Path, config: WatchConfig, *, folder: Path, device: str
+    ) -> None:
+        self._objective = objective
+        self._config = config
+        self._folder = folder
+        self._device = device
+        validation = ShardDataset(shards, "validation")
+        self._images = validation.images(range(min(config.pictures, len(validation))))
+        self._probe = None
+        if config.probe is not None:
+            train = ShardDataset(shards, "train")
+            self._probe = (
+                _Labelled(train, train.singles[: config.probe.train_samples]),
+                _Labelled(validation, validation.singles[: config.probe.test_samples]),
+            )
+
+    def due(self, moment: Moment) -> bool:
+        done, looks = moment.step + 1, self._config.looks
+        return done * looks // moment.steps > moment.step * looks // moment.steps
+
+    @torch.no_grad()
+    def look(self, moment: Moment) -> Logs:
+        if len(self._images):
+            tokenizer = self._objective.tokenizer
+            pixels = to_uint8(tokenizer.decode(tokenizer.encode(normalise(self._images.to(self._device)))))
+            if ranks().first:
+                save_tensors(self._folder / f"step-{moment.step + 1:09d}.safetensors", {"images": pixels.cpu()})
+        return self._knn() if self._probe is not None else {}
+
+    def picture(self, path: Path, *, steps: int) -> None:
+        """Originals over the reconstructions of every look, as one PNG."""
+        looks = [
+            Moment(step, steps, watched=False) for step in range(steps) if self.due(Moment(step, steps, watched=False))
+        ]
+        rows = [load_tensors(self._folder / f"step-{m.step + 1:09d}.safetensors")["images"] for m in looks]
+        names = [f"step {moment.step + 1}" for moment in looks]
+        grid([self._images, *rows], ["original", *names], path, title="reconstructions along the run")
+
+    def _knn(self) -> dict[str, float]:
+        assert self._probe is not None
+        assert self._config.probe is not None
+        train, test = self._probe
+        trunks = {"student": self._objective.tokenizer.trunk}
+        if self._objective.ssl is not None:
+            trunks["teacher"] = self._objective.ssl.teacher.trunk
+        return {
+            f"knn_{name}": knn_accuracy(
+                train.features(trunk, self._device),
+                train.labels,
+                test.features(trunk, self._device),
+                test.labels,
+                k=self._config.probe.neighbours,
+            )
+            for name, trunk in trunks.items()
+        }
+
+
+class _Labelled:
+    """Images with their classes."""
+
+    def __init__(self, shards: ShardDataset, rows: np.ndarray) -> None:
+        self._shards = shards
+        self._rows = rows
+        self.labels = torch.from_numpy(shards.labels[rows])
+
+    def features(self, trunk: VisionTransformer, device: str) -> Tensor:
+        parts = []
+        for rows in np.split(self._rows, range(BATCH, len(self._rows), BATCH)):
+            parts.append(trunk(normalise(self._shards.images(rows).to(device))).cls.float().cpu())
+        return torch.cat(parts)
+
+
+class Milestones:
+    """Tokenizers at chosen training FLOPs: the paper's scaling figures evaluate along the run."""
+
+    def __init__(
+        self, objective: PretrainObjective, flops: Sequence[float], *, step_flops: float, folder: Path, weights: str
+    ) -> None:
+        self._objective = objective
+        self._flops = sorted(flops)
+        self._step_flops = step_flops
+        self._folder = folder
+        self._weights = weights
+
+    def due(self, moment: Moment) -> bool:
+        return bool(self._reached(moment))
+
+    def look(self, moment: Moment) -> Logs:
+        for flops in self._reached(moment):
+            folder = self._folder / f"{flops:.3e}"
+            save_exported(self._objective, folder, weights=self._weights)
+            if ranks().first:
+                write_json(folder / "milestone.json", {"step": moment.step + 1, "flops": self._after(moment)})
+        return {}
+
+    def publish(self, folder: Path) -> None:
+        """Copy all to an output; an empty folder says that none was chosen or reached."""
+        folder.mkdir()
+        if self._folder.is_dir():
+            shutil.copytree(self._folder, folder, dirs_exist_ok=True)
+        write_json(folder / "index.json", {"milestones": sorted(path.name for path in folder.iterdir())})
+
+    def _after(self, moment: Moment) -> float:
+        return (moment.step + 1) * self._step_flops
+
+    def _reached(self, moment: Moment) -> list[float]:
+        return [flops for flops in self._flops if self._after(moment) - self._step_flops < flops <= self._after(moment)]

@@ -1,0 +1,150 @@
+"""What every rank of tests/test_distributed.py does: `torchrun tests/ranks.py FOLDER`. One launch covers all cases."""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from objectives.test_pretrain import COMBINATIONS, batch_of, config_of, objective_of
+
+from vtp.data.batches import Share
+from vtp.distributed import process_group, ranks, shard, sum_gradients, whole
+from vtp.losses.clip import clip_loss, siglip_loss
+from vtp.losses.dino import sinkhorn_potential
+from vtp.losses.koleo import koleo_loss
+from vtp.step import Moment
+from vtp.training.checkpoint import Checkpoints
+from vtp.training.fit import _state
+from vtp.training.optim import build_optimizer
+from vtp.training.update import Update
+
+STEPS, LR = 3, 1e-3
+# Stochastic depth, a separate head and centering take part in the last two.
+CASES = {name: {"objective": {"weights": weights}} for name, weights in COMBINATIONS.items()}
+CASES["everything"] = {
+    "objective": {
+        "contrast": {"name": "sigmoid", "scale": 10.0, "bias": -10.0},
+        "ssl": {
+            "features": "latent",
+            "pooling": "pooled",
+            "targets": {"name": "centering", "momentum": 0.9},
+            "patch_head": {"hidden_dim": 8, "bottleneck_dim": 4, "prototypes": 24, "weight_norm": False},
+        },
+        "drop_path": {"ssl": 0.25, "clip": 0.25, "blocks": 1},
+    }
+}
+LAYOUTS = [(parallel, micros) for parallel in ("ddp", "fsdp") for micros in (1, 2)]
+
+
+def config_for(case):
+    batch = {"data": {"batch": {"clip": 32, "ssl": 16, "reconstruction": 8}}}
+    return config_of(CASES[case] | batch)
+
+
+def gradients_and_weights(case, parallel="ddp", micros=1):
+    """Gradient and logged scalars of the first step, weights after some: whole tensors by name."""
+    config, share = config_for(case), Share(*ranks(), micros)
+    objective = objective_of(config)
+    if parallel == "fsdp":
+        shard(objective.sharded_units(), "cpu")
+    batches = [[batch_of(config, step, share, micro) for micro in range(micros)] for step in range(STEPS)]
+    for term in objective.terms("model", batches[0], Moment(0, STEPS, watched=True)):
+        if term.loss is not None:
+            term.loss.backward()
+    sum_gradients(objective.parameters())
+    named = list(objective.named_parameters())
+    gradients = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
+    objective.zero_grad()
+    objective = objective_of(config)
+    if parallel == "fsdp":
+        shard(objective.sharded_units(), "cpu")
+    optim = config.optim.model_copy(update={"lr": LR, "warmup": 0.0, "schedule": "constant"})
+    update = Update("model", build_optimizer(objective.phases()["model"], optim), optim, objective.watched())
+    logs = {}
+    for step in range(STEPS):
+        moment = Moment(step, STEPS, watched=step == 0)
+        outcome = update.apply(objective.terms("model", batches[step], moment), moment)
+        assert outcome.finite
+        logs = logs or {name: float(value) for name, value in outcome.logs.items()}
+        objective.after_step(moment)
+    weights = {name: whole(tensor).clone() for name, tensor in objective.state_dict().items()}
+    return {"gradients": gradients, "weights": weights, "logs": logs}
+
+
+def reductions():
+    """Losses and feature gradients of fixed global batches, each rank holding its rows."""
+    rank, size = ranks()
+    draws = torch.Generator().manual_seed(5)
+    first, second = (F.normalize(torch.randn(16, 6, generator=draws), dim=-1) for _ in range(2))
+    logits = 5 * torch.randn(24, 12, generator=draws)
+    rows = slice(rank * 16 // size, (rank + 1) * 16 // size)
+    results = {}
+    for name, loss in {
+        "clip": clip_loss,
+        "siglip": lambda x, y, scale: siglip_loss(x, y, scale, -scale),
+        "koleo": lambda x, y, scale: koleo_loss(x) + 0 * y.sum() * scale,
+    }.items():
+        leaves = [first[rows].clone().requires_grad_(), second[rows].clone().requires_grad_()]
+        scale = torch.tensor(7.0, requires_grad=True)
+        part = loss(*leaves, scale)
+        part.backward()
+        results[name] = [part.detach(), scale.grad, *(leaf.grad for leaf in leaves)]
+    mine = logits[rank * 24 // size : (rank + 1) * 24 // size]
+    results["sinkhorn"] = [sinkhorn_potential(lambda: iter(mine.split(2)), temperature=0.1, iterations=3)]
+    return results
+
+
+def checkpointed(case, folder, start, stop, parallel="ddp"):
+    """Train from the checkpoint in `folder`, if there is one, up to step `stop`; losses by step, and the weights."""
+    config, share = config_for(case), Share(*ranks(), 1)
+    objective = objective_of(config)
+    if parallel == "fsdp":
+        shard(objective.sharded_units(), "cpu")
+    optim = config.optim.model_copy(update={"lr": LR})
+    optimizer = build_optimizer(objective.phases()["model"], optim)
+    update, tensors = Update("model", optimizer, optim, ()), _state(objective, {"model": optimizer})
+    checkpoints = Checkpoints(folder, kept=2)
+    if start:
+        with torch.no_grad():
+            for tensor in objective.parameters():
+                tensor.add_(1)  # whatever is not restored will show
+        assert checkpoints.newest(tensors).step == start
+    losses = []
+    for step in range(start, stop):
+        moment = Moment(step, 8, watched=False)
+        outcome = update.apply(objective.terms("model", [batch_of(config, step, share)], moment), moment)
+        objective.after_step(moment)
+        losses.append({name: float(value) for name, value in outcome.logs.items()})
+    checkpoints.save(stop, tensors, {})
+    checkpoints.wait()
+    weights = {name: whole(tensor).clone() for name, tensor in objective.state_dict().items()}
+    return {"losses": losses, "weights": weights}
+
+
+def main(folder):
+    with process_group("cpu", timeout=120):
+        rank, size = ranks()
+        results = {
+            (case, *layout): gradients_and_weights(case, *layout) for case, layout in itertools.product(CASES, LAYOUTS)
+        }
+        results["reductions"] = reductions()
+        for parallel in ("ddp", "fsdp"):
+            place = folder / f"checkpoints-{parallel}-{size}"
+            results["saved", parallel] = checkpointed("everything", place, 0, 3, parallel)
+            results["resumed", parallel] = checkpointed("everything", place, 3, 5, parallel)
+            results["through", parallel] = checkpointed(
+                "everything", folder / f"through-{parallel}-{size}", 0, 5, parallel
+            )
+            if size == 4:  # what two ranks saved
+                results["from two", parallel] = checkpointed(
+                    "everything", folder / f"copied-{parallel}", 3, 5, parallel
+                )
+        torch.save(results, folder / f"results-{size}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    assert "RANK" in os.environ
+    main(Path(sys.argv[1]))

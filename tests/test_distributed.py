@@ -1,0 +1,106 @@
+"""Two and four real gloo ranks against one process on the same global batch, and ranks that die or hang."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import CASES, LAYOUTS, LR, STEPS, checkpointed, gradients_and_weights, reductions
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+
+
+def launch(folder, size):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    command += [str(HERE / "ranks.py"), str(folder)]
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [torch.load(folder / f"results-{size}-{rank}.pt") for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    results = launch(folder, 2)
+    for parallel in ("ddp", "fsdp"):  # for four ranks and for one to resume from, as it was after three steps
+        for name in ("copied", "single"):
+            shutil.copytree(folder / f"checkpoints-{parallel}-2", folder / f"{name}-{parallel}")
+            shutil.rmtree(folder / f"{name}-{parallel}" / "step-000000005")
+    return results
+
+
+@pytest.fixture(scope="module")
+def four(folder, two):
+    return launch(folder, 4)
+
+
+@pytest.fixture(scope="module")
+def one():
+    return {case: gradients_and_weights(case) for case in CASES}
+
+
+def ranks_of(request, size):
+    return request.getfixturevalue({2: "two", 4: "four"}[size])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}-{layout[1]}-micro")
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_and_weights_are_those_of_one_process(request, one, case, layout, size):
+    alone = one[case]
+    for rank, results in enumerate(ranks_of(request, size)):
+        together = results[(case, *layout)]
+        assert together["gradients"].keys() == alone["gradients"].keys()
+        for name, gradient in alone["gradients"].items():
+            error = (together["gradients"][name] - gradient).norm() / (gradient.norm() + 1e-8)
+            assert error < 1e-5, f"{name} on rank {rank}: {error}"
+        for name, weight in alone["weights"].items():
+            error = (together["weights"][name] - weight).abs().max()
+            assert error <= 0.05 * LR * STEPS, f"{name} on rank {rank}: {error}"
+        assert together["logs"] == pytest.approx(alone["logs"], rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_reductions_are_exact(request, size):
+    alone = reductions()
+    everybody = [results["reductions"] for results in ranks_of(request, size)]
+    for name in ("clip", "siglip", "koleo"):
+        loss, scale, first, second = alone[name]
+        parts = [of_rank[name] for of_rank in everybody]
+        torch.testing.assert_close(sum(part[0] for part in parts), loss, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(sum(part[1] for part in parts), scale, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(torch.cat([part[2] for part in parts]), first, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(torch.cat([part[3] for part in parts]), second, rtol=1e-5, atol=1e-7)
+    for of_rank in everybody:
+        torch.testing.assert_close(of_rank["sinkhorn"][0], alone["sinkhorn"][0], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_resume_on_equal_ranks_is_bit_identical(request, parallel, size):
+    for results in ranks_of(request, size):
+        resumed, through = results["resumed", parallel], results["through", parallel]
+        assert results["saved", parallel]["losses"] + resumed["losses"] == through["losses"]
+        for name, weight in through["weights"].items():
+            assert torch.equal(resumed["weights"][name], weight), name
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_resume_on_other_ranks(folder, two, four, parallel):
+    """Saved on two, resumed on four and on one: the same losses and weights within rounding."""
+    through = two[0]["through", parallel]
+    on_one = checkpointed("everything", folder / f"single-{parallel}", 3, 5)
+    for resumed in (four[0]["from two", parallel], on_one):
+        for ours, theirs in zip(resumed["losses"], through["losses"][3:], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+        for name, weight in through["weights"].items():
+            assert (resumed["weights"][name] - weight).abs().max() <= 0.05 * LR * 5, name

@@ -1,0 +1,219 @@
+"""Ranks: the process group, collectives with exact gradients, sharded parameters, and state that outlives rank counts.
+
+The only file that imports torch.distributed. Without a process group there is one rank, and every collective is the
+identity. Losses are parts: a rank back-propagates its share of the global loss, and gradients are summed over ranks.
+"""
+
+import os
+import pickle
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET = 1 << 26  # bytes that one reduction carries
+T = TypeVar("T")
+_of_checkpoints: list[dist.ProcessGroup] = []
+
+
+class StateError(RuntimeError):
+    """A saved state does not fit this run or cannot be read."""
+
+
+class Ranks(NamedTuple):
+    """Which process this is, and of how many."""
+
+    rank: int
+    size: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+
+def ranks() -> Ranks:
+    """This process among all; (0, 1) without a process group."""
+    return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks(0, 1)
+
+
+@contextmanager
+def process_group(device: str, *, timeout: float) -> Iterator[None]:
+    """Join the ranks that torchrun started; a collective that takes longer than `timeout` seconds fails.
+
+    Does nothing outside of torchrun. Gloo carries CPU tensors and checkpoints, NCCL those of GPUs.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    backend = "gloo"
+    if device.startswith("cuda"):
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    # Checkpoints are written by a thread; on a group of their own its messages cannot meet those of the training.
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    assert isinstance(group, dist.ProcessGroup)
+    _of_checkpoints.append(group)
+    try:
+        yield
+        dist.barrier()
+    finally:
+        _of_checkpoints.clear()
+        dist.destroy_process_group()
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum over ranks, in place, without gradient."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def log_sum_exp(x: Tensor) -> Tensor:
+    """Elementwise log of the sum over ranks of exp(x), without gradient."""
+    if not dist.is_initialized():
+        return x
+    peak = x.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return peak + total((x - peak).exp()).log()
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks [ranks * B, ...] in the order of ranks. The gradient is exact: that of the sum over ranks."""
+    return cast(Tensor, _Gather.apply(x)) if dist.is_initialized() else x
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ANN401 - torch's context
+        rows = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(rows, x.contiguous())
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ANN401
+        return total(gradients[0].contiguous().clone()).chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_objects(value: T) -> list[T]:
+    """One small picklable value from every rank, in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum the gradients of replicated parameters over ranks, in buckets; sharded ones are summed by FSDP already."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
+    for bucket in _buckets(gradients):
+        flat = total(torch.cat([gradient.reshape(-1) for gradient in bucket]))
+        pieces = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def shard(units: Iterable[Sequence[nn.Module]], device: str) -> None:
+    """Shard parameters over all ranks (FSDP2): each unit is a module preceded by its parts, which are gathered apart.
+
+    Gradients are summed, not averaged. A parameter becomes a DTensor; modules keep their names and methods.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    # Features are views of the encoder's output; nothing writes into them.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view", UserWarning)
+    mesh = dist.init_device_mesh(device.split(":", maxsplit=1)[0], (dist.get_world_size(),))
+    for unit in units:
+        for module in unit:
+            # Also what gets no backward pass, the teacher, must let go of its gathered weights.
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            assert isinstance(module, FSDPModule)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds only a piece of the tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The piece of a tensor that this rank holds; the tensor itself when it is replicated. Shares its memory."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all of its pieces; every rank must ask."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Copy whole `values` into a tensor, sharded or not."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(tensor, DTensor):
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements).to_local()
+    local(tensor).copy_(values)
+
+
+def save_state(folder: Path, state: Mapping[str, Tensor]) -> "Future[Any]":
+    """Write tensors, sharded or not, in the background; they may change as soon as this returns."""
+    import torch.distributed.checkpoint as dcp
+
+    _accept_one_process()
+    group = _of_checkpoints[0] if _of_checkpoints else None
+    alone = not dist.is_initialized()
+    answer = dcp.async_save(dict(state), checkpoint_id=folder, process_group=group, no_dist=alone)
+    return cast("Future[Any]", answer)
+
+
+def load_state(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Fill `state` in place from `folder`, whatever number of ranks wrote it. Raises StateError."""
+    import torch.distributed.checkpoint as dcp
+
+    _accept_one_process()
+    try:
+        dcp.load(dict(state), checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except (dcp.api.CheckpointException, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise StateError(f"{folder}: {error}") from None
+
+
+def _accept_one_process() -> None:
+    # The library warns of it at every call, from threads of its own, even when it is told so.
+    if not dist.is_initialized():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

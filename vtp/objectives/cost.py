@@ -1,0 +1,160 @@
+"""What a pre-training step takes, counted from shapes: floating-point operations of any configuration.
+
+Two per multiply-add of every matrix product and convolution, attention scores included; norms and activations are left
+out, as is usual. These are model FLOPs: what is computed a second time to save memory does not count. (The paper's
+table 1 counts otherwise: 2 x parameters x 256 tokens, see `paper_flops`.)
+"""
+
+from typing import NamedTuple
+
+from vtp.data.batches import ActiveBatch, PretrainDataConfig
+from vtp.layers.flops import FROZEN, TRAINING
+from vtp.layers.random_vgg import STAGES
+from vtp.losses.perceptual import PerceptualConfig
+from vtp.models.decoder import DecoderConfig
+from vtp.models.heads import DinoHeadConfig
+from vtp.models.text import TextConfig
+from vtp.models.tokenizer import TokenizerConfig
+from vtp.models.vit import VisionConfig
+from vtp.objectives.pretrain import PretrainObjectiveConfig
+from vtp.step import StepCost
+
+PAPER_TOKENS = 256  # of a 256-pixel image at patch 16
+FIRST_LAYER = 2  # forward, and backward through weights: pixels take no gradient
+
+
+class Item(NamedTuple):
+    """One part of a step over the global batch, in FLOPs."""
+
+    name: str
+    forward: float
+    training: float  # forward and backward
+
+
+def pretrain_cost(
+    tokenizer: TokenizerConfig, data: PretrainDataConfig, objective: PretrainObjectiveConfig, active: ActiveBatch
+) -> StepCost:
+    """A global step's FLOPs, samples and encoder tokens."""
+    vision, views = tokenizer.vision, data.ssl_views
+    clip, whole = _tokens(vision, data.clip_view.size), _tokens(vision, tokenizer.image_size)
+    if data.reconstruction_view.name == "shared":
+        whole = clip
+    of_views = 4 * _tokens(vision, views.global_size) + views.local_views * _tokens(vision, views.local_size)
+    tokens = active.clip * clip + active.ssl * of_views + active.reconstruction * whole
+    flops = sum(item.training for item in items(tokenizer, data, objective, active))
+    return StepCost(flops, active._asdict(), tokens)
+
+
+def items(
+    tokenizer: TokenizerConfig, data: PretrainDataConfig, objective: PretrainObjectiveConfig, active: ActiveBatch
+) -> list[Item]:
+    """The parts of a global step, those of absent objectives left out."""
+    vision = tokenizer.vision
+    found: list[Item] = []
+    if active.clip:
+        assert tokenizer.text is not None
+        text, bottleneck = tokenizer.text, not vision.bottleneck_ae_only
+        found.append(_encoder("clip: encoder", vision, data.clip_view.size, active.clip, bottleneck=bottleneck))
+        width = vision.feature_bottleneck if bottleneck else vision.embed_dim
+        per_pair = text_flops(text) + 2 * width * text.embed_dim + 2 * active.clip * text.embed_dim
+        found.append(Item("clip: text tower and contrast", active.clip * per_pair, TRAINING * active.clip * per_pair))
+    if active.ssl:
+        found += _ssl(tokenizer, data, objective, active.ssl)
+    shared = data.reconstruction_view.name == "shared"
+    size, count = data.clip_view.size if shared else tokenizer.image_size, active.reconstruction
+    found.append(_encoder("reconstruction: encoder", vision, size, count, bottleneck=True))
+    decoding = count * decoder_flops(tokenizer.decoder, vision, size)
+    found.append(Item("reconstruction: decoder", decoding, TRAINING * decoding))
+    network = count * perceptual_flops(objective.reconstruction.perceptual, size)
+    # Of the two images only the reconstruction passes a gradient on.
+    found.append(Item("reconstruction: perceptual network", 2 * network, (1 + FROZEN) * network))
+    return found
+
+
+def _ssl(
+    tokenizer: TokenizerConfig, data: PretrainDataConfig, objective: PretrainObjectiveConfig, count: int
+) -> list[Item]:
+    vision, views, config = tokenizer.vision, data.ssl_views, objective.ssl
+    bottleneck = config.features == "latent"
+    seen = _encoder("", vision, views.global_size, 2 * count, bottleneck=bottleneck)
+    local = _encoder("", vision, views.local_size, views.local_views * count, bottleneck=bottleneck)
+    patches = _tokens(vision, views.global_size) - 1
+    masked = count * 2 * data.masks.probability * patches * (data.masks.ratio_min + data.masks.ratio_max) / 2
+    width = vision.feature_bottleneck if bottleneck else vision.embed_dim
+    of_patch = head_flops(config.patch_head or config.head, width)
+    taught = 2 * count * head_flops(config.head, width) + masked * of_patch
+    learnt = taught + views.local_views * count * head_flops(config.head, width)
+    neighbours = 2 * 2 * count**2 * width if config.koleo else 0
+    return [
+        Item("ssl: student", seen.forward + local.forward, seen.training + local.training),
+        Item("ssl: teacher", seen.forward, seen.forward),
+        Item("ssl: heads", learnt + taught + neighbours, TRAINING * learnt + taught + neighbours),
+    ]
+
+
+def encoder_flops(config: VisionConfig, image_size: int, *, bottleneck: bool) -> float:
+    """Forward FLOPs of one image."""
+    tokens = _tokens(config, image_size)
+    hidden = int(config.embed_dim * config.mlp_ratio)
+    flops = _transformer(tokens, config.embed_dim, config.depth, hidden, swiglu=config.ffn_layer == "swiglu")
+    flops += _patch_embed(config, image_size)
+    return flops + (2 * tokens * config.embed_dim * config.feature_bottleneck if bottleneck else 0)
+
+
+def decoder_flops(config: DecoderConfig, vision: VisionConfig, image_size: int) -> float:
+    """Forward FLOPs of one image."""
+    tokens, dim = _tokens(vision, image_size) - 1, config.embed_dim
+    flops = _transformer(tokens, dim, config.depth, 4 * dim, swiglu=config.ffn_layer == "swiglu")
+    return flops + 2 * tokens * dim * (vision.feature_bottleneck + 3 * vision.patch_size**2)
+
+
+def text_flops(config: TextConfig) -> float:
+    """Forward FLOPs of one caption; causal attention is counted in full, as libraries count it."""
+    length, dim = config.context_length, config.embed_dim
+    flops = _transformer(length, dim, config.depth, int(dim * config.mlp_ratio), swiglu=False)
+    return flops + 2 * dim * dim
+
+
+def head_flops(config: DinoHeadConfig, width: int) -> float:
+    """Forward FLOPs of one row."""
+    hidden, bottleneck = config.hidden_dim, config.bottleneck_dim
+    return 2 * (width * hidden + hidden * hidden + hidden * bottleneck + bottleneck * config.prototypes)
+
+
+def perceptual_flops(config: PerceptualConfig, image_size: int) -> float:
+    """Forward FLOPs of the network for one image."""
+    stages = config.stages if config.name == "random_vgg16" else len(STAGES)
+    flops, side, before = 0.0, image_size, 3
+    for stage in STAGES[:stages]:
+        for width in stage:
+            flops += 2 * 9 * before * width * side**2
+            before = width
+        side //= 2
+    return flops
+
+
+def paper_flops(parameters: int) -> float:
+    """FLOPs as table 1 of the paper counts them for a 256-pixel image."""
+    return 2.0 * parameters * PAPER_TOKENS
+
+
+def _encoder(name: str, config: VisionConfig, image_size: int, count: int, *, bottleneck: bool) -> Item:
+    forward = encoder_flops(config, image_size, bottleneck=bottleneck)
+    training = TRAINING * forward - (TRAINING - FIRST_LAYER) * _patch_embed(config, image_size)
+    return Item(name, count * forward, count * training)
+
+
+def _patch_embed(config: VisionConfig, image_size: int) -> float:
+    return 2.0 * (_tokens(config, image_size) - 1) * 3 * config.patch_size**2 * config.embed_dim
+
+
+def _transformer(tokens: int, dim: int, depth: int, hidden: int, *, swiglu: bool) -> float:
+    if swiglu:
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+    per_token = 4 * dim**2 + (3 if swiglu else 2) * dim * hidden + 2 * tokens * dim
+    return 2.0 * depth * tokens * per_token
+
+
+def _tokens(config: VisionConfig, image_size: int) -> int:
+    """Patches and the class token."""
+    return (image_size // config.patch_size) ** 2 + 1

@@ -1,0 +1,63 @@
+"""Who learns how fast: factors on the optimiser's learning rate and weight decay, by module and by depth."""
+
+from collections.abc import Iterator
+
+from pydantic import Field
+from torch import nn
+
+from vtp.config import Config
+from vtp.models.heads import DinoHead
+from vtp.models.tokenizer import VisualTokenizer
+from vtp.models.vit import VisionTransformer
+from vtp.step import ParameterGroup
+
+
+class ModuleRates(Config):
+    """Factors for one module."""
+
+    lr: float = Field(ge=0)
+    weight_decay: float = Field(ge=0)
+
+
+class RatesConfig(Config):
+    """Factors on `optim.lr` and `optim.weight_decay`."""
+
+    encoder: ModuleRates = Field(description="trunk and bottleneck")
+    decoder: ModuleRates
+    text: ModuleRates = Field(description="text tower, CLIP's projection, logit scale and bias")
+    heads: ModuleRates = Field(description="of self-supervision")
+    layer_decay: float = Field(gt=0, le=1, description="factor on the rate per block below the top of the encoder")
+    patch_embed: float = Field(ge=0, description="further factor on the rate of the patch embedding (DINOv2: 0.2)")
+    frozen_prototypes: float = Field(ge=0, le=1, description="share of the run in which prototypes do not learn")
+
+
+def groups(tokenizer: VisualTokenizer, heads: nn.Module | None, config: RatesConfig) -> Iterator[ParameterGroup]:
+    """Every trainable parameter, in exactly one group."""
+    yield from _encoder(tokenizer.trunk, config)
+    yield _group(tokenizer.pixel_decoder, config.decoder)
+    if tokenizer.config.text is not None:
+        modules = nn.ModuleList([tokenizer.text, tokenizer.visual_proj])
+        scalars = [p for name, p in tokenizer.named_parameters(recurse=False) if name.startswith("logit_")]
+        group = _group(modules, config.text)
+        yield group._replace(parameters=[*group.parameters, *scalars])
+    if heads is not None:
+        prototypes = [p for m in heads.modules() if isinstance(m, DinoHead) for p in m.parameters(recurse=False)]
+        known = {id(p) for p in prototypes}
+        rates = config.heads
+        yield ParameterGroup([p for p in heads.parameters() if id(p) not in known], rates.lr, rates.weight_decay)
+        yield ParameterGroup(prototypes, rates.lr, rates.weight_decay, config.frozen_prototypes)
+
+
+def _encoder(trunk: VisionTransformer, config: RatesConfig) -> Iterator[ParameterGroup]:
+    rates, depth = config.encoder, len(trunk.blocks)
+    top = nn.ModuleList([trunk.norm, trunk.feature_bottleneck])
+    yield _group(top, rates)
+    for index, block in enumerate(trunk.blocks):
+        yield _group(block, rates, config.layer_decay ** (depth - index))
+    bottom = config.layer_decay ** (depth + 1)
+    yield _group(trunk.patch_embed, rates, bottom * config.patch_embed)
+    yield ParameterGroup([trunk.cls_token, trunk.mask_token], rates.lr * bottom, rates.weight_decay)
+
+
+def _group(module: nn.Module, rates: ModuleRates, factor: float = 1.0) -> ParameterGroup:
+    return ParameterGroup(list(module.parameters()), rates.lr * factor, rates.weight_decay)

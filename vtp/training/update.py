@@ -1,0 +1,160 @@
+"""One update of one phase: gradients of all terms, summed over ranks, guarded, clipped, applied.
+
+Terms are back-propagated one after the other, without any reduction on the way, and the summed gradient is reduced
+once. (Reducing inside of several backward passes is where DistributedDataParallel goes wrong silently: with `no_sync`
+on all but the last, gradients of parameters that the last one does not reach stay unreduced.)
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vtp.distributed import gather_objects, is_sharded, local, sum_gradients, total
+from vtp.step import Logs, Moment, Term
+from vtp.training.optim import OptimConfig, parameters_of, set_rates, squared_norms
+
+
+class Outcome(NamedTuple):
+    """What a step did; equal on all ranks."""
+
+    logs: dict[str, Tensor | float]
+    finite: bool
+    wishes: tuple[bool, ...]  # whether any rank has the wish
+
+
+class Update:
+    """The optimiser of a phase and its rules."""
+
+    def __init__(
+        self, phase: str, optimizer: torch.optim.Optimizer, config: OptimConfig, watched: Sequence[nn.Parameter]
+    ) -> None:
+        self.phase = phase
+        self.optimizer = optimizer
+        self.config = config
+        self._parameters = parameters_of(optimizer)
+        own = set(self._parameters)
+        self._watched = [parameter for parameter in watched if parameter in own]
+
+    def apply(self, terms: Iterator[Term], moment: Moment, *, wishes: Sequence[bool] = ()) -> Outcome:
+        """Differentiate `terms` and step, unless the gradient is not finite: then weights and moments stay."""
+        geometry = _Geometry(self._watched) if moment.watched and self._watched else None
+        parts: dict[str, Tensor] = {}
+        # Terms are computed lazily: the loop body runs between two of them.
+        for term in terms:
+            for name, value in term.parts.items():
+                plain = torch.as_tensor(value, device=self._parameters[0].device).detach().float()
+                parts[name] = parts[name] + plain if name in parts else plain
+            if term.loss is not None:
+                if geometry is not None:
+                    geometry.begin(term.name)
+                term.loss.backward()
+        if geometry is not None:
+            geometry.restore()
+        sum_gradients(self._parameters)
+        norm, values, agreed = self._summarise(parts, wishes)
+        finite = bool(torch.isfinite(norm))
+        logs: dict[str, Tensor | float] = dict(zip(parts, values, strict=True))
+        if finite:
+            self._clip(norm)
+            logs[f"{self.phase}_lr"] = set_rates(self.optimizer, self.config, moment)
+            logs[f"{self.phase}_gradient_norm"] = norm
+            if geometry is not None:
+                logs |= geometry.logs()
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(logs, finite, agreed)
+
+    def blame(self, terms: Iterator[Term]) -> str:
+        """Who began it, found by computing the step again: the objectives, and the ranks that hold the samples."""
+        signs: list[tuple[int, str, str]] = []
+        for term in terms:
+            if any(not bool(torch.isfinite(feature).all()) for feature in term.own):
+                signs.append((0, term.name, "features"))
+            if term.loss is not None:
+                if not bool(torch.isfinite(term.loss)):
+                    signs.append((1, term.name, "loss"))
+                term.loss.backward()
+            if any(p.grad is not None and not bool(torch.isfinite(local(p.grad)).all()) for p in self._parameters):
+                signs.append((2, term.name, "gradient"))
+            self.optimizer.zero_grad(set_to_none=True)
+        of_ranks = gather_objects(signs)
+        strongest = min((sign[0] for signs in of_ranks for sign in signs), default=None)
+        found = [
+            f"{name} ({what}) on rank {rank}"
+            for rank, signs in enumerate(of_ranks)
+            for level, name, what in dict.fromkeys(signs)
+            if level == strongest
+        ]
+        return ", ".join(found) or "only the sum of all objectives"
+
+    def _summarise(
+        self, parts: Mapping[str, Tensor], wishes: Sequence[bool]
+    ) -> tuple[Tensor, Sequence[Tensor], tuple[bool, ...]]:
+        """Norm of the whole gradient, global scalars, and the wishes of any rank, in one small reduction."""
+        replicated, sharded = squared_norms(self._parameters)
+        wanted = torch.tensor(wishes, dtype=torch.float32).to(replicated.device, non_blocking=True)
+        summed = total(torch.cat([torch.stack([*parts.values(), sharded.float()]), wanted]))
+        *values, squared = summed[: len(parts) + 1].unbind()
+        agreed = tuple(bool(wish) for wish in summed[len(parts) + 1 :].tolist())
+        return (replicated + squared).sqrt(), values, agreed
+
+    def _clip(self, norm: Tensor) -> None:
+        if self.config.clip_norm is not None:
+            gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+class _Geometry:
+    """Norms and pairwise cosines of the objectives' gradients on shared parameters.
+
+    Each objective's gradient is set aside and all are added up in the end: a difference of sums would lose a small one
+    beside a large one.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._gradients: dict[str, list[Tensor | None]] = {}
+        self._name: str | None = None
+
+    def begin(self, name: str | None) -> None:
+        """What is back-propagated from now on belongs to the objective `name`."""
+        if name != self._name and self._name is not None:
+            self._gradients[self._name] = [parameter.grad for parameter in self._parameters]
+            for parameter in self._parameters:
+                parameter.grad = None
+        self._name = name
+
+    def restore(self) -> None:
+        """Put the sum of all gradients where one step expects it."""
+        self.begin(None)
+        for index, parameter in enumerate(self._parameters):
+            parts = [gradients[index] for gradients in self._gradients.values()]
+            present = [part for part in parts if part is not None]
+            parameter.grad = sum(present[1:], start=present[0].clone()) if present else None
+
+    def logs(self) -> Logs:
+        """`trunk_gradient_<name>` and `gradient_cosine_<a>_<b>`, of the sums over ranks."""
+        names = list(self._gradients)
+        sharded = is_sharded(self._parameters[0])
+        flat = torch.stack([self._flat(self._gradients[name]) for name in names])
+        if not sharded:
+            total(flat)
+        gram = flat.double() @ flat.double().T
+        if sharded:
+            total(gram)
+        norms = gram.diagonal().sqrt()
+        logs: dict[str, Tensor | float] = {
+            f"trunk_gradient_{name}": norm for name, norm in zip(names, norms, strict=True)
+        }
+        for second, other in enumerate(names):
+            for first, one in enumerate(names[:second]):
+                cosine = gram[first, second] / (norms[first] * norms[second]).clamp_min(1e-30)
+                logs[f"gradient_cosine_{one}_{other}"] = cosine
+        return logs
+
+    def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        pairs = zip(gradients, self._parameters, strict=True)
+        pieces = [torch.zeros_like(local(p)) if gradient is None else local(gradient) for gradient, p in pairs]
+        return torch.cat([piece.reshape(-1) for piece in pieces])
