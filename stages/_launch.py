@@ -50,8 +50,11 @@ def count_nodes(runtime: Runtime) -> int:
     return runtime.nodes or int(os.environ.get("SLURM_NNODES", "1"))
 
 
-def run_ranks(job: Job, scratch: Path, runtime: Runtime) -> str | None:
-    """Run the body on all ranks, to its end or to a requested stop; what went wrong, if anything."""
+def run_ranks(job: Job, scratch: Path, runtime: Runtime, *, lock: int) -> str | None:
+    """Run the body on all ranks, to its end or to a requested stop; what went wrong, if anything.
+
+    torchrun inherits the file descriptor `lock`: until its ranks have saved and ended, nobody else works on the run.
+    """
     path = scratch / "job.json"
     write_json(path, job._asdict())
     for leftover in (scratch / STOP, scratch / "errors"):
@@ -63,6 +66,7 @@ def run_ranks(job: Job, scratch: Path, runtime: Runtime) -> str | None:
         command,
         env=environment,
         start_new_session=True,
+        pass_fds=(lock,),
         preexec_fn=follow_parent,  # noqa: PLW1509 - this process has no threads yet
     )
 

@@ -163,7 +163,7 @@ def _run_ranks(body: _Body, work: Work, scratch: Scratch) -> str | None:
     inputs, outputs = ({name: str(path) for name, path in paths.items()} for paths in (body.inputs, body.outputs))
     stage, config = Path(inspect.getfile(body.run)).stem, body.config.model_dump(mode="json")
     job = Job(stage, config, inputs, outputs, str(work.folder), str(_project_root()))
-    problem = run_ranks(job, scratch.root, work.runtime)
+    problem = run_ranks(job, scratch.root, work.runtime, lock=scratch.lock_descriptor)
     if problem is None and not body.written and (scratch.root / STOP).exists():
         raise Interrupted
     return problem

@@ -31,6 +31,7 @@ class Scratch:
         self.folder = folder / "folder"
         self.outputs = folder / "outputs"
         self._finished = folder / "finished.json"
+        self.lock_descriptor = -1
 
     @property
     def finished(self) -> bool:
@@ -65,7 +66,10 @@ class Scratch:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder; wait, saying so, for whoever holds it now, such as an orphan of a killed dvc."""
+        """Hold the folder; wait, saying so, for whoever holds it now, such as an orphan of a killed dvc.
+
+        A child that inherits `lock_descriptor` goes on holding it when this process is killed.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / "lock").open("a+") as lock:
             try:
@@ -78,6 +82,7 @@ class Scratch:
             lock.truncate()
             lock.write(str(os.getpid()))
             lock.flush()
+            self.lock_descriptor = lock.fileno()
             yield
 
 
