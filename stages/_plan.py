@@ -84,8 +84,8 @@ def activations(config: "Pretrain", model: VisualTokenizer) -> dict[str, float]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     views = config.data.ssl_views
-    with FakeTensorMode():
-        model = VisualTokenizer(config.architecture)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cpu")
 
         def clip(count: int) -> list[Tensor]:
             assert config.architecture.text is not None

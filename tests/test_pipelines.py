@@ -6,11 +6,16 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
+from stages._plan import print_plan
 from stages._runner import path_flags
 from stages.check import problems, schema, uses
+from stages.pretrain import Pretrain
 from vtp.config import load
+from vtp.models.tokenizer import VisualTokenizer
+from vtp.objectives.cost import paper_flops
 
 ROOT = Path(__file__).parents[1]
 DVC_FILES = [ROOT / "dvc.yaml", *sorted((ROOT / "pipelines").glob("*/dvc.yaml"))]
@@ -56,9 +61,53 @@ def test_stage_is_wired(file, stage):
     load(f"{file.parent}/{address}", first)
 
 
-@pytest.mark.parametrize("file", DVC_FILES, ids=lambda f: f.parent.name)
-def test_parameters_are_valid(file):
-    assert problems(file.parent / "params.yaml", uses(file)) == []
+PARAMETERS = [(file, params) for file in DVC_FILES for params in sorted(file.parent.glob("params*.yaml"))]
+
+
+@pytest.mark.parametrize(("file", "params"), PARAMETERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_parameters_are_valid(file, params):
+    assert problems(params, uses(file)) == []
+
+
+def test_studies_run_the_stages_of_the_root():
+    """A stage of a study differs from the root's stage of that name in the folders of its data alone."""
+    ours = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
+    for file in DVC_FILES[1:]:
+        theirs = YAML(typ="safe", pure=True).load(file)["stages"]
+        for name in (theirs.keys() & ours.keys()) - {"check"}:
+            text = json.dumps(theirs[name])
+            for folder in ("data/captioned", "data/labelled"):
+                text = text.replace(folder, "work/shards")
+            assert json.loads(text) == ours[name], f"{file}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "flops"),  # millions, G; B and L are the paper's table 1, the others the same encoders counted
+    [("S", 43.2, None), ("B", 171.2, 87.7), ("L", 607.2, 311.1), ("ablation", 354.9, None)],
+)
+def test_reference_sets_are_the_papers(name, parameters, flops):
+    config = load(f"{ROOT}/pipelines/vtp/params.{name}.yaml:pretrain", Pretrain)
+    with torch.device("meta"):
+        model = VisualTokenizer(config.architecture)
+    counts = [sum(p.numel() for p in part.parameters()) for part in (model.trunk, model.pixel_decoder)]
+    assert sum(counts) / 1e6 == pytest.approx(parameters, rel=2e-3)
+    if flops is not None:
+        assert paper_flops(sum(counts)) / 1e9 == pytest.approx(flops, rel=2e-3)
+    assert config.active == (16384, 4096, 2048)
+    assert config.training.length.samples == 1.1e9
+    assert config.objective.weights.model_dump() == {"reconstruction": 0.1, "clip": 1.0, "ssl": 1.0}
+
+
+def test_plan_of_vtp_l(capsys):
+    """The plan of a run on 256 devices; its cost is what a count by another route gave (1,049 GFLOP a sample)."""
+    config = load(f"{ROOT}/pipelines/vtp/params.L.yaml:pretrain", Pretrain)
+    print_plan(config, ["--gpus", "256", "--micro-batch", "64"])
+    said = capsys.readouterr().out
+    per_sample = float(said.split("per sample")[1].split()[0].replace(",", ""))
+    assert per_sample == pytest.approx(1049, rel=0.02)
+    assert "activations, clip" in said
+    with pytest.raises(ValueError, match="do not split over 3 GPUs"):
+        print_plan(config, ["--gpus", "3"])
 
 
 def test_schema_is_current():
