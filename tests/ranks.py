@@ -96,6 +96,28 @@ def reductions():
     return results
 
 
+def poisoned(parallel):
+    """The last rank's samples of one objective are not finite: what is said of it, and whether weights moved."""
+    rank, size = ranks()
+    config, share = config_for("clip+ssl+ae"), Share(rank, size, 1)
+    found = {}
+    for field in ("clip_images", "global_views", "rec_images"):
+        objective = objective_of(config)
+        if parallel == "fsdp":
+            shard(objective.sharded_units(), "cpu")
+        update = Update("model", build_optimizer(objective.phases()["model"], config.optim), config.optim, ())
+        batch, moment = batch_of(config, 0, share), Moment(0, STEPS, watched=False)
+        if rank == size - 1:
+            pictures = getattr(batch, field).float() / 255
+            batch = batch._replace(**{field: pictures * float("nan")})
+        before = {name: whole(p).clone() for name, p in objective.named_parameters()}
+        outcome = update.apply(objective.terms("model", [batch], moment), moment)
+        blamed = update.blame(objective.terms("model", [batch], moment))
+        unmoved = all(torch.equal(whole(p), before[name]) for name, p in objective.named_parameters())
+        found[field] = (outcome.finite, blamed, unmoved)
+    return found
+
+
 def checkpointed(case, folder, start, stop, parallel="ddp"):
     """Train from the checkpoint in `folder`, if there is one, up to step `stop`; losses by step, and the weights."""
     config, share = config_for(case), Share(*ranks(), 1)
@@ -130,6 +152,8 @@ def main(folder):
             (case, *layout): gradients_and_weights(case, *layout) for case, layout in itertools.product(CASES, LAYOUTS)
         }
         results["reductions"] = reductions()
+        for parallel in ("ddp", "fsdp"):
+            results["poisoned", parallel] = poisoned(parallel)
         for parallel in ("ddp", "fsdp"):
             place = folder / f"checkpoints-{parallel}-{size}"
             results["saved", parallel] = checkpointed("everything", place, 0, 3, parallel)

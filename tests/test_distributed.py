@@ -86,6 +86,18 @@ def test_reductions_are_exact(request, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_step_that_is_not_finite_is_skipped_and_named(request, parallel, size):
+    """Whose samples began it, though every rank's loss is NaN by then."""
+    names = {"clip_images": "clip", "global_views": "ssl", "rec_images": "reconstruction"}
+    for results in ranks_of(request, size):
+        for field, (finite, blamed, unmoved) in results["poisoned", parallel].items():
+            assert not finite
+            assert blamed == f"{names[field]} (features) on rank {size - 1}"
+            assert unmoved
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_resume_on_equal_ranks_is_bit_identical(request, parallel, size):
     for results in ranks_of(request, size):
         resumed, through = results["resumed", parallel], results["through", parallel]

@@ -82,7 +82,11 @@ def test_studies_run_the_stages_of_the_root():
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "flops"),  # millions, G; B and L are the paper's table 1, the others the same encoders counted
+    (
+        "name",
+        "parameters",
+        "flops",
+    ),  # millions, G; B and L are the paper's table 1, the others the same encoders counted
     [("S", 43.2, None), ("B", 171.2, 87.7), ("L", 607.2, 311.1), ("ablation", 354.9, None)],
 )
 def test_reference_sets_are_the_papers(name, parameters, flops):

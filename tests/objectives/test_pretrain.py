@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import merged, tiny_params
 
-from stages.pretrain import Pretrain
+from stages._runtime import Runtime, Work
+from stages.pretrain import Pretrain, place
 from vtp.data.batches import PretrainBatch, Share
 from vtp.data.masking import draw_masks
 from vtp.draws import numpy_draws
@@ -171,6 +172,20 @@ def test_recomputed_activations_give_equal_gradients():
     assert logs == same
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_equal_gradients(tmp_path):
+    """Static shapes: class tokens of three sizes, with gradient and without, and no graph is made again."""
+    config = config_of()
+    plain, _ = backward(objective_of(config), [batch_of(config)])
+    objective = objective_of(config)
+    place(objective, Work(tmp_path, tmp_path, Runtime.of({"VTP_DEVICE": "cpu", "VTP_COMPILE": "true"})))
+    compiled, _ = backward(objective, [batch_of(config)])
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, atol=1e-6 * float(gradient.abs().max()) + 1e-9, rtol=1e-4)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        backward(objective, [batch_of(config, step=1)])
 
 
 def test_teacher_starts_as_the_student_and_follows_it():

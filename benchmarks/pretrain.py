@@ -1,0 +1,232 @@
+"""Images per second of the joint pre-training step, against plain references, in one run on whatever device there is.
+
+    python -m benchmarks.pretrain                                                       # the reference recipe
+    python -m benchmarks.pretrain pipelines/vtp/params.L.yaml:pretrain --divide 256     # what one of 256 GPUs does
+
+`joint` is our step as the environment says (VTP_COMPILE, VTP_RECOMPUTE, VTP_MICRO_BATCH). `plain` is the same step as one
+would first write it (benchmarks/_plain.py). `separate` is the sum of three steps on the same sizes: open_clip's model and
+loss, a reconstruction, a DINO-style one. Rounds alternate, so that a busy machine slows all alike; medians are compared.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks._pictures import Pictures
+from benchmarks._plain import PlainSsl, adamw, contrast, reconstruct
+from stages._runtime import Runtime, Work
+from stages.pretrain import Pretrain, build_batches, build_objective, place
+from vtp.config import load
+from vtp.data.batches import PretrainBatch, Share, count_micros
+from vtp.layers.images import normalise
+from vtp.losses.perceptual import build_perceptual
+from vtp.models.tokenizer import VisualTokenizer
+from vtp.objectives.cost import pretrain_cost
+from vtp.step import Moment
+from vtp.training.fit import _autocast
+from vtp.training.optim import build_optimizer
+from vtp.training.throughput import memory_bytes, peak_flops
+from vtp.training.update import Update
+
+Step = Callable[[], None]
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _options()
+    config = _divided(load(options.address, Pretrain), options.divide)
+    runtime = Runtime.of(os.environ)
+    work = Work(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), runtime)
+    size = config.active.pool // config.active.reconstruction
+    largest = max(1, (runtime.micro_batch or config.active.pool) // size)
+    share = Share(0, 1, count_micros(config.active.reconstruction, 1, largest))
+    batches = build_batches(config, Pictures(2 * config.tokenizer.image_size), share)  # pyright: ignore[reportArgumentType]
+    micros = [_move(batches[index], work.device) for index in range(share.micros)]
+    whole = PretrainBatch(*map(torch.cat, zip(*micros, strict=True))) if share.micros > 1 else micros[0]
+    steps = {"joint": joint(config, micros, work)}
+    if not options.only_joint:
+        steps["plain"] = plain(config, whole, work)
+        for name, part in separate(config, whole, work).items():
+            steps[name] = part
+    seconds = _measure(steps, work.device, options)
+    if "plain" in seconds:
+        seconds["separate"] = sum(seconds[name] for name in steps if name.startswith("separate:"))
+    _print(config, seconds, work)
+
+
+def joint(config: Pretrain, micros: list[PretrainBatch], work: Work) -> Step:
+    """Our step, as `fit` runs it."""
+    objective = build_objective(config, work)
+    place(objective, work)
+    optimizer = build_optimizer(objective.phases()["model"], config.optim)
+    update = Update("model", optimizer, config.optim, objective.watched())
+    moment = Moment(1, 2, watched=False)
+
+    def step() -> None:
+        terms = _autocast(objective.terms("model", micros, moment), work.device, config.training.precision)
+        assert update.apply(terms, moment, wishes=(False, False)).finite
+        objective.after_step(moment)
+
+    return step
+
+
+def plain(config: Pretrain, batch: PretrainBatch, work: Work) -> Step:
+    """The same step, written naively."""
+    tokenizer, perceptual = _models(config, work)
+    ssl = PlainSsl(tokenizer, config).to(work.device)
+    optimizer = adamw([tokenizer, ssl.head], config)
+    weights = config.objective.weights
+
+    def step() -> None:
+        with _precision(config, work):
+            image = tokenizer.encode_image(normalise(batch.clip_images))
+            clip = contrast(image, tokenizer.encode_text(batch.tokens), tokenizer.logit_scale.exp())
+            of_ssl = ssl(tokenizer.trunk, batch)
+            reconstruction = reconstruct(tokenizer, perceptual, normalise(batch.rec_images))
+            loss = weights.clip * clip + weights.ssl * of_ssl + weights.reconstruction * reconstruction
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0, foreach=False)
+        optimizer.step()
+        ssl.follow(tokenizer.trunk, 0.99)
+        _ = [value.item() for value in (loss, clip, of_ssl, reconstruction)]
+
+    return step
+
+
+def separate(config: Pretrain, batch: PretrainBatch, work: Work) -> dict[str, Step]:
+    """Three trainings that share nothing."""
+    from open_clip.loss import ClipLoss
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    vision, text = config.tokenizer.vision, config.tokenizer.text
+    assert text is not None
+    clip = CLIP(
+        text.embed_dim,
+        CLIPVisionCfg(
+            layers=vision.depth,
+            width=vision.embed_dim,
+            head_width=vision.embed_dim // vision.num_heads,
+            patch_size=vision.patch_size,
+            image_size=config.data.clip_view.size,
+        ),
+        CLIPTextCfg(
+            text.context_length, text.vocab_size, width=text.embed_dim, heads=text.num_heads, layers=text.depth
+        ),
+    ).to(work.device)
+    contrastive, of_clip = ClipLoss(), adamw([clip], config)
+    tokenizer, perceptual = _models(config, work)
+    of_autoencoder = adamw([tokenizer.trunk, tokenizer.pixel_decoder], config)
+    student, _ = _models(config, work)
+    ssl = PlainSsl(student, config).to(work.device)
+    of_ssl = adamw([student.trunk, ssl.head], config)
+
+    def clip_step() -> None:
+        with _precision(config, work):
+            loss = contrastive(*clip(normalise(batch.clip_images), batch.tokens))
+        _apply(loss, of_clip)
+
+    def reconstruction_step() -> None:
+        with _precision(config, work):
+            loss = reconstruct(tokenizer, perceptual, normalise(batch.rec_images))
+        _apply(loss, of_autoencoder)
+
+    def ssl_step() -> None:
+        with _precision(config, work):
+            loss = ssl(student.trunk, batch)
+        _apply(loss, of_ssl)
+        ssl.follow(student.trunk, 0.99)
+
+    return {
+        "separate: open_clip": clip_step,
+        "separate: reconstruction": reconstruction_step,
+        "separate: DINO": ssl_step,
+    }
+
+
+def _apply(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    loss.item()
+
+
+def _models(config: Pretrain, work: Work) -> tuple[VisualTokenizer, nn.Module]:
+    perceptual = build_perceptual(config.objective.reconstruction.perceptual, weights=work.weights)
+    return VisualTokenizer(config.architecture).to(work.device), perceptual.to(work.device)
+
+
+def _precision(config: Pretrain, work: Work) -> torch.autocast:
+    return torch.autocast(work.device, torch.bfloat16, enabled=config.training.precision == "bfloat16")
+
+
+def _measure(steps: dict[str, Step], device: str, options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of each kind of step."""
+    for step in steps.values():
+        for _ in range(options.warmup):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            _wait(device)
+            start = time.perf_counter()
+            for _ in range(options.steps):
+                step()
+            _wait(device)
+            times[name].append((time.perf_counter() - start) / options.steps)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _print(config: Pretrain, seconds: dict[str, float], work: Work) -> None:
+    cost = pretrain_cost(config.architecture, config.data, config.objective, config.active)
+    device = torch.cuda.get_device_name() if work.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    peak = work.peak_flops or peak_flops(work.device)
+    print(f"{device}, torch {torch.__version__}, {config.training.precision}, batch {config.active}")
+    print(f"{cost.flops / 1e9:,.1f} GFLOP a step; peak memory {memory_bytes(work.device) / 1e9:.2f} GB")
+    for name, value in seconds.items():
+        line = f"{name:26}{value * 1e3:10.1f} ms {config.active.pool / value:10.1f} images/s"
+        if name in ("joint", "plain"):
+            line += f" {cost.flops / value / 1e12:8.3f} TFLOP/s"
+            line += f", {cost.flops / value / peak:.1%} of peak" if peak else ""
+        if name != "joint":
+            line += f"   joint is {value / seconds['joint']:.2f}x"
+        print(line)
+
+
+def _divided(config: Pretrain, by: int) -> Pretrain:
+    """The share of one of `by` devices as a batch of its own."""
+    batch = {name: size // by for name, size in config.data.batch.model_dump().items()}
+    values = config.model_dump()
+    values["data"]["batch"] = batch
+    return Pretrain.parse(values, where=f"--divide {by}")
+
+
+def _move(batch: PretrainBatch, device: str) -> PretrainBatch:
+    return PretrainBatch(*(value.to(device) for value in batch))
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.pretrain", description=__doc__)
+    parser.add_argument("address", nargs="?", default="params.yaml:pretrain", metavar="FILE:SECTION")
+    parser.add_argument("--divide", type=int, default=1, help="take this share of the batch, as one of so many devices")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the clock")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="per round and kind")
+    parser.add_argument("--only-joint", action="store_true", help="skip the references")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Joint batches: blocks, subsets, and draws that depend neither on ranks nor on micro-batches."""
+
+import pytest
+import torch
+from tiny import merged, tiny_params
+
+from stages.pretrain import Pretrain, build_batches
+from vtp.data.batches import PretrainBatch, Share, count_micros
+from vtp.data.compose import EmbeddedConfig
+from vtp.data.embedded import write_embedded
+from vtp.data.shards import ShardDataset
+
+BATCH = {"clip": 16, "ssl": 8, "reconstruction": 4}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    config = EmbeddedConfig.parse(tiny_params()["prepare_data"], where="test")
+    write_embedded(config, folder, workers=0, progress=lambda count: None)
+    return ShardDataset(folder, "train")
+
+
+def config_of(changes=None):
+    values = merged(tiny_params()["pretrain"], {"data": {"batch": BATCH}})
+    return Pretrain.parse(merged(values, changes or {}), where="test")
+
+
+def step_of(config, shards, step, ranks, micros):
+    """A step's global batch, put together from the micro-batches of all ranks."""
+    parts = []
+    for rank in range(ranks):
+        batches = build_batches(config, shards, Share(rank, ranks, micros))
+        parts += [batches[step * micros + micro] for micro in range(micros)]
+    masks = torch.cat([part.masks for part in parts])
+    joined = PretrainBatch(*map(torch.cat, zip(*parts, strict=True)))
+    return joined._replace(masked=masks.flatten().nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("subsets", ["independent", "nested", "disjoint", "contiguous"])
+@pytest.mark.parametrize(("ranks", "micros"), [(2, 1), (4, 1), (1, 4), (2, 2)])
+def test_the_global_batch_is_the_same_for_all(shards, subsets, ranks, micros):
+    config = config_of({"data": {"subsets": subsets}})
+    for step in (0, 5):
+        whole = step_of(config, shards, step, 1, 1)
+        for ours, theirs in zip(whole, step_of(config, shards, step, ranks, micros), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_shapes_are_static(shards):
+    config = config_of()
+    batches = build_batches(config, shards, Share(0, 2, 2))
+    shapes = {tuple(tuple(part.shape) for part in batches[index]) for index in range(20)}
+    assert len(shapes) == 1
+    assert batches[0].clip_images.shape == (4, 3, 16, 16)
+    assert batches[0].global_views.shape == (2, 2, 3, 16, 16)
+    assert batches[0].rec_images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("subsets", "shared"), [("independent", None), ("nested", 4), ("disjoint", 0)])
+def test_subsets_are_what_their_name_says(shards, subsets, shared):
+    """In every block of four: two for self-supervision, one to reconstruct; overlap as named."""
+    config = config_of({"data": {"subsets": subsets}})
+    batches = build_batches(config, shards, Share(0, 1, 1))
+    overlaps = []
+    for step in range(12):
+        drawn = [batches._subsets(step, block, 4) for block in range(4)]
+        assert all(len(subset.ssl) == 2 and len(subset.reconstruction) == 1 for subset in drawn)
+        overlaps.append(sum(int(subset.reconstruction[0] in subset.ssl) for subset in drawn))
+    if shared is None:
+        assert 0.2 < sum(overlaps) / 48 < 0.8
+    else:
+        assert set(overlaps) == {shared}
+    contiguous = build_batches(config_of({"data": {"subsets": "contiguous"}}), shards, Share(0, 1, 1))
+    assert contiguous._subsets(3, 2, 4).ssl.tolist() == [0, 1]
+
+
+def test_reconstructions_are_views_of_the_batch(shards):
+    batch = build_batches(config_of(), shards, Share(0, 1, 1))[3]
+    for block, image in zip(batch.clip_images.split(4), batch.rec_images, strict=True):
+        assert any(torch.equal(image, other) for other in block)
+    own = {"data": {"reconstruction_view": {"name": "centre_crop"}, "clip_view": {"size": 8}}}
+    apart = build_batches(config_of(own), shards, Share(0, 1, 1))[3]
+    assert apart.clip_images.shape[-1] == 8
+    assert apart.rec_images.shape[-1] == 16
+
+
+@pytest.mark.parametrize("weights", [{"clip": 0.0}, {"ssl": 0.0}, {"clip": 0.0, "ssl": 0.0}])
+def test_absent_objectives_have_no_data(shards, weights):
+    config = config_of({"objective": {"weights": weights}})
+    batch = build_batches(config, shards, Share(0, 1, 1))[0]
+    assert len(batch.clip_images) == len(batch.tokens) == config.active.clip
+    assert len(batch.global_views) == config.active.ssl
+    assert len(batch.rec_images) == 4
+
+
+def test_an_image_is_decoded_once(shards, monkeypatch):
+    batches = build_batches(config_of(), shards, Share(0, 1, 1))
+    seen = []
+    plain = ShardDataset.image
+    monkeypatch.setattr(ShardDataset, "image", lambda self, index: seen.append(index) or plain(self, index))
+    batches[0]
+    assert len(seen) == len(set(seen)) == 16
+
+
+def test_micro_batches():
+    assert count_micros(2048, 256, 8) == 1
+    assert count_micros(2048, 8, 8) == 32
+    assert count_micros(6, 1, 4) == 2
+    assert count_micros(7, 1, 4) == 7
+    with pytest.raises(ValueError, match=r"batch\.reconstruction 16 is not a multiple of the 3 ranks"):
+        count_micros(16, 3, 8)
