@@ -1,5 +1,6 @@
 """Pictures with fixed names and equal bytes for equal content: grids of images, and curves."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 SCALE = 96  # least side of an image in a grid, in pixels
+UNINFORMED = "_uninformed"  # ends the name of a column with what a model that knows nothing would score
 
 
 def grid(rows: Sequence[Tensor], names: Sequence[str], path: Path, *, title: str) -> None:
@@ -34,18 +36,26 @@ def grid(rows: Sequence[Tensor], names: Sequence[str], path: Path, *, title: str
 
 
 def curves(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """One panel per scalar of the training curves, as one PNG; `tables` maps a run to its columns."""
+    """One panel per scalar of the training curves, as one PNG; `tables` maps a run to its columns.
+
+    A column `<name>_uninformed` is a dashed line in the panel of `<name>`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(run, name) for run, table in tables.items() for name in table if name != "step" and "_lr" not in name]
+    hidden = ("step", "_lr", UNINFORMED)
+    panels = [(run, name) for run, table in tables.items() for name in table if not name.endswith(hidden)]
     columns = 4
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False)
     for axis, (run, name) in zip(axes.flat, panels, strict=False):
-        axis.plot(tables[run]["step"], tables[run][name], linewidth=1.2)
+        table = tables[run]
+        points = [point for point in zip(table["step"], table[name], strict=True) if math.isfinite(point[1])]
+        axis.plot(*zip(*points, strict=True), linewidth=1.2)  # a look leaves gaps between its points
+        if (reference := table.get(name + UNINFORMED)) is not None:
+            axis.axhline(reference[-1], linestyle="--", linewidth=0.8, color="grey")
         axis.set_title(f"{run}: {name}", fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)

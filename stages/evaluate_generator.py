@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stages._pictures import grid
-from stages._runner import Input, Output, Work, main
+from stages._runner import Input, OptionalInput, Output, Work, main
 from vtp.artefact import load_tensors, read_json, write_json
 from vtp.config import Config
 from vtp.data.shards import ShardDataset
@@ -47,7 +47,7 @@ def run(
     *,
     shards: Input,
     tokenizer: Input,
-    decoder: Input,
+    decoder: OptionalInput = None,
     samples: Input,
     metrics: Output,
     pictures: Output,

@@ -1,10 +1,10 @@
-"""Reconstruction on the validation images, with the pre-trained and with the tuned decoder: PSNR, SSIM, LPIPS, rFID."""
+"""Reconstruction of the validation images, by the pre-trained decoder and a tuned one: PSNR, SSIM, LPIPS, rFID."""
 
 import torch
 from pydantic import Field
 
 from stages._pictures import grid
-from stages._runner import Input, Output, Work, main
+from stages._runner import Input, OptionalInput, Output, Work, main
 from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.shards import ShardDataset
@@ -31,7 +31,7 @@ def run(
     *,
     shards: Input,
     tokenizer: Input,
-    decoder: Input,
+    decoder: OptionalInput = None,
     metrics: Output,
     picture: Output,
     work: Work,
@@ -39,10 +39,9 @@ def run(
     images = ShardDataset(shards, "validation")
     extractor = build_features(config.features, weights=work.weights, device=work.device)
     perceptual = build_perceptual(config.perceptual, weights=work.weights).to(work.device)
-    models = {
-        "pretrained": load_tokenizer(tokenizer).to(work.device),
-        "tuned": load_tokenizer(tokenizer, decoder).to(work.device),
-    }
+    models = {"pretrained": load_tokenizer(tokenizer).to(work.device)}
+    if decoder is not None:
+        models["tuned"] = load_tokenizer(tokenizer, decoder).to(work.device)
     reference = GaussianStatistics(extractor.dim)
     statistics = {name: GaussianStatistics(extractor.dim) for name in models}
     means = {name: ReconstructionMeans(perceptual) for name in models}

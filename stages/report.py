@@ -34,6 +34,7 @@ def run(  # noqa: PLR0913 - one flag per file that the page shows
     *,
     pretrain: Input,
     pretrain_curves: Input,
+    looks: Input,
     tune_decoder: Input,
     decoder_curves: Input,
     train_generator: Input,
@@ -52,23 +53,24 @@ def run(  # noqa: PLR0913 - one flag per file that the page shows
     metrics: dict[str, Any] = {}
     for path in (pretrain, tune_decoder, train_generator, understanding, reconstruction, generation):
         metrics |= read_json(path)
-    flat = _flatten(metrics)
+    flat = flatten(metrics)
     (report / "metrics.md").write_text(_markdown(flat), encoding="utf-8")
-    shown = [reconstructions, *sorted(samples.glob("*.png")), report / "curves.png"]
+    shown = [reconstructions, looks, *sorted(samples.glob("*.png")), report / "curves.png"]
     (report / "report.html").write_text(_page(config.title, flat, shown), encoding="utf-8")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested metrics as one table, names joined by dots."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _columns(path: Path) -> dict[str, list[float]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]} if rows else {}
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _number(value: float) -> str:

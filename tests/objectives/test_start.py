@@ -84,9 +84,10 @@ def test_the_teacher_can_be_exported(tmp_path):
     assert equal(teacher.trunk, objective.ssl.teacher.trunk)
     assert equal(teacher.visual_proj, objective.ssl.teacher.visual_proj)
     assert equal(teacher.pixel_decoder, student.pixel_decoder)
-    assert load_file(tmp_path / "teacher/model.safetensors").keys() == load_file(
-        tmp_path / "student/model.safetensors"
-    ).keys()
+    assert (
+        load_file(tmp_path / "teacher/model.safetensors").keys()
+        == load_file(tmp_path / "student/model.safetensors").keys()
+    )
 
 
 def test_what_does_not_fit_is_named(tmp_path):

@@ -6,6 +6,7 @@ Each objective sees its own share of the batch and is back-propagated before the
 that of the largest and not of the sum. A term is this rank's part of the loss of the global batch.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
@@ -136,6 +137,7 @@ class PretrainObjective(nn.Module):
             self.ssl.after_step(self.tokenizer, moment.progress)
             logs["teacher_temperature"] = self.ssl.teacher_temperature(moment.progress)
             logs["teacher_momentum"] = self.ssl.momentum(moment.progress)
+            logs["dino_loss_uninformed"] = math.log(self.config.ssl.head.prototypes)
         return logs
 
     def _clip(self, micros: Sequence[PretrainBatch], moment: Moment) -> Iterator[Term]:
@@ -152,7 +154,10 @@ class PretrainObjective(nn.Module):
             loss = clip_loss(image, text, tokenizer.logit_scale.exp())
         else:
             loss = siglip_loss(image, text, tokenizer.logit_scale.exp(), tokenizer.logit_bias)
-        yield Term("clip", self.config.weights.clip * loss, {"clip_loss": loss.detach()}, (image, text))
+        logs: dict[str, Tensor | float] = {"clip_loss": loss.detach()}
+        if self.config.contrast.name == "softmax":
+            logs["clip_loss_uninformed"] = math.log(ranks().size * len(image)) / ranks().size
+        yield Term("clip", self.config.weights.clip * loss, logs, (image, text))
         for surrogate in cache.surrogates():
             yield Term("clip", surrogate, {}, (image, text))
 
