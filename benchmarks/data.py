@@ -28,7 +28,7 @@ from vtp.data.batches import Share
 from vtp.data.masking import draw_masks
 from vtp.data.views import SslViewsConfig, clip_batch, ssl_batch
 from vtp.draws import numpy_draws
-from vtp.training.fit import _stream
+from vtp.training.fit import micro_batches
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def _waiting(config: Pretrain, pictures: Pictures, steps: int) -> None:
     work = Work(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), Runtime.of(os.environ))
     torch.set_num_threads(max(1, work.processes))
     batches = build_batches(config, pictures, Share(0, 1, 1))  # pyright: ignore[reportArgumentType]
-    stream = _stream(batches, range(steps + 2), work)
+    stream = micro_batches(batches, range(steps + 2), work)
     micros = [next(stream)]
     step = joint(config, [_move(micros[0], work.device)], work)
     step()

@@ -30,7 +30,7 @@ from vtp.losses.perceptual import build_perceptual
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.cost import pretrain_cost
 from vtp.step import Moment
-from vtp.training.fit import _autocast
+from vtp.training.fit import in_precision
 from vtp.training.optim import build_optimizer
 from vtp.training.throughput import memory_bytes, peak_flops
 from vtp.training.update import Update
@@ -70,7 +70,7 @@ def joint(config: Pretrain, micros: list[PretrainBatch], work: Work) -> Step:
     moment = Moment(1, 2, watched=False)
 
     def step() -> None:
-        terms = _autocast(objective.terms("model", micros, moment), work.device, config.training.precision)
+        terms = in_precision(objective.terms("model", micros, moment), work.device, config.training.precision)
         assert update.apply(terms, moment, wishes=(False, False)).finite
         objective.after_step(moment)
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from objectives.test_pretrain import COMBINATIONS, batch_of, config_of, objective_of
 
+from stages._runtime import Runtime, Work
+from stages.pretrain import place
 from vtp.data.batches import Share
 from vtp.distributed import process_group, ranks, shard, sum_gradients, whole
 from vtp.losses.clip import clip_loss, siglip_loss
@@ -16,12 +18,12 @@ from vtp.losses.dino import sinkhorn_potential
 from vtp.losses.koleo import koleo_loss
 from vtp.step import Moment
 from vtp.training.checkpoint import Checkpoints
-from vtp.training.fit import _state
+from vtp.training.fit import state_of
 from vtp.training.optim import build_optimizer
 from vtp.training.update import Update
 
 STEPS, LR = 3, 1e-3
-# Stochastic depth, a separate head and centering take part in the last two.
+# Stochastic depth, a separate head and centering take part in the last.
 CASES = {name: {"objective": {"weights": weights}} for name, weights in COMBINATIONS.items()}
 CASES["everything"] = {
     "objective": {
@@ -71,6 +73,19 @@ def gradients_and_weights(case, parallel="ddp", micros=1):
         objective.after_step(moment)
     weights = {name: whole(tensor).clone() for name, tensor in objective.state_dict().items()}
     return {"gradients": gradients, "weights": weights, "logs": logs}
+
+
+def placed_gradients(case):
+    """Of sharded, compiled and recomputed blocks, all at once."""
+    config, share = config_for(case), Share(*ranks(), 1)
+    objective = objective_of(config)
+    settings = {"VTP_DEVICE": "cpu", "VTP_PARALLEL": "fsdp", "VTP_COMPILE": "true", "VTP_RECOMPUTE": "true"}
+    place(objective, Work(Path(), Path(), Runtime.of(settings)))
+    for term in objective.terms("model", [batch_of(config, 0, share)], Moment(0, STEPS, watched=True)):
+        if term.loss is not None:
+            term.loss.backward()
+    sum_gradients(objective.parameters())
+    return {name: whole(p.grad) for name, p in objective.named_parameters() if p.grad is not None}
 
 
 def reductions():
@@ -126,7 +141,7 @@ def checkpointed(case, folder, start, stop, parallel="ddp"):
         shard(objective.sharded_units(), "cpu")
     optim = config.optim.model_copy(update={"lr": LR})
     optimizer = build_optimizer(objective.phases()["model"], optim)
-    update, tensors = Update("model", optimizer, optim, ()), _state(objective, {"model": optimizer})
+    update, tensors = Update("model", optimizer, optim, ()), state_of(objective, {"model": optimizer})
     checkpoints = Checkpoints(folder, kept=2)
     if start:
         with torch.no_grad():
@@ -152,6 +167,8 @@ def main(folder):
             (case, *layout): gradients_and_weights(case, *layout) for case, layout in itertools.product(CASES, LAYOUTS)
         }
         results["reductions"] = reductions()
+        if size == 2:
+            results["placed"] = placed_gradients("clip+ssl+ae")
         for parallel in ("ddp", "fsdp"):
             results["poisoned", parallel] = poisoned(parallel)
         for parallel in ("ddp", "fsdp"):

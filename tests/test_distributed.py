@@ -69,6 +69,13 @@ def test_gradients_and_weights_are_those_of_one_process(request, one, case, layo
         assert together["logs"] == pytest.approx(alone["logs"], rel=2e-4, abs=1e-5)
 
 
+def test_sharded_compiled_and_recomputed_at_once(two, one):
+    for results in two:
+        for name, gradient in one["clip+ssl+ae"]["gradients"].items():
+            error = (results["placed"][name] - gradient).norm() / (gradient.norm() + 1e-8)
+            assert error < 1e-5, f"{name}: {error}"
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_reductions_are_exact(request, size):
     alone = reductions()

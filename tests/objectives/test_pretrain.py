@@ -386,3 +386,20 @@ def test_impossible_configurations_are_refused():
     ):
         with pytest.raises(ValueError, match=said):
             config_of(changes)
+
+
+def test_half_precision_is_near():
+    """bfloat16 forward passes, float32 losses: the gradient of every shared weight points the same way."""
+    from vtp.training.fit import in_precision
+
+    config = config_of({"objective": {"drop_path": {"ssl": 0.25, "clip": 0.25, "blocks": 1}}})
+    batches = [batch_of(config, 0, Share(0, 1, 2), micro) for micro in range(2)]
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        objective = objective_of(config)
+        for term in in_precision(objective.terms("model", batches, START), "cpu", precision):
+            if term.loss is not None:
+                assert term.loss.dtype == torch.float32
+                term.loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in objective.tokenizer.trunk.blocks.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from vtp.artefact import ArtefactError
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.start import save_exported, save_training_state, start_from
-from vtp.training.fit import _state
+from vtp.training.fit import state_of
 from vtp.training.optim import build_optimizer
 from vtp.training.update import Update
 
@@ -24,7 +24,7 @@ def trained(config, steps=2):
     for step in range(steps):
         update.apply(objective.terms("model", [batch_of(config, step, ALONE)], START), START)
         objective.after_step(START)
-    tensors = _state(objective, {"model": optimizer})
+    tensors = state_of(objective, {"model": optimizer})
     return objective, {name: tensor for name, tensor in tensors.items() if not name.startswith("objective/")}
 
 

@@ -187,7 +187,7 @@ def test_kept_is_a_number(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000003"]
 
 
-def test_a_state_of_another_model_is_refused(tmp_path):
+def test_the_state_of_another_model_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, kept=1)
     checkpoints.save(1, {"x": torch.ones(2)}, {})
     checkpoints.wait()

@@ -173,7 +173,7 @@ def fit(  # noqa: C901 - the one loop
     updates = [Update(phase, o, run.optim[phase], objective.watched()) for phase, o in optimizers.items()]
     means, skipped, max_skipped = Means(), 0, training.max_skipped
     checkpoints = Checkpoints(host.folder / "checkpoints", kept=host.checkpoints_kept)
-    tensors = _state(objective, optimizers)
+    tensors = state_of(objective, optimizers)
     for name, values in (moments or {}).items():
         fill(tensors[name], values)
     start = 0
@@ -185,7 +185,7 @@ def fit(  # noqa: C901 - the one loop
     throughput = Throughput(host.folder / "throughput.csv", run.cost, device=host.device, peak=host.peak_flops)
     saved_at = time.monotonic()
     with host.progress(total=steps, description="training", unit="step", done=start) as bar:
-        stream = _stream(batches, range(start * run.micros, steps * run.micros), host)
+        stream = micro_batches(batches, range(start * run.micros, steps * run.micros), host)
         for step in range(start, steps):
             moment = Moment(step, steps, watched=(step + 1) % training.log_every == 0 or step + 1 == steps)
             with throughput.waiting():
@@ -237,17 +237,17 @@ def _step(
     logs: dict[str, Tensor | float] = {}
     agreed = wishes
     for update in updates:
-        terms = _autocast(objective.terms(update.phase, micros, moment), device, training.precision)
+        terms = in_precision(objective.terms(update.phase, micros, moment), device, training.precision)
         outcome = update.apply(terms, moment, wishes=wishes)
         agreed = outcome.wishes
         if not outcome.finite:
-            again = _autocast(objective.terms(update.phase, micros, moment), device, training.precision)
+            again = in_precision(objective.terms(update.phase, micros, moment), device, training.precision)
             return _Stepped({"skipped": 1.0}, agreed, f"phase {update.phase}, from {update.blame(again)}")
         logs |= outcome.logs
     return _Stepped({**logs, **objective.after_step(moment), "skipped": 0.0}, agreed, None)
 
 
-def _state(objective: Objective, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+def state_of(objective: Objective, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Every tensor of the run by name, as the tensors that are in use: reading into them restores the run."""
     state = {f"objective/{name}": tensor for name, tensor in objective.state_dict().items()}
     names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
@@ -257,7 +257,7 @@ def _state(objective: Objective, optimizers: Mapping[str, torch.optim.Optimizer]
     return state
 
 
-def _autocast(terms: Iterator[Term], device: str, precision: str) -> Iterator[Term]:
+def in_precision(terms: Iterator[Term], device: str, precision: str) -> Iterator[Term]:
     """The same terms, computed in `precision`; what happens between them is not."""
     while True:
         with torch.autocast(device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=precision == "bfloat16"):
@@ -284,7 +284,8 @@ def _brief(row: Mapping[str, float]) -> str:
     return f"{rate}{share}, {row['data_wait_share']:.0%} waiting, {row['memory_gigabytes']:.2g} GB"
 
 
-def _stream(batches: Dataset[Batch], items: range, host: Host) -> Iterator[Batch]:
+def micro_batches(batches: Dataset[Batch], items: range, host: Host) -> Iterator[Batch]:
+    """Items of a dataset in the order of `items`, on the device, prepared by the host's workers."""
     loader = DataLoader(
         batches,
         batch_size=None,
