@@ -83,6 +83,16 @@ def test_the_papers_recipe_runs_the_stages_of_the_root():
         assert json.loads(text) == ours[name], name
 
 
+def test_the_scaling_study_evaluates_every_milestone():
+    """Its folders are named by FLOPs; YAML must not read a name as a number."""
+    study = ROOT / "pipelines/scaling"
+    milestones = [f"{flops:.3e}" for flops in read_yaml(study / "params.yaml")["joint"]["watch"]["milestones"]]
+    stages = YAML(typ="safe", pure=True).load(study / "dvc.yaml")["stages"].values()
+    matrices = [stage["matrix"] for stage in stages if "matrix" in stage]
+    assert matrices
+    assert all(matrix == {"run": ["joint", "ae"], "at": milestones} for matrix in matrices)
+
+
 def test_two_runs_of_the_scaling_study_differ_in_their_objectives_alone():
     values = read_yaml(ROOT / "pipelines/scaling/params.yaml")
     assert values["ae"]["objective"].pop("weights") == {"reconstruction": 0.1, "clip": 0.0, "ssl": 0.0}
