@@ -118,9 +118,9 @@ def _threads(runtime: Runtime) -> str:
 def _told(folder: Path, status: int) -> str:
     """The errors of the ranks, causes before consequences."""
     errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank-*.json"))]
-    causes = [error for error in errors if not error["consequence"]] or errors
-    lines = [f"rank {error['rank']}: {error['message']}" for error in causes[:4]]
-    if not causes or causes == [error for error in errors if error["consequence"]]:
+    causes = [error for error in errors if not error["consequence"]]
+    lines = [f"rank {error['rank']}: {error['message']}" for error in (causes or errors)[:4]]
+    if not causes:
         lines.append(
             f"a rank died or hung without a word (torchrun ended with {status}; its report above names the first "
             "that failed); the last checkpoint is kept: start again"

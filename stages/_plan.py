@@ -130,8 +130,8 @@ def _images(count: int, size: int) -> Tensor:
 def _heads(config: "Pretrain") -> nn.Module:
     heads = nn.ModuleList()
     if config.active.ssl:
-        vision, ssl = config.tokenizer.vision, config.objective.ssl
-        width = vision.embed_dim if ssl.features == "trunk" else vision.feature_bottleneck
+        ssl = config.objective.ssl
+        width = ssl.width(config.tokenizer.vision)
         heads.extend(DinoHead(width, head) for head in (ssl.head, ssl.patch_head) if head is not None)
     return heads
 

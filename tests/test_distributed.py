@@ -20,7 +20,7 @@ def launch(folder, size):
     environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    return [torch.load(folder / f"results-{size}-{rank}.pt") for rank in range(size)]
+    return [torch.load(folder / f"results-{size}-{rank}.pt", weights_only=True) for rank in range(size)]
 
 
 @pytest.fixture(scope="module")

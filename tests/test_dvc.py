@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
-from tiny import ROOT, merged, tiny_params, write_params
+from tiny import ROOT, merged, tiny_params, wait_for, write_params
 
 from vtp.artefact import digest
 
@@ -206,15 +206,6 @@ def test_typos_stop_everything_and_lose_nothing(clone, finished, section, key, v
     assert {path: digest(path) for path in before} == before
     clone.write({})
     clone.repro()
-
-
-def wait_for(condition, process, seconds=300):
-    """Until `condition` holds; the process must not end before."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def kill(process):

@@ -1,5 +1,8 @@
 """The reference recipe at a size of seconds: params.yaml with small numbers, every section and key kept."""
 
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,12 @@ def write_params(values: dict[str, Any], path: Path) -> None:
 
     with path.open("w", encoding="utf-8") as file:
         YAML().dump(values, file)
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 300) -> None:
+    """Until `condition` holds; the process must not end before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, (process.stdout or process.stderr).read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, merged, tiny_params, write_params
+from tiny import ROOT, merged, tiny_params, wait_for, write_params
 
 from stages._launch import command_of, count_nodes, several
 from stages._runtime import Runtime
@@ -46,14 +46,6 @@ class Stage:
 
     def file(self, pattern):
         return next(iter(self.folder.glob(f".scratch/pretrain/*/{pattern}")), None)
-
-
-def wait_for(condition, process, seconds=200):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def ranks_of(folder):

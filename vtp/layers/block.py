@@ -42,12 +42,17 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
 
 
+def swiglu_width(hidden_dim: int) -> int:
+    """Hidden width of SwiGLU beside an MLP's: 2/3 of it, rounded up to a multiple of 8."""
+    return (int(hidden_dim * 2 / 3) + 7) // 8 * 8
+
+
 class SwiGLU(nn.Module):
-    """w3(silu(w1 x) * w2 x), hidden width 2/3 of the given one, rounded up to a multiple of 8."""
+    """w3(silu(w1 x) * w2 x), with the hidden width that `swiglu_width` gives."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        hidden_dim = (int(hidden_dim * 2 / 3) + 7) // 8 * 8
+        hidden_dim = swiglu_width(hidden_dim)
         self.w1 = nn.Linear(dim, hidden_dim)
         self.w2 = nn.Linear(dim, hidden_dim)
         self.w3 = nn.Linear(hidden_dim, dim)

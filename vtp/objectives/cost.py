@@ -8,6 +8,7 @@ table 1 counts otherwise: 2 x parameters x 256 tokens, see `paper_flops`.)
 from typing import NamedTuple
 
 from vtp.data.batches import ActiveBatch, PretrainDataConfig
+from vtp.layers.block import swiglu_width
 from vtp.layers.flops import FROZEN, TRAINING
 from vtp.layers.random_vgg import STAGES
 from vtp.losses.perceptual import PerceptualConfig
@@ -80,7 +81,7 @@ def _ssl(
     local = _encoder("", vision, views.local_size, views.local_views * count, bottleneck=bottleneck)
     patches = _tokens(vision, views.global_size) - 1
     masked = count * 2 * data.masks.probability * patches * (data.masks.ratio_min + data.masks.ratio_max) / 2
-    width = vision.feature_bottleneck if bottleneck else vision.embed_dim
+    width = config.width(vision)
     of_patch = head_flops(config.patch_head or config.head, width)
     taught = 2 * count * head_flops(config.head, width) + masked * of_patch
     learnt = taught + views.local_views * count * head_flops(config.head, width)
@@ -150,7 +151,7 @@ def _patch_embed(config: VisionConfig, image_size: int) -> float:
 
 def _transformer(tokens: int, dim: int, depth: int, hidden: int, *, swiglu: bool) -> float:
     if swiglu:
-        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        hidden = swiglu_width(hidden)
     per_token = 4 * dim**2 + (3 if swiglu else 2) * dim * hidden + 2 * tokens * dim
     return 2.0 * depth * tokens * per_token
 

@@ -33,7 +33,7 @@ from vtp.losses.dino import (
 from vtp.losses.koleo import koleo_loss
 from vtp.models.heads import DinoHead, DinoHeadConfig
 from vtp.models.tokenizer import VisualTokenizer
-from vtp.models.vit import Features, VisionTransformer
+from vtp.models.vit import Features, VisionConfig, VisionTransformer
 from vtp.objectives.gradient_cache import GradientCache
 from vtp.step import Moment, Term
 
@@ -71,6 +71,10 @@ class SslConfig(Config):
     teacher_projection: bool = Field(description="the teacher keeps CLIP's image projection too")
     koleo: float = Field(ge=0, description="weight of the KoLeo spread of class tokens")
 
+    def width(self, vision: VisionConfig) -> int:
+        """Channels that the heads read."""
+        return vision.embed_dim if self.features == "trunk" else vision.feature_bottleneck
+
 
 class Teacher(nn.Module):
     """Moving averages of what the student shows: never of the text tower or the decoder."""
@@ -95,8 +99,7 @@ class SelfDistillation(nn.Module):
     def __init__(self, tokenizer: VisualTokenizer, config: SslConfig) -> None:
         super().__init__()
         self.config = config
-        vision = tokenizer.config.vision
-        width = vision.embed_dim if config.features == "trunk" else vision.feature_bottleneck
+        width = config.width(tokenizer.config.vision)
         self.heads = nn.ModuleDict({"dino": DinoHead(width, config.head)})
         if config.patch_head is not None:
             self.heads["ibot"] = DinoHead(width, config.patch_head)
