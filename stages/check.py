@@ -70,10 +70,10 @@ def disagreements(configs: dict[str, Any]) -> list[str]:
     """What is wrong between sections."""
     found = []
     data, pretrain, understanding = (configs.get(n) for n in ("prepare_data", "pretrain", "evaluate_understanding"))
-    if data and pretrain and data.image_size != pretrain.tokenizer.image_size:
+    if data and pretrain and (side := data.side) is not None and side < pretrain.tokenizer.image_size:
         found.append(
-            f"prepare_data.image_size is {data.image_size}, pretrain.tokenizer.image_size is "
-            f"{pretrain.tokenizer.image_size}: decoder tuning and evaluation read the images at their own size"
+            f"prepare_data: pictures have image_size {side}, pretrain.tokenizer.image_size is "
+            f"{pretrain.tokenizer.image_size}: they would be enlarged; write them at that size, or train at theirs"
         )
     if understanding and any("{}" not in template for template in understanding.templates):
         found.append("evaluate_understanding.templates: every template must hold {} for the class")

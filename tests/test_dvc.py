@@ -187,7 +187,12 @@ def test_autoencoder_experiment(clone, finished):
             "params.yaml:generate.samples: Input should be a valid integer (given: 'many')",
         ),
         ("report", None, None, "section 'report' is missing"),
-        ("prepare_data", "image_size", 24, "prepare_data.image_size is 24, pretrain.tokenizer.image_size is 16"),
+        (
+            "prepare_data",
+            "samples_per_shard",
+            0,
+            "prepare_data.samples_per_shard: Input should be greater than or equal to 1",
+        ),
         ("cache_latents", "dtype", "float8", "Input should be 'float32' or 'bfloat16' (given: 'float8')"),
     ],
 )

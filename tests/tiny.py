@@ -12,10 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 SMALL: dict[str, Any] = {
     "prepare_data": {
-        "image_size": 16,
-        "classes": 6,
-        "train_samples": 64,
-        "validation_samples": 32,
+        "source": {"image_size": 16, "classes": 6, "train_samples": 64, "validation_samples": 32},
         "samples_per_shard": 48,
     },
     "pretrain": {
@@ -70,6 +67,17 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         nested = isinstance(change, dict) and isinstance(values[key], dict) and "name" not in change
         result[key] = merged(values[key], change) if nested else change
     return result
+
+
+def write_shards(folder: Path) -> None:
+    """The shards of the tiny recipe."""
+    from stages.prepare_data import PrepareData
+    from vtp.data.embedded import ComposedPictures
+    from vtp.data.ingest import Ingest
+
+    config = PrepareData.parse(tiny_params()["prepare_data"], where="test")
+    source = ComposedPictures(config.source, config.image)
+    Ingest(source, config, folder, folder.parent / f"{folder.name}_state").run(processes=0, progress=lambda count: None)
 
 
 def write_params(values: dict[str, Any], path: Path) -> None:

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from tiny import merged, tiny_params
+from tiny import merged, tiny_params, write_shards
 
 from stages.pretrain import Pretrain, build_batches
 from vtp.data.batches import PretrainBatch, Share, count_micros
-from vtp.data.compose import EmbeddedConfig
-from vtp.data.embedded import write_embedded
 from vtp.data.shards import ShardDataset
 
 BATCH = {"clip": 16, "ssl": 8, "reconstruction": 4}
@@ -16,8 +14,7 @@ BATCH = {"clip": 16, "ssl": 8, "reconstruction": 4}
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shards"
-    config = EmbeddedConfig.parse(tiny_params()["prepare_data"], where="test")
-    write_embedded(config, folder, workers=0, progress=lambda count: None)
+    write_shards(folder)
     return ShardDataset(folder, "train")
 
 

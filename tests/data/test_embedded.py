@@ -4,17 +4,23 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from vtp.artefact import ArtefactError, digest
 from vtp.data.compose import BACKGROUNDS, Composer, EmbeddedConfig, is_scene, with_article
-from vtp.data.embedded import write_embedded
+from vtp.data.embedded import ComposedPictures
+from vtp.data.encode import Keep
+from vtp.data.ingest import Ingest, IngestConfig
 from vtp.data.openmoji import FIRST_CATEGORIES, attribution, catalogue, render
-from vtp.data.shards import DataError, Record, ShardDataset, epoch_order, sample_indices, write_shard
+from vtp.data.order import epoch_order, sample_indices
+from vtp.data.shards import Record, write_shard
+from vtp.data.stream import DataError, ShardDataset
 
 CONFIG = EmbeddedConfig(
+    name="openmoji",
     seed=0,
     image_size=24,
     classes=12,
@@ -24,14 +30,20 @@ CONFIG = EmbeddedConfig(
     scale_min=0.6,
     scale_max=0.9,
     rotation=15.0,
-    samples_per_shard=20,
 )
+PLAN = IngestConfig(samples_per_shard=20, max_unreadable=0, location=None)
+
+
+def write(folder, config=CONFIG, processes=0):
+    source = ComposedPictures(config, Keep(name="keep"))
+    ingest = Ingest(source, PLAN, folder, folder.with_name(f"{folder.name}_state"))
+    ingest.run(processes=processes, progress=lambda count: None)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("shards")
-    write_embedded(CONFIG, path, workers=0, progress=lambda count: None)
+    path = tmp_path_factory.mktemp("data") / "shards"
+    write(path)
     return path
 
 
@@ -54,19 +66,21 @@ def test_render_fills_the_square():
 
 
 def test_equal_bytes_whatever_the_workers(folder, tmp_path):
-    write_embedded(CONFIG, tmp_path / "a", workers=2, progress=lambda count: None)
+    write(tmp_path / "a", processes=2)
     assert digest(tmp_path / "a") == digest(folder)
     other = CONFIG.model_copy(update={"seed": 1})
-    write_embedded(other, tmp_path / "b", workers=0, progress=lambda count: None)
+    write(tmp_path / "b", other)
     assert digest(tmp_path / "b") != digest(folder)
 
 
 def test_goes_on_where_it_was_killed(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "a")
+    shutil.copytree(folder.with_name("shards_state"), tmp_path / "a_state")
     for name in ("train-00001.tar", "manifest.json"):
         (tmp_path / "a" / name).unlink()
+    (tmp_path / "a_state" / "validation-00000.json").unlink()
     kept = (tmp_path / "a" / "train-00000.tar").stat().st_mtime_ns
-    write_embedded(CONFIG, tmp_path / "a", workers=0, progress=lambda count: None)
+    write(tmp_path / "a")
     assert digest(tmp_path / "a") == digest(folder)
     assert (tmp_path / "a" / "train-00000.tar").stat().st_mtime_ns == kept
 
@@ -126,12 +140,12 @@ def test_reads_back_and_webdataset_agrees(folder):
     samples = list(webdataset.WebDataset(paths, shardshuffle=False).decode("pil"))
     assert len(samples) == len(data) == 50
     for index, sample in enumerate(samples):
-        assert sample["txt"] == data.captions[index]
+        assert sample["txt"] == data.caption(index)
         assert sample["json"]["label"] == data.labels[index]
         assert sample["json"]["category"] == data.categories[index]
         assert sample["png"].convert("RGB").tobytes() == data.image(index).tobytes()
-    assert data.images([3, 4]).shape == (2, 3, 24, 24)
-    assert np.bincount(data.labels[data.singles]).tolist() == data.manifest.class_counts["train"]
+    assert data.images([3, 4], 24).shape == (2, 3, 24, 24)
+    assert np.bincount(data.labels[data.singles]).tolist() == data.manifest.splits["train"].class_counts
 
 
 def test_damage_is_named(folder, tmp_path):
@@ -163,26 +177,21 @@ def test_corrupt_image_is_named(folder, tmp_path):
     data = ShardDataset(tmp_path / "a", "train")
     tar = tmp_path / "a" / "train-00000.tar"
     content = bytearray(tar.read_bytes())
-    content[data._offsets[5] : data._offsets[5] + 40] = bytes(40)
+    offset = pq.read_table(tar.with_suffix(".parquet"))["offset"][5].as_py()
+    content[offset : offset + 40] = bytes(40)
     tar.write_bytes(content)
     with pytest.raises(DataError, match=r"train-00000\.tar, train-000000005"):
         data.image(5)
     assert data.image(6).size == (24, 24)
 
 
-def test_bombs_are_not_decoded(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("vtp.data.shards.MAX_PIXELS", 100)
-    with pytest.raises(DataError, match="more than 100"):
-        ShardDataset(folder, "train").image(0)
-
-
 def test_shards_are_whole_or_absent(tmp_path):
     def failing():
-        yield Record("a", b"png", "caption", 0, 0, "single")
+        yield Record("a", b"png", "png", 1, 1, "caption", 0, 0, "single")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_shard(tmp_path / "train-00000.tar", failing())
+        write_shard(tmp_path / "train-00000.tar", failing(), classes=1)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,20 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, merged, tiny_params, wait_for, write_params
+from tiny import ROOT, merged, tiny_params, wait_for, write_params, write_shards
 
 from stages._launch import command_of, count_nodes, several
 from stages._runtime import Runtime
 from vtp.config import ConfigError
-from vtp.data.compose import EmbeddedConfig
-from vtp.data.embedded import write_embedded
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shards"
-    config = EmbeddedConfig.parse(tiny_params()["prepare_data"], where="test")
-    write_embedded(config, folder, workers=0, progress=lambda count: None)
+    write_shards(folder)
     return folder
 
 

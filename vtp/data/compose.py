@@ -11,13 +11,13 @@ from pydantic import Field, model_validator
 
 from vtp.config import Config
 from vtp.data.openmoji import Picture, catalogue, render
+from vtp.data.shards import NO_LABEL
 from vtp.draws import numpy_draws
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Kind = Literal["single", "scene"]
-NO_LABEL = -1  # a scene belongs to no class
 OVERSAMPLING = 2  # pictures are drawn once at this multiple of the image size, then turned and shrunk
 
 BACKGROUNDS = {
@@ -47,6 +47,7 @@ LAYOUTS = (
 class EmbeddedConfig(Config):
     """The embedded data set: OpenMoji pictures on plain backgrounds."""
 
+    name: Literal["openmoji"]
     seed: int
     image_size: int = Field(ge=8, description="side in pixels")
     classes: int = Field(ge=3, description="number of pictures; each is a class, its emoji category a second label")
@@ -56,7 +57,6 @@ class EmbeddedConfig(Config):
     scale_min: float = Field(gt=0, le=1, description="size of a single picture, in shares of the side")
     scale_max: float = Field(gt=0, le=1)
     rotation: float = Field(ge=0, le=180, description="largest turn of a picture in degrees")
-    samples_per_shard: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _scales_are_ordered(self) -> Self:

@@ -1,38 +1,33 @@
 """Shards: WebDataset tars of images, captions and labels, described by a manifest.
 
-    manifest.json        splits, classes, categories, digests
-    train-00000.tar      <key>.json, <key>.png, <key>.txt per sample
-    train-00000.parquet  one row per sample: where its image lies in the tar, and its caption and labels
+    manifest.json        splits with their shards, classes, statistics, digests
+    train-00000.tar      <key>.json, <key>.<jpg|png|webp>, <key>.txt per sample
+    train-00000.parquet  one row per sample: where its image lies in the tar, its size, caption and labels
+    unreadable.csv       what was left out and why, when there was anything
 
-Any WebDataset reader streams the tars. `ShardDataset` reads samples in any order through the table.
+Any WebDataset reader streams the tars. The tars may lie elsewhere (`Manifest.location`); tables stay beside the manifest.
 """
 
+import hashlib
 import io
+import re
 import tarfile
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vtp.artefact import ArtefactError, read_json, whole_file, write_json
 from vtp.config import Config, ConfigError
-from vtp.draws import numpy_draws
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from PIL.Image import Image
 
-FORMAT_VERSION = 1
-MAX_PIXELS = 25_000_000  # larger pictures are refused before they are decoded
-COLUMNS = ("key", "offset", "size", "caption", "label", "category", "kind")
-
-
-class DataError(ValueError):
-    """A sample cannot be read; the message names its shard and key."""
+FORMAT_VERSION = 2
+COLUMNS = ("key", "offset", "size", "width", "height", "caption", "label", "category", "kind")
+NO_LABEL = -1  # a sample of no class, or of no category
+KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # a file name without a dot: WebDataset splits names at the first one
 
 
 class Shard(Config):
@@ -44,18 +39,32 @@ class Shard(Config):
     sha256: str
 
 
+class Split(Config):
+    """What a split holds; everything is derived from its shards."""
+
+    shards: list[Shard]
+    samples: int
+    bytes: int
+    digest: str  # SHA-256 of the lines `<sha256 of a shard> <name>`
+    class_counts: list[int]  # samples per class
+    mean_caption_length: float  # characters, of the captions that are there
+    share_without_caption: float
+
+
 class Manifest(Config):
     """What a folder of shards holds."""
 
     format_version: int
     source: str
-    image_size: int
-    classes: list[str]
-    categories: list[str]
+    image_size: int | None  # side when all pictures are squares of one size; None: pictures have their own sizes
+    classes: list[str]  # names for people and for zero-shot classification; a label is a position here
+    class_ids: list[str]  # what the source calls them, such as synsets
+    templates: list[str]  # prompts for zero-shot classification; {} stands for the class
+    categories: list[str]  # a coarser second label, or empty
     category_of_class: list[int]
-    splits: dict[str, list[Shard]]
-    class_counts: dict[str, list[int]]
+    location: str | None  # URL of the folder of the tars, for fsspec; None: beside the manifest
     attribution: str
+    splits: dict[str, Split]
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -79,101 +88,90 @@ class Record(NamedTuple):
     """One sample as it is written."""
 
     key: str
-    png: bytes
-    caption: str
-    label: int  # -1: none
-    category: int  # -1: none
-    kind: str
+    image: bytes
+    extension: str  # by the true format of `image`: jpg, png, webp
+    width: int  # of the upright picture, pixels
+    height: int
+    caption: str  # empty: none
+    label: int  # NO_LABEL: none
+    category: int  # NO_LABEL: none
+    kind: str  # single, scene, image
 
 
-def write_shard(path: Path, records: Iterable[Record]) -> None:
-    """One tar and its table, equal bytes for equal records: fixed order, owner, mode and time."""
+class Summary(Config):
+    """What a manifest needs to know of a finished shard."""
+
+    shard: Shard
+    class_counts: list[int]
+    caption_characters: int
+    without_caption: int
+    side: int | None  # of every picture, when all are squares of one size
+
+
+def write_shard(path: Path, records: Iterable[Record], *, classes: int) -> Summary:
+    """One tar and its table, equal bytes for equal records: fixed order, owner, mode and time.
+
+    Raises ValueError for a key that is no file name without dots or that comes twice.
+    """
     import json
 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rows: list[tuple] = []
-    with whole_file(path) as temporary:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    seen: set[str] = set()
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        target = _Hashed(file)
+        with tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
             for record in records:
-                labels = {"key": record.key, "label": record.label, "category": record.category, "kind": record.kind}
+                _check_key(path, record.key, seen)
+                labels = record._asdict()
+                image, extension, caption = (labels.pop(name) for name in ("image", "extension", "caption"))
                 _add(tar, f"{record.key}.json", json.dumps(labels).encode())
-                offset = _add(tar, f"{record.key}.png", record.png)
-                _add(tar, f"{record.key}.txt", record.caption.encode())
-                rows.append((record.key, offset, len(record.png), record.caption, *list(labels.values())[1:]))
-        table = pa.table(dict(zip(COLUMNS, zip(*rows, strict=True), strict=True)))
-        # The table first: a tar that is there is complete.
-        with whole_file(path.with_suffix(".parquet")) as beside:
-            pq.write_table(table, beside)
+                offset = _add(tar, f"{record.key}.{extension}", image)
+                _add(tar, f"{record.key}.txt", caption.encode())
+                rows.append((record.key, offset, len(image), record.width, record.height, caption, *record[6:]))
+        file.flush()
+        size, sha256 = file.tell(), target.state.hexdigest()
+    columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
+    table = pa.table(list(map(list, columns)), schema=_schema())
+    with whole_file(path.with_suffix(".parquet")) as beside:
+        pq.write_table(table, beside)
+    shard = Shard(name=path.name, samples=len(rows), bytes=size, sha256=sha256)
+    return _summary(shard, table, classes)
 
 
-class ShardDataset:
-    """Random access to the samples of a split. Opening it checks that every shard is whole."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        import pyarrow as pa
-
-        self.folder = folder
-        self.manifest = Manifest.load(folder)
-        if split not in self.manifest.splits:
-            raise ArtefactError(f"{folder}: no split {split!r}; it has {', '.join(self.manifest.splits)}")
-        shards = self.manifest.splits[split]
-        self._paths = [folder / shard.name for shard in shards]
-        tables = [_open_shard(folder, shard) for shard in shards]
-        self._shard = np.repeat(np.arange(len(shards)), [len(table) for table in tables])
-        table = pa.concat_tables(tables)
-        self.keys: list[str] = table["key"].to_pylist()
-        self.captions: list[str] = table["caption"].to_pylist()
-        self.labels = table["label"].to_numpy()
-        self.categories = table["category"].to_numpy()
-        self._offsets, self._sizes = table["offset"].to_numpy(), table["size"].to_numpy()
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def singles(self) -> np.ndarray:
-        """Indices of the samples that have a class."""
-        return np.flatnonzero(self.labels >= 0)
-
-    def image(self, index: int) -> "Image":
-        """The picture, RGB. Raises DataError naming shard and key when it cannot be decoded."""
-        from PIL import Image
-
-        path = self._paths[self._shard[index]]
-        with path.open("rb") as file:
-            file.seek(self._offsets[index])
-            content = file.read(self._sizes[index])
-        try:
-            picture = Image.open(io.BytesIO(content))
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(f"{path}, {self.keys[index]}: {picture.size} pixels, more than {MAX_PIXELS}")
-            return picture.convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"{path}, {self.keys[index]}: not a readable image ({error})") from None
-
-    def images(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """Pictures [n, 3, H, W] uint8; they must all be of one size."""
-        pixels = [np.asarray(self.image(int(index))) for index in indices]
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+def describe_split(summaries: Sequence[Summary]) -> Split:
+    """The statistics of all shards of a split together."""
+    shards = [summary.shard for summary in summaries]
+    samples = sum(shard.samples for shard in shards)
+    without = sum(summary.without_caption for summary in summaries)
+    characters = sum(summary.caption_characters for summary in summaries)
+    lines = "".join(f"{shard.sha256} {shard.name}\n" for shard in shards)
+    return Split(
+        shards=shards,
+        samples=samples,
+        bytes=sum(shard.bytes for shard in shards),
+        digest=hashlib.sha256(lines.encode()).hexdigest(),
+        class_counts=[sum(counts) for counts in zip(*(s.class_counts for s in summaries), strict=True)],
+        mean_caption_length=characters / max(1, samples - without),
+        share_without_caption=without / max(1, samples),
+    )
 
 
-def sample_indices(start: int, count: int, size: int, seed: int) -> np.ndarray:
-    """Samples `start` to `start + count` of an endless stream: epochs of `size`, each in its own order."""
-    positions = np.arange(start, start + count)
-    epochs = positions // size
-    indices = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        indices[chosen] = epoch_order(size, seed, int(epoch))[positions[chosen] % size]
-    return indices
+class _Hashed:
+    """A file that is written once, from start to end, and hashed on the way."""
 
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.state = hashlib.sha256()
 
-@lru_cache(maxsize=2)
-def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch, a permutation of range(size). Kept: a step asks for it again and may touch two epochs."""
-    return numpy_draws(seed, "epoch", epoch).permutation(size)
+    def write(self, content: bytes) -> int:
+        self.state.update(content)
+        return self._file.write(content)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
@@ -186,20 +184,30 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
     return offset
 
 
-def _open_shard(folder: Path, shard: Shard) -> "pa.Table":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _check_key(path: Path, key: str, seen: set[str]) -> None:
+    if not KEY.fullmatch(key):
+        raise ValueError(f"{path.name}: key {key!r} is no file name without dots of 1 to 90 letters, digits, _ and -")
+    if key in seen:
+        raise ValueError(f"{path.name}: key {key!r} comes twice")
+    seen.add(key)
 
-    path = folder / shard.name
-    remedy = "fetch the folder again (dvc checkout), or write the shards again with prepare_data"
-    if not path.exists():
-        raise ArtefactError(f"{path}: this shard is in manifest.json and not in the folder; {remedy}")
-    if path.stat().st_size != shard.bytes:
-        raise ArtefactError(f"{path}: {path.stat().st_size} bytes, manifest.json says {shard.bytes}; {remedy}")
-    try:
-        table = pq.read_table(path.with_suffix(".parquet"), columns=list(COLUMNS))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ArtefactError(f"{path.with_suffix('.parquet')}: {error}; {remedy}") from None
-    if len(table) != shard.samples:
-        raise ArtefactError(f"{path}: its table has {len(table)} rows, manifest.json says {shard.samples}; {remedy}")
-    return table
+
+def _schema() -> "pa.Schema":
+    import pyarrow as pa
+
+    types = {name: pa.int64() for name in ("offset", "size", "label", "category")}
+    types |= {name: pa.int32() for name in ("width", "height")}
+    return pa.schema([pa.field(name, types.get(name, pa.string()), nullable=False) for name in COLUMNS])
+
+
+def _summary(shard: Shard, table: "pa.Table", classes: int) -> Summary:
+    labels = table["label"].to_numpy()
+    captions = table["caption"].to_pylist()
+    sides = set(table["width"].to_pylist()) | set(table["height"].to_pylist())
+    return Summary(
+        shard=shard,
+        class_counts=np.bincount(labels[labels != NO_LABEL], minlength=classes).tolist(),
+        caption_characters=sum(map(len, captions)),
+        without_caption=sum(not caption for caption in captions),
+        side=sides.pop() if len(sides) == 1 else None,
+    )
