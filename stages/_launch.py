@@ -30,7 +30,7 @@ class Job(NamedTuple):
 
     stage: str
     config: dict[str, Any]
-    inputs: dict[str, str]
+    inputs: dict[str, str | list[str]]
     outputs: dict[str, str]
     folder: str
     root: str

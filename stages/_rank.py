@@ -34,7 +34,8 @@ def main() -> None:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, request_stop)
-        paths = {name: Path(value) for name, value in (job.inputs | job.outputs).items()}
+        given = job.inputs | job.outputs
+        paths = {name: [*map(Path, v)] if isinstance(v, list) else Path(v) for name, v in given.items()}
         with process_group(work.device, timeout=work.timeout):
             try:
                 run(config, **paths, work=work)

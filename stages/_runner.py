@@ -32,6 +32,7 @@ from vtp.config import Config, ConfigError, load
 
 Input = Annotated[Path, "input"]
 Output = Annotated[Path, "output"]
+Inputs = Annotated[list[Path], "input", "several"]  # one flag, one path or more
 OptionalInput = Annotated[Path | None, "input", "optional"]
 
 FORMAT_VERSION = 1
@@ -113,7 +114,7 @@ class _Body(NamedTuple):
 
     run: Callable[..., None]
     config: Config
-    inputs: dict[str, Path]
+    inputs: "dict[str, Path | list[Path]]"
     outputs: dict[str, Path]
 
     @property
@@ -160,7 +161,8 @@ def _run_here(body: _Body, work: Work) -> None:
 
 def _run_ranks(body: _Body, work: Work, scratch: Scratch) -> str | None:
     """What went wrong, if anything. Raises Interrupted when the ranks stopped because they were asked to."""
-    inputs, outputs = ({name: str(path) for name, path in paths.items()} for paths in (body.inputs, body.outputs))
+    inputs = {n: [str(p) for p in path] if isinstance(path, list) else str(path) for n, path in body.inputs.items()}
+    outputs = {name: str(path) for name, path in body.outputs.items()}
     stage, config = Path(inspect.getfile(body.run)).stem, body.config.model_dump(mode="json")
     job = Job(stage, config, inputs, outputs, str(work.folder), str(_project_root()))
     problem = run_ranks(job, scratch.root, work.runtime, lock=scratch.lock_descriptor)
@@ -171,15 +173,18 @@ def _run_ranks(body: _Body, work: Work, scratch: Scratch) -> str | None:
 
 def _parse(
     run: Callable[..., None], stage: str, arguments: list[str]
-) -> tuple[str, dict[str, Path], dict[str, Path], Path]:
+) -> tuple[str, dict[str, Path | list[Path]], dict[str, Path], Path]:
     module = inspect.getmodule(run)
     parser = argparse.ArgumentParser(f"python -m stages.{stage}", description=(module and module.__doc__) or "")
     parser.add_argument("address", metavar="FILE:SECTION", help="parameters, such as params.yaml:pretrain")
     names = {kind: path_flags(run, kind) for kind in ("input", "output")}
-    optional = path_flags(run, "optional")
+    optional, several = path_flags(run, "optional"), path_flags(run, "several")
     for kind, flags in names.items():
         for name in flags:
-            parser.add_argument(_flag(name), type=Path, required=name not in optional, metavar="PATH", help=kind)
+            many = {"nargs": "+"} if name in several else {}
+            parser.add_argument(
+                _flag(name), type=Path, required=name not in optional, metavar="PATH", help=kind, **many
+            )
     parser.add_argument("--provenance", type=Path, required=True, metavar="PATH", help="what the outputs were made of")
     values = vars(parser.parse_args(arguments))
     inputs, outputs = (
@@ -192,7 +197,9 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _input_digest(name: str, path: Path) -> str:
+def _input_digest(name: str, path: Path | list[Path]) -> str | list[str]:
+    if isinstance(path, list):
+        return [str(_input_digest(name, each)) for each in path]
     if not path.exists():
         raise StageError(f"{_flag(name)} {path}: no such file or folder; run the stage that makes it, or dvc checkout")
     return digest(path)

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from vtp.artefact import write_json
 from vtp.config import Config, ConfigError
+from vtp.data.remote import ShardCache
 from vtp.distributed import ranks
 
 PREFIX = "VTP_"
@@ -43,6 +44,8 @@ class Runtime(Config):
     checkpoints_kept: int = Field(2, ge=1, description="checkpoints of a run on disk")
     timeout_seconds: float = Field(1800, gt=0, description="wait for a rank or a batch at most so long")
     peak_flops: float | None = Field(None, gt=0, description="of a device per second, for utilisation")
+    cache: str | None = Field(None, description="folder for shards that are fetched from elsewhere; in .scratch/")
+    cache_gigabytes: float = Field(100, gt=0, description="largest size of that folder")
     weights: str | None = Field(None, description="folder of external weights; weights/")
 
     @classmethod
@@ -93,6 +96,7 @@ class Work:
         self.folder = folder
         self.runtime = runtime
         self.weights = Path(runtime.weights) if runtime.weights else root / "weights"
+        self._cache = Path(runtime.cache) if runtime.cache else root / ".scratch" / "shards"
         self.facts: dict[str, int | float | str] = {}
         self.asked_to_stop = False  # by a signal to this process
 
@@ -112,6 +116,11 @@ class Work:
         if self.runtime.workers is not None:
             return self.runtime.workers
         return min(16, max(1, self.processes // (2 * self.runtime.local_ranks)))
+
+    @property
+    def cache(self) -> ShardCache:
+        """Where shards from elsewhere are kept while they are read."""
+        return ShardCache(self._cache, capacity=self.runtime.cache_gigabytes * 1e9)
 
     @property
     def checkpoint_seconds(self) -> float:

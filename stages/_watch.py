@@ -12,7 +12,7 @@ from torch import Tensor
 from stages._pictures import grid
 from vtp.artefact import load_tensors, save_tensors, write_json
 from vtp.config import Config
-from vtp.data.shards import ShardDataset
+from vtp.data.stream import ShardDataset
 from vtp.distributed import ranks
 from vtp.evaluation.linear_probe import knn_accuracy
 from vtp.layers.images import normalise, to_uint8
@@ -45,20 +45,26 @@ class Looks:
     """Pictures and probe at even intervals."""
 
     def __init__(
-        self, objective: PretrainObjective, shards: Path, config: WatchConfig, *, folder: Path, device: str
+        self,
+        objective: PretrainObjective,
+        train: ShardDataset,
+        validation: ShardDataset,
+        config: WatchConfig,
+        *,
+        folder: Path,
+        device: str,
     ) -> None:
         self._objective = objective
         self._config = config
         self._folder = folder
         self._device = device
-        validation = ShardDataset(shards, "validation")
-        self._images = validation.images(range(min(config.pictures, len(validation))))
+        side = objective.tokenizer.config.image_size
+        self._images = validation.images(range(min(config.pictures, len(validation))), side)
         self._probe = None
         if config.probe is not None:
-            train = ShardDataset(shards, "train")
             self._probe = (
-                _Labelled(train, train.singles[: config.probe.train_samples]),
-                _Labelled(validation, validation.singles[: config.probe.test_samples]),
+                _Labelled(train, train.singles[: config.probe.train_samples], side),
+                _Labelled(validation, validation.singles[: config.probe.test_samples], side),
             )
 
     def due(self, moment: Moment) -> bool:
@@ -105,15 +111,18 @@ class Looks:
 class _Labelled:
     """Images with their classes."""
 
-    def __init__(self, shards: ShardDataset, rows: np.ndarray) -> None:
+    def __init__(self, shards: ShardDataset, rows: np.ndarray, side: int) -> None:
+        if not len(rows):
+            raise ValueError(f"{shards.folder}: no sample has a class; set pretrain.watch.probe to null")
         self._shards = shards
         self._rows = rows
+        self._side = side
         self.labels = torch.from_numpy(shards.labels[rows])
 
     def features(self, trunk: VisionTransformer, device: str) -> Tensor:
         parts = []
         for rows in np.split(self._rows, range(BATCH, len(self._rows), BATCH)):
-            parts.append(trunk(normalise(self._shards.images(rows).to(device))).cls.float().cpu())
+            parts.append(trunk(normalise(self._shards.images(rows, self._side).to(device))).cls.float().cpu())
         return torch.cat(parts)
 
 

@@ -10,7 +10,7 @@ from stages._runner import Input, Output, Work, main
 from vtp.artefact import digest
 from vtp.config import Config
 from vtp.data.latents import LatentWriter
-from vtp.data.shards import ShardDataset
+from vtp.data.stream import ShardDataset
 from vtp.layers.images import normalise
 from vtp.models.tokenizer import VisualTokenizer
 
@@ -25,7 +25,7 @@ class CacheLatents(Config):
 
 @torch.inference_mode()
 def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Output, work: Work) -> None:
-    images = ShardDataset(shards, "train")
+    images = ShardDataset(shards, "train", cache=work.cache)
     model = VisualTokenizer.from_pretrained(tokenizer).to(work.device)
     singles = images.singles  # scenes have no class
     writer = LatentWriter(work.folder / "latents", shard_size=config.shard_size)
@@ -34,7 +34,7 @@ def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Outpu
             parts = []
             for first in range(rows.start, rows.stop, config.batch_size):
                 chosen = singles[first : min(first + config.batch_size, rows.stop)]
-                parts.append(model.encode(normalise(images.images(chosen).to(work.device))).cpu())
+                parts.append(model.encode(normalise(images.images(chosen, model.config.image_size).to(work.device))).cpu())
                 bar.update(len(chosen))
             labels = torch.from_numpy(images.labels[singles[np.array(rows)]])
             writer.write(path, torch.cat(parts).to(getattr(torch, config.dtype)), labels)

@@ -13,7 +13,7 @@ from stages._pictures import grid
 from stages._runner import Input, OptionalInput, Output, Work, main
 from vtp.artefact import load_tensors, read_json, write_json
 from vtp.config import Config
-from vtp.data.shards import ShardDataset
+from vtp.data.stream import ShardDataset
 from vtp.evaluation.features import (
     FeatureExtractor,
     FeaturesConfig,
@@ -53,14 +53,15 @@ def run(
     pictures: Output,
     work: Work,
 ) -> None:
-    images = ShardDataset(shards, "train")
+    images = ShardDataset(shards, "train", cache=work.cache)
     extractor = build_features(config.features, weights=work.weights, device=work.device)
     model = load_tokenizer(tokenizer, decoder).to(work.device)
+    side = model.config.image_size
     rows = images.singles[: config.reference_samples]  # class-conditional samples are single pictures
     description = read_json(samples / "config.json")
     pictures.mkdir()
     with work.progress(total=len(rows) + 3 * description["samples"], description="features", unit="image") as bar:
-        batches = (images.images(part) for part in torch.from_numpy(rows).split(config.batch_size))
+        batches = (images.images(part, side) for part in torch.from_numpy(rows).split(config.batch_size))
         real = extractor.all(batches, bar.update)
         reference = GaussianStatistics.of(real)
         table: dict[str, dict[str, float]] = {}

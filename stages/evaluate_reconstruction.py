@@ -7,7 +7,7 @@ from stages._pictures import grid
 from stages._runner import Input, OptionalInput, Output, Work, main
 from vtp.artefact import write_json
 from vtp.config import Config
-from vtp.data.shards import ShardDataset
+from vtp.data.stream import ShardDataset
 from vtp.evaluation.features import FeaturesConfig, build_features, count_name
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.evaluation.reconstruction import ReconstructionMeans
@@ -36,7 +36,7 @@ def run(
     picture: Output,
     work: Work,
 ) -> None:
-    images = ShardDataset(shards, "validation")
+    images = ShardDataset(shards, "validation", cache=work.cache)
     extractor = build_features(config.features, weights=work.weights, device=work.device)
     perceptual = build_perceptual(config.perceptual, weights=work.weights).to(work.device)
     models = {"pretrained": load_tokenizer(tokenizer).to(work.device)}
@@ -48,7 +48,7 @@ def run(
     rows: list[torch.Tensor] = []
     with work.progress(total=len(images), description="reconstructing", unit="image") as bar:
         for indices in torch.arange(len(images)).split(config.batch_size):
-            originals = images.images(indices.numpy()).to(work.device)
+            originals = images.images(indices.numpy(), models["pretrained"].config.image_size).to(work.device)
             reference.update(extractor(originals))
             latents = models["pretrained"].encode(normalise(originals))
             first = not rows

@@ -10,7 +10,7 @@ from torch import Tensor
 from stages._runner import Input, Output, Work, main
 from vtp.artefact import write_json
 from vtp.config import Config
-from vtp.data.shards import ShardDataset
+from vtp.data.stream import ShardDataset
 from vtp.evaluation.linear_probe import LinearProbeConfig, knn_accuracy, linear_probe
 from vtp.evaluation.zero_shot import build_classifier, top_k_accuracy
 from vtp.layers.images import normalise
@@ -29,7 +29,7 @@ class EvaluateUnderstanding(Config):
 
 def run(config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metrics: Output, work: Work) -> None:
     model = VisualTokenizer.from_pretrained(tokenizer).to(work.device)
-    train, validation = ShardDataset(shards, "train"), ShardDataset(shards, "validation")
+    train, validation = (ShardDataset(shards, split, cache=work.cache) for split in ("train", "validation"))
     rows = {"train": train.singles[: config.train_samples], "validation": validation.singles}
     with work.progress(total=sum(map(len, rows.values())), description="features", unit="image") as bar:
         of_train = _features(model, train, rows["train"], config.batch_size, bar.update)
@@ -66,7 +66,7 @@ def _features(
     """On the CPU: `last` [N, 2D], class token and mean patch; `bottleneck` [N, d], mean latent; `clip` [N, E]."""
     parts: dict[str, list[Tensor]] = {"last": [], "bottleneck": [], "clip": []}
     for indices in np.split(rows, range(batch_size, len(rows), batch_size)):
-        features = model.features(normalise(images.images(indices).to(next(model.parameters()).device)))
+        features = model.features(normalise(images.images(indices, model.config.image_size).to(next(model.parameters()).device)))
         mean = features.patches.mean(1)
         parts["last"].append(torch.cat([features.cls, mean], dim=1).cpu())
         parts["bottleneck"].append(model.trunk.feature_bottleneck(mean).cpu())

@@ -7,12 +7,12 @@ import torch
 from pydantic import Field, model_validator
 
 from stages._plan import print_plan
-from stages._runner import Input, OptionalInput, Output, Work, main
+from stages._runner import Inputs, OptionalInput, Output, Work, main
 from stages._watch import Looks, Milestones, WatchConfig
 from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.batches import ActiveBatch, PretrainBatches, PretrainDataConfig, Share, count_micros
-from vtp.data.shards import ShardDataset
+from vtp.data.stream import ShardDataset, Stream
 from vtp.distributed import ranks, shard
 from vtp.draws import address
 from vtp.layers.block import Block
@@ -79,7 +79,7 @@ class Pretrain(Config):
 def run(  # noqa: PLR0913 - inputs and outputs of the stage
     config: Pretrain,
     *,
-    shards: Input,
+    shards: Inputs,
     start: OptionalInput = None,
     tokenizer: Output,
     state: Output,
@@ -98,7 +98,8 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     cost = pretrain_cost(config.architecture, config.data, config.objective, config.active)
     length = plan(config.training.length, samples=config.active.pool, flops=cost.flops)
     work.record(**length._asdict())
-    looks = Looks(objective, shards, config.watch, folder=work.folder / "looks", device=work.device)
+    train, validation = (ShardDataset(shards[0], split, cache=work.cache) for split in ("train", "validation"))
+    looks = Looks(objective, train, validation, config.watch, folder=work.folder / "looks", device=work.device)
     exports = Milestones(
         objective,
         config.watch.milestones,
@@ -106,7 +107,9 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
         folder=work.folder / "milestones",
         weights=config.export,
     )
-    batches = build_batches(config, ShardDataset(shards, "train"), share)
+    sources = [train, *(ShardDataset(folder, "train", cache=work.cache) for folder in shards[1:])]
+    stream = Stream(sources, config.data.stream, seed=config.seed)
+    batches = build_batches(config, stream, share, colour_later=work.device != "cpu")
     plan_of_run = Run(length.steps, config.training, {"model": config.optim}, cost, share.micros)
     moments = fit(objective, batches, plan_of_run, host=work, watchers=[looks, exports], moments=moments)
     save_training_state(objective, moments, state)
@@ -127,18 +130,18 @@ def build_objective(config: Pretrain, work: Work) -> PretrainObjective:
     return PretrainObjective(model, config.objective, config.rates, perceptual=perceptual, seed=config.seed)
 
 
-def build_batches(config: Pretrain, shards: ShardDataset, share: Share) -> PretrainBatches:
+def build_batches(config: Pretrain, stream: Stream, share: Share, *, colour_later: bool = False) -> PretrainBatches:
     """A rank's micro-batches."""
     text = config.architecture.text
     return PretrainBatches(
-        shards,
+        stream,
         config.data,
         active=config.active,
         image_size=config.tokenizer.image_size,
         patch_size=config.tokenizer.vision.patch_size,
         tokenize=CaptionTokenizer(text) if text else None,
-        seed=config.seed,
         share=share,
+        colour_later=colour_later,
     )
 
 

@@ -7,7 +7,7 @@ from stages._runner import Input, Output, Work, main
 from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.batches import ImageBatches
-from vtp.data.shards import ShardDataset
+from vtp.data.stream import ShardDataset
 from vtp.draws import address
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.discriminator import DiscriminatorConfig, PatchDiscriminator
@@ -39,8 +39,9 @@ def run(
     curves: Output,
     work: Work,
 ) -> None:
-    batches = ImageBatches(ShardDataset(shards, "train"), batch_size=config.batch_size, seed=config.seed)
     model = VisualTokenizer.from_pretrained(tokenizer).to(work.device)
+    images = ShardDataset(shards, "train", cache=work.cache)
+    batches = ImageBatches(images, size=model.config.image_size, batch_size=config.batch_size, seed=config.seed)
     torch.manual_seed(address(config.seed, "weights"))
     critic = PatchDiscriminator(config.discriminator)
     perceptual = build_perceptual(config.objective.perceptual, weights=work.weights).to(work.device)

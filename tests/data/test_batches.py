@@ -6,7 +6,7 @@ from tiny import merged, tiny_params, write_shards
 
 from stages.pretrain import Pretrain, build_batches
 from vtp.data.batches import PretrainBatch, Share, count_micros
-from vtp.data.shards import ShardDataset
+from vtp.data.stream import ShardDataset, Stream, StreamConfig
 
 BATCH = {"clip": 16, "ssl": 8, "reconstruction": 4}
 
@@ -15,7 +15,8 @@ BATCH = {"clip": 16, "ssl": 8, "reconstruction": 4}
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shards"
     write_shards(folder)
-    return ShardDataset(folder, "train")
+    config = StreamConfig(window=None, mixture=None, decode="full", max_replaced=0.0)
+    return Stream([ShardDataset(folder, "train")], config, seed=0)
 
 
 def config_of(changes=None):
@@ -94,8 +95,10 @@ def test_absent_objectives_have_no_data(shards, weights):
 def test_an_image_is_decoded_once(shards, monkeypatch):
     batches = build_batches(config_of(), shards, Share(0, 1, 1))
     seen = []
-    plain = ShardDataset.image
-    monkeypatch.setattr(ShardDataset, "image", lambda self, index: seen.append(index) or plain(self, index))
+    plain = Stream.read
+    monkeypatch.setattr(
+        Stream, "read", lambda self, number, *a, **k: seen.append(number) or plain(self, number, *a, **k)
+    )
     batches[0]
     assert len(seen) == len(set(seen)) == 16
 
@@ -107,3 +110,15 @@ def test_micro_batches():
     assert count_micros(7, 1, 4) == 7
     with pytest.raises(ValueError, match=r"batch\.reconstruction 16 is not a multiple of the 3 ranks"):
         count_micros(16, 3, 8)
+
+
+def test_colours_may_wait_for_the_device(shards):
+    """The batch is the same whether a worker or `finish` changes them."""
+    config = config_of()
+    now = build_batches(config, shards, Share(0, 1, 1))
+    later = build_batches(config, shards, Share(0, 1, 1), colour_later=True)
+    raw, done = later[2], later.finish(later[2])
+    assert raw.colours.shape == (8, 4, 10)
+    assert not torch.equal(raw.global_views, done.global_views)
+    for ours, theirs in zip(done, now.finish(now[2]), strict=True):
+        assert torch.equal(ours, theirs)

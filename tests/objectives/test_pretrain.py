@@ -62,6 +62,8 @@ def batch_of(config: Pretrain, step: int = 0, share: Share = ALONE, micro: int =
         masked=masks.flatten().nonzero()[:, 0],
         mask_weights=weights[masks],
         rec_images=part(1, 3, 16, 16),
+        colours=torch.empty(0, 4, 10),
+        replaced=torch.zeros(len(blocks) * (clip // rec), dtype=torch.bool),
     )
 
 

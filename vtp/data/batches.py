@@ -5,6 +5,7 @@ order; a resumed run asks for the same items again.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
@@ -14,17 +15,28 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vtp.config import Config
+from vtp.data.decode import finish
 from vtp.data.latents import LatentDataset
 from vtp.data.masking import MaskConfig, draw_masks
-from vtp.data.shards import ShardDataset, sample_indices
+from vtp.data.order import sample_indices
+from vtp.data.stream import Drawn, ShardDataset, Stream, StreamConfig
 from vtp.data.views import (
+    CentreCropView,
     ClipViewConfig,
+    Crop,
+    RandomCropView,
     ReconstructionViewConfig,
     SharedView,
+    SslViews,
     SslViewsConfig,
     clip_batch,
+    clip_crop,
+    least_size,
     reconstruction_batch,
-    ssl_batch,
+    reconstruction_crop,
+    recolour,
+    ssl_crops,
+    ssl_views,
 )
 from vtp.draws import numpy_draws
 
@@ -43,6 +55,8 @@ class PretrainBatch(NamedTuple):
     masked: Tensor  # [M], the true entries of masks, counted through
     mask_weights: Tensor  # [M], one over the number of true entries of the same crop
     rec_images: Tensor  # [B_rec, 3, R, R]
+    colours: Tensor  # [B_ssl, 2 + views, 10], draws of colour changes that wait for the device; no rows: none
+    replaced: Tensor  # [B], true for a sample that stands in the place of one that cannot be used
 
 
 class ImageBatch(NamedTuple):
@@ -86,6 +100,7 @@ Subsets = Literal["independent", "nested", "disjoint", "contiguous"]
 class PretrainDataConfig(Config):
     """Views of the three objectives."""
 
+    stream: StreamConfig
     batch: BatchSizes
     subsets: Subsets = Field(
         description="images of self-supervision and reconstruction within a block: drawn independently, one from "
@@ -144,28 +159,36 @@ class PretrainBatches(Dataset[PretrainBatch]):
     The global batch of a step is a stretch of the endless stream of samples. It is cut into B_rec blocks of consecutive
     positions; each block draws its own images for self-supervision and reconstruction, and its masks, from its address.
     So what is drawn depends neither on ranks nor on micro-batches, and every block has the same shapes.
+
+    With `colour_later`, colours change in `finish`, on the device of the batch, and not in the worker.
     """
 
     def __init__(
         self,
-        shards: ShardDataset,
+        stream: Stream,
         config: PretrainDataConfig,
         *,
         active: ActiveBatch,
         image_size: int,
         patch_size: int,
         tokenize: Callable[[Sequence[str]], Tensor] | None,
-        seed: int,
         share: Share,
+        colour_later: bool = False,
     ) -> None:
-        self.shards = shards
+        if len(stream) < active.pool:
+            raise ValueError(
+                f"the training shards hold {len(stream)} samples and a batch takes {active.pool}; use more data or a "
+                "smaller data.batch"
+            )
+        self.stream = stream
         self.config = config
         self.active = active
         self.image_size = image_size
         self.patch_size = patch_size
         self.tokenize = tokenize
-        self.seed = seed
+        self.seed = stream.seed
         self.share = share
+        self.colour_later = colour_later
 
     def __getitem__(self, index: int) -> PretrainBatch:
         step, blocks = self.share.of(self.active.reconstruction, index)
@@ -176,16 +199,16 @@ class PretrainBatches(Dataset[PretrainBatch]):
         for_rec = np.concatenate([block * size + subset.reconstruction for block, subset in enumerate(drawn)])
         for_clip = np.arange(len(blocks) * size if self.active.clip else 0)
         first = step * self.active.pool + blocks.start * size
-        indices = sample_indices(first, len(blocks) * size, len(self.shards), self.seed)
-        needed = np.unique(np.concatenate([for_clip, for_ssl, for_rec]))
-        images = {place: self.shards.image(int(indices[place])) for place in needed.tolist()}  # decoded once
+        samples = self._read(first, len(blocks) * size, _Places(for_clip, for_ssl, for_rec))
+        config, seed = self.config, self.seed
 
         def of(places: np.ndarray) -> "list[Image]":
-            return [images[place] for place in places.tolist()]
+            return [samples[place].image for place in places.tolist()]
 
-        config, seed = self.config, self.seed
         clip_images = clip_batch(of(for_clip), config.clip_view, seed, first + for_clip)
-        global_views, local_views = ssl_batch(of(for_ssl), config.ssl_views, seed, first + for_ssl)
+        views = ssl_views(of(for_ssl), config.ssl_views, seed, first + for_ssl)
+        if not self.colour_later:
+            views = recolour(views, config.ssl_views)
         if isinstance(config.reconstruction_view, SharedView):
             rec_images = (
                 clip_images[torch.from_numpy(for_rec)]
@@ -196,20 +219,59 @@ class PretrainBatches(Dataset[PretrainBatch]):
             rec_images = reconstruction_batch(
                 of(for_rec), config.reconstruction_view, self.image_size, seed, first + for_rec
             )
-        captions = [self.shards.captions[index] for index in indices[for_clip].tolist()]
+        captions = [samples[place].caption for place in for_clip.tolist()]
         tokens = self.tokenize(captions) if self.tokenize and captions else torch.empty(0, 0, dtype=torch.int64)
         masks = self._masks(step, blocks)
         weights = (1 / masks.sum(2, keepdim=True).clamp_min(1)).expand_as(masks)
         return PretrainBatch(
             clip_images,
             tokens,
-            global_views,
-            local_views,
+            views.whole,
+            views.local,
             masks=masks,
             masked=masks.flatten().nonzero()[:, 0],
             mask_weights=weights[masks],
             rec_images=rec_images,
+            colours=views.draws,
+            replaced=torch.tensor(
+                [place in samples and samples[place].replaced for place in range(len(blocks) * size)]
+            ),
         )
+
+    def finish(self, batch: PretrainBatch) -> PretrainBatch:
+        """What is left to do where the batch is now."""
+        if not len(batch.colours):
+            return batch
+        views = recolour(SslViews(batch.global_views, batch.local_views, batch.colours), self.config.ssl_views)
+        return batch._replace(global_views=views.whole, local_views=views.local, colours=views.draws)
+
+    def _read(self, first: int, count: int, places: "_Places") -> dict[int, Drawn]:
+        """The samples that any objective sees, by place in the micro-batch; each is decoded once."""
+        numbers = self.stream.numbers(first, count)
+        in_clip, in_ssl, in_rec = (set(part.tolist()) for part in places)
+        config, seed, captioned = self.config, self.seed, bool(self.active.clip)
+
+        def crops(place: int) -> list[Crop] | None:
+            """Every crop of the picture, or None when all of it is needed."""
+            view, found = config.reconstruction_view, []
+            if place in in_rec and isinstance(view, CentreCropView):
+                return None
+            if place in in_rec and isinstance(view, RandomCropView):
+                found.append(reconstruction_crop(view, self.image_size, seed, first + place))
+            if place in in_clip or (place in in_rec and isinstance(view, SharedView)):
+                found.append(clip_crop(config.clip_view, seed, first + place))
+            return found + (ssl_crops(config.ssl_views, seed, first + place)[0] if place in in_ssl else [])
+
+        def decode(picture: "Image", place: int) -> "Image":
+            wanted = crops(place) if config.stream.decode == "reduced" else None
+            return finish(picture, least=least_size(*picture.size, wanted) if wanted else None)
+
+        return {
+            place: self.stream.read(
+                int(numbers[place]), first + place, decode=partial(decode, place=place), captioned=captioned
+            )
+            for place in sorted(in_clip | in_ssl | in_rec)
+        }
 
     def _subsets(self, step: int, block: int, size: int) -> "_Subsets":
         """Who in a block of `size` positions is seen by self-supervision, and who is reconstructed."""
@@ -236,6 +298,14 @@ class PretrainBatches(Dataset[PretrainBatch]):
         return torch.cat(drawn)
 
 
+class _Places(NamedTuple):
+    """Positions within a micro-batch, by objective."""
+
+    clip: np.ndarray
+    ssl: np.ndarray
+    reconstruction: np.ndarray
+
+
 class _Subsets(NamedTuple):
     """Positions within a block."""
 
@@ -246,14 +316,15 @@ class _Subsets(NamedTuple):
 class ImageBatches(Dataset[ImageBatch]):
     """Plain images for decoder tuning."""
 
-    def __init__(self, shards: ShardDataset, *, batch_size: int, seed: int) -> None:
+    def __init__(self, shards: ShardDataset, *, size: int, batch_size: int, seed: int) -> None:
         self.shards = shards
+        self.size = size
         self.batch_size = batch_size
         self.seed = seed
 
     def __getitem__(self, step: int) -> ImageBatch:
         drawn = sample_indices(step * self.batch_size, self.batch_size, len(self.shards), self.seed)
-        return ImageBatch(self.shards.images(drawn))
+        return ImageBatch(self.shards.images(drawn, self.size))
 
 
 class LatentBatches(Dataset[LatentBatch]):

@@ -1,6 +1,7 @@
 """Views of an image for each objective: CLIP crops, DINOv2's multi-crop, all drawn by address.
 
-Crops are cut and resized one by one, colours change for the whole batch at once. What happens to a sample depends on
+Crops are cut and resized one by one, on the CPU. Colours change for the whole batch at once, on a GPU when there is one;
+each sample has its own draws. What happens to a sample depends on
 (seed, position in the stream) and not on its batch. Probabilities are the effective ones: DINOv2's blur probabilities
 were inverted by its code, and its weights were trained so (0, 0.9, 0.5 for first global, second global, local).
 """
@@ -104,9 +105,58 @@ class SslViewsConfig(Config):
     solarize: float = Field(ge=0, le=1, description="probability, second global view only")
 
 
+class Crop(NamedTuple):
+    """A random crop before the image is known."""
+
+    size: int  # side of the result in pixels
+    area: tuple[float, float]  # in shares of the image
+    draws: np.ndarray  # 4 uniform numbers: area, aspect, left, top
+
+    def extent(self, width: int, height: int) -> tuple[float, float]:
+        """Sides in pixels: aspect 3/4 to 4/3, limited to the image."""
+        pixels = width * height * (self.area[0] + (self.area[1] - self.area[0]) * self.draws[0])
+        aspect = math.exp((2 * self.draws[1] - 1) * MAX_LOG_ASPECT)
+        return min(width, math.sqrt(pixels * aspect)), min(height, math.sqrt(pixels / aspect))
+
+    def of(self, image: "Image") -> np.ndarray:
+        """The crop [size, size, 3], resized bicubically."""
+        from PIL.Image import Resampling
+
+        width, height = self.extent(*image.size)
+        left, top = self.draws[2] * (image.width - width), self.draws[3] * (image.height - height)
+        box = (left, top, left + width, top + height)
+        return np.asarray(image.resize((self.size, self.size), Resampling.BICUBIC, box=box))
+
+
+def clip_crop(config: ClipViewConfig, seed: int, position: int) -> Crop:
+    """CLIP's crop of the sample at `position` of the stream."""
+    return Crop(config.size, (config.scale_min, 1.0), numpy_draws(seed, "clip_view", position).random(4))
+
+
+def reconstruction_crop(config: RandomCropView, size: int, seed: int, position: int) -> Crop:
+    """The crop to reconstruct, when it is no view of another objective."""
+    return Crop(size, (config.scale_min, 1.0), numpy_draws(seed, "reconstruction_view", position).random(4))
+
+
+def ssl_crops(config: SslViewsConfig, seed: int, position: int) -> tuple[list[Crop], np.ndarray]:
+    """The crops of self-supervision, global ones first, and the draws of their colours [V, 10]."""
+    uniform = numpy_draws(seed, "ssl_views", position).random((2 + config.local_views, DRAWS))
+    whole, part = (config.global_scale_min, 1.0), (config.local_scale_min, config.local_scale_max)
+    crops = [Crop(config.global_size, whole, uniform[view, :4]) for view in range(2)]
+    crops += [Crop(config.local_size, part, draws[:4]) for draws in uniform[2:]]
+    return crops, uniform[:, 4:]
+
+
+def least_size(width: int, height: int, crops: Sequence[Crop]) -> tuple[int, int]:
+    """The smallest size of the whole image that enlarges no crop beyond what the full size would."""
+    scale = max(crop.size / min(crop.extent(width, height)) for crop in crops)
+    return min(width, math.ceil(scale * width)), min(height, math.ceil(scale * height))
+
+
 def clip_batch(images: Sequence["Image"], config: ClipViewConfig, seed: int, positions: np.ndarray) -> Tensor:
     """Crops [B, 3, S, S] uint8; `positions` are the places of the images in the stream."""
-    return _random_crops(images, config.size, config.scale_min, (seed, "clip_view"), positions)
+    drawn = [clip_crop(config, seed, position) for position in positions.tolist()]
+    return _stack([crop.of(image) for crop, image in zip(drawn, images, strict=True)], config.size)
 
 
 def reconstruction_batch(
@@ -115,53 +165,64 @@ def reconstruction_batch(
     """Crops [B, 3, size, size] uint8 that are no view of another objective."""
     if isinstance(config, CentreCropView):
         return _stack([np.asarray(centre_crop(image, size)) for image in images], size)
-    return _random_crops(images, size, config.scale_min, (seed, "reconstruction_view"), positions)
+    drawn = [reconstruction_crop(config, size, seed, position) for position in positions.tolist()]
+    return _stack([crop.of(image) for crop, image in zip(drawn, images, strict=True)], size)
 
 
-def _random_crops(
-    images: Sequence["Image"], size: int, scale_min: float, purpose: tuple[int, str], positions: np.ndarray
-) -> Tensor:
-    crops = []
-    for image, position in zip(images, positions.tolist(), strict=True):
-        crops.append(_crop(image, size, (scale_min, 1.0), numpy_draws(*purpose, position).random(4)))
-    return _stack(crops, size)
+class SslViews(NamedTuple):
+    """Views of self-supervision, uint8, and what is still to happen to their colours."""
+
+    whole: Tensor  # [B, 2, 3, G, G]
+    local: Tensor  # [B, L, 3, S, S]
+    draws: Tensor  # [B, 2 + L, 10] uniform numbers; no rows when nothing is left to do
 
 
 def ssl_batch(
     images: Sequence["Image"], config: SslViewsConfig, seed: int, positions: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """Global views [B, 2, 3, G, G] and local views [B, L, 3, S, S], uint8."""
-    views = 2 + config.local_views
-    uniform = np.array([numpy_draws(seed, "ssl_views", int(p)).random((views, DRAWS)) for p in positions])
-    uniform = uniform.reshape(len(images), views, DRAWS)
-    global_range, local_range = (config.global_scale_min, 1.0), (config.local_scale_min, config.local_scale_max)
+    whole, local, _ = recolour(ssl_views(images, config, seed, positions), config)
+    return whole, local
+
+
+def ssl_views(images: Sequence["Image"], config: SslViewsConfig, seed: int, positions: np.ndarray) -> SslViews:
+    """The crops alone, before their colours change."""
+    views: list[list[np.ndarray]] = [[] for _ in range(2 + config.local_views)]
+    draws = []
+    for image, position in zip(images, positions.tolist(), strict=True):
+        crops, uniform = ssl_crops(config, seed, position)
+        draws.append(uniform)
+        for view, crop in zip(views, crops, strict=True):
+            view.append(crop.of(image))
+    whole = torch.stack([_stack(view, config.global_size) for view in views[:2]], 1)
+    local = [_stack(view, config.local_size) for view in views[2:]]
+    empty = torch.empty(len(images), 0, 3, config.local_size, config.local_size, dtype=torch.uint8)
+    colours = np.array(draws, dtype=np.float32).reshape(len(images), len(views), DRAWS - 4)
+    return SslViews(whole, torch.stack(local, 1) if local else empty, torch.from_numpy(colours))
+
+
+def recolour(views: SslViews, config: SslViewsConfig) -> SslViews:
+    """Flip and change the colours of every view, on the device that holds them."""
     reach = math.ceil(2 * config.blur_sigma_max)  # of the widest blur, so that no sample depends on its batch
-    batches = []
-    for view in range(views):
-        size, area = (config.global_size, global_range) if view < 2 else (config.local_size, local_range)
-        crops = [_crop(image, size, area, u[view, :4]) for image, u in zip(images, uniform, strict=True)]
-        blur = (config.blur.first, config.blur.second, config.blur.local)[min(view, 2)]
-        colours = _Colours.of(torch.from_numpy(uniform[:, view, 4:]).float(), config, blur, solarize=view == 1)
-        pixels = _recolour(_stack(crops, size).float() / 255, colours, reach)
-        batches.append(pixels.mul(255).round().to(torch.uint8))
-    local = torch.stack(batches[2:], 1) if views > 2 else torch.empty(len(images), 0, 3, 0, 0, dtype=torch.uint8)
-    return torch.stack(batches[:2], 1), local
+    first, second = (
+        _coloured(views.whole[:, view], views.draws[:, view], config, blur, reach, solarize=view == 1)
+        for view, blur in enumerate((config.blur.first, config.blur.second))
+    )
+    local = _coloured(views.local.flatten(0, 1), views.draws[:, 2:].flatten(0, 1), config, config.blur.local, reach)
+    return SslViews(torch.stack([first, second], 1), local.unflatten(0, views.local.shape[:2]), views.draws[:0])
 
 
-def _crop(image: "Image", size: int, area: tuple[float, float], draws: np.ndarray) -> np.ndarray:
-    """A crop of random area and aspect (3/4 to 4/3), sides limited to the image, resized bicubically."""
-    from PIL.Image import Resampling
-
-    pixels = image.width * image.height * (area[0] + (area[1] - area[0]) * draws[0])
-    aspect = math.exp((2 * draws[1] - 1) * MAX_LOG_ASPECT)
-    width, height = min(image.width, math.sqrt(pixels * aspect)), min(image.height, math.sqrt(pixels / aspect))
-    left, top = draws[2] * (image.width - width), draws[3] * (image.height - height)
-    box = (left, top, left + width, top + height)
-    return np.asarray(image.resize((size, size), Resampling.BICUBIC, box=box))
+def _coloured(
+    pixels: Tensor, draws: Tensor, config: SslViewsConfig, blur: float, reach: int, *, solarize: bool = False
+) -> Tensor:
+    """One kind of view, [B, 3, H, W] uint8."""
+    if not len(pixels):
+        return pixels
+    colours = _Colours.of(draws, config, blur, solarize=solarize)
+    return _recolour(pixels.float() / 255, colours, reach).mul(255).round().to(torch.uint8)
 
 
 def _stack(crops: list[np.ndarray], size: int) -> Tensor:
-    """[B, 3, S, S] uint8."""
     pixels = np.stack(crops) if crops else np.empty((0, size, size, 3), dtype=np.uint8)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
@@ -210,7 +271,9 @@ def _recolour(x: Tensor, colours: _Colours, reach: int) -> Tensor:
     jittered = torch.lerp(_grey(jittered).expand_as(x), jittered, colours.saturation).clamp(0, 1)
     x = torch.where(_wide(colours.jitter), shift_hue(jittered, colours.hue), x)
     x = torch.where(_wide(colours.grey), _grey(x).expand_as(x), x)
-    if colours.blur.any():
+    if x.is_cuda:  # no waiting for the device to say which ones
+        x = torch.where(_wide(colours.blur), gaussian_blur(x, colours.sigma, reach), x)
+    elif colours.blur.any():
         x = x.clone()
         x[colours.blur] = gaussian_blur(x[colours.blur], colours.sigma[colours.blur], reach)
     return torch.where(_wide(colours.solarize) & (x >= SOLARIZE_THRESHOLD), 1 - x, x)
@@ -235,7 +298,7 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 def gaussian_blur(x: Tensor, sigma: Tensor, reach: int) -> Tensor:
     """Blur each image [B, C, H, W] with its own sigma [B], `reach` pixels each way, reflecting at the border."""
     reach = min(reach, min(x.shape[2:]) - 1)
-    grid = torch.arange(-reach, reach + 1, dtype=x.dtype)
+    grid = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
     kernel = torch.exp(-0.5 * (grid / sigma[:, None]).square())
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(x.shape[1], 0)[:, None]  # [B * C, 1, taps]
     padded = F.pad(x, [reach] * 4, mode="reflect").flatten(0, 1)[None]  # [1, B * C, H', W']

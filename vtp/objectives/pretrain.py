@@ -169,7 +169,7 @@ class PretrainObjective(nn.Module):
             reconstructions = self.tokenizer.decode(self.tokenizer.encode(images, keep=keep))
             distance = reconstruction_distance(self._perceptual[0], reconstructions, images, l1_space=config.l1_space)
             l1, perceptual = distance.l1 / parts, distance.perceptual / parts
-            logs = {"l1": l1.detach(), "perceptual": perceptual.detach()}
+            logs = {"l1": l1.detach(), "perceptual": perceptual.detach(), "replaced_samples": micro.replaced.sum()}
             loss = self.config.weights.reconstruction * (l1 + config.perceptual_weight * perceptual)
             yield Term("reconstruction", loss, logs, (reconstructions,))
 

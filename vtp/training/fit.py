@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -93,6 +93,13 @@ class Objective(Protocol[Consumed_contra]):
     def state_dict(self) -> dict[str, Any]: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+@runtime_checkable
+class Finishes(Protocol):
+    """A dataset whose batches are completed on the device."""
+
+    def finish(self, batch: Any) -> Any: ...  # noqa: ANN401 - the dataset's own kind of batch
 
 
 class Watcher(Protocol):
@@ -295,5 +302,7 @@ def micro_batches(batches: Dataset[Batch], items: range, host: Host) -> Iterator
         pin_memory=host.device != "cpu",
         timeout=host.timeout if host.workers else 0,
     )
+    finish = batches.finish if isinstance(batches, Finishes) else None
     for batch in loader:
-        yield type(batch)(*(value.to(host.device, non_blocking=True) for value in batch))
+        moved = type(batch)(*(value.to(host.device, non_blocking=True) for value in batch))
+        yield moved if finish is None else finish(moved)
