@@ -22,6 +22,8 @@ from ruamel.yaml import YAML
 
 from vtp.artefact import files, read_json, remove, write_json
 
+LINKED_BYTES = 16_000_000  # files of this size and more are linked to their place, not copied
+
 
 class Scratch:
     """One run's folder."""
@@ -112,9 +114,22 @@ def dvc_digest(path: Path) -> str:
 
 
 def _copy(source: Path, destination: Path) -> None:
-    # Copies, not links: DVC makes what it finds here read-only and links it into its cache, and a later write through
-    # the other name would reach the cached bytes.
     if source.is_dir():
-        shutil.copytree(source, destination)
+        shutil.copytree(source, destination, copy_function=_copy_file)
     else:
-        shutil.copyfile(source, destination)
+        _copy_file(source, destination)
+
+
+def _copy_file(source: Path | str, destination: Path | str) -> None:
+    """A link where a copy would cost disk; the file is read-only from then on, under both names, as DVC leaves it.
+
+    Small files are copied: people edit those.
+    """
+    if os.stat(source).st_size >= LINKED_BYTES:
+        try:
+            os.link(source, destination)
+            os.chmod(destination, 0o444)
+            return
+        except OSError:  # another file system, or one without links
+            pass
+    shutil.copyfile(source, destination)

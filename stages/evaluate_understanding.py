@@ -66,7 +66,8 @@ def _features(
     """On the CPU: `last` [N, 2D], class token and mean patch; `bottleneck` [N, d], mean latent; `clip` [N, E]."""
     parts: dict[str, list[Tensor]] = {"last": [], "bottleneck": [], "clip": []}
     for indices in np.split(rows, range(batch_size, len(rows), batch_size)):
-        features = model.features(normalise(images.images(indices, model.config.image_size).to(next(model.parameters()).device)))
+        pixels = images.images(indices, model.config.image_size).to(next(model.parameters()).device)
+        features = model.features(normalise(pixels))
         mean = features.patches.mean(1)
         parts["last"].append(torch.cat([features.cls, mean], dim=1).cpu())
         parts["bottleneck"].append(model.trunk.feature_bottleneck(mean).cpu())

@@ -1,5 +1,6 @@
 """The scratch folder: locked, published whole, pruned when recorded."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 from tiny import ROOT, write_params
 
-from stages._scratch import Scratch, dvc_digest, prune
+from stages._scratch import LINKED_BYTES, Scratch, dvc_digest, prune
 
 
 def finished(folder, destination):
@@ -34,6 +35,31 @@ def test_a_second_process_waits(tmp_path):
         assert other.poll() is None
     assert other.communicate(timeout=30)[0] == "in\n"
     assert other.returncode == 0
+
+
+def test_large_files_are_published_without_a_copy(tmp_path, monkeypatch):
+    """One file under two names, read-only under both; where links are not to be had, a copy. Small files are copies."""
+    destination = tmp_path / "work" / "shards"
+    scratch = Scratch(tmp_path / "run")
+    scratch.start()
+    folder = scratch.output("shards", destination)
+    folder.mkdir()
+    with (folder / "large.tar").open("wb") as file:
+        file.truncate(LINKED_BYTES)
+    (folder / "small.json").write_text("{}")
+    scratch.finish({"shards": destination})
+    scratch.publish({"shards": destination})
+    assert (destination / "large.tar").samefile(folder / "large.tar")
+    assert (destination / "large.tar").stat().st_mode & 0o777 == 0o444
+    assert not (destination / "small.json").samefile(folder / "small.json")
+
+    def refuse(*names):
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    scratch.publish({"shards": destination})
+    assert not (destination / "large.tar").samefile(folder / "large.tar")
+    assert (destination / "large.tar").stat().st_size == LINKED_BYTES
 
 
 def test_publishing_replaces_what_is_there(tmp_path):

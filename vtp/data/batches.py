@@ -32,9 +32,9 @@ from vtp.data.views import (
     clip_batch,
     clip_crop,
     least_size,
+    recolour,
     reconstruction_batch,
     reconstruction_crop,
-    recolour,
     ssl_crops,
     ssl_views,
 )

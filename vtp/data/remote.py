@@ -1,7 +1,7 @@
 """Shards on other machines, read through a bounded folder of whole shards on this one.
 
-Anything that fsspec opens is a place for shards: s3://, gs://, https://, a mounted disk. All processes of a machine share the
-folder; a shard is fetched once, verified by its digest, and the ones that were not used for longest make room.
+Anything that fsspec opens is a place for shards: s3://, gs://, https://, a mounted disk. All processes of a machine
+share the folder; a shard is fetched once, verified by its digest, and the ones that were not used for longest make room.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ ATTEMPTS = 4
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further one waits twice as long
 
 
-class RemoteError(OSError):
+class RemoteError(ValueError):
     """A shard could not be fetched; the message names it and what was tried."""
 
 
@@ -82,14 +82,21 @@ class ShardCache:
 
 
 def verify_remote(location: str, shards: "Sequence[Shard]") -> None:
-    """See that all shards are there with the right sizes. Raises ArtefactError that names the first that is not."""
+    """See that all shards are there with the right sizes. Raises ArtefactError that names the first that is not.
+
+    The web has no listings with sizes: there the first shard is asked for alone.
+    """
     filesystem, root = open_location(location)
+    web = location.startswith("http")
     try:
-        listed = filesystem.ls(root, detail=True)
-    except OSError as error:
-        raise ArtefactError(f"{location}: not to be listed ({error}); see manifest.json's location") from None
+        asked = shards[:1] if web else shards
+        listed = (
+            [filesystem.info(f"{root}/{shard.name}") for shard in asked] if web else filesystem.ls(root, detail=True)
+        )
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{location}: nothing to be found there ({error}); see manifest.json's location") from None
     sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed}
-    for shard in shards:
+    for shard in asked:
         if sizes.get(shard.name) != shard.bytes:
             found = f"{sizes[shard.name]} bytes" if shard.name in sizes else "nothing"
             raise ArtefactError(

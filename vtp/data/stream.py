@@ -1,8 +1,8 @@
 """Reading shards: samples in any order through the table beside each tar, and the endless stream that training sees.
 
 Nothing is loaded before it is asked for: tables and files of a shard are opened at its first sample, and the ones
-used longest ago are closed. A sample that cannot be used is replaced, counted and logged, up to a limit; a shard that cannot be
-read is an error at once.
+used longest ago are closed. A sample that cannot be used is replaced, counted and logged, up to a limit; a shard that
+cannot be read is an error at once.
 """
 
 import logging
@@ -221,9 +221,8 @@ class Stream:
         if config.mixture is not None:
             names = [source.folder.name for source in sources]
             if sorted(names) != sorted(config.mixture):
-                raise ConfigError(
-                    f"data.stream.mixture has weights for {', '.join(config.mixture)}; the shards given are {', '.join(names)}"
-                )
+                given, wanted = ", ".join(names), ", ".join(config.mixture)
+                raise ConfigError(f"data.stream.mixture has weights for {wanted}; the shards given are {given}")
             self._mixture = Mixture([config.mixture[name] for name in names], seed)
         self._seen, self._replaced = 0, 0
         self._first_replaced: list[str] = []
