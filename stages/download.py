@@ -1,0 +1,239 @@
+"""Fetch the pictures of a selection with img2dataset, behind a guard, into a store that outlives the list.
+
+A run fetches what the store does not know. It may be killed at any moment: whole shards stay, the rest is fetched by the
+next run. A longer list costs its new rows, and a failed row is tried again when `retry_failed` grants it one more attempt.
+"""
+
+import hashlib
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stages._fetch import FetchJob, SparkJob
+from stages._fetching import Live, Round, guards
+from stages._runner import Input, Output, Work, main
+from stages._scratch import Scratch
+from vtp.artefact import remove
+from vtp.config import Config, ConfigError
+from vtp.data.fetched import Report, write_pool
+from vtp.data.intake import HASHED, PLAIN, Terms, list_missing, recover
+from vtp.data.policy import Policy
+from vtp.data.store import Store
+
+LARGEST_PIXELS = 89_000_000  # Pillow's own limit
+PROCESSES_PER_GUARD = 4
+
+
+class NoResize(Config):
+    """Pictures keep their size."""
+
+    name: Literal["no"]
+
+
+class Resize(Config):
+    """`border` pads the longer side's square with white, `center_crop` cuts the shorter side's; the others keep all of
+    the picture and fit its shorter (`keep_ratio`) or longer side (`keep_ratio_largest`)."""
+
+    name: Literal["border", "keep_ratio", "keep_ratio_largest", "center_crop"]
+    size: int = Field(ge=1, description="pixels of that side")
+    only_if_bigger: bool = Field(description="leave smaller pictures as they are")
+
+
+class Lossy(Config):
+    """JPEG or WebP."""
+
+    name: Literal["jpg", "webp"]
+    quality: int = Field(ge=1, le=100)
+
+
+class Png(Config):
+    """Without loss."""
+
+    name: Literal["png"]
+    compression: int = Field(ge=0, le=9)
+
+
+class Multiprocessing(Config):
+    """On this machine."""
+
+    name: Literal["multiprocessing"]
+    processes: int = Field(ge=1)
+    threads: int = Field(ge=1, description="of each process; a picture is on its way in each")
+
+
+class Spark(Config):
+    """On a cluster, by img2dataset's PySpark distributor: a task per shard, on a folder that all nodes share."""
+
+    name: Literal["pyspark"]
+    master: str = Field(min_length=1, description="URL of the cluster; local[N] for N cores of this machine")
+    threads: int = Field(ge=1, description="of each task")
+    conf: dict[str, str] = Field(description="Spark's own settings")
+    guard: str | None = Field(
+        description="HOST:PORT of `python -m vtp.data.guard` on every node; null: on this machine"
+    )
+
+    @model_validator(mode="after")
+    def _nodes_have_a_guard(self) -> Self:
+        if self.guard is None and not self.master.startswith("local"):
+            raise ValueError(
+                f"{self.master} has other machines, and guard is null: start `python -m vtp.data.guard "
+                "params.yaml:download --listen 127.0.0.1:3128` on every node and give guard: 127.0.0.1:3128"
+            )
+        return self
+
+
+class Download(Config):
+    """The section `download`."""
+
+    resize: NoResize | Resize = Field(discriminator="name")
+    encoding: Lossy | Png = Field(discriminator="name")
+    rows_per_shard: int = Field(ge=1)
+    policy: Policy
+    max_pixels: int = Field(ge=1, le=LARGEST_PIXELS, description="a header that announces more is refused")
+    retries: int = Field(ge=0, description="further attempts within a run, at once")
+    user_agent_token: str | None = Field(description="names the downloader to servers, and in their X-Robots-Tag")
+    respect_opt_out: list[str] = Field(description="directives of X-Robots-Tag that refuse; an empty list: none")
+    verify_sha256: bool = Field(description="refuse a picture whose sha256 is not that of its row, where it has one")
+    retry_failed: int = Field(ge=0, description="further runs in which a failed row is tried again")
+    min_success: float = Field(ge=0, le=1, description="share of rows with a picture below which the stage fails")
+    distributor: Annotated[Multiprocessing | Spark, Field(discriminator="name")]
+
+    @property
+    def identity(self) -> str:
+        """Digest of what decides whether a picture in a store is the one that these parameters ask for."""
+        parts = [self.resize.model_dump(), self.encoding.model_dump(), self.user_agent_token]
+        parts += [sorted(self.respect_opt_out), sorted(self.policy.allowed_networks)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def terms(self) -> Terms:
+        return Terms(self.verify_sha256, self.retry_failed, self.rows_per_shard, self.encoding.name)
+
+
+class DownloadError(ValueError):
+    """The download cannot be finished; the message says why, and what is kept."""
+
+
+def run(config: Download, *, selection: Input, pool: Output, report: Output, errors: Output, work: Work) -> None:
+    require_packages(config, sys.version_info[:2])
+    folder = Path(work.runtime.pool) if work.runtime.pool else work.folder.parents[1]
+    lock = Scratch((folder / f"store-{config.identity}").absolute())
+    with lock.locked():
+        store = Store(lock.root)
+        fetch_missing(config, selection, store, work, lock=lock.lock_descriptor)
+        result = write_pool(selection, store, pool, verify=config.verify_sha256)
+    work.record(rows=result.rows, success=result.successes, tars=len(result.tars))
+    if result.share < config.min_success:
+        raise DownloadError(too_few(result, config))
+    result.save(report)
+    result.save_errors(errors)
+
+
+def fetch_missing(config: Download, selection: Path, store: Store, work: Work, *, lock: int) -> None:
+    """Bring the store to know every row of the selection.
+
+    Raises DownloadError for an empty selection, and when img2dataset gets nowhere; OSError when the disk is full.
+    """
+    incoming = store.folder / "incoming"
+    recover(incoming, store)
+    delivery = incoming / store.next_delivery()
+    total, missing = list_missing(selection, store, delivery, config.terms)
+    if not total:
+        raise DownloadError(f"{selection}: no rows; the filter before it let none pass")
+    if not missing:
+        return
+    given, count = plan_guards(config)
+    with (
+        work.progress(total=total, description="fetching", unit="image", done=total - missing) as bar,
+        guards(config.policy, given=given, count=count, folder=work.folder) as guard,
+    ):
+        live = Live(bar, work.folder / "progress.csv")
+        while missing:
+            job = job_of(config, delivery, guard.address)
+            this = Round(job, delivery, work.folder.parent / "fetch.log", lock)
+            adopted = this.run(store, guards=guard, note=live.note, stopped=lambda: work.stop_requested)
+            remove(delivery)
+            live.log()
+            if work.stop_requested:
+                work.stop()
+            if not adopted or guard.gone:
+                raise DownloadError(told(this, gone=guard.gone))
+            delivery = incoming / store.next_delivery()
+            _, missing = list_missing(selection, store, delivery, config.terms)
+
+
+def job_of(config: Download, delivery: Path, guard: str) -> FetchJob:
+    """What img2dataset is asked to do with the lists of a delivery."""
+    resize, encoding, crew = config.resize, config.encoding, config.distributor
+    kinds = [kind for kind in (PLAIN, HASHED) if (delivery / kind).exists()]
+    return FetchJob(
+        deliveries=[str(delivery / kind) for kind in kinds],
+        hashed=[kind == HASHED for kind in kinds],
+        guard=guard,
+        deadline=config.policy.deadline,
+        retries=config.retries,
+        processes=crew.processes if isinstance(crew, Multiprocessing) else 1,
+        threads=crew.threads,
+        rows_per_shard=config.rows_per_shard,
+        resize_mode=resize.name,
+        image_size=resize.size if isinstance(resize, Resize) else 1,
+        only_if_bigger=isinstance(resize, Resize) and resize.only_if_bigger,
+        encoding=encoding.name,
+        quality=encoding.compression if isinstance(encoding, Png) else encoding.quality,
+        max_pixels=config.max_pixels,
+        user_agent_token=config.user_agent_token,
+        opt_out=config.respect_opt_out,
+        spark=SparkJob(master=crew.master, conf=crew.conf) if isinstance(crew, Spark) else None,
+    )
+
+
+def plan_guards(config: Download) -> tuple[str | None, int]:
+    """The address of guards that run already, and how many to start otherwise."""
+    crew = config.distributor
+    if isinstance(crew, Spark):
+        return crew.guard, 1
+    return None, max(1, crew.processes // PROCESSES_PER_GUARD)
+
+
+def require_packages(config: Download, version: tuple[int, int]) -> None:
+    """Raises ConfigError that names the extra to install."""
+    if version >= (3, 13):
+        raise ConfigError(
+            f"img2dataset needs Python below 3.13, this is {version[0]}.{version[1]}: make an environment with 3.12 "
+            "and run pip install -e '.[download]' there"
+        )
+    wanted = {"download": ["img2dataset", "h11"]}
+    wanted |= {"spark": ["pyspark"]} if isinstance(config.distributor, Spark) else {}
+    for extra, packages in wanted.items():
+        for package in packages:
+            if find_spec(package) is None:
+                raise ConfigError(f"{package} is not installed here: pip install -e '.[{extra}]'")
+
+
+def told(this: Round, *, gone: bool) -> str:
+    """Why a round got nowhere."""
+    what = "the guard ended" if gone else "img2dataset ended without finishing a shard"
+    lines = "\n".join(this.tail().strip().splitlines()[-8:])
+    return f"{what}; finished shards are kept, start again. The end of {this.log}:\n{lines}"
+
+
+def too_few(result: Report, config: Download) -> str:
+    """The table of causes, and what can be done."""
+    lines = [f"  {rows:>9,} {cause}" for cause, rows in result.table()]
+    return "\n".join(
+        [
+            f"{result.successes:,} of {result.rows:,} rows have a picture ({result.share:.1%}), "
+            f"download.min_success asks for {config.min_success:.1%}; the others:",
+            *lines,
+            "What was fetched is kept. Raise download.retry_failed to try the others once more, "
+            "filter the list, or lower download.min_success.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main(run)
