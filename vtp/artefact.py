@@ -11,12 +11,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
+# torch is imported where it is used: processes that handle rows and images alone do without its 0.3 GB.
 CHUNK = 1 << 20
 
 
@@ -81,8 +81,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file. At most one metadata key: the library writes several in an order that varies."""
+    from safetensors.torch import save
+
     if metadata is not None and len(metadata) > 1:
         raise ValueError("safetensors metadata is byte-stable with one key only; put one JSON string under it")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -90,8 +92,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         temporary.write_bytes(save(plain, None if metadata is None else dict(metadata)))
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> "dict[str, Tensor]":
     """All tensors of a safetensors file, on the CPU. Raises ArtefactError when it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -101,7 +106,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def assign_weights(
-    module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path, name: Callable[[str], str] = str
+    module: "nn.Module", tensors: "Mapping[str, Tensor]", *, where: Path, name: Callable[[str], str] = str
 ) -> None:
     """Give a module its weights; it may be on the meta device. `name` says what a key is called in the file.
 

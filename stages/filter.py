@@ -1,0 +1,96 @@
+"""Choose rows of metadata, before the download, or pictures of a pool, after it, by an ordered list of rules."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from stages._funnel import tell_funnel
+from stages._runner import Input, OptionalInput, Output, Work, main
+from vtp.artefact import whole_file, write_json
+from vtp.config import Config, ConfigError
+from vtp.data.columns import ColumnsConfig, PoolColumns, open_source
+from vtp.data.external import Pace, Workforce
+from vtp.data.hash_list import prepare
+from vtp.data.row_rules import prepared_list
+from vtp.data.rules import ClipScore, HashList, ImageRule, Rule, TokenizerModel, needs
+from vtp.data.sieve import Sieve
+from vtp.evaluation.clip_score import build_scorer, check_model
+
+
+class Filter(Config):
+    """A section such as `filter_metadata` or `filter_images`."""
+
+    columns: ColumnsConfig
+    keep_columns: list[str] | Literal["all"] = Field(
+        description="columns of the source, by its names, that the output carries besides the roles; a pool's own always"
+    )
+    rules: list[Rule] = Field(description="in order; each sees what those before it left")
+    rows_per_part: int = Field(ge=1, description="rows of a file of the output")
+    max_unreadable: float = Field(
+        ge=0, le=1, description="share of rows with an unreadable key, text or image above which the stage fails"
+    )
+
+
+def run(
+    config: Filter,
+    *,
+    rows: Input,
+    tokenizer: OptionalInput = None,
+    lists: OptionalInput = None,
+    selection: Output,
+    funnel: Output,
+    examples: Output,
+    work: Work,
+) -> None:
+    wanted = [need for rule in config.rules for need in needs(rule)]
+    source = open_source(rows, config.columns, wanted, config.keep_columns)
+    _check_inputs(config, tokenizer, lists, work)
+    _prepare_lists(config, lists, work.folder / "lists")
+
+    def stop_if_asked() -> None:
+        if work.stop_requested:
+            work.stop()
+
+    with Workforce(work.processes) as workforce:
+        sieve = Sieve(
+            source, config.rules, work.folder, pool=rows, workforce=workforce, pace=Pace(work.progress, stop_if_asked)
+        )
+        result = sieve.run(
+            work.folder / "selection",
+            rows_per_part=config.rows_per_part,
+            max_unreadable=config.max_unreadable,
+            build_scorer=lambda rule: build_scorer(
+                rule.model, weights=work.weights, tokenizer=tokenizer, device=work.device
+            ),
+            threads=work.processes,
+        )
+    (work.folder / "selection").rename(selection)
+    write_json(funnel, result.metrics())
+    with whole_file(examples) as temporary:
+        temporary.write_text(result.markdown(), encoding="utf-8")
+    work.record(rows_in=result.rows_in, rows_out=result.rows_out)
+    tell_funnel(result)
+
+
+def _check_inputs(config: Filter, tokenizer: Path | None, lists: Path | None, work: Work) -> None:
+    """All that rules need besides rows is there, before the long work."""
+    for rule in config.rules:
+        if isinstance(rule, ImageRule) and not isinstance(config.columns, PoolColumns):
+            raise ConfigError(f"rule {rule.name} reads images: it needs columns: {{name: pool}}, after the download")
+        if isinstance(rule, HashList) and lists is None:
+            raise ConfigError(f"rule hash_list reads {rule.file}: give the command --lists FOLDER")
+        if isinstance(rule, ClipScore):
+            if isinstance(rule.model, TokenizerModel) and tokenizer is None:
+                raise ConfigError("rule clip_score scores with a tokenizer: give the command --tokenizer FOLDER")
+            check_model(rule.model, weights=work.weights, tokenizer=tokenizer)
+
+
+def _prepare_lists(config: Filter, lists: Path | None, folder: Path) -> None:
+    for rule in config.rules:
+        if isinstance(rule, HashList) and lists is not None:
+            prepare(lists / rule.file, prepared_list(folder, rule.file))
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,90 @@
+"""CLIP score: the cosine between the embeddings of an image and of its caption (Hessel et al. 2021, without its factor)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtp.artefact import ArtefactError, verified_weights
+from vtp.config import ConfigError
+from vtp.data.rules import OpenClipModel, TokenizerModel
+from vtp.layers.images import from_pil
+from vtp.models.tokenizer import VisualTokenizer, read_config
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class ClipScorer:
+    """Scores batches of images with their captions on one device."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Callable[["Image"], Tensor],
+        tokenize: Callable[[list[str]], Tensor],
+        *,
+        device: str,
+    ) -> None:
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._preprocess, self._tokenize, self._device = preprocess, tokenize, device
+
+    def prepare(self, image: "Image") -> Tensor:
+        """[3, S, S], as the model takes it."""
+        return self._preprocess(image)
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> np.ndarray:
+        """Cosines [B] float64 of images [3, S, S] and their captions."""
+        pixels, tokens = torch.stack(list(images)).to(self._device), self._tokenize(list(captions)).to(self._device)
+        of_image = F.normalize(self._model.encode_image(pixels).float(), dim=-1)  # pyright: ignore[reportCallIssue]
+        of_text = F.normalize(self._model.encode_text(tokens).float(), dim=-1)  # pyright: ignore[reportCallIssue]
+        return (of_image * of_text).sum(1).double().cpu().numpy()
+
+
+def check_model(model: OpenClipModel | TokenizerModel, *, weights: Path, tokenizer: Path | None) -> None:
+    """Raises ArtefactError or ConfigError for weights or an architecture that cannot be used, without loading them."""
+    if isinstance(model, TokenizerModel):
+        assert tokenizer is not None
+        if read_config(tokenizer / "config.json").text is None:
+            raise ConfigError(f"{tokenizer}: this tokenizer has no text tower; rule clip_score needs one")
+        return
+    from open_clip import get_model_config
+
+    config = get_model_config(model.architecture)
+    if config is None:
+        raise ConfigError(f"open_clip has no architecture {model.architecture!r}; open_clip.list_models() names them")
+    text = config.get("text_cfg", {})
+    if text.get("hf_tokenizer_name") or text.get("hf_model_name"):
+        raise ConfigError(
+            f"{model.architecture}: its captions need a tokenizer from the Hugging Face hub, which no digest pins; "
+            "choose an architecture with open_clip's own"
+        )
+    verified_weights(weights / model.weights, model.sha256, f"weights of {model.architecture}")
+
+
+def build_scorer(
+    model: OpenClipModel | TokenizerModel, *, weights: Path, tokenizer: Path | None, device: str
+) -> ClipScorer:
+    """The scorer that the parameters name. Raises ArtefactError for weights that do not fit the architecture."""
+    if isinstance(model, TokenizerModel):
+        assert tokenizer is not None
+        ours = VisualTokenizer.from_pretrained(tokenizer)
+        size = ours.config.image_size
+        return ClipScorer(ours, lambda image: from_pil(image, size), ours.tokenize, device=device)
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    network = open_clip.create_model(model.architecture, load_weights=False)
+    path = weights / model.weights
+    try:
+        open_clip.load_checkpoint(network, str(path), weights_only=True)  # pyright: ignore[reportArgumentType]
+    except (RuntimeError, KeyError) as error:
+        raise ArtefactError(f"{path} does not fit {model.architecture}: {str(error)[:300]}") from None
+    settings = PreprocessCfg(**network.visual.preprocess_cfg)  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
+    transform = image_transform_v2(settings, is_train=False)
+    return ClipScorer(network, transform, open_clip.get_tokenizer(model.architecture), device=device)  # pyright: ignore[reportArgumentType]
