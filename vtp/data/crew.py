@@ -32,6 +32,10 @@ class IngestError(ValueError):
     """Shards cannot be made of a source; the message names the place and the remedy."""
 
 
+class Stopped(Exception):
+    """The work was asked to stop; what is complete stays."""
+
+
 class Job(NamedTuple):
     """One shard."""
 
@@ -141,10 +145,6 @@ class _Shared:
                 self.rejected.value += 1
 
 
-class _Stopped(Exception):
-    """The parent wants no more."""
-
-
 _worker: tuple[Task, _Shared] | None = None  # of this process, set once when it starts
 
 
@@ -178,7 +178,7 @@ def _write(job: Job) -> Result:
             summary = write_shard(path, chain([first], records), classes=classes)
             if task.location is not None:
                 _move(path, task.location)
-    except _Stopped:
+    except Stopped:
         whole = False
     if rejected:
         with whole_file(task.state / f"{job.name}.csv") as temporary:
@@ -193,7 +193,7 @@ def _write(job: Job) -> Result:
 def _records(source: Source, job: Job, shared: _Shared, rejected: list[Rejected]) -> Iterator[Record]:
     for item in source.records(job.split, job.rows):
         if shared.stop.is_set():
-            raise _Stopped
+            raise Stopped
         if isinstance(item, Rejected):
             rejected.append(item)
         else:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from vtp.artefact import read_json, whole_file
 from vtp.config import Config
-from vtp.data.crew import NAMED, Crew, Finished, IngestError, Job, Result, Task
+from vtp.data.crew import NAMED, Crew, Finished, IngestError, Job, Result, Stopped, Task
 from vtp.data.shards import FORMAT_VERSION, Manifest, Summary, describe_split
 from vtp.data.source import Source
 
@@ -60,11 +60,12 @@ class Ingest:
 
     def run(
         self, *, processes: int, progress: Callable[[int], object], stop: Callable[[], bool] = lambda: False
-    ) -> Manifest | None:
-        """Write what is missing, in `processes` others or, for 0, in this one; None when it was asked to stop.
+    ) -> Manifest:
+        """Write what is missing, in `processes` others or, for 0, in this one.
 
         `progress` is told how many pictures were done since it was last told, `stop` is asked several times a second.
-        Raises IngestError when more pictures are unreadable than `max_unreadable` allows, as soon as that is certain.
+        Raises Stopped when it was asked to stop, and IngestError when more pictures are unreadable than `max_unreadable`
+        allows, as soon as that is certain.
         """
         missing = [job for job in self._jobs if job not in self._finished]
         broken_off: list[Result] = []
@@ -82,7 +83,9 @@ class Ingest:
         found = self._finished | {result.job: result.finished for result in broken_off}
         if sum(done.rejected for done in found.values()) > self._allowed:
             raise self._too_many(found)
-        return None if stopping and len(self._finished) < len(self._jobs) else self._assemble()
+        if len(self._finished) < len(self._jobs):
+            raise Stopped
+        return self._assemble()
 
     def _load(self, job: Job) -> Finished | None:
         """What is known of a shard, if it is complete."""
