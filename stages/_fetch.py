@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def main() -> None:
     job = FetchJob.parse(read_json(Path(sys.argv[1])), where=sys.argv[1])
     signal.signal(signal.SIGTERM, lambda number, frame: end_group())
     threading.Thread(target=_follow_stdin, daemon=True).start()
+    if job.spark is None:  # which starts a task again by itself
+        threading.Thread(target=_watch_children, daemon=True).start()
     theirs: Any = importlib.import_module("img2dataset.main")  # the package has a function of that name
     from img2dataset.downloader import Downloader
 
@@ -130,8 +133,20 @@ def _spark(job: SparkJob | None) -> Iterator[None]:
 
 def _follow_stdin() -> None:
     """The other side is held by the stage alone: however it dies, this ends."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not sys.stdin, whose lock would be held at the end of the interpreter
+        pass
     end_group()
+
+
+def _watch_children() -> None:
+    """A process of a multiprocessing pool that is killed takes its shard along, and the pool waits for it for ever."""
+    while True:
+        with suppress(ChildProcessError):  # none yet, or the pool asked first
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+            if ended is not None and ended.si_status not in (0, signal.SIGTERM):
+                print(f"process {ended.si_pid} of the pool died with {ended.si_status}", flush=True)
+                end_group()
+        time.sleep(0.02)
 
 
 def end_group() -> None:

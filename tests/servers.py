@@ -97,10 +97,10 @@ def body(kind: str, n: int) -> bytes:
         "large": lambda: encoded(Image.new("RGB", (5_000, 3_600), COLOURS["blue"]), "JPEG"),
         "html": lambda: b"<!doctype html><title>This picture has moved</title>" + b" " * 400,
         "empty": lambda: b"",
-        "cut": lambda: encoded(drawing(n), "JPEG", quality=90)[:-300],
+        "cut": lambda: encoded(drawing(n), "JPEG", quality=90)[:-100],
         "cut_png": lambda: encoded(drawing(n), "PNG")[:-60],
         "bomb": lambda: png(50_000, 50_000, 8, 2, b"\0" * 1000),
-        "real_bomb": lambda: png(20_000, 20_000, 1, 0, (b"\0" * 2501) * 20_000),
+        "real_bomb": lambda: png(20_000, 20_000, 1, 0, bytes(2501 * 20_000)) if n == 0 else body(kind, 0),
         "big": lambda: body("jpeg", n) + b"\0" * (LIMIT + 1),
     }
     return makers[kind]()
@@ -120,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.delay)
         try:
             special = getattr(self, f"answer_{kind}", None)
-            special(n) if special else self.send(body(kind, int(n) % VARIETY if kind != "photo" else int(n)))
+            special(n) if special else self.send(body(kind, int(n) % VARIETY))
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
@@ -238,6 +238,12 @@ class Server(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.away: list[str] = []
         self.delay = 0.0
+
+    def prepare(self, *kinds: str) -> None:
+        """Make the bodies of kinds now: an answer must not be slow by accident."""
+        for kind in kinds:
+            for n in range(VARIETY):
+                body(kind, n)
 
     def url(self, kind: str, n: object = 0) -> str:
         return f"http://127.0.0.1:{self.server_port}/{kind}/{n}"

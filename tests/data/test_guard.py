@@ -17,7 +17,7 @@ from servers import LIMIT, body, serving
 from tiny import ROOT
 
 from vtp.config import ConfigError
-from vtp.data.guard import load_policy
+from vtp.data.guard import load_policy, robots_directives
 from vtp.data.policy import DEADLINE_HEADER, Policy
 
 LOOPBACK = Policy(timeout=1.5, deadline=3.0, max_bytes=LIMIT, allowed_networks=["127.0.0.1/32"], allowed_ports=None)
@@ -78,7 +78,7 @@ def test_a_picture_arrives_whole_with_what_matters_of_its_headers(guard, server)
     assert ask(guard, server.url("chunked")) == (200, body("jpeg", 1))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({"http": guard}))
     with opener.open(server.url("noai", 1)) as answer:
-        assert answer.headers["X-Robots-Tag"] == "NoAI, max-snippet: 5"
+        assert answer.headers.get_all("X-Robots-Tag") == ["NoAI"]
         assert int(answer.headers["Content-Length"]) == len(body("jpeg", 1))
 
 
@@ -205,6 +205,22 @@ def test_https_is_spoken_by_the_guard(tmp_path):
 )
 def test_public_addresses(address, allowed):
     assert LOOPBACK.allows_address(address) is allowed
+
+
+@pytest.mark.parametrize(
+    ("tag", "directives"),
+    [
+        ("noai", ["noai"]),
+        ("NoAI, noimageai", ["NoAI", "noimageai"]),
+        ("noai, max-snippet: 5", ["noai"]),
+        ("unavailable_after: 25 Jun 2010 15:00:00 PST, noai", ["noai"]),
+        ("otherbot: noai, nofollow", ["otherbot: noai", "otherbot: nofollow"]),
+        ("otherbot: max-snippet: 5, noai", ["otherbot: noai"]),
+        ("none, googlebot: noindex", ["none", "googlebot: noindex"]),
+    ],
+)
+def test_directives_for_robots_are_told_one_by_one(tag, directives):
+    assert robots_directives(tag) == directives
 
 
 def test_a_policy_is_read_from_the_parameters(tmp_path):

@@ -11,8 +11,8 @@ cause: what img2dataset gets is complete, and what it reports is why not.
   again.
 - `https` is asked for like `http`, by `GET https://...`: the guard speaks TLS itself. A tunnel would hide sizes, slow
   drips and causes from it, so none is opened.
-- What is passed on of an answer is its status, type, `Location` and `X-Robots-Tag`; reason phrases are ours, so that no
-  server can pretend to be the guard.
+- What is passed on of an answer is its status, type, `Location` and `X-Robots-Tag`, one directive each; reason phrases
+  are ours, so that no server can pretend to be the guard.
 """
 
 import argparse
@@ -37,7 +37,10 @@ MAX_HEAD = 64 << 10
 CHUNK = 64 << 10
 ADDRESSES_TRIED = 3
 RESOLVERS = 64  # threads: a name server that does not answer holds one for many seconds
-PASSED_ON = (b"content-type", b"location", b"x-robots-tag")
+PASSED_ON = (b"content-type", b"location")
+ROBOTS = b"x-robots-tag"
+# Directives with a value, which look like the name of a robot: `noai, max-snippet: 5`.
+VALUED = ("max-snippet", "max-image-preview", "max-video-preview", "unavailable_after")
 T = TypeVar("T")
 
 
@@ -228,7 +231,24 @@ def _header(message: h11.Request | h11.Response, name: bytes) -> str:
 
 
 def _passed_on(head: h11.Response) -> tuple[tuple[bytes, bytes], ...]:
-    return tuple((name, value) for name, value in head.headers if name in PASSED_ON)
+    plain = [(name, value) for name, value in head.headers if name in PASSED_ON]
+    tags = [value.decode("latin-1") for name, value in head.headers if name == ROBOTS]
+    return (*plain, *((ROBOTS, each.encode("latin-1")) for tag in tags for each in robots_directives(tag)))
+
+
+def robots_directives(tag: str) -> list[str]:
+    """`X-Robots-Tag` as one directive each, after the robot that it is for, if it names one.
+
+    img2dataset takes all before the first colon for a robot, so `noai, max-snippet: 5` would be no refusal to it.
+    """
+    robot, found = "", []
+    for part in tag.split(","):
+        name, colon, rest = (piece.strip() for piece in part.partition(":"))
+        if colon and name.lower() not in VALUED:
+            robot, name = f"{name}: ", rest
+        if name.partition(":")[0].strip().lower() not in VALUED:
+            found.append(robot + name)
+    return found
 
 
 def _phrase(status: int) -> str:

@@ -1,0 +1,487 @@
+"""The stage download through its real command line: real img2dataset, real proxy, real server, real kills."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from servers import COLOURS, GOOD, LIMIT, VARIETY, body, serving
+from tiny import ROOT, merged, wait_for, write_params
+
+from vtp.data.rows import order_of
+
+SECTION = {
+    "resize": {"name": "keep_ratio_largest", "size": 256, "only_if_bigger": True},
+    "encoding": {"name": "jpg", "quality": 95},
+    "rows_per_shard": 256,
+    "policy": {
+        "timeout": 3.0,
+        "deadline": 6.0,
+        "max_bytes": LIMIT,
+        "allowed_networks": ["127.0.0.1/32"],
+        "allowed_ports": None,
+    },
+    "max_pixels": 20_000_000,
+    "retries": 1,
+    "user_agent_token": None,
+    "respect_opt_out": ["noai", "noimageai", "noindex", "noimageindex"],
+    "verify_sha256": True,
+    "retry_failed": 0,
+    "min_success": 0.5,
+    "distributor": {"name": "multiprocessing", "processes": 2, "threads": 32},
+}
+ROWS = 2_100
+
+
+class Row(NamedTuple):
+    """A row of the list, and what must become of it."""
+
+    key: str
+    url: str
+    kind: str
+    sha256: str | None
+    error: str | None
+
+
+def write_selection(rows, folder, per_part=1500):
+    """As the stage filter writes it: sorted by a hash of the key."""
+    folder.mkdir(parents=True)
+    rows = sorted(rows, key=lambda row: int(order_of([row.key])[0]))
+    for number, start in enumerate(range(0, len(rows), per_part)):
+        part = rows[start : start + per_part]
+        size = pa.array([1] * len(part), pa.int32())
+        columns = {"key": [row.key for row in part], "order": order_of(row.key for row in part)}
+        columns |= {"url": [row.url for row in part], "caption": [f"a {row.kind} ü" for row in part]}
+        columns |= {"width": size, "height": size, "sha256": pa.array([row.sha256 for row in part], pa.string())}
+        pq.write_table(pa.table(columns | {"score": np.arange(len(part)) / 7}), folder / f"part-{number:05d}.parquet")
+    return folder
+
+
+def read_pool(folder):
+    tables = [pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))]
+    return {row["key"]: row for table in tables for row in table.to_pylist()}
+
+
+def picture_of(folder, row):
+    with (folder / row["tar"]).open("rb") as file:
+        file.seek(row["offset"])
+        return Image.open(io.BytesIO(file.read(row["size"])))
+
+
+class Stage:
+    """`python -m stages.download` in a folder of its own."""
+
+    def __init__(self, folder: Path, changes: dict | None = None) -> None:
+        self.folder = folder
+        (folder / ".dvc").mkdir(parents=True)
+        self.set(changes or {})
+
+    def set(self, changes: dict) -> None:
+        write_params({"download": merged(SECTION, changes)}, self.folder / "params.yaml")
+
+    def start(self, selection="selection"):
+        flags = {"selection": selection, "pool": "pool", "report": "report.json", "errors": "errors.csv"}
+        arguments = [part for name, path in (flags | {"provenance": "p.json"}).items() for part in (f"--{name}", path)]
+        command = [sys.executable, "-m", "stages.download", "params.yaml:download", *arguments]
+        own = {"PYTHONPATH": str(ROOT), "no_proxy": "*", "NO_PROXY": "*"}
+        return subprocess.Popen(command, cwd=self.folder, env=os.environ | own, stderr=subprocess.PIPE, text=True)
+
+    def run(self, selection="selection"):
+        """Exit status and what it said."""
+        process = self.start(selection)
+        _, said = process.communicate(timeout=170)
+        return process.returncode, said
+
+    @property
+    def pool(self):
+        return read_pool(self.folder / "pool")
+
+    @property
+    def report(self):
+        return json.loads((self.folder / "report.json").read_text())["download"]
+
+    def recorded(self):
+        """Rows in the store."""
+        files = list(self.folder.glob(".scratch/download/store-*/rows/*.parquet"))
+        return [row for path in files for row in pq.read_table(path).to_pylist()]
+
+
+def processes_of(folder):
+    """What still runs for a stage: every process that was started within its folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if (path / "cwd").resolve() == folder and "Z" not in (path / "stat").read_text().split(")")[1]:
+                found.append((path / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def memory_of(folder):
+    """Resident bytes of all processes of a stage, and of the largest."""
+    sizes = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if (path / "cwd").resolve() == folder:
+                sizes.append(int((path / "statm").read_text().split()[1]) * resource.getpagesize())
+        except OSError:
+            continue
+    return sum(sizes), max(sizes, default=0)
+
+
+EXPECTED = {
+    "moved": None,
+    "chunked": None,
+    "flaky": None,
+    "robots": None,
+    "wide": None,
+    "large": None,
+    "thin": None,
+    "missing": "http 404",
+    "error": "http 500",
+    "impostor": "http 403",
+    "loop": "redirect loop",
+    "away": "address refused",
+    "twice_away": "address refused",
+    "drip": "deadline",
+    "drip_head": "deadline",
+    "stalled": "time out",
+    "stalled_body": "time out",
+    "half": "truncated body",
+    "half_chunked": "truncated body",
+    "garbage": "bad gateway",
+    "headers": "bad gateway",
+    "html": "not an image",
+    "empty": "not an image",
+    "cut": "damaged image",
+    "cut_png": "damaged image",
+    "bomb": "too many pixels",
+    "real_bomb": "too many pixels",
+    "big": "too large",
+    "big_chunked": "too large",
+    "endless": "too large",
+    "noai": "opted out",
+}
+UNREADABLE = ("html", "empty", "cut", "cut_png", "bomb", "real_bomb")
+FEW = {"drip": 2, "drip_head": 2, "stalled": 2, "stalled_body": 2, "large": 2, "thin": 2, "endless": 3, "wide": 4}
+
+
+def awkward_rows(server, port):
+    """At least ROWS rows of all kinds; `port` of 127.0.0.2 must never be connected.
+
+    All but one have a sha256, because rows without one are fetched by a second call of img2dataset.
+    """
+    outside = [f"http://127.0.0.2:{port}/", f"http://[::1]:{port}/", "http://10.0.0.1/", "http://169.254.169.254/a"]
+    server.away = [*outside, "file:///etc/passwd", "ftp://127.0.0.1/a"]
+    rows = []
+
+    def add(kind, url, error=None, sha256="0" * 64):
+        rows.append(Row(f"{kind}-{len(rows)}", url, kind, sha256, error))
+
+    for kind, error in EXPECTED.items():
+        for n in range(len(outside) if "away" in kind else FEW.get(kind, 20)):
+            # Of these the server sends always the same.
+            same = kind in ("chunked", "flaky", "robots", "noai")
+            content = body("jpeg", 1 if same else n % VARIETY) if same or kind == "moved" else None
+            content = body(kind, n % VARIETY) if kind in ("wide", "large", "thin", *UNREADABLE) else content
+            add(
+                kind,
+                server.url(kind, n),
+                error,
+                hashlib.sha256(content or b"").hexdigest() if content is not None else "0" * 64,
+            )
+    for kind in ("away", "twice_away"):
+        for n in (4, 5):
+            add("scheme_away", server.url(kind, n), "scheme refused")
+    for url in [*outside, f"http://2130706434:{port}/a", f"http://[::ffff:127.0.0.2]:{port}/a"]:
+        add("outside", url, "address refused")
+    for url in ("file:///etc/passwd", "ftp://127.0.0.1/a.jpg", "data:image/png;base64,iVBORw0KGgo=", "/etc/passwd", ""):
+        add("scheme", url, "scheme refused")
+    add("bad_url", "http://127.0.0.1:99999/a", "bad url")
+    add("closed", "http://127.0.0.1:9/a", "no connection")
+    five = hashlib.sha256(body("jpeg", 5)).hexdigest()
+    add("unicode", server.url("jpeg", "5?straße=ü x"), sha256=five)
+    for _ in range(20):
+        add("duplicate", server.url("jpeg", 5), sha256=five)
+    for n in range(20):
+        add("wrong", server.url("jpeg", n), "sha256 differs")
+    number = 0
+    while len(rows) < ROWS:
+        kind, n = GOOD[number % len(GOOD)], number // len(GOOD) % VARIETY
+        digest = hashlib.sha256(body(kind, n)).hexdigest()
+        add(kind, server.url(kind, f"{n}?{number}"), None, digest.upper() if number % 2 else digest)
+        number += 1
+    return rows
+
+
+class Result(NamedTuple):
+    stage: Stage
+    rows: list[Row]
+    pool: dict
+    said: str
+    seconds: float
+    peak: tuple[int, int]
+    connected: list
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """One run over all kinds."""
+    stage = Stage(tmp_path_factory.mktemp("big").resolve())
+    with serving() as server, socket.socket() as other:
+        other.bind(("127.0.0.2", 0))
+        other.listen()
+        connected = []
+        threading.Thread(target=lambda: connected.append(other.accept()), daemon=True).start()
+        rows = awkward_rows(server, other.getsockname()[1])
+        write_selection(rows, stage.folder / "selection")
+        server.prepare(*GOOD, "large", "wide", "thin", "bomb", "real_bomb", "big", "cut", "cut_png", "html", "empty")
+        start = time.monotonic()
+        process = stage.start()
+        peak = (0, 0)
+        reader = threading.Thread(target=lambda: said.append(process.stderr.read()), daemon=True)
+        said: list[str] = []
+        reader.start()
+        while process.poll() is None:
+            assert time.monotonic() - start < 200, "it hangs"
+            peak = tuple(map(max, peak, memory_of(stage.folder)))
+            time.sleep(0.2)
+        reader.join()
+        assert process.returncode == 0, said
+        seconds = time.monotonic() - start
+        yield Result(stage, rows, stage.pool, said[0], seconds, peak, connected)
+
+
+def test_every_class_of_url_ends_as_expected(big):
+    wrong = [
+        (row, big.pool[row.key]["status"], big.pool[row.key]["error"])
+        for row in big.rows
+        if (big.pool[row.key]["status"], big.pool[row.key]["error"])
+        != ("failed" if row.error else "success", row.error)
+    ]
+    assert not wrong
+    assert len(big.pool) == len(big.rows) >= 2000
+
+
+def test_nobody_outside_was_connected_and_nothing_is_left_running(big):
+    assert not big.connected
+    assert not processes_of(big.stage.folder)
+
+
+def test_time_and_memory_are_bounded(big):
+    assert big.seconds < 150
+    total, largest = big.peak
+    assert largest < 1.2e9, "of one process"
+    assert total < 4e9, "of all"
+
+
+def test_pixels_are_right_whatever_the_file_was(big):
+    folder = big.stage.folder / "pool"
+
+    def shown(kind):
+        row = next(big.pool[row.key] for row in big.rows if row.kind == kind)
+        picture = picture_of(folder, row)
+        assert picture.format == "JPEG"
+        assert picture.mode == "RGB"
+        assert picture.size == (row["stored_width"], row["stored_height"])
+        return row, np.asarray(picture).astype(int)
+
+    def near(pixel, colour):
+        return np.abs(pixel - np.array(colour)).max() < 12
+
+    _, cmyk = shown("cmyk")
+    assert near(cmyk[24, 5], COLOURS["red"])
+    assert near(cmyk[24, 60], COLOURS["blue"])
+    row, turned = shown("turned")  # red was on the left, and is on top
+    assert (row["width"], row["height"]) == (48, 64)
+    assert near(turned[5, 24], COLOURS["red"])
+    assert near(turned[60, 24], COLOURS["blue"])
+    assert near(shown("grey16")[1][9, 9], [156] * 3)
+    assert near(shown("rgb16")[1][9, 9], COLOURS["red"])
+    assert near(shown("alpha")[1][9, 9], [127] * 3)
+    row, dot = shown("dot")
+    assert dot.shape == (1, 1, 3)
+    assert near(dot[0, 0], COLOURS["green"])
+    row, _ = shown("wide")
+    assert (row["width"], row["height"], row["stored_width"], row["stored_height"]) == (10_000, 500, 256, 13)
+    row, _ = shown("large")
+    assert (row["width"], row["height"], row["stored_width"], row["stored_height"]) == (5_000, 3_600, 256, 184)
+    for kind in ("jpeg", "png", "webp", "gif"):
+        rows = [row for row in big.rows if row.kind == kind][:VARIETY]
+        for row in rows:
+            theirs = Image.open(io.BytesIO(body(kind, int(row.url.split("/")[-1].split("?")[0])))).convert("RGB")
+            ours = picture_of(folder, big.pool[row.key])
+            assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).mean() < 6
+
+
+def test_a_pool_is_the_selection_with_answers(big):
+    folder = big.stage.folder
+    names = sorted(path.name for path in (folder / "selection").iterdir())
+    assert sorted(path.name for path in (folder / "pool").glob("*.parquet")) == names
+    for name in names:
+        asked, told = (pq.read_table(folder / part / name) for part in ("selection", "pool"))
+        for column in ("key", "order", "url", "caption", "score"):
+            assert told[column].equals(asked[column])
+        added = ["status", "error", "tar", "offset", "size", "stored_width", "stored_height"]
+        assert told.column_names == [*asked.column_names, *added]
+    by_key = {row.key: row for row in big.rows}
+    for key, row in big.pool.items():
+        empty = [row[name] is None for name in ("tar", "offset", "size", "width", "stored_width", "sha256")]
+        if row["status"] == "failed":
+            assert all(empty)
+        else:
+            assert not any(empty)
+            assert row["sha256"] == by_key[key].sha256.lower()
+    tars = {path.relative_to(folder / "pool").as_posix() for path in (folder / "pool" / "tars").iterdir()}
+    assert tars == {row["tar"] for row in big.pool.values()} - {None}
+
+
+def test_tars_are_webdataset_shards_with_captions(big):
+    import webdataset
+
+    urls = sorted(map(str, (big.stage.folder / "pool" / "tars").iterdir()))
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(samples) == sum(row["status"] == "success" for row in big.pool.values())
+    assert all(sample["txt"].decode().endswith("ü") and {"jpg", "json"} <= set(sample) for sample in samples)
+
+
+def test_report_counts_every_cause(big):
+    causes = Counter(row.error for row in big.rows if row.error)
+    report = big.stage.report
+    assert report["causes"] == dict(sorted(causes.items()))
+    assert report["rows"] == len(big.rows) == report["success"] + causes.total()
+    assert report["bytes"] == sum(row["size"] or 0 for row in big.pool.values())
+    with (big.stage.folder / "errors.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert {row["cause"]: int(row["rows"]) for row in table} == causes
+    assert [int(row["rows"]) for row in table] == sorted(causes.values(), reverse=True)
+    assert all(row["example"] for row in table if row["cause"] != "scheme refused")
+    assert "fetching: 100%" in big.said
+    assert "with a picture, most others:" in big.said
+
+
+def good_rows(server, kind, numbers, sha256=None):
+    return [Row(f"{kind}-{n}", server.url(kind, n), kind, sha256, None) for n in numbers]
+
+
+def worker_of(folder):
+    """A process of img2dataset's pool."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if (path / "cwd").resolve() == folder and "spawn_main" in (path / "cmdline").read_text():
+                return int(path.name)
+        except OSError:
+            continue
+    raise AssertionError("none")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_asks_for_nothing_twice(tmp_path):
+    tmp_path = tmp_path.resolve()
+    changes = {"rows_per_shard": 40, "distributor": {"name": "multiprocessing", "processes": 2, "threads": 8}}
+    stage = Stage(tmp_path, changes)
+    with serving() as server:
+        server.delay = 0.25
+        rows = good_rows(server, "photo", range(400))
+        write_selection(rows, tmp_path / "selection")
+        done: set[str] = set()
+        for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, None):
+            before, asked = len(stage.recorded()), len(server.requests)
+            process = stage.start()
+            wait_for(lambda before=before: len(stage.recorded()) > before, process)
+            os.kill(worker_of(tmp_path) if number is None else process.pid, number or signal.SIGKILL)
+            _, said = process.communicate(timeout=120)
+            again = {row["url"] for row in stage.recorded() if row["url"] in done}
+            assert not {server.url("photo", path.split("/")[-1]) for path in server.requests[asked:]} & done, number
+            assert again == done
+            assert process.returncode == {signal.SIGKILL: -9, None: 0}.get(number, 130), said
+            done = {row["url"] for row in stage.recorded()}
+            deadline = time.monotonic() + 5
+            while processes_of(tmp_path):
+                assert time.monotonic() < deadline, processes_of(tmp_path)
+                time.sleep(0.1)
+    recorded = [row["key"] for row in stage.recorded()]
+    assert sorted(recorded) == sorted(row.key for row in rows)
+    assert all(row["status"] == "success" for row in stage.pool.values())
+    for row in list(stage.pool.values())[::40]:
+        assert picture_of(tmp_path / "pool", row).size == (row["stored_width"], row["stored_height"])
+    assert not list(tmp_path.glob(".scratch/download/store-*/incoming/*"))
+
+
+@pytest.mark.slow
+def test_appended_rows_are_fetched_and_failed_ones_when_asked(tmp_path):
+    tmp_path = tmp_path.resolve()
+    one = {"retries": 0, "distributor": {"name": "multiprocessing", "processes": 1, "threads": 8}}
+    stage = Stage(tmp_path, one)
+    with serving() as server:
+        rows = [row for kind in ("photo", "flaky", "missing") for row in good_rows(server, kind, range(10))]
+        write_selection(rows, tmp_path / "selection")
+        code, said = stage.run()
+        assert code == 0, said
+        assert stage.report["causes"] == {"http 404": 10, "http 503": 10}
+
+        more = rows + good_rows(server, "jpeg", range(5)) + good_rows(server, "png", [0], "0" * 64)
+        write_selection(more, tmp_path / "longer")
+        server.requests.clear()
+        stage.set(one | {"retry_failed": 1})
+        code, said = stage.run("longer")
+        assert code == 0, said
+        assert Counter(path.split("/")[1] for path in server.requests) == Counter(
+            {"flaky": 10, "missing": 10, "jpeg": 5, "png": 1}
+        )
+        assert stage.report["causes"] == {"http 404": 10, "sha256 differs": 1}
+        assert {row["attempt"] for row in stage.recorded() if row["key"].startswith("missing")} == {1, 2}
+
+        server.requests.clear()
+        stage.set(one | {"retry_failed": 1, "min_success": 0.9})
+        code, said = stage.run("longer")
+        assert code == 1
+        assert "25 of 36 rows have a picture (69.4%), download.min_success asks for 90.0%" in said
+        assert "10 http 404" in said
+        assert "Raise download.retry_failed" in said
+        # A verification that is not asked for any more is no refusal.
+        stage.set(one | {"verify_sha256": False, "min_success": 0.7})
+        code, said = stage.run("longer")
+        assert code == 0, said
+        assert stage.report["causes"] == {"http 404": 10}
+        assert [path.split("/")[1] for path in server.requests] == ["png"]
+
+
+@pytest.mark.slow
+def test_spark_fetches_the_same(tmp_path):
+    tmp_path = tmp_path.resolve()
+    (tmp_path / "events").mkdir()
+    conf = {"spark.driver.memory": "512m", "spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1"}
+    conf |= {"spark.eventLog.enabled": "true", "spark.eventLog.dir": (tmp_path / "events").as_uri()}
+    spark = {"name": "pyspark", "master": "local[2]", "threads": 8, "conf": conf, "guard": None}
+    stage = Stage(tmp_path, {"rows_per_shard": 20, "distributor": spark, "min_success": 0.1})
+    with serving() as server:
+        server.away = ["http://127.0.0.2:80/"]
+        rows = [row for kind in ("photo", "turned", "away", "bomb") for row in good_rows(server, kind, [0])]
+        rows += good_rows(server, "jpeg", range(50))
+        write_selection(rows, tmp_path / "selection")
+        code, said = stage.run()
+        assert code == 0, said
+    assert stage.report["causes"] == {"address refused": 1, "too many pixels": 1}
+    turned = stage.pool["turned-0"]
+    assert (turned["width"], turned["height"]) == (48, 64)
+    logs = [path.read_text() for path in (tmp_path / "events").rglob("*") if path.is_file()]
+    assert sum(log.count('"Event":"SparkListenerTaskEnd"') for log in logs) == 3
+    assert not processes_of(tmp_path)
