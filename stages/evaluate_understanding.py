@@ -37,7 +37,9 @@ def run(config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metri
     manifest = train.manifest
     labels = torch.from_numpy(train.labels[rows["train"]])
     truth = torch.from_numpy(validation.labels[rows["validation"]])
-    category = torch.tensor(manifest.category_of_class)
+    groupings = {"": torch.arange(len(manifest.classes))}
+    if manifest.categories:
+        groupings["_category"] = torch.tensor(manifest.category_of_class)
     table: dict[str, float] = {}
     if model.config.text is not None:
         with torch.no_grad():
@@ -49,7 +51,7 @@ def run(config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metri
         accuracy = top_k_accuracy(of_validation["clip"], classifier.cpu(), truth, ks=(1, 5))
         table |= {f"zero_shot_top{k}": value for k, value in accuracy.items()}
     for name in ("bottleneck", "last"):
-        for suffix, of_label in (("", torch.arange(len(manifest.classes))), ("_category", category)):
+        for suffix, of_label in groupings.items():
             result = linear_probe(
                 of_train[name], of_label[labels], of_validation[name], of_label[truth], config=config.probe
             )

@@ -143,9 +143,17 @@ def digest(path: Path) -> str:
 
 
 def files(folder: Path) -> list[Path]:
-    """All files under `folder`, sorted by relative path."""
-    found = (path for path in folder.rglob("*") if path.is_file())
+    """All files under `folder`, sorted by relative path. Links are followed, save those to a parent of theirs."""
+    found: list[Path] = []
+    for parent, names, members in os.walk(folder, followlinks=True):
+        here = os.path.realpath(parent)
+        names[:] = [name for name in names if not _contains(os.path.realpath(os.path.join(parent, name)), here)]
+        found += (path for name in members if (path := Path(parent, name)).is_file())
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _contains(folder: str, path: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _siblings(path: Path) -> str:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,10 +21,14 @@ from tiny import ROOT, merged, wait_for, write_params
 
 from stages import prepare_data
 from stages._runtime import Interrupted, Runtime
+from stages.prepare_data import PrepareData
 from vtp.artefact import digest
-from vtp.config import ConfigError
+from vtp.config import Config, ConfigError
 from vtp.data.crew import IngestError
 from vtp.data.decode import decode_rgb
+from vtp.data.encode import CentreCrop
+from vtp.data.folders import FolderSource, HeldOut, OwnFolder, OwnTable, TableSource
+from vtp.data.pool import PoolSource
 from vtp.data.rows import order_of
 from vtp.data.shards import KEY, Manifest
 
@@ -45,7 +50,7 @@ def prepare(shards, source, folder=None, *, selection=None, kind=QuietWork, **ch
     values |= {"max_unreadable": 0.0, "location": None} | changes
     work = kind(shards.with_name(f".{shards.name}") / "folder", shards.parent, Runtime())
     work.folder.mkdir(parents=True, exist_ok=True)
-    config = prepare_data.PrepareData.parse(values, where="test")
+    config = PrepareData.parse(values, where="test")
     prepare_data.run(config, source=folder, selection=selection, shards=shards, work=work)
     return work
 
@@ -143,6 +148,7 @@ def test_links_are_followed_and_circles_end(folder, shards, tmp_path):
     (source / "circle").symlink_to(source)
     prepare(tmp_path / "shards", FOLDER, source)
     assert digest(tmp_path / "shards") == digest(shards)
+    assert digest(source) == digest(folder)  # so that a run knows its input behind links
 
 
 AWKWARD = {
@@ -380,20 +386,54 @@ def test_tars_may_lie_elsewhere(folder, shards, tmp_path, kind):
     assert len(list((tmp_path / "shards").glob("*.parquet"))) == len(names)
 
 
+def test_a_worker_that_is_killed_is_told(folder, tmp_path):
+    class Killing(Many):
+        def update(self, count):
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    with pytest.raises(IngestError, match="VTP_PROCESSES"):
+        prepare(tmp_path / "shards", FOLDER, folder, kind=Killing)
+
+
+def test_every_parameter_is_read(folder, tmp_path, monkeypatch):
+    reads = set()
+    plain = Config.__getattribute__
+    monkeypatch.setattr(
+        Config, "__getattribute__", lambda self, name: reads.add((type(self), name)) or plain(self, name)
+    )
+    source = table_source(tmp_path / "source")
+    (source / "own" / "train").mkdir(parents=True)
+    (source / "own" / "train" / "0.png").write_bytes(picture(0))
+    write_pool(tmp_path)
+    pool = {"name": "pool", "validation_samples": 6}
+    prepare(tmp_path / "a", FOLDER, folder, image={"name": "centre_crop", "size": 8})
+    own = {"name": "folder", "folder": "own/train"}
+    (source / "train").mkdir()
+    (source / "train" / "1.png").write_bytes(picture(1))
+    prepare(tmp_path / "b", FOLDER | {"train": "train", "validation": own}, source)
+    prepare(tmp_path / "c", TABLE, source)
+    prepare(tmp_path / "d", TABLE | {"validation": {"name": "table", "table": "rows.jsonl"}}, source)
+    prepare(tmp_path / "e", pool, tmp_path / "pool", selection=tmp_path / "selection", max_unreadable=0.1)
+    records = (PrepareData, CentreCrop, FolderSource, OwnFolder, HeldOut, TableSource, OwnTable, PoolSource)
+    wanted = {(record, name) for record in records for name in record.model_fields if name != "name"}
+    assert wanted - reads == set()
+
+
 def test_a_request_to_stop_is_followed(folder, shards, tmp_path):
     work = QuietWork(tmp_path / ".shards" / "folder", tmp_path, Runtime())
     work.folder.mkdir(parents=True)
     work.asked_to_stop = True
     values = {"source": FOLDER, "samples_per_shard": 4, "image": {"name": "keep"}}
-    config = prepare_data.PrepareData.parse(values | {"max_unreadable": 0.0, "location": None}, where="test")
+    config = PrepareData.parse(values | {"max_unreadable": 0.0, "location": None}, where="test")
     with pytest.raises(Interrupted):
         prepare_data.run(config, source=folder, shards=tmp_path / "shards", work=work)
     prepare(tmp_path / "shards", FOLDER, folder)
     assert digest(tmp_path / "shards") == digest(shards)
 
 
-def test_killed_and_resumed_on_the_command_line(tmp_path):
-    """Kill -9 in the middle: no worker goes on, finished shards stay, and the end is the same."""
+def test_killed_stopped_and_resumed_on_the_command_line(tmp_path):
+    """Kill -9 or SIGTERM in the middle: no worker goes on, finished shards stay, and the end is the same."""
     source = tmp_path / "source"
     for number in range(300):
         (source / f"{number % 2}").mkdir(parents=True, exist_ok=True)
@@ -404,13 +444,16 @@ def test_killed_and_resumed_on_the_command_line(tmp_path):
     write_params({"prepare_data": merged(values, {})}, tmp_path / "run" / "params.yaml")
     command = [sys.executable, "-m", "stages.prepare_data", "params.yaml:prepare_data", "--source", str(source)]
     command += ["--shards", "shards", "--provenance", "provenance.json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "VTP_PROCESSES": "2"}
-    how = {"cwd": tmp_path / "run", "env": environment, "stderr": subprocess.PIPE, "text": True}
+
+    def start(processes):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "VTP_PROCESSES": str(processes)}
+        how = {"cwd": tmp_path / "run", "env": environment, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, **how)
 
     def finished():
         return list(tmp_path.glob("run/.scratch/prepare_data/*/folder/state/train-*.json"))
 
-    process = subprocess.Popen(command, **how)
+    process = start(2)
     wait_for(finished, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -418,9 +461,15 @@ def test_killed_and_resumed_on_the_command_line(tmp_path):
     assert 0 < len(kept) < 30
     time.sleep(1)
     assert len(finished()) == len(kept)  # its workers are gone
-    process = subprocess.Popen(command, **how)
-    wait_for(lambda: len(finished()) > len(kept) or (tmp_path / "run" / "shards").exists(), process)
+    process = start(1)
+    wait_for(lambda: len(finished()) > len(kept), process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert (process.returncode, "stopping" in said) == (130, True)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(finished()) < 40
+    assert not (tmp_path / "run" / "shards").exists()
+    process = start(0)
     _, said = process.communicate()
     assert process.returncode == 0, said
     prepare(tmp_path / "whole", FOLDER, source, samples_per_shard=6)

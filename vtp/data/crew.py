@@ -112,7 +112,15 @@ class Crew(AbstractContextManager["Crew"]):
 
     def results(self, jobs: Iterable[Job]) -> Iterator[list[Result]]:
         """What has become of jobs since the last time; comes at least every POLL_SECONDS, and may be empty."""
-        queue = iter(jobs)
+        try:
+            yield from self._results(iter(jobs))
+        except BrokenProcessPool:
+            raise IngestError(
+                "a process that writes shards was ended from outside, perhaps for want of memory; "
+                "start again, with fewer of them in VTP_PROCESSES"
+            ) from None
+
+    def _results(self, queue: Iterator[Job]) -> Iterator[list[Result]]:
         pending: set[Future[Result]] = set()
         while True:
             if not self._shared.stop.is_set():
@@ -120,13 +128,7 @@ class Crew(AbstractContextManager["Crew"]):
             if not pending:
                 return
             ended, pending = wait(pending, POLL_SECONDS, return_when=FIRST_COMPLETED)
-            try:
-                yield [future.result() for future in ended]
-            except BrokenProcessPool:
-                raise IngestError(
-                    "a process that writes shards was ended from outside, perhaps for want of memory; "
-                    "start again, with fewer of them in VTP_PROCESSES"
-                ) from None
+            yield [future.result() for future in ended]
 
 
 class _Shared:

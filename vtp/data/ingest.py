@@ -51,7 +51,7 @@ class Ingest:
         self._finished = {job: done for job in self._jobs if (done := self._load(job)) is not None}
         self.total = sum(len(job.rows) for job in self._jobs)
         self.done = sum(len(job.rows) for job in self._finished)
-        self._allowed = int(config.max_unreadable * self.total)
+        self._allowed = int(round(config.max_unreadable * self.total, 6))  # 0.29 * 100 is 28.999999999999996
 
     @property
     def rejected(self) -> int:
