@@ -163,9 +163,11 @@ def _siblings(path: Path) -> str:
     return f"{path.parent} holds {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"
 
 
-def verified_weights(path: Path, sha256: str, what: str) -> Path:
+def verified_weights(
+    path: Path, sha256: str, what: str, *, instead: str = "choose random-vgg16 in params.yaml"
+) -> Path:
     """`path`, if it is there and has the digest. Raises ArtefactError that says what to put where."""
-    remedy = f"put {what} there, by hand or with `dvc import-url`, or choose random-vgg16 in params.yaml"
+    remedy = f"put {what} there, by hand or with `dvc import-url`, or {instead}"
     if not path.is_file():
         raise ArtefactError(f"{path}: no such weights; {remedy}")
     if (found := digest(path)) != sha256:

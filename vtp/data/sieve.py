@@ -63,13 +63,12 @@ class Sieve:
         pool: Path,
         workforce: Workforce,
         pace: Pace,
-        span: int | None = None,
     ) -> None:
         self.plan = Plan.of(rules)
         self._source, self._folder, self._pool = source, folder, pool
         self._workforce, self._pace = workforce, pace
         self._lists = folder / "lists"
-        self._span = span_of(source.rows) if span is None else span
+        self._span = span_of(source.rows)
         self._count = -(-source.rows // self._span) or 1  # parts
         self._tallies: list[Tally] = []
         for rule in rules:

@@ -12,7 +12,7 @@ import numpy as np
 
 from vtp.data.external import read_table_spill, save_array, write_rows
 from vtp.data.funnel import Tally
-from vtp.data.rows import KEY, ORDER
+from vtp.data.rows import KEY, ORDER, ROLES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,12 +61,14 @@ def sorted_places(table: "pa.Table") -> tuple[np.ndarray, np.ndarray]:
             stop += 1
         group = places[start:stop]
         rows = table.take(group).to_pylist()
-        named = sorted((row[KEY], _digest(row), int(place)) for row, place in zip(rows, group, strict=True))
-        places[start:stop] = [place for _, _, place in named]
-        keys = [key for key, _, _ in named]
+        named = sorted((row[KEY], *_digests(row), int(place)) for row, place in zip(rows, group, strict=True))
+        places[start:stop] = [place for *_, place in named]
+        keys = [key for key, *_ in named]
         keep[start + 1 : stop] = [key != before for before, key in pairwise(keys)]
     return places[keep], places[~keep]
 
 
-def _digest(row: dict[str, object]) -> bytes:
-    return hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
+def _digests(row: dict[str, object]) -> list[bytes]:
+    """Of the columns that every row has, so that the choice seldom depends on those that rules read; then of all."""
+    roles = {name: row[name] for name in (*ROLES, ORDER)}
+    return [hashlib.blake2b(repr(values).encode(), digest_size=16).digest() for values in (roles, row)]

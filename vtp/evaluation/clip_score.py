@@ -64,7 +64,12 @@ def check_model(model: OpenClipModel | TokenizerModel, *, weights: Path, tokeniz
             f"{model.architecture}: its captions need a tokenizer from the Hugging Face hub, which no digest pins; "
             "choose an architecture with open_clip's own"
         )
-    verified_weights(weights / model.weights, model.sha256, f"weights of {model.architecture}")
+    verified_weights(
+        weights / model.weights,
+        model.sha256,
+        f"weights of {model.architecture}",
+        instead="take the rule clip_score out of params.yaml",
+    )
 
 
 def build_scorer(
