@@ -1,34 +1,43 @@
-"""Images per second and core through decoding, views and masks, and the share of a step that waits for data.
+"""Images per second and core from shards to batches, against a plain loader, and the share of a step that waits for data.
 
     python -m benchmarks.data                                                           # the reference recipe
     python -m benchmarks.data pipelines/vtp/params.L.yaml:pretrain --divide 256 --side 512
 
-Self-supervised views are compared with the same augmentations by torchvision, one view at a time as DINOv2 makes them.
-The last line trains: how much of a step is spent waiting, with as many workers as the environment says.
+The plain loader is what one would first write: webdataset reads the same shards, torchvision makes the same views, one
+PIL image at a time as DINOv2 does, of the same share of the samples. `colours on the device` is what is left for a worker
+when a GPU changes the colours. The parts say what bounds the loader. The last line trains: how much of a step is
+spent waiting, with as many workers as the environment says.
 """
 
 import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+import webdataset
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
 
-from benchmarks._pictures import Pictures
+from benchmarks._pictures import stream_of, write_pictures
 from benchmarks.pretrain import _divided, _move, joint
 from stages._runtime import Runtime, Work
 from stages.pretrain import Pretrain, build_batches
 from vtp.config import load
 from vtp.data.batches import Share
+from vtp.data.decode import decode_rgb
 from vtp.data.masking import draw_masks
-from vtp.data.views import SslViewsConfig, clip_batch, ssl_batch
+from vtp.data.stream import Stream
+from vtp.data.views import SslViewsConfig, clip_batch, recolour, ssl_views
 from vtp.draws import numpy_draws
+from vtp.models.text import CaptionTokenizer
 from vtp.training.fit import micro_batches
+
+COUNT = 32  # images in the measurement of a part
 
 
 def main() -> None:
@@ -36,25 +45,101 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     config = _divided(load(options.address, Pretrain), options.divide)
-    pictures = Pictures(options.side)
-    images = [pictures.image(index) for index in range(32)]
-    places, views = np.arange(32), config.data.ssl_views
-    side = views.global_size // config.tokenizer.vision.patch_size
-    reference = TorchvisionViews(views)
-    rates = {
-        "decode": _rate(lambda: [pictures.image(index) for index in range(32)], 32),
-        "clip view": _rate(lambda: clip_batch(images, config.data.clip_view, 0, places), 32),
-        "ssl views": _rate(lambda: ssl_batch(images, views, 0, places), 32),
-        "ssl views, torchvision": _rate(lambda: [reference(image) for image in images], 32),
-        "masks": _rate(lambda: draw_masks(64, side, side, config.data.masks, numpy_draws(0, "masks")), 32),
-    }
-    batches = build_batches(config, pictures, Share(0, 1, 1))  # pyright: ignore[reportArgumentType]
-    rates["whole batch"] = _rate(lambda: batches[0], config.active.pool)
-    print(f"one core, pictures of {options.side} px, batch {config.active}, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_pictures(Path(folder) / "shards", side=options.side, count=max(2048, 2 * config.active.pool))
+        stream = stream_of(shards, config.data.stream)
+        print(f"one core, JPEGs of {options.side} px, batch {config.active}, torch {torch.__version__}")
+        _loaders(config, stream, shards, options.seconds)
+        _parts(config, stream, options.seconds)
+        if options.steps:
+            _waiting(config, stream, options.steps)
+
+
+def _loaders(config: Pretrain, stream: Stream, shards: Path, seconds: float) -> None:
+    pool, alone = config.active.pool, Share(0, 1, 1)
+    ours, later = (build_batches(config, stream, alone, colour_later=flag) for flag in (False, True))
+    steps, theirs = iter(range(10**9)), PlainLoader(config, shards)
+    rates = _rates(
+        {
+            "plain loader": lambda: next(theirs),
+            "ours": lambda: ours[next(steps)],
+            "ours, colours on the device": lambda: later[next(steps)],
+        },
+        pool,
+        seconds,
+    )
     for name, rate in rates.items():
-        print(f"{name:26}{rate:12,.1f} images/s")
-    print(f"ssl views are {rates['ssl views'] / rates['ssl views, torchvision']:.2f}x torchvision's")
-    _waiting(config, pictures, options.steps)
+        print(f"{name:30}{rate:10,.1f} images/s   {rate / rates['plain loader']:.2f}x")
+
+
+def _parts(config: Pretrain, stream: Stream, seconds: float) -> None:
+    """What one batch takes, part by part, and which part is the largest."""
+    source, places, views = stream.sources[0], np.arange(COUNT), config.data.ssl_views
+    contents = [source.content(index) for index in range(COUNT)]
+    images = [decode_rgb(content) for content in contents]
+    crops = ssl_views(images, views, 0, places)
+    side = views.global_size // config.tokenizer.vision.patch_size
+    least = (config.data.clip_view.size,) * 2
+    tokenize = CaptionTokenizer(config.architecture.text) if config.architecture.text else None
+    active = config.active
+    parts: dict[str, tuple[float, Callable[[], object]]] = {
+        "read": (1, lambda: [source.content(index) for index in range(COUNT)]),
+        "decode": (1, lambda: [decode_rgb(content) for content in contents]),
+        "clip view": (active.clip / active.pool, lambda: clip_batch(images, config.data.clip_view, 0, places)),
+        "ssl crops": (active.ssl / active.pool, lambda: ssl_views(images, views, 0, places)),
+        "ssl colours": (active.ssl / active.pool, lambda: recolour(crops, views)),
+        "masks": (
+            active.ssl / active.pool,
+            lambda: draw_masks(2 * COUNT, side, side, config.data.masks, numpy_draws(0, "masks")),
+        ),
+    }
+    if tokenize is not None:
+        captions = [source.caption(index) for index in range(COUNT)]
+        parts["tokens"] = (active.clip / active.pool, lambda: tokenize(captions))
+    rates = _rates({name: run for name, (_, run) in parts.items()}, COUNT, seconds / 3)
+    times = {name: share / rates[name] for name, (share, _) in parts.items()}
+    for name, rate in rates.items():
+        print(f"  {name:28}{rate:10,.1f} images/s   {times[name] / sum(times.values()):.0%} of a batch")
+    draft = _rates({"": lambda: [decode_rgb(content, least=least) for content in contents]}, COUNT, seconds / 3)[""]
+    print(f"  decode to {least[0]} px at least   {draft:10,.1f} images/s")
+    print(f"bound by: {max(times, key=lambda name: times[name])}")
+
+
+class PlainLoader:
+    """webdataset and torchvision, one image at a time; batches of the joint objective without end."""
+
+    def __init__(self, config: Pretrain, shards: Path) -> None:
+        self.config = config
+        self._views = TorchvisionViews(config.data.ssl_views)
+        self._clip = v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    config.data.clip_view.size,
+                    scale=(config.data.clip_view.scale_min, 1.0),
+                    interpolation=v2.InterpolationMode.BICUBIC,
+                ),
+                v2.PILToTensor(),
+            ]
+        )
+        self._tokenize = CaptionTokenizer(config.architecture.text) if config.architecture.text else None
+        urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+        dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(512).decode("pil").repeat()
+        self._samples: Iterator[tuple[Image.Image, str]] = iter(dataset.to_tuple("jpg", "txt"))
+
+    def __next__(self) -> tuple[Tensor, Tensor, list[list[Tensor]], Tensor]:
+        active, data = self.config.active, self.config.data
+        side = data.ssl_views.global_size // self.config.tokenizer.vision.patch_size
+        images, captions, views = [], [], []
+        for place in range(active.pool):
+            image, caption = next(self._samples)
+            images.append(self._clip(image))
+            captions.append(caption)
+            if place < active.ssl:
+                views.append(self._views(image))
+        stacked = [torch.stack(view) for view in zip(*views, strict=True)]
+        masks = draw_masks(2 * active.ssl, side, side, data.masks, numpy_draws(0, "masks"))
+        tokens = self._tokenize(captions) if self._tokenize else torch.empty(0)
+        return torch.stack(images), tokens, [stacked], masks
 
 
 class TorchvisionViews:
@@ -84,23 +169,23 @@ class TorchvisionViews:
             *(view(config.local_size, part, config.blur.local, 0.0) for _ in range(config.local_views)),
         ]
 
-    def __call__(self, image: Image.Image) -> list[torch.Tensor]:
+    def __call__(self, image: Image.Image) -> list[Tensor]:
         return [view(image) for view in self._views]
 
 
-def _waiting(config: Pretrain, pictures: Pictures, steps: int) -> None:
+def _waiting(config: Pretrain, stream: Stream, steps: int) -> None:
     work = Work(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), Runtime.of(os.environ))
     torch.set_num_threads(max(1, work.processes))
-    batches = build_batches(config, pictures, Share(0, 1, 1))  # pyright: ignore[reportArgumentType]
-    stream = micro_batches(batches, range(steps + 2), work)
-    micros = [next(stream)]
+    batches = build_batches(config, stream, Share(0, 1, 1), colour_later=work.device != "cpu")
+    loaded = micro_batches(batches, range(steps + 2), work)
+    micros = [next(loaded)]
     step = joint(config, [_move(micros[0], work.device)], work)
     step()
-    next(stream)
+    next(loaded)
     waited, start = 0.0, time.perf_counter()
     for _ in range(steps):
         before = time.perf_counter()
-        next(stream)
+        next(loaded)
         waited += time.perf_counter() - before
         step()
     seconds = time.perf_counter() - start
@@ -108,21 +193,27 @@ def _waiting(config: Pretrain, pictures: Pictures, steps: int) -> None:
     print(f"training with {work.workers} workers: {rate:,.1f} images/s, {waited / seconds:.1%} of the time waiting")
 
 
-def _rate(function: Callable[[], object], images: int, seconds: float = 3.0) -> float:
-    function()
-    count, start = 0, time.perf_counter()
-    while (passed := time.perf_counter() - start) < seconds:
+def _rates(functions: dict[str, Callable[[], object]], images: int, seconds: float) -> dict[str, float]:
+    """Images per second of each, in turns, so that a busy moment meets all of them."""
+    spent, counts = dict.fromkeys(functions, 0.0), dict.fromkeys(functions, 0)
+    for function in functions.values():
         function()
-        count += images
-    return count / passed
+    while left := [name for name in functions if spent[name] < seconds]:
+        for name in left:
+            function, start = functions[name], time.process_time()
+            function()
+            spent[name] += time.process_time() - start
+            counts[name] += images
+    return {name: counts[name] / spent[name] for name in functions}
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.data", description=__doc__)
     parser.add_argument("address", nargs="?", default="params.yaml:pretrain", metavar="FILE:SECTION")
     parser.add_argument("--divide", type=int, default=1, help="take this share of the batch, as one of so many devices")
-    parser.add_argument("--side", type=int, default=64, help="of the stored pictures, in pixels")
-    parser.add_argument("--steps", type=int, default=10, help="of training")
+    parser.add_argument("--side", type=int, default=64, help="longer side of the stored pictures, in pixels")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of measuring each loader")
+    parser.add_argument("--steps", type=int, default=10, help="of training; 0: none")
     return parser.parse_args()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks._pictures import Pictures
+from benchmarks._pictures import stream_of, write_pictures
 from benchmarks._plain import PlainSsl, adamw, contrast, reconstruct
 from stages._runtime import Runtime, Work
 from stages.pretrain import Pretrain, build_batches, build_objective, place
@@ -47,7 +47,10 @@ def main() -> None:
     size = config.active.pool // config.active.reconstruction
     largest = max(1, (runtime.micro_batch or config.active.pool) // size)
     share = Share(0, 1, count_micros(config.active.reconstruction, 1, largest))
-    batches = build_batches(config, Pictures(2 * config.tokenizer.image_size), share)  # pyright: ignore[reportArgumentType]
+    shards = write_pictures(
+        Path(tempfile.mkdtemp()) / "shards", side=2 * config.tokenizer.image_size, count=config.active.pool
+    )
+    batches = build_batches(config, stream_of(shards, config.data.stream), share)
     micros = [_move(batches[index], work.device) for index in range(share.micros)]
     whole = PretrainBatch(*map(torch.cat, zip(*micros, strict=True))) if share.micros > 1 else micros[0]
     steps = {"joint": joint(config, micros, work)}

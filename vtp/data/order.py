@@ -6,6 +6,7 @@ one, whatever the number of ranks and workers is then. Every epoch holds every s
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def _window_starts(shards: tuple[int, ...], seed: int, epoch: int, window: int) 
 @lru_cache(maxsize=4)
 def _window_order(shards: tuple[int, ...], seed: int, epoch: int, window: int, number: int) -> np.ndarray:
     """The samples of a window in their order."""
-    first = np.concatenate([[0], np.cumsum(shards)])
+    first = [0, *accumulate(shards)]
     members = _shard_order(shards, seed, epoch)[number * window : (number + 1) * window]
     samples = np.concatenate([np.arange(first[shard], first[shard + 1]) for shard in members.tolist()])
     return numpy_draws(seed, "window", epoch, number).permutation(samples)

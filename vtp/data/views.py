@@ -7,7 +7,7 @@ were inverted by its code, and its weights were trained so (0, 0.9, 0.5 for firs
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_LOG_ASPECT = math.log(4 / 3)
 SOLARIZE_THRESHOLD = 128 / 255
+CACHED = 1 << 18  # numbers in a working set
 DRAWS = 14  # uniform numbers per view: 4 for the crop, 10 for colours
 
 
@@ -218,8 +219,13 @@ def _coloured(
     """One kind of view, [B, 3, H, W] uint8."""
     if not len(pixels):
         return pixels
-    colours = _Colours.of(draws, config, blur, solarize=solarize)
-    return _recolour(pixels.float() / 255, colours, reach).mul(255).round().to(torch.uint8)
+    # A few images at a time stay in the cache of a core; a GPU takes all of them.
+    size = len(pixels) if pixels.is_cuda else max(1, CACHED // pixels[0].numel())
+    parts = []
+    for some, own in zip(pixels.split(size), draws.split(size), strict=True):
+        colours = _Colours.of(own, config, blur, solarize=solarize)
+        parts.append(_recolour(some.float().div_(255), colours, reach).mul_(255).round_().to(torch.uint8))
+    return torch.cat(parts)
 
 
 def _stack(crops: list[np.ndarray], size: int) -> Tensor:
@@ -264,35 +270,56 @@ class _Colours(NamedTuple):
 
 def _recolour(x: Tensor, colours: _Colours, reach: int) -> Tensor:
     """Flip, jitter (brightness, contrast, saturation, hue in this order), grey, blur, solarize, on [0, 1]."""
+
+    def jitter(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+        x = (x * brightness).clamp_(0, 1)
+        x = torch.lerp(_grey(x).mean((2, 3), keepdim=True), x, contrast).clamp_(0, 1)
+        x = torch.lerp(_grey(x).expand_as(x), x, saturation).clamp_(0, 1)
+        return shift_hue(x, hue)
+
     x = torch.where(_wide(colours.flip), x.flip(3), x)
-    jittered = (x * colours.brightness).clamp(0, 1)
-    mean = _grey(jittered).mean((2, 3), keepdim=True)
-    jittered = torch.lerp(mean, jittered, colours.contrast).clamp(0, 1)
-    jittered = torch.lerp(_grey(jittered).expand_as(x), jittered, colours.saturation).clamp(0, 1)
-    x = torch.where(_wide(colours.jitter), shift_hue(jittered, colours.hue), x)
-    x = torch.where(_wide(colours.grey), _grey(x).expand_as(x), x)
-    if x.is_cuda:  # no waiting for the device to say which ones
-        x = torch.where(_wide(colours.blur), gaussian_blur(x, colours.sigma, reach), x)
-    elif colours.blur.any():
-        x = x.clone()
-        x[colours.blur] = gaussian_blur(x[colours.blur], colours.sigma[colours.blur], reach)
-    return torch.where(_wide(colours.solarize) & (x >= SOLARIZE_THRESHOLD), 1 - x, x)
+    factors = (colours.brightness, colours.contrast, colours.saturation, colours.hue)
+    x = _some(x, colours.jitter, jitter, *factors)
+    x = _some(x, colours.grey, lambda x: _grey(x).expand_as(x))
+    x = _some(x, colours.blur, lambda x, sigma: gaussian_blur(x, sigma, reach), colours.sigma)
+    return _some(x, colours.solarize, lambda x: torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x))
+
+
+def _some(x: Tensor, chosen: Tensor, change: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+    """`change(x, *factors)` for the `chosen` images [B]; may write into `x`."""
+    if x.is_cuda:  # all of them, without waiting for the device to say which ones
+        return torch.where(_wide(chosen), change(x, *factors), x)
+    rows = chosen.nonzero()[:, 0]
+    if len(rows):
+        x[rows] = change(x[rows], *(factor[rows] for factor in factors))
+    return x
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of images [B, 3, H, W] in [0, 1] by `shift` [B, 1, 1, 1] turns; value and saturation stay."""
-    value, top = x.max(1, keepdim=True)
-    chroma = value - x.min(1, keepdim=True).values
-    red, green, blue = x.split(1, dim=1)
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    sixth = torch.where(
-        top == 0, (green - blue) / safe, torch.where(top == 1, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    """Turn the hue of images [B, 3, H, W] in [0, 1] by `shift` [B, 1, 1, 1] in [-1/2, 1/2] turns.
+
+    Value and saturation stay. Sixths of a turn are kept in units of the chroma, so that nothing is divided by it.
+    """
+    red, green, blue = x.unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    turn = 6 * chroma
+    hue = torch.where(
+        red == value,
+        green - blue,
+        torch.where(green == value, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)),
     )
-    hue = sixth + 6 * shift
-    # Each channel is the value less the chroma times a trapezoid of the hue.
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
-    k = (hue + offsets) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    hue = hue.addcmul_(turn, shift[:, :, 0])
+    hue += turn * (hue < 0)
+    hue -= turn * (hue >= turn)
+    result = torch.empty_like(x)
+    for channel, offset in enumerate((5, 3, 1)):
+        # The value less the chroma times a trapezoid of the hue.
+        k = torch.add(hue, chroma, alpha=offset)
+        k -= turn * (k >= turn)
+        fall = torch.minimum(k, torch.sub(4 * chroma, k))
+        torch.sub(value, torch.minimum(fall.clamp_min_(0), chroma), out=result[:, channel])
+    return result
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, reach: int) -> Tensor:
@@ -308,8 +335,8 @@ def gaussian_blur(x: Tensor, sigma: Tensor, reach: int) -> Tensor:
 
 
 def _grey(x: Tensor) -> Tensor:
-    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
-    return (x * weights).sum(1, keepdim=True)
+    red, green, blue = x.split(1, dim=1)
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def _wide(condition: Tensor) -> Tensor:
