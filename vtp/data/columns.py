@@ -181,7 +181,7 @@ def _kept(
     if keep == "all":
         taken = {*roles, ORDER, *(column for column in roles.values() if column), *own}
         return (*own, *sorted(names - taken))
-    return (*own, *(name for name in keep if name not in own))
+    return tuple(dict.fromkeys((*own, *keep)))
 
 
 def _check(footer: _Footer, need: Need) -> None:

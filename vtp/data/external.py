@@ -4,16 +4,18 @@ A spill is a file of rows grouped by part; many writers leave one each, and a re
 Memory is that of one part, whatever the number of rows. Every file appears whole, so what an interrupted run left is used.
 """
 
-import ctypes
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
 J = TypeVar("J")
 R = TypeVar("R")
-PR_SET_PDEATHSIG = 1
 LEAST_SPAN = 1 << 17
 BATCH = 1 << 14  # rows of a batch in files of sorted rows
 
@@ -107,10 +108,17 @@ def _enlist() -> None:
     import pyarrow as pa
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    Thread(target=_end_with_parent, daemon=True).start()
     pa.set_cpu_count(1)
     pa.set_memory_pool(pa.system_memory_pool())  # gives memory back, where the others keep what they once had
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed is replaced by the next start, which must not meet what it left."""
+    parent = parent_process()
+    assert parent is not None
+    wait_for_end([parent.sentinel])
+    os._exit(1)
 
 
 def part_of(hashes: np.ndarray, parts: int) -> np.ndarray:

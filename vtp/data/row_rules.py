@@ -18,8 +18,8 @@ from vtp.data.rules import (
     Category,
     Downloaded,
     HashList,
+    KeepOrDrop,
     Language,
-    Missing,
     Number,
     Pattern,
     RowRule,
@@ -86,7 +86,7 @@ def _column(table: "pa.Table", name: str) -> "pa.Array":
     return column.cast(pa.string()) if pa.types.is_null(column.type) else column
 
 
-def _decided(passes: "pa.Array", missing: Missing) -> np.ndarray:
+def _decided(passes: "pa.Array", missing: KeepOrDrop) -> np.ndarray:
     return passes.fill_null(missing == "keep").to_numpy(zero_copy_only=False)
 
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from vtp.config import Config
 from vtp.data.rows import CAPTION, HEIGHT, WIDTH
 
-Missing = Literal["keep", "drop"]
+KeepOrDrop = Literal["keep", "drop"]
 STATUS = "status"
 IMAGE_COLUMNS = ("tar", "offset", "size")  # where the image of a pool's row lies
 
@@ -69,7 +69,7 @@ class Size(_Bounded):
     max_side: int | None = Field(ge=0, description="of the longer side")
     min_area: int | None = Field(ge=0)
     max_area: int | None = Field(ge=0)
-    missing: Missing
+    missing: KeepOrDrop
 
 
 class AspectRatio(Config):
@@ -77,7 +77,7 @@ class AspectRatio(Config):
 
     name: Literal["aspect_ratio"]
     max: float = Field(ge=1)
-    missing: Missing
+    missing: KeepOrDrop
 
 
 class CaptionLength(_Bounded):
@@ -88,7 +88,7 @@ class CaptionLength(_Bounded):
     max_words: int | None = Field(ge=0)
     min_characters: int | None = Field(ge=0)
     max_characters: int | None = Field(ge=0)
-    missing: Missing
+    missing: KeepOrDrop
 
 
 class Language(Config):
@@ -97,7 +97,7 @@ class Language(Config):
     name: Literal["language"]
     allowed: list[str] = Field(min_length=1, description="ISO 639-1 codes")
     min_probability: float = Field(ge=0, le=1)
-    missing: Missing
+    missing: KeepOrDrop
 
 
 class Number(_Bounded):
@@ -107,7 +107,7 @@ class Number(_Bounded):
     column: str
     min: float | None
     max: float | None
-    missing: Missing
+    missing: KeepOrDrop
 
 
 class Category(Config):
@@ -116,7 +116,7 @@ class Category(Config):
     name: Literal["category"]
     column: str
     allowed: list[str] = Field(min_length=1)
-    missing: Missing
+    missing: KeepOrDrop
 
 
 class Pattern(Config):
@@ -125,8 +125,8 @@ class Pattern(Config):
     name: Literal["pattern"]
     column: str
     regex: Regex
-    matches: Missing = Field(description="keep: only rows that match; drop: only those that do not")
-    missing: Missing
+    matches: KeepOrDrop = Field(description="keep: only rows that match; drop: only those that do not")
+    missing: KeepOrDrop
 
 
 class HashList(Config):
@@ -136,7 +136,7 @@ class HashList(Config):
     column: str
     file: FileName = Field(description="in the folder --lists")
     action: Literal["allow", "block"]
-    missing: Missing
+    missing: KeepOrDrop
 
 
 class Duplicates(Config):
@@ -144,7 +144,7 @@ class Duplicates(Config):
 
     name: Literal["duplicates"]
     by: str
-    missing: Missing
+    missing: KeepOrDrop
 
 
 class PerceptualDuplicates(Config):
@@ -164,7 +164,7 @@ class TopFraction(Config):
     column: str
     fraction: float = Field(gt=0, le=1)
     best: Literal["highest", "lowest"]
-    missing: Missing
+    missing: KeepOrDrop
 
 
 class OpenClipModel(Config):
@@ -203,7 +203,7 @@ class ClipScore(Config):
     model: OpenClipModel | TokenizerModel = Field(discriminator="name")
     keep: Minimum | BestShare = Field(discriminator="name")
     batch_size: int = Field(ge=1, description="images per forward pass; changes scores by rounding")
-    missing: Missing = Field(description="rows without a caption")
+    missing: KeepOrDrop = Field(description="rows without a caption")
 
 
 class Subset(Config):
