@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -167,6 +168,15 @@ AWKWARD = {
 UNTOUCHED = {"rgb.jpg": "jpg", "grey.jpg": "jpg", "webp.webp": "webp", "wrong-name.gif": "jpg"}
 
 
+def deep_png():
+    """RGB with 16 bits, which Pillow reads and cannot write."""
+    lines = np.linspace(0, 65535, 10 * 12 * 3).astype(">u2").reshape(10, 36)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 12, 10, 16, 2, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
 def awkward(root):
     root.mkdir()
     for name, content in AWKWARD.items():
@@ -177,6 +187,7 @@ def awkward(root):
     wide = io.BytesIO()
     Image.fromarray(np.linspace(0, 65535, 120).astype(np.uint16).reshape(10, 12)).save(wide, "PNG")
     (root / "wide.png").write_bytes(wide.getvalue())
+    (root / "deep.png").write_bytes(deep_png())
     (root / "cut.jpg").write_bytes(picture(13, size=(90, 90), form="JPEG")[:-900])
     (root / "empty.png").write_bytes(b"")
     bomb = bytearray(picture(14))
@@ -195,12 +206,13 @@ def test_awkward_pictures(tmp_path):
     for name in UNTOUCHED:
         assert AWKWARD[name] in names, name
     rows = every(tmp_path / "shards")
-    assert len(rows) == len(AWKWARD) + 2
+    assert len(rows) == len(AWKWARD) + 3
     by_name = {row["key"].rpartition("-")[0]: row for row in rows}
     for name, row in by_name.items():
         opened = Image.open(io.BytesIO(row["image"]))
         assert (opened.mode in ("RGB", "L"), getattr(opened, "n_frames", 1)) == (True, 1), name
-        assert row["label"] == -1
+        assert opened.size == (row["width"], row["height"])  # upright without any tag
+        assert (row["label"], row["image"][24] if row["image"].startswith(b"\x89PNG") else 8) == (-1, 8)  # bits
     turned = by_name["turned_jpg"]
     assert (turned["width"], turned["height"]) == (8, 16)
     wide = np.asarray(Image.open(io.BytesIO(by_name["wide_png"]["image"])))
@@ -216,7 +228,7 @@ def test_awkward_pictures(tmp_path):
 
 def test_too_many_unreadable_pictures_stop_the_stage(tmp_path):
     source = awkward(tmp_path / "source")
-    with pytest.raises(IngestError, match=r"\d of 17 pictures are unreadable.*max_unreadable allows 3") as error:
+    with pytest.raises(IngestError, match=r"\d of 18 pictures are unreadable.*max_unreadable allows 3") as error:
         prepare(tmp_path / "shards", FOLDER, source, max_unreadable=0.2)
     assert "page.jpg: not an image" in str(error.value)
     assert not (tmp_path / "shards").exists()
