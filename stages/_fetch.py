@@ -1,7 +1,8 @@
 """The process that calls img2dataset: `python -m stages._fetch JOB`. It ends, with all its children, when its stdin does.
 
-Three of img2dataset's parts are replaced by ours: see `stages._careful` for two. The third is its logger, a process that
-imports everything once more, prints what the stage shows already, and lives on when its parent is killed.
+Four of img2dataset's parts are replaced by ours. `stages._careful` has two. Its pool of processes waits for ever for the
+shard of one that was killed. Its logger is a process that imports everything once more, prints what the stage shows
+already, and lives on when its parent is killed.
 """
 
 import importlib
@@ -9,14 +10,22 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from stages._launch import follow_parent
 from vtp.artefact import read_json
 from vtp.config import Config
+
+if TYPE_CHECKING:
+    from stages._careful import GuardedDownloader
+
+SHARDS_OF_A_PROCESS = 20
 
 
 class SparkJob(Config):
@@ -45,6 +54,7 @@ class FetchJob(Config):
     max_pixels: int
     user_agent_token: str | None
     opt_out: list[str]
+    distributor: str
     spark: SparkJob | None
 
 
@@ -53,8 +63,6 @@ def main() -> None:
     job = FetchJob.parse(read_json(Path(sys.argv[1])), where=sys.argv[1])
     signal.signal(signal.SIGTERM, lambda number, frame: end_group())
     threading.Thread(target=_follow_stdin, daemon=True).start()
-    if job.spark is None:  # which starts a task again by itself
-        threading.Thread(target=_watch_children, daemon=True).start()
     theirs: Any = importlib.import_module("img2dataset.main")  # the package has a function of that name
     from img2dataset.downloader import Downloader
 
@@ -64,6 +72,7 @@ def main() -> None:
         return GuardedDownloader(Downloader(**options), guard=job.guard, deadline=job.deadline)
 
     theirs.Resizer, theirs.Downloader, theirs.LoggerProcess = CarefulResizer, downloader, _NoLogger
+    theirs.multiprocessing_distributor = distribute
     with _spark(job.spark):
         for delivery, hashed in zip(job.deliveries, job.hashed, strict=True):
             fetch(theirs, job, Path(delivery), hashed=hashed)
@@ -96,8 +105,23 @@ def fetch(theirs: Any, job: FetchJob, delivery: Path, *, hashed: bool) -> None: 
         max_shard_retry=0,  # a shard that failed is missing, and listed again
         user_agent_token=job.user_agent_token,
         disallowed_header_directives=job.opt_out,
-        distributor="multiprocessing" if job.spark is None else "pyspark",
+        distributor=job.distributor,
     )
+
+
+def distribute(
+    processes: int, downloader: "GuardedDownloader", shards: Iterable[tuple[int, str]], *unused: object
+) -> None:
+    """Fetch shards in processes of this machine, with the arguments of img2dataset's own distributor.
+
+    Raises BrokenProcessPool when a process is killed, for want of memory for example. Processes are replaced now and
+    then, because decoders leak.
+    """
+    waiting = iter(shards)
+    while batch := list(islice(waiting, processes * SHARDS_OF_A_PROCESS)):
+        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=follow_parent) as pool:
+            for _, shard in pool.map(downloader, batch):
+                print(f"shard {shard[0]} ended", flush=True)
 
 
 class _NoLogger:
@@ -136,17 +160,6 @@ def _follow_stdin() -> None:
     while os.read(0, 1024):  # not sys.stdin, whose lock would be held at the end of the interpreter
         pass
     end_group()
-
-
-def _watch_children() -> None:
-    """A process of a multiprocessing pool that is killed takes its shard along, and the pool waits for it for ever."""
-    while True:
-        with suppress(ChildProcessError):  # none yet, or the pool asked first
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
-            if ended is not None and ended.si_status not in (0, signal.SIGTERM):
-                print(f"process {ended.si_pid} of the pool died with {ended.si_status}", flush=True)
-                end_group()
-        time.sleep(0.02)
 
 
 def end_group() -> None:

@@ -1,7 +1,7 @@
 """Fetch the pictures of a selection with img2dataset, behind a guard, into a store that outlives the list.
 
 A run fetches what the store does not know. It may be killed at any moment: whole shards stay, the rest is fetched by the
-next run. A longer list costs its new rows, and a failed row is tried again when `retry_failed` grants it one more attempt.
+next run. A longer list costs its new rows, and failed rows are tried again when `retry_failed` grants them one more attempt.
 """
 
 import hashlib
@@ -98,7 +98,9 @@ class Download(Config):
     user_agent_token: str | None = Field(description="names the downloader to servers, and in their X-Robots-Tag")
     respect_opt_out: list[str] = Field(description="directives of X-Robots-Tag that refuse; an empty list: none")
     verify_sha256: bool = Field(description="refuse a picture whose sha256 is not that of its row, where it has one")
-    retry_failed: int = Field(ge=0, description="further runs in which a failed row is tried again")
+    retry_failed: int = Field(
+        ge=0, description="further rounds in which failed rows are tried again; counts over all runs"
+    )
     min_success: float = Field(ge=0, le=1, description="share of rows with a picture below which the stage fails")
     distributor: Annotated[Multiprocessing | Spark, Field(discriminator="name")]
 
@@ -187,6 +189,7 @@ def job_of(config: Download, delivery: Path, guard: str) -> FetchJob:
         max_pixels=config.max_pixels,
         user_agent_token=config.user_agent_token,
         opt_out=config.respect_opt_out,
+        distributor=crew.name,
         spark=SparkJob(master=crew.master, conf=crew.conf) if isinstance(crew, Spark) else None,
     )
 

@@ -114,8 +114,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         with self.server.lock:
+            self.again = self.path in self.server.seen
+            self.server.seen.add(self.path)
             self.server.requests.append(self.path)
-            self.again = self.server.requests.count(self.path) > 1 if self.path.startswith("/flaky") else False
         _, kind, n = self.path.split("?")[0].split("/", 2)
         time.sleep(self.server.delay)
         try:
@@ -236,6 +237,7 @@ class Server(ThreadingHTTPServer):
         super().__init__((host, port), Handler)
         self.lock = threading.Lock()
         self.requests: list[str] = []
+        self.seen: set[str] = set()
         self.away: list[str] = []
         self.delay = 0.0
 

@@ -108,7 +108,9 @@ def outcome_of(rows: "pa.Table", store: Store, *, verify: bool) -> "pa.Table":
     asked = fetchable(rows)
     for name, value in (("status", FAILED), ("error", SCHEME_REFUSED)):
         column = np.where(asked, texts(known[name]), value)
-        known = known.set_column(known.schema.get_field_index(name), name, pa.array(column, mask=column == ""))
+        known = known.set_column(
+            known.schema.get_field_index(name), name, pa.array(column, pa.string(), mask=column == "")
+        )
     return known
 
 

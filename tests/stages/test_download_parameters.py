@@ -1,0 +1,94 @@
+"""Parameters and errors of the stage download."""
+
+import pyarrow.parquet as pq
+import pytest
+from downloading import SECTION, SPARK, Row, write_selection
+from tiny import merged
+
+from stages._runtime import Runtime, Work
+from stages.download import Download, DownloadError, job_of, plan_guards, require_packages, run, too_few
+from vtp.config import Config, ConfigError
+from vtp.data.fetched import Report
+
+
+def parsed(**changes):
+    return Download.parse(merged(SECTION, changes), where="params.yaml:download")
+
+
+def test_every_parameter_is_read(tmp_path, monkeypatch):
+    """Those of the policy act in the guard, whose tests show each."""
+    read: set[tuple[str, str]] = set()
+    plain = Config.__getattribute__
+
+    def recording(self, name):
+        read.add((type(self).__name__, name))
+        return plain(self, name)
+
+    variants = [
+        parsed(),
+        parsed(resize={"name": "no"}, encoding={"name": "png", "compression": 6}, distributor=SPARK),
+    ]
+    monkeypatch.setattr(Config, "__getattribute__", recording)
+    for config in variants:
+        job_of(config, tmp_path, "127.0.0.1:1")
+        plan_guards(config)
+        too_few(Report(), config)
+        assert config.terms
+        assert config.identity
+    monkeypatch.undo()
+    records = (variants[0], *(getattr(v, part) for v in variants for part in ("resize", "encoding", "distributor")))
+    fields = {(type(record).__name__, name) for record in records for name in type(record).model_fields}
+    assert fields - read == set()
+
+
+def test_the_store_is_that_of_what_a_picture_depends_on():
+    same = [parsed(), parsed(retries=5, retry_failed=3, min_success=0.9, distributor=SPARK, rows_per_shard=7)]
+    same += [parsed(policy={"deadline": 60.0, "max_bytes": 5}, respect_opt_out=SECTION["respect_opt_out"][::-1])]
+    others = [
+        parsed(encoding={"name": "webp", "quality": 95}),
+        parsed(respect_opt_out=[]),
+        parsed(user_agent_token="a"),
+    ]
+    others += [parsed(resize={"name": "no"}), parsed(policy={"allowed_networks": []})]
+    assert len({config.identity for config in same}) == 1
+    assert len({config.identity for config in (*same, *others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"distributor": SPARK | {"master": "spark://head:7077"}}, "start `python -m vtp.data.guard"),
+        ({"policy": {"allowed_networks": ["127.0.0.1/8"]}}, "has host bits set"),
+        ({"policy": {"allowed_ports": [0]}}, "policy.allowed_ports.0"),
+        ({"encoding": {"name": "gif", "quality": 95}}, "download.encoding"),
+        ({"encoding": {"name": "png", "compression": 95}}, "less than or equal to 9"),
+        ({"resize": {"name": "no", "size": 5}}, "resize.no.size: unknown key"),
+        ({"max_pixels": 90_000_000}, "max_pixels"),
+    ],
+)
+def test_impossible_parameters_are_told(changes, said):
+    with pytest.raises(ConfigError) as error:
+        parsed(**changes)
+    assert said in str(error.value)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    with pytest.raises(ConfigError, match="Python below 3.13, this is 3.13"):
+        require_packages(parsed(), (3, 13))
+    monkeypatch.setattr("stages.download.find_spec", lambda name: None if name == "pyspark" else name)
+    require_packages(parsed(), (3, 12))
+    with pytest.raises(ConfigError, match=r"pyspark is not installed here: pip install -e '.\[spark\]'"):
+        require_packages(parsed(distributor=SPARK), (3, 12))
+    monkeypatch.setattr("stages.download.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"img2dataset is not installed here: pip install -e '.\[download\]'"):
+        require_packages(parsed(), (3, 11))
+
+
+def test_an_empty_selection_is_an_error(tmp_path):
+    work = Work(tmp_path / "download" / "run" / "folder", tmp_path, Runtime(pool=str(tmp_path / "pool")))
+    selection = write_selection([Row("a", "http://127.0.0.1/", "a", None, None)], tmp_path / "selection")
+    path = selection / "part-00000.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(DownloadError, match="no rows; the filter before it let none pass"):
+        run(parsed(), selection=selection, pool=tmp_path / "a", report=tmp_path / "b", errors=tmp_path / "c", work=work)
+    assert [path.name.split("-")[0] for path in (tmp_path / "pool").iterdir()] == ["store"]
