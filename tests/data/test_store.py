@@ -200,13 +200,15 @@ def test_rows_that_are_recorded_twice_are_told(store):
         store.lookup(table("a"), verify=False)
 
 
-def test_lists_are_split_at_shards(tmp_path, store, monkeypatch):
+@pytest.mark.parametrize(("rows", "sizes"), [(21, [8, 8, 5]), (16, [8, 8]), (3, [3])])
+def test_lists_are_split_at_shards(tmp_path, store, monkeypatch, rows, sizes):
     monkeypatch.setattr("vtp.data.intake.LIST_ROWS", 9)  # two shards of 4 a list
-    selection = select(tmp_path / "selection", [f"k{n}" for n in range(21)])
-    assert list_missing(selection, store, tmp_path / "delivery", TERMS) == (21, 21)
+    monkeypatch.setattr("vtp.data.store.BATCH", 3)
+    selection = select(tmp_path / "selection", [f"k{n}" for n in range(rows)])
+    assert list_missing(selection, store, tmp_path / "delivery", TERMS) == (rows, rows)
     lists = [pq.read_table(path) for path in sorted((tmp_path / "delivery" / "plain" / "lists").iterdir())]
-    assert [len(each) for each in lists] == [8, 8, 5]
-    assert pa.concat_tables(lists)["row"].to_pylist() == list(range(21))
+    assert [len(each) for each in lists] == sizes
+    assert pa.concat_tables(lists)["row"].to_pylist() == list(range(rows))
 
 
 def test_only_http_is_fetched():

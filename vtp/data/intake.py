@@ -111,8 +111,9 @@ class _Lists:
             self._write(whole=False)
 
     def close(self) -> None:
-        if self.count:
+        if self._waiting:
             self._write(whole=True)
+        if self.count:
             write_json(self._folder / "batch.json", self.batch.model_dump())
 
     def _write(self, *, whole: bool) -> None:
