@@ -34,7 +34,9 @@ def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Outpu
             parts = []
             for first in range(rows.start, rows.stop, config.batch_size):
                 chosen = singles[first : min(first + config.batch_size, rows.stop)]
-                parts.append(model.encode(normalise(images.images(chosen, model.config.image_size).to(work.device))).cpu())
+                parts.append(
+                    model.encode(normalise(images.images(chosen, model.config.image_size).to(work.device))).cpu()
+                )
                 bar.update(len(chosen))
             labels = torch.from_numpy(images.labels[singles[np.array(rows)]])
             writer.write(path, torch.cat(parts).to(getattr(torch, config.dtype)), labels)

@@ -27,6 +27,18 @@ def stages():
             yield pytest.param(file, stage, id=f"{file.parent.name}:{name}")
 
 
+def flags_of(words):
+    """`--flag path ...` by flag; a flag that reads several has several."""
+    given = {}
+    for word in words:
+        if word.startswith("--"):
+            given[word] = []
+        else:
+            given[list(given)[-1]].append(word)
+    assert all(given.values())
+    return given
+
+
 def paths(entries):
     return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries or []]
 
@@ -37,12 +49,11 @@ def test_stage_is_wired(file, stage):
     assert (python, dash) == ("python", "-m")
     deps = paths(stage.get("deps"))
     outs = paths(stage.get("outs")) + paths(stage.get("metrics")) + paths(stage.get("plots"))
-    given = dict(zip(flags[::2], flags[1::2], strict=True))
-    assert all(flag.startswith("--") for flag in given)
+    given = flags_of(flags)
     assert stage["desc"]
     assert not any(isinstance(entry, dict) and "persist" in str(entry) for entry in stage["outs"])
     if module == "stages.check":
-        assert set(given.values()) == set(outs)
+        assert {path for paths in given.values() for path in paths} == set(outs)
         return
     run = import_module(module).run
     inputs = {f"--{name.replace('_', '-')}" for name in path_flags(run, "input")}
@@ -50,11 +61,12 @@ def test_stage_is_wired(file, stage):
     optional = {f"--{name.replace('_', '-')}" for name in path_flags(run, "optional")}
     assert inputs | outputs >= set(given) >= (inputs | outputs) - optional
     inputs &= set(given)
-    assert {given[flag] for flag in inputs} <= set(deps)
-    assert {given[flag] for flag in outputs} == set(outs)
+    read = {path for flag in inputs for path in given[flag]}
+    assert read <= set(deps)
+    assert {path for flag in outputs for path in given[flag]} == set(outs)
     # All else that a stage depends on is what `check` writes: the constant and its own code digest.
     checks = {"work/check/valid", f"work/check/code/{module.removeprefix('stages.')}.txt"}
-    assert set(deps) - {given[flag] for flag in inputs} == checks
+    assert set(deps) - read == checks
     _, section = address.split(":")
     assert stage["params"] == [section]
     first = next(iter(run.__annotations__.values()))
@@ -70,17 +82,29 @@ def test_parameters_are_valid(file, params):
 
 
 def test_the_papers_recipe_runs_the_stages_of_the_root():
-    """Its stages differ from the root's in the folders of their data alone."""
-    ours, theirs = (
-        YAML(typ="safe", pure=True).load(file)["stages"]
-        for file in (ROOT / "dvc.yaml", ROOT / "pipelines/vtp/dvc.yaml")
+    """Studies differ from the root in the folders of their data alone."""
+    ours, vtp, imagenet, datacomp = (
+        YAML(typ="safe", pure=True).load(folder / "dvc.yaml")["stages"]
+        for folder in (ROOT, *(ROOT / "pipelines" / name for name in ("vtp", "imagenet", "datacomp")))
     )
-    assert theirs.keys() == ours.keys() - {"prepare_data"}
-    for name in theirs.keys() - {"check"}:
-        text = json.dumps(theirs[name])
+    assert vtp.keys() == ours.keys() - {"prepare_data"}
+    assert imagenet.keys() == ours.keys()
+    for name in vtp.keys() - {"check"}:
+        text = json.dumps(vtp[name])
         for folder in ("data/captioned", "data/labelled"):
             text = text.replace(folder, "work/shards")
         assert json.loads(text) == ours[name], name
+        assert imagenet[name] == ours[name], name
+    assert datacomp["pretrain"] == ours["pretrain"]
+    assert {"filter_metadata", "download", "filter_images", "prepare_data"} < datacomp.keys()
+
+
+@pytest.mark.parametrize("study", ["datacomp", "imagenet"])
+def test_small_and_paper_size_have_one_schema(study):
+    """They run by changing parameters alone: same sections, same stages."""
+    small, paper = (read_yaml(ROOT / "pipelines" / study / name) for name in ("params.yaml", "params.paper.yaml"))
+    assert small.keys() == paper.keys()
+    assert small["prepare_data"]["source"]["name"] == paper["prepare_data"]["source"]["name"]
 
 
 def test_the_scaling_study_evaluates_every_milestone():

@@ -1,0 +1,88 @@
+"""A temporary clone of the project with its own git and DVC, for tests of real pipeline runs."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny import ROOT, merged, tiny_params, write_params
+
+from vtp.artefact import digest
+
+WEIGHTS = {
+    "pretrain": "work/tokenizer/model.safetensors",
+    "tune_decoder": "work/decoder/decoder.safetensors",
+    "train_generator": "work/generator/model.safetensors",
+}
+
+
+class Clone:
+    """A git clone with its own DVC cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # The working tree as it is, uncommitted changes included.
+        ignore = shutil.ignore_patterns(
+            ".git", ".scratch", "work", "cache", "tmp", "*.egg-info", ".venv", "__pycache__"
+        )
+        shutil.copytree(ROOT, folder, ignore=ignore)
+        for name in ("dvc.lock", "metrics", "plots"):
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.git("init", "-q")
+        self.params = tiny_params()
+        self.write({})
+
+    def git(self, *arguments):
+        subprocess.run(["git", *arguments], cwd=self.folder, check=True)
+
+    def write(self, changes):
+        write_params(merged(self.params, changes), self.folder / "params.yaml")
+
+    def environment(self):
+        own = {"VTP_CHECKPOINT_SECONDS": "0", "VTP_WORKERS": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+        return os.environ | own
+
+    def start(self, *arguments, cwd=None, **settings):
+        # sys.executable's folder first: `python` in a stage's command is this interpreter.
+        environment = self.environment() | settings | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "dvc", *arguments],
+            cwd=cwd or self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def dvc(self, *arguments, cwd=None, **settings):
+        """Output of a dvc command and its status."""
+        process = self.start(*arguments, cwd=cwd, **settings)
+        output, _ = process.communicate(timeout=600)
+        return output, process.returncode
+
+    def repro(self, *arguments, **settings):
+        output, status = self.dvc("repro", *arguments, **settings)
+        assert status == 0, output
+        return output
+
+    def forget(self):
+        """Go back to before the first run: no lock, no outputs, no run cache, no scratch."""
+        for name in ("work", "metrics", "plots", ".scratch", ".dvc/cache"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / "dvc.lock").unlink(missing_ok=True)
+
+    def weights(self, stage):
+        return digest(self.folder / WEIGHTS[stage])
+
+
+def ran(output):
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()

@@ -1,0 +1,208 @@
+"""The two studies that begin with real data, under real DVC: a web of pictures and an object store on loopback."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from clone import Clone, ran
+from servers import photo, serving, write_metadata
+from tiny import SMALL, merged, write_params
+
+from vtp.artefact import digest
+from vtp.config import read_yaml
+from vtp.data.stream import ShardDataset
+
+pytestmark = pytest.mark.slow
+GOOD, MORE = 240, 40
+BAD = {"missing": 30, "html": 10, "noai": 10}  # of awkward pages, by their names on the server
+
+
+class Study:
+    """A folder of pipelines/ in a clone, at tiny size."""
+
+    def __init__(self, clone: Clone, name: str, **changes) -> None:
+        self.clone = clone
+        self.name = name
+        self.folder = clone.folder / "pipelines" / name
+        values = read_yaml(self.folder / "params.yaml")
+        small = {
+            section: change for section, change in SMALL.items() if section in values and section != "prepare_data"
+        }
+        self.values = merged(merged(values, small), changes)
+        write_params(self.values, self.folder / "params.yaml")
+
+    def dvc(self, *arguments, status=0):
+        where = {"PYTHONPATH": str(self.clone.folder)}  # not the code of the checkout that is installed
+        output, ended = self.clone.dvc(*arguments, cwd=self.folder, **where)
+        assert ended == status, output
+        return output
+
+    def json(self, path):
+        return json.loads((self.folder / path).read_text())
+
+
+@pytest.fixture(scope="module")
+def web():
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def lake(web, tmp_path_factory):
+    """An object store with the metadata of the web, in two files."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    address = f"http://127.0.0.1:{server._server.server_port}"
+    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    patch = pytest.MonkeyPatch()
+    for name, value in (names | {"AWS_ENDPOINT_URL": address}).items():
+        patch.setenv(name, value)
+    bucket = fsspec.filesystem("s3")
+    bucket.mkdir("lake")
+    folder = tmp_path_factory.mktemp("metadata")
+    write_metadata(folder / "all.parquet", web, GOOD + MORE)
+    table = pq.read_table(folder / "all.parquet")
+    scores = pa.array([0.1] * 20 + [0.3] * (GOOD + MORE - 20), pa.float32())  # the first score too low
+    table = table.set_column(table.schema.names.index("clip_l14_similarity_score"), "clip_l14_similarity_score", scores)
+    parts = {"good": table[:GOOD], "bad": bad_rows(web, table.schema), "more": table[GOOD:]}
+    for name, part in parts.items():
+        pq.write_table(part, folder / f"{name}.parquet")
+    for name in ("good", "bad"):
+        bucket.put(str(folder / f"{name}.parquet"), f"lake/metadata/{name}.parquet")
+    yield bucket, folder, address
+    patch.undo()
+    server.stop()
+
+
+def bad_rows(web, schema):
+    """Rows of pages without a picture for us, and of a URL that comes twice."""
+    urls = [web.url(kind, n) for kind, count in BAD.items() for n in range(count)] + [web.url("photo", 30)] * 2
+    rows = [
+        {
+            "uid": hashlib.md5(f"bad {n}".encode()).hexdigest(),
+            "url": url,
+            "text": f"number {n} of the bad rows",
+            "original_width": 100,
+            "original_height": 100,
+            "clip_b32_similarity_score": 0.3,
+            "clip_l14_similarity_score": 0.3,
+            "sha256": None,
+        }
+        for n, url in enumerate(urls)
+    ]
+    return pa.Table.from_pylist(rows, schema)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    return Clone(tmp_path_factory.mktemp("collecting") / "clone")
+
+
+@pytest.fixture(scope="module")
+def datacomp(clone, lake):
+    """The study after its first run; its metadata come from the object store, which is also the team's remote."""
+    _, _, address = lake
+    study = Study(
+        clone,
+        "datacomp",
+        pretrain={"watch": {"probe": None}},
+        download={"rows_per_shard": 50, "retries": 0},
+    )
+    clone.git("add", "-A")
+    clone.git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start")
+    study.dvc("remote", "add", "-d", "team", "s3://lake/cache")
+    study.dvc("remote", "modify", "team", "endpointurl", address)
+    study.dvc("remote", "add", "lake", "s3://lake")
+    study.dvc("remote", "modify", "lake", "endpointurl", address)
+    (study.folder / "data").mkdir()
+    study.dvc("import-url", "remote://lake/metadata", "data/metadata")
+    study.first = study.dvc("repro")
+    return study
+
+
+def test_from_urls_to_a_tokenizer(datacomp, web):
+    """Funnels, outcomes by cause and the manifest add up to the last row."""
+    assert ran(datacomp.first) == ["check", "filter_metadata", "download", "filter_images", "prepare_data", "pretrain"]
+    rows = GOOD + sum(BAD.values()) + 2
+    metadata = datacomp.json("metrics/filter_metadata.json")["filter"]
+    assert metadata["rows_in"] == rows
+    wanted = metadata["rows_out"]
+    assert wanted == rows - 20 - 2
+    download = datacomp.json("metrics/download.json")["download"]
+    assert download["rows"] == wanted
+    assert download["success"] == GOOD - 20
+    assert download["causes"] == {"http 404": 30, "not an image": 10, "opted out": 10}
+    images = datacomp.json("metrics/filter_images.json")["filter"]
+    assert images["rows_in"] == wanted
+    manifest = datacomp.json("work/shards/manifest.json")["splits"]
+    assert manifest["train"]["samples"] + manifest["validation"]["samples"] == images["rows_out"]
+    assert manifest["train"]["share_without_caption"] == 0
+    assert (datacomp.folder / "work/tokenizer/model.safetensors").exists()
+    shown = ShardDataset(datacomp.folder / "work/shards", "train")
+    number = int(shown.caption(0).split()[2])
+    assert shown.manifest.source == "pool"
+    assert max(shown.image(0).size) == 64
+    assert Counter(web.requests)[f"/photo/{number}"] == 1
+    assert "rectangles" in (datacomp.folder / "work/funnels/metadata.md").read_text()
+
+
+def test_nothing_changed_nothing_runs(datacomp):
+    assert "Data and pipelines are up to date" in datacomp.dvc("repro")
+
+
+def test_more_rows_fetch_what_is_new(datacomp, lake, web):
+    """The store grows at the other end; `dvc update` sees it, and no page is asked for again."""
+    bucket, folder, _ = lake
+    asked = len(web.requests)
+    bucket.put(str(folder / "more.parquet"), "lake/metadata/more.parquet")
+    datacomp.dvc("update", "data/metadata.dvc")
+    output = datacomp.dvc("repro")
+    assert ran(output)[:2] == ["filter_metadata", "download"]
+    new = web.requests[asked:]
+    assert sorted(new) == sorted(f"/photo/{n}" for n in range(GOOD, GOOD + MORE))
+    assert datacomp.json("metrics/download.json")["download"]["success"] == GOOD - 20 + MORE
+
+
+def test_a_team_shares_what_was_made(datacomp, lake):
+    """Pushed to the object store, lost here, pulled again; and a second cache needs no second copy of the bytes."""
+    folder = datacomp.folder
+    before = {name: digest(folder / "work" / name) for name in ("shards", "pool", "tokenizer")}
+    datacomp.dvc("push", "-R", ".")
+    shutil.rmtree(folder / "work")
+    shutil.rmtree(datacomp.clone.folder / ".dvc/cache")
+    datacomp.dvc("pull", "-R", ".")
+    assert {name: digest(folder / "work" / name) for name in before} == before
+    assert "Data and pipelines are up to date" in datacomp.dvc("repro")
+    tar = next((folder / "work/shards").glob("*.tar"))
+    assert os.stat(tar).st_nlink > 1  # one file here and in the cache
+
+
+def photo_of(synset: int, number: int) -> bytes:
+    return photo(100 * synset + number)
+
+
+def test_imagenet_from_folders_to_figures(clone):
+    """Four classes as ImageNet names them, through every stage."""
+    study = Study(clone, "imagenet", prepare_data={"samples_per_shard": 30})
+    synsets = ["n01440764", "n01443537", "n02123045", "n03000684"]
+    for part, count in (("train", 24), ("val", 8)):
+        for index, synset in enumerate(synsets):
+            place = study.folder / "data/imagenet" / part / synset
+            place.mkdir(parents=True)
+            for number in range(count):
+                (place / f"{synset}_{number}.JPEG").write_bytes(photo_of(index, number + (50 if part == "val" else 0)))
+    output = study.dvc("repro")
+    assert ran(output)[0:2] == ["check", "prepare_data"]
+    manifest = study.json("work/shards/manifest.json")
+    assert manifest["classes"] == ["tench", "goldfish", "tabby cat", "chainsaw"]
+    assert manifest["splits"]["train"]["class_counts"] == [24] * 4
+    assert study.json("metrics/understanding.json")["understanding"]["chance"] == 0.25
+    assert (study.folder / "work/report/report.html").exists()
