@@ -157,9 +157,11 @@ def fetch_missing(config: Download, selection: Path, store: Store, work: Work, *
         while missing:
             job = job_of(config, delivery, guard.address)
             this = Round(job, delivery, work.folder.parent / "fetch.log", lock)
-            adopted = this.run(store, guards=guard, note=live.note, stopped=lambda: work.stop_requested)
-            remove(delivery)
-            live.log()
+            try:
+                adopted = this.run(store, guards=guard, note=live.note, stopped=lambda: work.stop_requested)
+            finally:
+                remove(delivery)
+                live.log()
             if work.stop_requested:
                 work.stop()
             if not adopted or guard.gone:

@@ -12,6 +12,7 @@ store; the rest is deleted, and missing again.
 
 import json
 import re
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 PLAIN, HASHED = "plain", "hashed"
 LIST_ROWS = 200_000  # img2dataset reads a whole list at once
+NEARLY_FULL = 256 << 20  # bytes
 PRINTABLE = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 HTTP_ERROR = re.compile(r"HTTP Error (\d+): (.*)", re.DOTALL)
 # Of messages, in this order. None: the guard was gone, so nobody asked for the picture.
@@ -222,6 +224,8 @@ def _adopt(folder: Path, statistics: Path, store: Store) -> Adopted | None:
         records = [record for record in found if record is not None]
         if count != len(asked) or any(record.status == SUCCESS and not record.size for record in records):
             return None
+        if len(told) < count and shutil.disk_usage(store.folder).free < NEARLY_FULL:
+            return None  # img2dataset goes on when it cannot write a picture
         if tar.exists() and members:
             to_disk(tar)
             tar.rename(kept_tar)
