@@ -81,7 +81,8 @@ class Report:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["cause", "rows", "share", "example", "message"])
             for cause, rows in self.table():
-                writer.writerow([cause, rows, f"{rows / self.rows:.6f}", *self.examples[cause]])
+                url, message = self.examples[cause]
+                writer.writerow([cause, rows, f"{rows / self.rows:.6f}", url, " ".join(message.split())])
 
 
 def write_pool(selection: Path, store: Store, folder: Path, *, verify: bool) -> Report:
