@@ -67,7 +67,8 @@ def results(tmp_path_factory):
         for name in ORDER:
             run = import_module(f"stages.{name}").run
             inputs = {flag: path_of(root, name, flag, "input") for flag in path_flags(run, "input")}
-            inputs = {flag: path for flag, path in inputs.items() if flag != "start"}
+            inputs = {flag: path for flag, path in inputs.items() if flag not in {"start", "source", "selection"}}
+            inputs |= {flag: [inputs[flag]] for flag in path_flags(run, "several")}
             outputs = {flag: path_of(root, name, flag, "output") for flag in path_flags(run, "output")}
             work = QuietWork(root / "scratch" / name / "folder", root, Runtime())
             work.folder.mkdir(parents=True)
@@ -140,14 +141,14 @@ def test_tuning_leaves_the_encoder_alone(results):
 
 def test_latents_are_those_of_the_encoder(results):
     from vtp.data.latents import LatentDataset
-    from vtp.data.shards import ShardDataset
+    from vtp.data.stream import ShardDataset
     from vtp.layers.images import normalise
 
     root, *_ = results
     latents, images = LatentDataset(root / "latents"), ShardDataset(root / "shards", "train")
     assert len(latents) == len(images.singles) == 48
     rows = [0, 19, 20, 47]
-    encoded = load_tokenizer(root / "tokenizer").encode(normalise(images.images(images.singles[rows])))
+    encoded = load_tokenizer(root / "tokenizer").encode(normalise(images.images(images.singles[rows], 16)))
     import numpy as np
 
     torch.testing.assert_close(latents.rows(np.array(rows)), encoded.detach(), atol=1e-5, rtol=1e-5)

@@ -215,6 +215,7 @@ class Stream:
         self.sources = sources
         self.config = config
         self.seed = seed
+        self._limit = config.max_replaced
         self._first = np.concatenate([[0], np.cumsum([len(source) for source in sources], dtype=np.int64)])
         self._shards = tuple(size for source in sources for size in source.sizes)
         self._mixture = None
@@ -272,10 +273,10 @@ class Stream:
         self._replaced += first
         self._first_replaced = [*self._first_replaced[:NAMED], what]
         share = self._replaced / max(self._seen, FIRST_SAMPLES)
-        if share > self.config.max_replaced:
+        if share > self._limit:
             raise DataError(
                 f"{self._replaced} of {self._seen} samples cannot be used, data.stream.max_replaced is "
-                f"{self.config.max_replaced}: {'; '.join(self._first_replaced)}"
+                f"{self._limit}: {'; '.join(self._first_replaced)}"
             )
 
 
