@@ -25,15 +25,23 @@ ROWS = 2_100
 
 
 def processes_of(folder):
-    """What still runs for a stage: every process that was started within its folder."""
-    found = []
+    """What still runs for a stage: every process that was started within its folder, by number."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if (path / "cwd").resolve() == folder and "Z" not in (path / "stat").read_text().split(")")[1]:
-                found.append((path / "cmdline").read_text().replace("\0", " "))
+                found[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
         except OSError:
             continue
     return found
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of a stage; what a failed test leaves running in it is ended."""
+    yield tmp_path.resolve()
+    for number in processes_of(tmp_path.resolve()):
+        os.kill(number, signal.SIGKILL)
 
 
 def memory_of(folder):
@@ -299,52 +307,50 @@ def worker_of(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_asks_for_nothing_twice(tmp_path):
-    tmp_path = tmp_path.resolve()
+def test_a_killed_run_goes_on_and_asks_for_nothing_twice(folder):
     changes = {"rows_per_shard": 30, "distributor": {"name": "multiprocessing", "processes": 1, "threads": 8}}
-    stage = Stage(tmp_path, changes)
+    stage = Stage(folder, changes)
     with serving() as server:
         server.delay = 0.2
         rows = good_rows(server, "photo", range(300))
-        write_selection(rows, tmp_path / "selection")
+        write_selection(rows, folder / "selection")
         done: set[str] = set()
         for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, None):
             before, asked = len(stage.recorded()), len(server.requests)
             process = stage.start()
             wait_for(lambda before=before: len(stage.recorded()) > before, process)
             # The last one loses a process of img2dataset's pool, which would wait for its shard for ever.
-            os.kill(worker_of(tmp_path) if number is None else process.pid, number or signal.SIGKILL)
+            os.kill(worker_of(folder) if number is None else process.pid, number or signal.SIGKILL)
             _, said = process.communicate(timeout=120)
             assert process.returncode == {signal.SIGKILL: -9, None: 0}.get(number, 130), said
             assert not {server.url("photo", path.split("/")[-1]) for path in server.requests[asked:]} & done, number
             assert done < {row["url"] for row in stage.recorded()}
             done = {row["url"] for row in stage.recorded()}
             deadline = time.monotonic() + 5
-            while processes_of(tmp_path):
-                assert time.monotonic() < deadline, processes_of(tmp_path)
+            while processes_of(folder):
+                assert time.monotonic() < deadline, processes_of(folder)
                 time.sleep(0.1)
     recorded = [row["key"] for row in stage.recorded()]
     assert sorted(recorded) == sorted(row.key for row in rows)
     assert all(row["status"] == "success" for row in stage.pool.values())
     for row in list(stage.pool.values())[::40]:
-        assert picture_of(tmp_path / "pool", row).size == (row["stored_width"], row["stored_height"])
-    assert not list(tmp_path.glob(".scratch/download/store-*/incoming/*"))
+        assert picture_of(folder / "pool", row).size == (row["stored_width"], row["stored_height"])
+    assert not list(folder.glob(".scratch/download/store-*/incoming/*"))
 
 
 @pytest.mark.slow
-def test_appended_rows_are_fetched_and_failed_ones_when_asked(tmp_path):
-    tmp_path = tmp_path.resolve()
+def test_appended_rows_are_fetched_and_failed_ones_when_asked(folder):
     one = {"retries": 0, "min_success": 0.1, "distributor": {"name": "multiprocessing", "processes": 1, "threads": 8}}
-    stage = Stage(tmp_path, one)
+    stage = Stage(folder, one)
     with serving() as server:
         rows = [row for kind in ("photo", "flaky", "missing") for row in good_rows(server, kind, range(10))]
-        write_selection(rows, tmp_path / "selection")
+        write_selection(rows, folder / "selection")
         code, said = stage.run()
         assert code == 0, said
         assert stage.report["causes"] == {"http 404": 10, "http 503": 10}
 
         more = rows + good_rows(server, "jpeg", range(5))
-        write_selection(more, tmp_path / "longer")
+        write_selection(more, folder / "longer")
         server.requests.clear()
         stage.set(one | {"retry_failed": 1})
         code, said = stage.run("longer")
@@ -365,25 +371,24 @@ def test_appended_rows_are_fetched_and_failed_ones_when_asked(tmp_path):
 
 
 @pytest.mark.slow
-def test_spark_fetches_the_same(tmp_path):
-    tmp_path = tmp_path.resolve()
-    (tmp_path / "events").mkdir()
+def test_spark_fetches_the_same(folder):
+    (folder / "events").mkdir()
     conf = {"spark.driver.memory": "512m", "spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1"}
-    conf |= {"spark.eventLog.enabled": "true", "spark.eventLog.dir": (tmp_path / "events").as_uri()}
+    conf |= {"spark.eventLog.enabled": "true", "spark.eventLog.dir": (folder / "events").as_uri()}
     conf |= {"spark.eventLog.compress": "false"}
-    stage = Stage(tmp_path, {"rows_per_shard": 20, "distributor": SPARK | {"conf": conf}, "min_success": 0.1})
+    stage = Stage(folder, {"rows_per_shard": 20, "distributor": SPARK | {"conf": conf}, "min_success": 0.1})
     with serving() as server:
         server.away = ["http://127.0.0.2:80/"]
         rows = [row for kind in ("photo", "turned", "away", "bomb") for row in good_rows(server, kind, [0])]
         rows += good_rows(server, "jpeg", range(36))
         digest = hashlib.sha256(body("png", 1)).hexdigest()  # fetched by a second call, in the same session
         rows += good_rows(server, "png", [0], digest) + good_rows(server, "png", [1], digest)
-        write_selection(rows, tmp_path / "selection")
+        write_selection(rows, folder / "selection")
         code, said = stage.run()
         assert code == 0, said
     assert stage.report["causes"] == {"address refused": 1, "sha256 differs": 1, "too many pixels": 1}
     turned = stage.pool["turned-0"]
     assert (turned["width"], turned["height"]) == (48, 64)
-    logs = [path.read_text() for path in (tmp_path / "events").rglob("*") if path.is_file()]
+    logs = [path.read_text() for path in (folder / "events").rglob("*") if path.is_file()]
     assert sum(log.count('"Event":"SparkListenerTaskEnd"') for log in logs) == 3  # one per shard
-    assert not processes_of(tmp_path)
+    assert not processes_of(folder)
