@@ -18,7 +18,7 @@ from img2dataset.resizer import Resizer
 
 from stages._launch import follow_parent
 from vtp.data.decode import DecodeError, decode_rgb
-from vtp.data.policy import DEADLINE_HEADER
+from vtp.data.fetching.policy import DEADLINE_HEADER
 
 Resized = tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]
 

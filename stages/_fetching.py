@@ -1,7 +1,7 @@
 """What `download` runs beside itself: guards, and the process that calls img2dataset. Watched, and never left over.
 
 stage                holds the lock of the store, adopts shards as they are finished
-|- vtp.data.guard    one or more on one port; they end when their stdin does, however the stage ends
+|- vtp.data.fetching.guard    one or more on one port; they end when their stdin does, however the stage ends
 `- stages._fetch     likewise, in a process group of its own, with img2dataset's processes or Spark's driver
 """
 
@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from stages._fetch import FetchJob
 from vtp.artefact import write_json
-from vtp.data.intake import Adopted, adopt
-from vtp.data.policy import Policy
-from vtp.data.store import Store
+from vtp.data.fetching.intake import Adopted, adopt
+from vtp.data.fetching.policy import Policy
+from vtp.data.fetching.store import Store
 
 POLL_SECONDS = 0.3
 COLUMNS = ("seconds", "rows", "successes", "share", "images_per_second", "commonest_cause")
@@ -67,7 +67,7 @@ def guards(policy: Policy, *, given: str | None, count: int, folder: Path) -> It
 
 
 def _start_guard(parameters: str, address: str) -> subprocess.Popen:
-    from vtp.data import guard
+    from vtp.data.fetching import guard
 
     command = [sys.executable, "-m", guard.__name__, parameters, "--listen", address, "--follow"]
     # In a session of its own: Ctrl-C is for the stage, which ends the guard last.

@@ -2,7 +2,7 @@
 
 import sys
 
-from vtp.data.funnel import Funnel
+from vtp.data.filtering.funnel import Funnel
 
 
 def tell_funnel(funnel: Funnel) -> None:

@@ -19,10 +19,10 @@ from stages._runner import Input, Output, Work, main
 from stages._scratch import Scratch
 from vtp.artefact import remove
 from vtp.config import Config, ConfigError
-from vtp.data.fetched import Report, write_pool
-from vtp.data.intake import HASHED, PLAIN, Terms, list_missing, recover
-from vtp.data.policy import Policy
-from vtp.data.store import Store
+from vtp.data.fetching.fetched import Report, write_pool
+from vtp.data.fetching.intake import HASHED, PLAIN, Terms, list_missing, recover
+from vtp.data.fetching.policy import Policy
+from vtp.data.fetching.store import Store
 
 LARGEST_PIXELS = 89_000_000  # Pillow's own limit
 PROCESSES_PER_GUARD = 4
@@ -73,14 +73,14 @@ class Spark(Config):
     threads: int = Field(ge=1, description="of each task")
     conf: dict[str, str] = Field(description="Spark's own settings")
     guard: str | None = Field(
-        description="HOST:PORT of `python -m vtp.data.guard` on every node; null: on this machine"
+        description="HOST:PORT of `python -m vtp.data.fetching.guard` on every node; null: on this machine"
     )
 
     @model_validator(mode="after")
     def _nodes_have_a_guard(self) -> Self:
         if self.guard is None and not self.master.startswith("local"):
             raise ValueError(
-                f"{self.master} has other machines, and guard is null: start `python -m vtp.data.guard "
+                f"{self.master} has other machines, and guard is null: start `python -m vtp.data.fetching.guard "
                 "params.yaml:download --listen 127.0.0.1:3128` on every node and give guard: 127.0.0.1:3128"
             )
         return self

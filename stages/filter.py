@@ -9,12 +9,12 @@ from stages._funnel import tell_funnel
 from stages._runner import Input, OptionalInput, Output, Work, main
 from vtp.artefact import whole_file, write_json
 from vtp.config import Config, ConfigError
-from vtp.data.columns import ColumnsConfig, PoolColumns, open_source
-from vtp.data.external import Pace, Workforce
-from vtp.data.hash_list import prepare
-from vtp.data.row_rules import prepared_list
-from vtp.data.rules import ClipScore, HashList, ImageRule, Rule, TokenizerModel, needs
-from vtp.data.sieve import Sieve
+from vtp.data.filtering.columns import ColumnsConfig, PoolColumns, open_source
+from vtp.data.filtering.external import Pace, Workforce
+from vtp.data.filtering.hash_list import prepare
+from vtp.data.filtering.row_rules import prepared_list
+from vtp.data.filtering.rules import ClipScore, HashList, ImageRule, Rule, TokenizerModel, needs
+from vtp.data.filtering.sieve import Sieve
 from vtp.evaluation.clip_score import build_scorer, check_model
 
 

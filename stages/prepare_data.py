@@ -2,10 +2,10 @@
 
 from stages._runner import OptionalInput, Output, Work, main
 from vtp.data.compose import EmbeddedConfig
-from vtp.data.crew import Stopped
-from vtp.data.encode import CentreCrop, ImageConfig
-from vtp.data.ingest import Ingest, IngestConfig
-from vtp.data.sources import Inputs, SourceConfig, open_source
+from vtp.data.ingest.crew import Stopped
+from vtp.data.ingest.encode import CentreCrop, ImageConfig
+from vtp.data.ingest.ingest import Ingest, IngestConfig
+from vtp.data.ingest.sources import Inputs, SourceConfig, open_source
 
 
 class PrepareData(IngestConfig):

@@ -72,8 +72,8 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def write_shards(folder: Path) -> None:
     """The shards of the tiny recipe."""
     from stages.prepare_data import PrepareData
-    from vtp.data.embedded import ComposedPictures
-    from vtp.data.ingest import Ingest
+    from vtp.data.ingest.embedded import ComposedPictures
+    from vtp.data.ingest.ingest import Ingest
 
     config = PrepareData.parse(tiny_params()["prepare_data"], where="test")
     source = ComposedPictures(config.source, config.image)

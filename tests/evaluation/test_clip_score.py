@@ -84,7 +84,7 @@ def rule(model, keep, missing="drop"):
 
 def sifted(rule, pool, folder, monkeypatch, **inputs):
     config = section([rule], columns={"name": "pool"}, keep_columns=[])
-    monkeypatch.setattr("vtp.data.sieve.span_of", lambda rows: 3)
+    monkeypatch.setattr("vtp.data.filtering.sieve.span_of", lambda rows: 3)
     return sift(config, pool, folder, **inputs)
 
 

@@ -8,7 +8,7 @@ from tiny import merged
 from stages._runtime import Runtime, Work
 from stages.download import Download, DownloadError, job_of, plan_guards, require_packages, run, too_few
 from vtp.config import Config, ConfigError
-from vtp.data.fetched import Report
+from vtp.data.fetching.fetched import Report
 
 
 def parsed(**changes):
@@ -57,7 +57,7 @@ def test_the_store_is_that_of_what_a_picture_depends_on():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"distributor": SPARK | {"master": "spark://head:7077"}}, "start `python -m vtp.data.guard"),
+        ({"distributor": SPARK | {"master": "spark://head:7077"}}, "start `python -m vtp.data.fetching.guard"),
         ({"policy": {"allowed_networks": ["127.0.0.1/8"]}}, "has host bits set"),
         ({"policy": {"allowed_ports": [0]}}, "policy.allowed_ports.0"),
         ({"encoding": {"name": "gif", "quality": 95}}, "download.encoding"),

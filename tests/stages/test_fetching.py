@@ -11,14 +11,14 @@ from servers import LIMIT, body, serving
 from tiny import ROOT, wait_for
 
 from stages._fetching import guards
-from vtp.data.policy import Policy
+from vtp.data.fetching.policy import Policy
 
 POLICY = Policy(timeout=3.0, deadline=5.0, max_bytes=LIMIT, allowed_networks=["127.0.0.1/32"], allowed_ports=None)
 STAGE = """
 import sys, time
 from pathlib import Path
 from stages._fetching import guards
-from vtp.data.policy import Policy
+from vtp.data.fetching.policy import Policy
 with guards(Policy.parse(eval(sys.argv[2]), where=""), given=None, count=2, folder=Path(sys.argv[1])) as running:
     print(*(process.pid for process in running.processes), flush=True)
     time.sleep(100)

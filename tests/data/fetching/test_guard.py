@@ -1,0 +1,234 @@
+"""The guard: addresses, sizes and times, at every hop. A real proxy process, a real server, real sockets."""
+
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+from servers import LIMIT, body, serving
+from tiny import ROOT
+
+from vtp.config import ConfigError
+from vtp.data.fetching.guard import load_policy, robots_directives
+from vtp.data.fetching.policy import DEADLINE_HEADER, Policy
+
+LOOPBACK = Policy(timeout=1.5, deadline=3.0, max_bytes=LIMIT, allowed_networks=["127.0.0.1/32"], allowed_ports=None)
+
+
+@contextmanager
+def guarding(folder, policy=LOOPBACK, **environment):
+    """A guard in its own process; its address."""
+    path = folder / "guard.json"
+    path.write_text(json.dumps({"download": {"policy": policy.model_dump()}}))
+    command = [sys.executable, "-m", "vtp.data.fetching.guard", f"{path}:download", "--follow"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
+    yield process.stdout.readline().strip()
+    process.stdin.close()  # as when the stage dies
+    assert process.wait(timeout=5) == 0
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory):
+    with guarding(tmp_path_factory.mktemp("guard")) as address:
+        yield address
+
+
+@contextmanager
+def trap(host, port=0):
+    """A socket that counts who connects."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    seen = []
+    with socket.socket(family) as listener:
+        try:
+            listener.bind((host, port))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        listener.listen()
+        threading.Thread(target=lambda: seen.append(listener.accept()), daemon=True).start()
+        yield listener.getsockname()[1], seen
+
+
+def ask(guard, url, **headers):
+    """Status, reason or body of one request."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({"http": guard}))
+    try:
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=20) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.reason
+
+
+def test_a_picture_arrives_whole_with_what_matters_of_its_headers(guard, server):
+    assert ask(guard, server.url("jpeg", 3)) == (200, body("jpeg", 3))
+    assert ask(guard, server.url("chunked")) == (200, body("jpeg", 1))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({"http": guard}))
+    with opener.open(server.url("noai", 1)) as answer:
+        assert answer.headers.get_all("X-Robots-Tag") == ["NoAI"]
+        assert int(answer.headers["Content-Length"]) == len(body("jpeg", 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "cause"),
+    [
+        ("missing", 404, "Not Found"),
+        ("impostor", 403, "Forbidden"),  # a server cannot speak for the guard
+        ("half", 502, "guard: truncated body"),
+        ("half_chunked", 502, "guard: truncated body"),
+        ("garbage", 502, "guard: bad gateway"),
+        ("headers", 502, "guard: bad gateway"),
+        ("big", 502, "guard: too large"),
+        ("big_chunked", 502, "guard: too large"),
+        ("endless", 502, "guard: too large"),
+        ("stalled", 504, "guard: time out"),
+        ("stalled_body", 504, "guard: time out"),
+        ("drip", 504, "guard: deadline"),
+        ("drip_head", 504, "guard: deadline"),
+    ],
+)
+def test_what_is_no_picture_is_an_answer_with_a_cause(guard, server, kind, status, cause):
+    start = time.monotonic()
+    assert ask(guard, server.url(kind)) == (status, cause)
+    assert time.monotonic() - start < LOOPBACK.deadline + 1
+
+
+def test_redirects_within_an_attempt_share_one_deadline(guard, server):
+    start = time.monotonic()
+    late = {DEADLINE_HEADER: str(time.time() + 0.5)}
+    assert ask(guard, server.url("drip"), **late) == (504, "guard: deadline")
+    assert time.monotonic() - start < 1.5
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "2130706434", "[::ffff:127.0.0.2]", "0.0.0.0"])
+def test_addresses_outside_are_refused_and_never_connected(guard, server, host):
+    bound = {"2130706434": "127.0.0.2", "[::ffff:127.0.0.2]": "127.0.0.2"}.get(host, host)
+    with trap(bound) as (port, seen):
+        where = f"http://{f'[{host}]' if host == '::1' else host}:{port}/"
+        said = {ask(guard, where)}
+        server.away = [where]
+        said |= {ask(guard, server.url("away")), ask(guard, server.url("twice_away"))}
+        time.sleep(0.05)
+        assert said == {(403, "guard: address refused")}
+        assert not seen
+
+
+@pytest.mark.parametrize("where", ["http://10.0.0.1/", "http://169.254.169.254/latest/meta-data/", "http://[fe80::1]/"])
+def test_private_addresses_are_refused_after_a_redirect_too(guard, server, where):
+    server.away = [where]
+    assert ask(guard, where) == ask(guard, server.url("away")) == (403, "guard: address refused")
+
+
+def test_only_http_and_https_are_asked_for(guard, server):
+    raw = raw_request(guard, b"GET ftp://127.0.0.1/a HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert raw.startswith(b"HTTP/1.1 403 guard: scheme refused")
+    assert b" 403 guard: scheme refused" in raw_request(guard, b"GET file:///etc/passwd HTTP/1.1\r\nHost: a\r\n\r\n")
+    server.away = ["file:///etc/passwd"]
+    assert "Redirection to url 'file:///etc/passwd' is not allowed" in ask(guard, server.url("away"))[1]
+    tunnel = b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: a\r\n\r\n" % server.server_port
+    assert b" 405 guard: method refused" in raw_request(guard, tunnel)
+    assert b" 400 guard: bad url" in raw_request(guard, b"GET http://127.0.0.1:99999/ HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert raw_request(guard, b"\r\n\0\0\0rubbish\r\n\r\n") == b""
+
+
+def raw_request(guard, request):
+    host, port = guard.split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(request)
+        answer = b""
+        while piece := connection.recv(4096):
+            answer += piece
+    return answer
+
+
+def test_ports_can_be_limited(tmp_path, server):
+    policy = LOOPBACK.model_copy(update={"allowed_ports": [80, server.server_port]})
+    with guarding(tmp_path, policy) as guard:
+        assert ask(guard, server.url("jpeg"))[0] == 200
+        assert ask(guard, "http://127.0.0.1:22/") == (403, "guard: port refused")
+
+
+def test_https_is_spoken_by_the_guard(tmp_path):
+    """Limits hold and causes are told for https as for http; a certificate of nobody is refused."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    with serving() as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+
+        def raw(guard, kind):
+            url = server.url(kind).replace("http:", "https:")
+            return raw_request(guard, f"GET {url} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+
+        with guarding(tmp_path, SSL_CERT_FILE=str(certificate)) as guard:
+            assert raw(guard, "jpeg").endswith(body("jpeg", 0))
+            assert b"guard: too large" in raw(guard, "endless")
+            assert b"guard: deadline" in raw(guard, "drip")
+        with guarding(tmp_path) as guard:
+            assert b"guard: tls error" in raw(guard, "jpeg")
+
+
+@pytest.mark.parametrize(
+    ("address", "allowed"),
+    [
+        ("93.184.216.34", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", True),  # by the list
+        ("127.0.0.2", False),
+        ("::ffff:10.0.0.1", False),
+        ("::ffff:93.184.216.34", True),
+        ("64:ff9b::a00:1", False),
+        ("2002:a00:1::", False),
+        ("fe80::1%eth0", False),
+        ("fd00:ec2::254", False),
+        ("100.64.0.1", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("0.0.0.0", False),
+    ],
+)
+def test_public_addresses(address, allowed):
+    assert LOOPBACK.allows_address(address) is allowed
+
+
+@pytest.mark.parametrize(
+    ("tag", "directives"),
+    [
+        ("noai", ["noai"]),
+        ("NoAI, noimageai", ["NoAI", "noimageai"]),
+        ("noai, max-snippet: 5", ["noai"]),
+        ("unavailable_after: 25 Jun 2010 15:00:00 PST, noai", ["noai"]),
+        ("otherbot: noai, nofollow", ["otherbot: noai", "otherbot: nofollow"]),
+        ("otherbot: max-snippet: 5, noai", ["otherbot: noai"]),
+        ("none, googlebot: noindex", ["none", "googlebot: noindex"]),
+    ],
+)
+def test_directives_for_robots_are_told_one_by_one(tag, directives):
+    assert robots_directives(tag) == directives
+
+
+def test_a_policy_is_read_from_the_parameters(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(json.dumps({"download": {"policy": LOOPBACK.model_dump(), "retries": 1}}))
+    assert load_policy(f"{path}:download") == LOOPBACK
+    with pytest.raises(ConfigError, match="no section 'other' with a policy"):
+        load_policy(f"{path}:other")
+    path.write_text(json.dumps({"download": {"policy": LOOPBACK.model_dump() | {"allowed_networks": ["10.0.0.1/8"]}}}))
+    with pytest.raises(ConfigError, match="has host bits set"):
+        load_policy(f"{path}:download")

@@ -1,0 +1,221 @@
+"""The processes that write shards. A shard is complete when its JSON file stands in the state folder.
+
+state/train-00000.json   size, digest and statistics of a complete shard
+state/train-00000.csv    the pictures that it lacks, when there are any
+"""
+
+import csv
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
+from itertools import chain, islice
+from multiprocessing.connection import wait as wait_for_end
+from multiprocessing.context import SpawnContext
+from pathlib import Path
+from threading import Thread
+from typing import NamedTuple, Self
+
+from vtp.artefact import whole_file, write_json
+from vtp.config import Config
+from vtp.data.ingest.source import Rejected, Source
+from vtp.data.shards import Record, Summary, write_shard
+
+POLL_SECONDS = 0.2  # at most, between two looks at progress and at the wish to stop
+NAMED = 5  # pictures that an error names
+
+
+class IngestError(ValueError):
+    """Shards cannot be made of a source; the message names the place and the remedy."""
+
+
+class Stopped(Exception):
+    """The work was asked to stop; what is complete stays."""
+
+
+class Job(NamedTuple):
+    """One shard."""
+
+    split: str
+    number: int
+    rows: range
+
+    @property
+    def name(self) -> str:
+        """Of its files, without suffix."""
+        return f"{self.split}-{self.number:05d}"
+
+
+class Task(NamedTuple):
+    """What is common to all jobs."""
+
+    source: Source
+    folder: Path  # of the shards
+    state: Path
+    location: str | None  # URL to which tars are moved
+
+
+class Finished(Config):
+    """A shard that is written; `summary` is null when none of its pictures can be read."""
+
+    summary: Summary | None
+    rejected: int
+    examples: list[str]  # the first rejected ones
+
+
+class Result(NamedTuple):
+    """What became of a job; not `whole` when it was stopped."""
+
+    job: Job
+    finished: Finished
+    whole: bool
+
+
+class Crew(AbstractContextManager["Crew"]):
+    """Writes shards in `processes` others or, for 0, in a thread of this one."""
+
+    def __init__(self, task: Task, processes: int) -> None:
+        # Spawned: a fork of a process that has threads may hang.
+        context = multiprocessing.get_context("spawn")
+        self._shared = _Shared(context)
+        self._places = 2 * max(1, processes)
+        self._executor: Executor
+        if processes == 0:
+            self._executor = ThreadPoolExecutor(1, initializer=_begin, initargs=(task, self._shared, False))
+        else:
+            arguments = (task, self._shared, True)
+            self._executor = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=arguments)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+        self._executor.shutdown(cancel_futures=True)
+
+    @property
+    def seen(self) -> int:
+        """Pictures of this start that are written or rejected."""
+        return self._shared.seen.value
+
+    @property
+    def rejected(self) -> int:
+        """Pictures of this start that cannot be read."""
+        return self._shared.rejected.value
+
+    def stop(self) -> None:
+        """End the jobs in work after their current picture, and begin no other."""
+        self._shared.stop.set()
+
+    def results(self, jobs: Iterable[Job]) -> Iterator[list[Result]]:
+        """What has become of jobs since the last time; comes at least every POLL_SECONDS, and may be empty."""
+        try:
+            yield from self._results(iter(jobs))
+        except BrokenProcessPool:
+            raise IngestError(
+                "a process that writes shards was ended from outside, perhaps for want of memory; "
+                "start again, with fewer of them in VTP_PROCESSES"
+            ) from None
+
+    def _results(self, queue: Iterator[Job]) -> Iterator[list[Result]]:
+        pending: set[Future[Result]] = set()
+        while True:
+            if not self._shared.stop.is_set():
+                pending |= {self._executor.submit(_write, job) for job in islice(queue, self._places - len(pending))}
+            if not pending:
+                return
+            ended, pending = wait(pending, POLL_SECONDS, return_when=FIRST_COMPLETED)
+            yield [future.result() for future in ended]
+
+
+class _Shared:
+    """What workers and their parent tell each other."""
+
+    def __init__(self, context: SpawnContext) -> None:
+        self.seen = context.Value("q", 0)
+        self.rejected = context.Value("q", 0)
+        self.stop = context.Event()
+
+    def count(self, item: Record | Rejected) -> None:
+        with self.seen:
+            self.seen.value += 1
+        if isinstance(item, Rejected):
+            with self.rejected:
+                self.rejected.value += 1
+
+
+_worker: tuple[Task, _Shared] | None = None  # of this process, set once when it starts
+
+
+def _begin(task: Task, shared: _Shared, own_process: bool) -> None:
+    global _worker  # noqa: PLW0603 - locks travel to a process at its start alone
+    _worker = (task, shared)
+    if own_process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+        Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent is replaced by the next start, which must not meet its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for_end([parent.sentinel])
+    os._exit(1)
+
+
+def _write(job: Job) -> Result:
+    assert _worker is not None
+    task, shared = _worker
+    rejected: list[Rejected] = []
+    summary, whole = None, True
+    records = _records(task.source, job, shared, rejected)
+    path = task.folder / f"{job.name}.tar"
+    try:
+        first = next(records, None)
+        if first is not None:
+            classes = len(task.source.description.classes)
+            summary = write_shard(path, chain([first], records), classes=classes)
+            if task.location is not None:
+                _move(path, task.location)
+    except Stopped:
+        whole = False
+    if rejected:
+        with whole_file(task.state / f"{job.name}.csv") as temporary:
+            _list_rejected(temporary, job.split, rejected)
+    examples = [f"{item.place}: {item.reason}" for item in rejected[:NAMED]]
+    finished = Finished(summary=summary, rejected=len(rejected), examples=examples)
+    if whole:
+        write_json(task.state / f"{job.name}.json", finished.model_dump())
+    return Result(job, finished, whole)
+
+
+def _records(source: Source, job: Job, shared: _Shared, rejected: list[Rejected]) -> Iterator[Record]:
+    for item in source.records(job.split, job.rows):
+        if shared.stop.is_set():
+            raise Stopped
+        if isinstance(item, Rejected):
+            rejected.append(item)
+        else:
+            yield item
+        shared.count(item)
+
+
+def _list_rejected(path: Path, split: str, rejected: list[Rejected]) -> None:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows((split, *item) for item in rejected)
+
+
+def _move(path: Path, location: str) -> None:
+    """Upload a tar and delete it here."""
+    from fsspec.core import url_to_fs
+
+    system, folder = url_to_fs(location)
+    target = f"{folder}/{path.name}"
+    system.makedirs(folder, exist_ok=True)
+    system.put_file(str(path), target)
+    if (found := system.size(target)) != path.stat().st_size:
+        raise IngestError(f"{location}/{path.name}: {found} bytes after an upload of {path.stat().st_size}")
+    path.unlink()
