@@ -75,7 +75,7 @@ def disagreements(configs: dict[str, Any]) -> list[str]:
             f"prepare_data: pictures have image_size {side}, pretrain.tokenizer.image_size is "
             f"{pretrain.tokenizer.image_size}: they would be enlarged; write them at that size, or train at theirs"
         )
-    if understanding and any("{}" not in template for template in understanding.templates):
+    if understanding and any("{}" not in template for template in understanding.templates or ()):
         found.append("evaluate_understanding.templates: every template must hold {} for the class")
     return found
 

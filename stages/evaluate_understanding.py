@@ -1,6 +1,7 @@
 """What the representation understands: zero-shot classification, linear probes, nearest neighbours (paper 4.2)."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -22,7 +23,9 @@ class EvaluateUnderstanding(Config):
 
     batch_size: int = Field(ge=1)
     train_samples: int = Field(ge=1, description="labelled training images that the probes see")
-    templates: list[str] = Field(min_length=1, description="prompts; {} stands for the class")
+    templates: Annotated[list[str], Field(min_length=1)] | None = Field(
+        description="prompts, {} stands for the class; null: those of the data set"
+    )
     probe: LinearProbeConfig
     neighbours: int = Field(ge=1, description="k of the nearest-neighbour classifier")
 
@@ -46,7 +49,7 @@ def run(config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metri
             classifier = build_classifier(
                 lambda texts: model.encode_text(model.tokenize(texts).to(work.device)),
                 manifest.classes,
-                config.templates,
+                config.templates or manifest.templates or ["{}"],
             )
         accuracy = top_k_accuracy(of_validation["clip"], classifier.cpu(), truth, ks=(1, 5))
         table |= {f"zero_shot_top{k}": value for k, value in accuracy.items()}
