@@ -201,8 +201,9 @@ def test_an_error_in_a_worker_ends_the_run(tmp_path):
     folder = write_shards(tmp_path / "shards", [24, 24])
     stream = stream_of(folder)
     (folder / "train-00000.tar").unlink()
-    with pytest.raises(ArtefactError, match=r"train-00000\.tar: this shard is in manifest"):
+    with pytest.raises(ArtefactError, match=r"train-00000\.tar: this shard is in manifest") as raised:
         seen(stream, range(6), workers=2)
+    assert str(raised.value).startswith(f"{folder}/train-00000.tar: this shard")
 
 
 def test_large_jpegs_are_decoded_no_larger_than_their_views(tmp_path):

@@ -292,7 +292,10 @@ def _brief(row: Mapping[str, float]) -> str:
 
 
 def micro_batches(batches: Dataset[Batch], items: range, host: Host) -> Iterator[Batch]:
-    """Items of a dataset in the order of `items`, on the device, prepared by the host's workers."""
+    """Items of a dataset in the order of `items`, on the device, prepared by the host's workers.
+
+    What a worker raises as a ValueError is raised here with the same words.
+    """
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -303,6 +306,11 @@ def micro_batches(batches: Dataset[Batch], items: range, host: Host) -> Iterator
         timeout=host.timeout if host.workers else 0,
     )
     finish = batches.finish if isinstance(batches, Finishes) else None
-    for batch in loader:
-        moved = type(batch)(*(value.to(host.device, non_blocking=True) for value in batch))
-        yield moved if finish is None else finish(moved)
+    try:
+        for batch in loader:
+            moved = type(batch)(*(value.to(host.device, non_blocking=True) for value in batch))
+            yield moved if finish is None else finish(moved)
+    except ValueError as error:
+        # torch puts the worker's whole traceback before them.
+        words = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+        raise type(error)(words) from error
