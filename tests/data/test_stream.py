@@ -1,6 +1,7 @@
 """The stream: exact over ranks, workers, shards and resumes; samples that cannot be used; shards that cannot be read."""
 
 import itertools
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -197,13 +198,14 @@ def test_a_shard_that_vanishes_or_shrinks_is_an_error_at_once(tmp_path):
 
 
 def test_an_error_in_a_worker_ends_the_run(tmp_path):
-    """It does not hang, and it says what a process of its own would have said."""
+    """It does not hang, it says what a process of its own would have said, and its workers end at once."""
     folder = write_shards(tmp_path / "shards", [24, 24])
     stream = stream_of(folder)
     (folder / "train-00000.tar").unlink()
     with pytest.raises(ArtefactError, match=r"train-00000\.tar: this shard is in manifest") as raised:
         seen(stream, range(6), workers=2)
     assert str(raised.value).startswith(f"{folder}/train-00000.tar: this shard")
+    assert not multiprocessing.active_children()
 
 
 def test_large_jpegs_are_decoded_no_larger_than_their_views(tmp_path):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from traceback import clear_frames
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -310,7 +311,12 @@ def micro_batches(batches: Dataset[Batch], items: range, host: Host) -> Iterator
         for batch in loader:
             moved = type(batch)(*(value.to(host.device, non_blocking=True) for value in batch))
             yield moved if finish is None else finish(moved)
-    except ValueError as error:
-        # torch puts the worker's whole traceback before them.
+    except Exception as error:
+        # torch's frames refer to the error and to the workers. Only garbage collection would end that circle, and it takes
+        # the workers' queues away first: whoever it meets waits 5 s for each of them.
+        clear_frames(error.__traceback__)
+        if not host.workers or not isinstance(error, ValueError):
+            raise
+        # torch puts the worker's whole traceback before its words.
         words = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
         raise type(error)(words) from error
