@@ -16,6 +16,9 @@ SCHEMES = ("http", "https")
 PREFIX = "guard: "  # of the guard's reason phrases that tell a cause
 DEADLINE_HEADER = "vtp-deadline"  # Unix time; redirects of one attempt carry the same
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# The rest of IPv6 is no public address, though `is_global` is true of its retired and unassigned parts: site-local
+# fec0::/10, 64:ff9b:1::/48 of local translators, and ::/96 with an IPv4 address in its end.
+PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
 
 
 class Policy(Config):
@@ -38,6 +41,8 @@ class Policy(Config):
         address = innermost(text)
         if any(address in ipaddress.ip_network(network) for network in self.allowed_networks):
             return True
+        if isinstance(address, IPv6Address) and address not in PUBLIC_IPV6:
+            return False
         return address.is_global and not address.is_multicast
 
     def allows_port(self, port: int) -> bool:
