@@ -178,12 +178,12 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(letter.encode())
 
     def answer_stalled(self, n: str) -> None:
-        time.sleep(8)
+        time.sleep(20)
         self.close_connection = True
 
     def answer_stalled_body(self, n: str) -> None:
         self.send(b"\xff\xd8", length=1000)
-        time.sleep(8)
+        time.sleep(20)
         self.close_connection = True
 
     def answer_half(self, n: str) -> None:
@@ -219,7 +219,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_robots(self, n: str) -> None:
         """Directives that are not about us."""
-        self.send(body("jpeg", 1), X_Robots_Tag="nofollow" if int(n) % 2 else "otherbot: noai")
+        tags = ("otherbot: noai", "nofollow", "otherbot: noai,", "otherbot:")
+        self.send(body("jpeg", 1), X_Robots_Tag=tags[int(n) % len(tags)])
 
     def answer_impostor(self, n: str) -> None:
         self.wfile.write(b"HTTP/1.1 403 guard: opted out\r\nContent-Length: 0\r\n\r\n")

@@ -2,11 +2,11 @@
 
 import json
 import os
+import select
 import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +20,11 @@ from vtp.config import ConfigError
 from vtp.data.fetching.guard import load_policy, robots_directives
 from vtp.data.fetching.policy import DEADLINE_HEADER, Policy
 
-LOOPBACK = Policy(timeout=1.5, deadline=3.0, max_bytes=LIMIT, allowed_networks=["127.0.0.1/32"], allowed_ports=None)
+LOOPBACK = Policy(timeout=60.0, deadline=60.0, max_bytes=LIMIT, allowed_networks=["127.0.0.1/32"], allowed_ports=None)
+# One short limit each: on a busy machine too, no other limit comes first.
+HASTY = LOOPBACK.model_copy(update={"timeout": 2.0})
+STRICT = LOOPBACK.model_copy(update={"deadline": 2.0})
+SOON = 15  # seconds; the slow answers of the server take longer
 
 
 @contextmanager
@@ -30,10 +34,12 @@ def guarding(folder, policy=LOOPBACK, **environment):
     path.write_text(json.dumps({"download": {"policy": policy.model_dump()}}))
     command = [sys.executable, "-m", "vtp.data.fetching.guard", f"{path}:download", "--follow"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
-    yield process.stdout.readline().strip()
-    process.stdin.close()  # as when the stage dies
-    assert process.wait(timeout=5) == 0
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes) as process:
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()  # as when the stage dies
+        assert process.wait(timeout=60) == 0
 
 
 @pytest.fixture(scope="module")
@@ -49,25 +55,26 @@ def guard(tmp_path_factory):
 
 
 @contextmanager
-def trap(host, port=0):
-    """A socket that counts who connects."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    seen = []
-    with socket.socket(family) as listener:
+def trap(host):
+    """A socket that nobody should connect to; its port."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         try:
-            listener.bind((host, port))
+            listener.bind((host, 0))
         except OSError:
             pytest.skip(f"this machine has no {host}")
         listener.listen()
-        threading.Thread(target=lambda: seen.append(listener.accept()), daemon=True).start()
-        yield listener.getsockname()[1], seen
+        port = listener.getsockname()[1]
+        yield port
+        assert not select.select([listener], [], [], 0)[0], "somebody connected"
+        with socket.create_connection((host, port)):
+            assert select.select([listener], [], [], 10)[0], "the trap does not notice"
 
 
 def ask(guard, url, **headers):
     """Status, reason or body of one request."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({"http": guard}))
     try:
-        with opener.open(urllib.request.Request(url, headers=headers), timeout=20) as answer:
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=90) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.reason
@@ -80,6 +87,8 @@ def test_a_picture_arrives_whole_with_what_matters_of_its_headers(guard, server)
     with opener.open(server.url("noai", 1)) as answer:
         assert answer.headers.get_all("X-Robots-Tag") == ["NoAI"]
         assert int(answer.headers["Content-Length"]) == len(body("jpeg", 1))
+    for n in range(4):
+        assert ask(guard, server.url("robots", n)) == (200, body("jpeg", 1))
 
 
 @pytest.mark.parametrize(
@@ -94,36 +103,40 @@ def test_a_picture_arrives_whole_with_what_matters_of_its_headers(guard, server)
         ("big", 502, "guard: too large"),
         ("big_chunked", 502, "guard: too large"),
         ("endless", 502, "guard: too large"),
-        ("stalled", 504, "guard: time out"),
-        ("stalled_body", 504, "guard: time out"),
-        ("drip", 504, "guard: deadline"),
-        ("drip_head", 504, "guard: deadline"),
     ],
 )
 def test_what_is_no_picture_is_an_answer_with_a_cause(guard, server, kind, status, cause):
-    start = time.monotonic()
     assert ask(guard, server.url(kind)) == (status, cause)
-    assert time.monotonic() - start < LOOPBACK.deadline + 1
 
 
-def test_redirects_within_an_attempt_share_one_deadline(guard, server):
+@pytest.mark.parametrize(
+    ("policy", "kinds", "cause"),
+    [(HASTY, ("stalled", "stalled_body"), "guard: time out"), (STRICT, ("drip", "drip_head"), "guard: deadline")],
+)
+def test_slow_answers_are_given_up(tmp_path, server, policy, kinds, cause):
+    with guarding(tmp_path, policy) as guard:
+        for kind in kinds:
+            start = time.monotonic()
+            assert ask(guard, server.url(kind)) == (504, cause)
+            assert time.monotonic() - start < SOON
+
+
+def test_a_request_has_what_earlier_ones_of_its_attempt_left_of_the_deadline(guard, server):
     start = time.monotonic()
     late = {DEADLINE_HEADER: str(time.time() + 0.5)}
     assert ask(guard, server.url("drip"), **late) == (504, "guard: deadline")
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < SOON
 
 
 @pytest.mark.parametrize("host", ["127.0.0.2", "::1", "2130706434", "[::ffff:127.0.0.2]", "0.0.0.0"])
 def test_addresses_outside_are_refused_and_never_connected(guard, server, host):
     bound = {"2130706434": "127.0.0.2", "[::ffff:127.0.0.2]": "127.0.0.2"}.get(host, host)
-    with trap(bound) as (port, seen):
+    with trap(bound) as port:
         where = f"http://{f'[{host}]' if host == '::1' else host}:{port}/"
         said = {ask(guard, where)}
         server.away = [where]
         said |= {ask(guard, server.url("away")), ask(guard, server.url("twice_away"))}
-        time.sleep(0.05)
         assert said == {(403, "guard: address refused")}
-        assert not seen
 
 
 @pytest.mark.parametrize("where", ["http://10.0.0.1/", "http://169.254.169.254/latest/meta-data/", "http://[fe80::1]/"])
@@ -146,7 +159,7 @@ def test_only_http_and_https_are_asked_for(guard, server):
 
 def raw_request(guard, request):
     host, port = guard.split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=90) as connection:
         connection.sendall(request)
         answer = b""
         while piece := connection.recv(4096):
@@ -179,6 +192,7 @@ def test_https_is_spoken_by_the_guard(tmp_path):
         with guarding(tmp_path, SSL_CERT_FILE=str(certificate)) as guard:
             assert raw(guard, "jpeg").endswith(body("jpeg", 0))
             assert b"guard: too large" in raw(guard, "endless")
+        with guarding(tmp_path, STRICT, SSL_CERT_FILE=str(certificate)) as guard:
             assert b"guard: deadline" in raw(guard, "drip")
         with guarding(tmp_path) as guard:
             assert b"guard: tls error" in raw(guard, "jpeg")
@@ -194,6 +208,9 @@ def test_https_is_spoken_by_the_guard(tmp_path):
         ("::ffff:10.0.0.1", False),
         ("::ffff:93.184.216.34", True),
         ("64:ff9b::a00:1", False),
+        ("64:ff9b:1::a00:1", False),
+        ("::10.0.0.1", False),
+        ("fec0::1", False),
         ("2002:a00:1::", False),
         ("fe80::1%eth0", False),
         ("fd00:ec2::254", False),
@@ -214,9 +231,13 @@ def test_public_addresses(address, allowed):
         ("NoAI, noimageai", ["NoAI", "noimageai"]),
         ("noai, max-snippet: 5", ["noai"]),
         ("unavailable_after: 25 Jun 2010 15:00:00 PST, noai", ["noai"]),
+        ("unavailable_after: Friday, 25-Jun-10 15:00:00 PST, noai", ["25-Jun-10 15", "noai"]),
         ("otherbot: noai, nofollow", ["otherbot: noai", "otherbot: nofollow"]),
         ("otherbot: max-snippet: 5, noai", ["otherbot: noai"]),
         ("none, googlebot: noindex", ["none", "googlebot: noindex"]),
+        ("otherbot: noai,", ["otherbot: noai"]),
+        ("otherbot:", []),
+        (": noai,,", ["noai"]),
     ],
 )
 def test_directives_for_robots_are_told_one_by_one(tag, directives):

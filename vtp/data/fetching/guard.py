@@ -60,6 +60,12 @@ class Answer(NamedTuple):
     headers: tuple[tuple[bytes, bytes], ...] = ()
     body: bytes = b""
 
+    def events(self) -> tuple[h11.Event, ...]:
+        """To be sent. Raises h11.LocalProtocolError for headers that must not."""
+        headers = [*self.headers, (b"content-length", b"%d" % len(self.body)), (b"connection", b"close")]
+        head = h11.Response(status_code=self.status, reason=self.reason.encode(), headers=headers)
+        return head, h11.Data(data=self.body), h11.EndOfMessage()
+
 
 class Guard:
     """The proxy: `serve` is the callback of an asyncio server, and answers one request per connection."""
@@ -73,13 +79,7 @@ class Guard:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
         try:
             request = await self._soon(_request(connection, reader))
-            answer = await self._answer(request)
-            headers = [*answer.headers, (b"content-length", b"%d" % len(answer.body)), (b"connection", b"close")]
-            for event in (
-                h11.Response(status_code=answer.status, reason=answer.reason.encode(), headers=headers),
-                h11.Data(data=answer.body),
-                h11.EndOfMessage(),
-            ):
+            for event in await self._answer(request):
                 writer.write(connection.send(event) or b"")
             await self._soon(writer.drain())
         except (Refused, OSError, h11.ProtocolError):
@@ -87,16 +87,18 @@ class Guard:
         finally:
             writer.close()
 
-    async def _answer(self, request: h11.Request) -> Answer:
+    async def _answer(self, request: h11.Request) -> tuple[h11.Event, ...]:
+        """What to send, in any case: a row whose request is never answered would be asked for again and again."""
         try:
             async with asyncio.timeout(self._time_left(request)):
-                return await self._fetch(request)
+                return (await self._fetch(request)).events()
         except Refused as refused:
-            return Answer(refused.status, PREFIX + str(refused))
+            answer = Answer(refused.status, PREFIX + str(refused))
         except TimeoutError:
-            return Answer(HTTPStatus.GATEWAY_TIMEOUT, PREFIX + "deadline")
+            answer = Answer(HTTPStatus.GATEWAY_TIMEOUT, PREFIX + "deadline")
         except Exception as error:
-            return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, PREFIX + f"error ({type(error).__name__})")
+            answer = Answer(HTTPStatus.INTERNAL_SERVER_ERROR, PREFIX + f"error ({type(error).__name__})")
+        return answer.events()
 
     def _time_left(self, request: h11.Request) -> float:
         """Seconds: the whole deadline, or what earlier hops of the attempt left of it."""
@@ -244,9 +246,9 @@ def robots_directives(tag: str) -> list[str]:
     robot, found = "", []
     for part in tag.split(","):
         name, colon, rest = (piece.strip() for piece in part.partition(":"))
-        if colon and name.lower() not in VALUED:
-            robot, name = f"{name}: ", rest
-        if name.partition(":")[0].strip().lower() not in VALUED:
+        if colon and name.lower() not in VALUED and " " not in name:  # in a date, a colon may follow a blank
+            robot, name = name and f"{name}: ", rest
+        if name and name.partition(":")[0].strip().lower() not in VALUED:
             found.append(robot + name)
     return found
 
