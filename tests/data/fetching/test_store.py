@@ -212,8 +212,8 @@ def test_lists_are_split_at_shards(tmp_path, store, monkeypatch, rows, sizes):
 
 
 def test_only_http_is_fetched():
-    urls = ["http://a/b", "HTTPS://a/b", "ftp://a/b", "file:///a", "httpx://a", "", "data:,x"]
-    assert fetchable(table("abcdefg", url=urls)).tolist() == [True, True, False, False, False, False, False]
+    urls = ["http://a/b", "HTTPS://a/b", " http://a/b", "ftp://a/b", "file:///a", "httpx://a", "", "data:,x"]
+    assert fetchable(table("abcdefgh", url=urls)).tolist() == [True] * 3 + [False] * 5
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,7 @@ def test_only_http_is_fetched():
         ("http://a/b?c=%20d#e", "http://a/b?c=%20d#e"),
         ("http://a/straße ü", "http://a/stra%C3%9Fe%20%C3%BC"),
         ("http://müller.de/ü", "http://xn--mller-kva.de/%C3%BC"),
+        ("http://ü:ä@пример.рф:8080/", "http://%C3%BC:%C3%A4@xn--e1afmkfd.xn--p1ai:8080/"),
         (" http://a/b\n", "http://a/b"),
         ("http://a/b\r\nHost: c", "http://a/b%0D%0AHost:%20c"),
     ],
@@ -244,6 +245,7 @@ def test_urls_become_ascii(url, plain):
         ("too many pixels: 9 x 9", "too many pixels"),
         ("<urlopen error [Errno 111] Connection refused>", None),
         ("Remote end closed connection without response", None),
+        ("<urlopen error URL too long>", "bad url"),
         ("something new", "other"),
     ],
 )

@@ -61,6 +61,8 @@ CAUSES: tuple[tuple[str, str | None], ...] = (
     ("Remote end closed connection", None),
     ("IncompleteRead", None),
     ("timed out", "time out"),
+    ("URL too long", "bad url"),
+    ("Invalid IPv6 URL", "bad url"),
     ("URL can't contain", "bad url"),
     ("nonnumeric port", "bad url"),
     ("no host given", "bad url"),
@@ -175,8 +177,11 @@ def plain_url(url: str) -> str:
     if not url.isascii():
         try:
             parts = urlsplit(url)
-            if not parts.netloc.isascii():
-                url = urlunsplit(parts._replace(netloc=parts.netloc.encode("idna").decode()))
+            user, at, place = parts.netloc.rpartition("@")
+            host, colon, port = place.partition(":")
+            if not host.isascii():
+                host = host.encode("idna").decode()
+                url = urlunsplit(parts._replace(netloc=f"{user}{at}{host}{colon}{port}"))
         except ValueError:
             pass  # img2dataset will fail on it and say so
     return quote(url, safe=PRINTABLE)

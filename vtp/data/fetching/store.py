@@ -173,7 +173,8 @@ def selected(selection: Path) -> Iterator[tuple[Path, "pa.Table"]]:
 
 def fetchable(rows: "pa.Table") -> np.ndarray:
     """Which rows [n] have an http or https URL; no other is ever asked for."""
-    return np.array([url[:8].lower().startswith(("http://", "https://")) for url in rows[URL].to_pylist()], dtype=bool)
+    starts = [url.lstrip()[:8].lower() for url in rows[URL].to_pylist()]
+    return np.array([start.startswith(("http://", "https://")) for start in starts], dtype=bool)
 
 
 def expected_sha256(rows: "pa.Table", *, verify: bool) -> np.ndarray:
