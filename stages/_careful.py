@@ -7,24 +7,25 @@ to Spark's executors alike, so nothing has to be patched there.
 """
 
 import io
-import os
 import time
 import urllib.request
 from typing import Any
+from urllib.error import URLError
 from urllib.request import Request
 
 from img2dataset.downloader import Downloader
-from img2dataset.resizer import Resizer
+from img2dataset.resizer import ResizeMode, Resizer
 
 from stages._launch import follow_parent
 from vtp.data.decode import DecodeError, decode_rgb
 from vtp.data.fetching.policy import DEADLINE_HEADER
 
+MAX_URL = 16 << 10  # well below the guard's limit of a head, at which it ends the connection without a word
 Resized = tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]
 
 
 class CarefulResizer(Resizer):
-    """`max_image_area` is the limit of the header, before anything is decoded."""
+    """`max_image_area` is the limit of the header, before anything is decoded, and of what a picture is enlarged to."""
 
     def __call__(self, img_stream: io.BytesIO, blurring_bbox_list: list | None = None) -> Resized:
         """Encoded picture, its width and height, those of the original when upright, and an error or None."""
@@ -35,8 +36,20 @@ class CarefulResizer(Resizer):
             return None, None, None, None, None, str(error)
         except Exception as error:  # img2dataset would lose the row
             return None, None, None, None, None, f"not a readable image ({type(error).__name__}: {error})"
+        if self._enlarged(*picture.size) > self.max_image_area:
+            return None, None, None, None, None, "cannot be resized (its longer side would be too long)"
         *resized, problem = super().__call__(io.BytesIO(plain), blurring_bbox_list)
+        if problem is None and not resized[0]:  # how some releases of cv2 tell that they cannot encode it
+            problem = "nothing was encoded"
         return *resized, problem and f"cannot be resized ({problem})"
+
+    def _enlarged(self, width: int, height: int) -> float:
+        """Pixels when the shorter side is enlarged to `image_size`: a line of a few bytes may become gigabytes."""
+        short = min(width, height)
+        by_shorter = self.resize_mode in (ResizeMode.keep_ratio, ResizeMode.center_crop)
+        if not by_shorter or self.resize_only_if_bigger or short >= self.image_size:
+            return 0
+        return width * height * (self.image_size / short) ** 2
 
 
 class GuardedDownloader:
@@ -50,7 +63,6 @@ class GuardedDownloader:
     def __call__(self, shard: tuple[int, str]) -> tuple[bool, Any]:
         """Fetch a shard."""
         follow_parent()
-        os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
         opener = urllib.request.OpenerDirector()
         for handler in (
             _ThroughGuard(self._guard, self._deadline),
@@ -75,6 +87,8 @@ class _ThroughGuard(urllib.request.BaseHandler):
         self._deadline = deadline
 
     def http_request(self, request: Request) -> Request:
+        if len(request.full_url) > MAX_URL:  # of a row, or of a redirect
+            raise URLError("URL too long")
         if not request.has_header(DEADLINE_HEADER.capitalize()):  # a redirect carries the first one on
             request.add_header(DEADLINE_HEADER, f"{time.time() + self._deadline:.3f}")
         request.type, request.host, request.selector = "http", self._guard, request.full_url
