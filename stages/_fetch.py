@@ -146,7 +146,10 @@ def _spark(job: SparkJob | None) -> Iterator[None]:
     from pyspark.sql import SparkSession
 
     builder = SparkSession.builder.master(job.master).appName("download")
-    for name, value in job.conf.items():
+    # A second attempt at a shard that is still being written would write into the same files; and executors on other
+    # machines do not have the environment of this process.
+    needed = {"spark.speculation": "false", "spark.executorEnv.NO_ALBUMENTATIONS_UPDATE": "1"}
+    for name, value in (job.conf | needed).items():
         builder = builder.config(name, value)
     session = builder.getOrCreate()
     try:
