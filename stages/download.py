@@ -95,7 +95,9 @@ class Download(Config):
     policy: Policy
     max_pixels: int = Field(ge=1, le=LARGEST_PIXELS, description="a header that announces more is refused")
     retries: int = Field(ge=0, description="further attempts within a run, at once")
-    user_agent_token: str | None = Field(description="names the downloader to servers, and in their X-Robots-Tag")
+    user_agent_token: str | None = Field(
+        pattern=r"^[A-Za-z0-9._-]+$", description="names the downloader to servers, and in their X-Robots-Tag"
+    )
     respect_opt_out: list[str] = Field(description="directives of X-Robots-Tag that refuse; an empty list: none")
     verify_sha256: bool = Field(description="refuse a picture whose sha256 is not that of its row, where it has one")
     retry_failed: int = Field(

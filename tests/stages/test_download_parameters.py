@@ -64,6 +64,7 @@ def test_the_store_is_that_of_what_a_picture_depends_on():
         ({"encoding": {"name": "png", "compression": 95}}, "less than or equal to 9"),
         ({"resize": {"name": "no", "size": 5}}, "resize.no.size: unknown key"),
         ({"max_pixels": 90_000_000}, "max_pixels"),
+        ({"user_agent_token": "my\nbot"}, "user_agent_token"),
     ],
 )
 def test_impossible_parameters_are_told(changes, said):
