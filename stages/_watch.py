@@ -63,8 +63,8 @@ class Looks:
         self._probe = None
         if config.probe is not None:
             self._probe = (
-                _Labelled(train, train.singles[: config.probe.train_samples], side),
-                _Labelled(validation, validation.singles[: config.probe.test_samples], side),
+                _Labelled(train, config.probe.train_samples, side),
+                _Labelled(validation, config.probe.test_samples, side),
             )
 
     def due(self, moment: Moment) -> bool:
@@ -109,15 +109,16 @@ class Looks:
 
 
 class _Labelled:
-    """Images with their classes."""
+    """The first images that have a class."""
 
-    def __init__(self, shards: ShardDataset, rows: np.ndarray, side: int) -> None:
-        if not len(rows):
+    def __init__(self, shards: ShardDataset, most: int, side: int) -> None:
+        singles = shards.singles(most)
+        if not len(singles.rows):
             raise ValueError(f"{shards.folder}: no sample has a class; set pretrain.watch.probe to null")
         self._shards = shards
-        self._rows = rows
+        self._rows = singles.rows
         self._side = side
-        self.labels = torch.from_numpy(shards.labels[rows])
+        self.labels = torch.from_numpy(singles.labels)
 
     def features(self, trunk: VisionTransformer, device: str) -> Tensor:
         parts = []

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 
@@ -27,26 +26,26 @@ class CacheLatents(Config):
 def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Output, work: Work) -> None:
     images = ShardDataset(shards, "train", cache=work.cache)
     model = VisualTokenizer.from_pretrained(tokenizer).to(work.device)
-    singles = images.singles  # scenes have no class
+    singles = images.singles()  # scenes have no class
     writer = LatentWriter(work.folder / "latents", shard_size=config.shard_size)
-    with work.progress(total=len(singles), description="encoding", unit="image") as bar:
-        for path, rows in writer.missing(len(singles)):
+    with work.progress(total=len(singles.rows), description="encoding", unit="image") as bar:
+        for path, rows in writer.missing(len(singles.rows)):
             parts = []
             for first in range(rows.start, rows.stop, config.batch_size):
-                chosen = singles[first : min(first + config.batch_size, rows.stop)]
+                chosen = singles.rows[first : min(first + config.batch_size, rows.stop)]
                 parts.append(
                     model.encode(normalise(images.images(chosen, model.config.image_size).to(work.device))).cpu()
                 )
                 bar.update(len(chosen))
-            labels = torch.from_numpy(images.labels[singles[np.array(rows)]])
+            labels = torch.from_numpy(singles.labels[rows.start : rows.stop])
             writer.write(path, torch.cat(parts).to(getattr(torch, config.dtype)), labels)
             if work.stop_requested:
                 work.stop()
     writer.finish(
-        len(singles), {"classes": images.manifest.classes, "encoder": digest(tokenizer / "model.safetensors")}
+        len(singles.rows), {"classes": images.manifest.classes, "encoder": digest(tokenizer / "model.safetensors")}
     )
     writer.folder.rename(latents)
-    work.record(samples=len(singles))
+    work.record(samples=len(singles.rows))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def run(
     extractor = build_features(config.features, weights=work.weights, device=work.device)
     model = load_tokenizer(tokenizer, decoder).to(work.device)
     side = model.config.image_size
-    rows = images.singles[: config.reference_samples]  # class-conditional samples are single pictures
+    rows = images.singles(config.reference_samples).rows  # class-conditional samples are single pictures
     description = read_json(samples / "config.json")
     pictures.mkdir()
     with work.progress(total=len(rows) + 3 * description["samples"], description="features", unit="image") as bar:

@@ -33,13 +33,13 @@ class EvaluateUnderstanding(Config):
 def run(config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metrics: Output, work: Work) -> None:
     model = VisualTokenizer.from_pretrained(tokenizer).to(work.device)
     train, validation = (ShardDataset(shards, split, cache=work.cache) for split in ("train", "validation"))
-    rows = {"train": train.singles[: config.train_samples], "validation": validation.singles}
-    with work.progress(total=sum(map(len, rows.values())), description="features", unit="image") as bar:
-        of_train = _features(model, train, rows["train"], config.batch_size, bar.update)
-        of_validation = _features(model, validation, rows["validation"], config.batch_size, bar.update)
+    seen, held_out = train.singles(config.train_samples), validation.singles()
+    with work.progress(total=len(seen.rows) + len(held_out.rows), description="features", unit="image") as bar:
+        of_train = _features(model, train, seen.rows, config.batch_size, bar.update)
+        of_validation = _features(model, validation, held_out.rows, config.batch_size, bar.update)
     manifest = train.manifest
-    labels = torch.from_numpy(train.labels[rows["train"]])
-    truth = torch.from_numpy(validation.labels[rows["validation"]])
+    labels = torch.from_numpy(seen.labels)
+    truth = torch.from_numpy(held_out.labels)
     groupings = {"": torch.arange(len(manifest.classes))}
     if manifest.categories:
         groupings["_category"] = torch.tensor(manifest.category_of_class)

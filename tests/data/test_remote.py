@@ -6,10 +6,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 
 import pytest
-from data.small_shards import write_shards
+from data.small_shards import fetched, write_shards
 from data.test_stream import seen, stream_of
 
 from vtp.artefact import ArtefactError, read_json, write_json
+from vtp.config import ConfigError
 from vtp.data.remote import RemoteError, ShardCache
 from vtp.data.stream import DataError, ShardDataset, Stream, StreamConfig
 
@@ -73,6 +74,9 @@ def test_shards_of_a_mounted_disk(tmp_path):
     held = list((tmp_path / "cache").glob("*.tar"))
     assert sum(path.stat().st_size for path in held) <= 3 * largest
     assert 1 <= len(held) < len(SIZES)
+    small = ShardCache(tmp_path / "cache", capacity=1.5 * largest)
+    with pytest.raises(ConfigError, match=r"window 2 reads .* GB of fetched shards together, .* VTP_CACHE_GIGABYTES"):
+        remote_stream(folder, small)
     with pytest.raises(DataError, match="no cache folder was given"):
         ShardDataset(folder, "train").content(0)
 
@@ -90,11 +94,6 @@ def test_shards_over_http(tmp_path, web):
     assert sorted(path for path in web.asked if path.endswith(".tar")) == [
         f"/elsewhere/{shard.name}" for shard in shards
     ]
-
-
-def fetched(cache, location, shard):
-    with cache.open(location, shard) as file:
-        return len(file.read())
 
 
 def test_a_shard_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):

@@ -138,9 +138,9 @@ def test_samples_that_cannot_be_used_are_replaced_and_counted(tmp_path):
 def test_too_many_replaced_samples_end_the_run(tmp_path, caplog):
     """The message names the first ones; without CLIP nobody needs captions."""
     folder = write_shards(tmp_path / "shards", [48], change=lambda n: {"caption": ""} if n % 2 else {})
-    batches = batches_of(stream_of(folder, max_replaced=0.004))
+    batches = batches_of(stream_of(folder, max_replaced=0.0004))
     with pytest.raises(
-        DataError, match=r"5 of \d+ samples cannot be used.*max_replaced is 0\.004: .*train-00000\.tar, k0"
+        DataError, match=r"5 of \d+ samples cannot be used.*max_replaced is 0\.0004: .*train-00000\.tar, k0"
     ):
         for step in range(6):
             batches[step]
@@ -206,6 +206,46 @@ def test_an_error_in_a_worker_ends_the_run(tmp_path):
         seen(stream, range(6), workers=2)
     assert str(raised.value).startswith(f"{folder}/train-00000.tar: this shard")
     assert not multiprocessing.active_children()
+
+
+def test_no_more_shards_are_looked_at_than_have_the_labels_that_are_asked_for(tmp_path):
+    folder = write_shards(tmp_path / "shards", [5, 0, 4, 6], change=lambda n: {"label": -1} if n % 2 else {})
+    train = ShardDataset(folder, "train")
+    assert train.singles().rows.tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert train.singles().labels.tolist() == [0, 2, 1, 0, 2, 1, 0, 2]
+    (folder / "train-00003.parquet").write_bytes(b"PAR1")
+    few = train.singles(4)
+    assert (few.rows.tolist(), few.labels.tolist()) == ([0, 2, 4, 6], [0, 2, 1, 0])
+    with pytest.raises(ArtefactError, match=r"train-00003\.parquet"):
+        train.singles(6)
+    other = write_shards(tmp_path / "other", [3], change=lambda n: {"label": -1})
+    (other / "train-00000.parquet").unlink()
+    assert len(ShardDataset(other, "train").singles().rows) == 0
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    with pytest.raises(ArtefactError, match="split 'train' has no samples"):
+        ShardDataset(write_shards(tmp_path / "shards", [0]), "train")
+
+
+def test_a_window_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
+    folder = write_shards(tmp_path / "shards", [5, 9, 7])
+    monkeypatch.setattr("vtp.data.stream.TOGETHER", 16)
+    stream_of(folder, window=2)
+    with pytest.raises(ConfigError, match=r"window null shuffles 21 samples together.* at most 16"):
+        stream_of(folder)
+    with pytest.raises(ConfigError, match=r"window 3 shuffles 25"):
+        stream_of(folder, folder, window=3)
+
+
+def test_tables_are_kept_up_to_a_size(tmp_path, monkeypatch):
+    """Those used last; more are read again, and give the same."""
+    monkeypatch.setattr("vtp.data.stream.TABLES", 3 * 4500)
+    dataset = ShardDataset(write_shards(tmp_path / "shards", [2] * 12), "train")
+    for index in (*range(24), *range(0, 24, 5)):
+        assert dataset.caption(index) == str(index)
+    assert 1 < len(dataset._tables._held) <= 3
+    assert dataset._tables._size == sum(table.bytes for table, _ in dataset._tables._held.values()) <= 3 * 4500
 
 
 def test_large_jpegs_are_decoded_no_larger_than_their_views(tmp_path):

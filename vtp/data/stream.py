@@ -8,10 +8,9 @@ cannot be read is an error at once.
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from os import pread
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from vtp.config import Config, ConfigError
 from vtp.data.decode import DecodeError, decode_rgb, open_header
 from vtp.data.order import Mixture, epochs
 from vtp.data.remote import ShardCache, verify_remote
-from vtp.data.shards import COLUMNS, Manifest, Shard
+from vtp.data.shards import NO_LABEL, Manifest, Shard
 from vtp.draws import address, numpy_draws
 from vtp.layers.images import centre_crop
 
@@ -31,9 +30,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from PIL.Image import Image
 
-TABLES, FILES = 512, 128  # of shards, kept open by a process
+TABLES, FILES = 1 << 28, 128  # bytes of tables and number of tars that a process keeps
+TOGETHER = 1 << 26  # samples that are shuffled together: 0.5 GB for an epoch's order, in every worker
 REPLACEMENTS = 20  # samples that are tried in the place of one that cannot be used
-FIRST_SAMPLES = 1000  # the limit on replaced samples is a share of at least so many
+FIRST_SAMPLES = 10_000  # the limit on replaced samples is a share of at least so many: a worker may meet a few early
+REMEDY = "fetch the folder again (dvc checkout), or write the shards again with prepare_data"
 NAMED = 5  # replaced samples in the message of the limit
 T = TypeVar("T")
 
@@ -47,19 +48,24 @@ class SampleError(DataError):
 
 
 class ShardDataset:
-    """Random access to the samples of a split. Opening it checks that every shard is there with its size."""
+    """Random access to the samples of a split.
+
+    Opening it checks that there are samples, and that every shard is there with its size.
+    """
 
     def __init__(self, folder: Path, split: str, *, cache: ShardCache | None = None) -> None:
         self.folder = folder
         self.manifest = Manifest.load(folder)
         if split not in self.manifest.splits:
             raise ArtefactError(f"{folder}: no split {split!r}; it has {', '.join(self.manifest.splits)}")
-        self.shards = self.manifest.splits[split].shards
+        self.split = self.manifest.splits[split]
+        self.shards = self.split.shards
         self.sizes = [shard.samples for shard in self.shards]
         self._first = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
         self._cache = cache
-        self._tables: OrderedDict[int, _Table] = OrderedDict()
-        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._tables, self._files = _Kept[_Table](TABLES), _Kept[BinaryIO](FILES)
+        if not len(self):
+            raise ArtefactError(f"{folder}: split {split!r} has no samples; write the shards again with prepare_data")
         if self.manifest.location is None:
             for shard in self.shards:
                 _verify(folder / shard.name, shard)
@@ -71,22 +77,22 @@ class ShardDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker opens its own files.
-        return self.__dict__ | {"_tables": OrderedDict(), "_files": OrderedDict()}
+        return self.__dict__ | {"_tables": _Kept[_Table](TABLES), "_files": _Kept[BinaryIO](FILES)}
 
-    @cached_property
-    def labels(self) -> np.ndarray:
-        """Class of every sample, -1 for none."""
-        return self._column("label")
-
-    @cached_property
-    def categories(self) -> np.ndarray:
-        """Second label of every sample, -1 for none."""
-        return self._column("category")
-
-    @property
-    def singles(self) -> np.ndarray:
-        """Indices of the samples that have a class."""
-        return np.flatnonzero(self.labels >= 0)
+    def singles(self, most: int | None = None) -> "Singles":
+        """The samples that have a class: all, or the first `most`, whose shards alone are looked at."""
+        rows, labels, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
+        known = sum(self.split.class_counts)
+        wanted = known if most is None else min(most, known)
+        for shard, first in zip(self.shards, self._first[:-1].tolist(), strict=True):
+            if found >= wanted:
+                break
+            classes = _read_beside(self.folder, shard, ["label"])["label"].to_numpy()
+            singles = np.flatnonzero(classes != NO_LABEL)
+            rows.append(first + singles)
+            labels.append(classes[singles])
+            found += len(singles)
+        return Singles(np.concatenate(rows)[:wanted], np.concatenate(labels)[:wanted])
 
     def key(self, index: int) -> str:
         """Name of a sample in its tar."""
@@ -137,11 +143,18 @@ class ShardDataset:
 
     def _place(self, index: int) -> "tuple[_Table, int]":
         shard = self.shard_of(index)
-        table = _kept(self._tables, shard, TABLES, lambda: _Table.read(self.folder, self.shards[shard]))
+        table = self._tables.get(shard)
+        if table is None:
+            table = _Table.read(self.folder, self.shards[shard])
+            self._tables.put(shard, table, table.bytes)
         return table, index - int(self._first[shard])
 
     def _file(self, shard: int) -> BinaryIO:
-        return _kept(self._files, shard, FILES, lambda: self._open(self.shards[shard]))
+        file = self._files.get(shard)
+        if file is None:
+            file = self._open(self.shards[shard])
+            self._files.put(shard, file, 1)
+        return file
 
     def _open(self, shard: Shard) -> BinaryIO:
         if self.manifest.location is None:
@@ -152,11 +165,17 @@ class ShardDataset:
             raise DataError(f"{self.folder}: its shards are at {self.manifest.location}, and no cache folder was given")
         return self._cache.open(self.manifest.location, shard)
 
-    def _column(self, name: str) -> np.ndarray:
-        import pyarrow.parquet as pq
+    @property
+    def cache(self) -> ShardCache | None:
+        """Where shards from elsewhere are kept; None for shards that are here."""
+        return None if self.manifest.location is None else self._cache
 
-        columns = [pq.read_table(_beside(self.folder, shard), columns=[name])[name] for shard in self.shards]
-        return np.concatenate([column.to_numpy() for column in columns]) if columns else np.empty(0, dtype=np.int64)
+
+class Singles(NamedTuple):
+    """Samples that have a class."""
+
+    rows: np.ndarray  # [n] int64, ascending
+    labels: np.ndarray  # [n] int64, their classes
 
 
 class _Table(NamedTuple):
@@ -169,18 +188,34 @@ class _Table(NamedTuple):
 
     @classmethod
     def read(cls, folder: Path, shard: Shard) -> "_Table":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = _beside(folder, shard)
-        remedy = "fetch the folder again (dvc checkout), or write the shards again with prepare_data"
-        try:
-            table = pq.read_table(path, columns=list(COLUMNS))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ArtefactError(f"{path}: {error}; {remedy}") from None
-        if len(table) != shard.samples:
-            raise ArtefactError(f"{path}: {len(table)} rows, manifest.json says {shard.samples}; {remedy}")
+        table = _read_beside(folder, shard, ["key", "caption", "offset", "size"])
         return cls(table["key"], table["caption"], table["offset"].to_numpy(), table["size"].to_numpy())
+
+    @property
+    def bytes(self) -> int:
+        return 4096 + sum(column.nbytes for column in self)  # a small table is not much smaller
+
+
+class _Kept(Generic[T]):
+    """What was made for some numbers, up to a size together; whatever was used longest ago makes room."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity, self._size = capacity, 0
+        self._held: OrderedDict[int, tuple[T, int]] = OrderedDict()
+
+    def get(self, number: int) -> T | None:
+        """What is there for a number."""
+        if number not in self._held:
+            return None
+        self._held.move_to_end(number)
+        return self._held[number][0]
+
+    def put(self, number: int, item: T, size: int) -> None:
+        """Keep one more."""
+        self._held[number] = item, size
+        self._size += size
+        while self._size > self._capacity and len(self._held) > 1:
+            self._size -= self._held.popitem(last=False)[1][1]
 
 
 class Drawn(NamedTuple):
@@ -208,7 +243,8 @@ class Stream:
     """The endless stream of training samples: every epoch holds each once; a mixture follows its weights.
 
     Samples are numbered through the sources. What stands at a position depends on nothing but the seed and the
-    manifests, so that ranks, workers and resumed runs agree. Raises ConfigError for a mixture of other sources.
+    manifests, so that ranks, workers and resumed runs agree. Raises ConfigError for a mixture of other sources, and for
+    more shards in a window than memory or the folder for fetched shards can hold.
     """
 
     def __init__(self, sources: Sequence[ShardDataset], config: StreamConfig, *, seed: int) -> None:
@@ -225,6 +261,11 @@ class Stream:
                 given, wanted = ", ".join(names), ", ".join(config.mixture)
                 raise ConfigError(f"data.stream.mixture has weights for {wanted}; the shards given are {given}")
             self._mixture = Mixture([config.mixture[name] for name in names], seed)
+        together = [self._shards] if self._mixture is None else [source.sizes for source in sources]
+        for sizes in together:
+            _check_order(sizes, config.window)
+        for source in sources:
+            _check_cache(source, config.window)
         self._seen, self._replaced = 0, 0
         self._first_replaced: list[str] = []
 
@@ -280,15 +321,27 @@ class Stream:
             )
 
 
-def _kept(store: OrderedDict[int, T], key: int, capacity: int, make: Callable[[], T]) -> T:
-    """`store[key]`, made if need be; whatever was used longest ago makes room."""
-    if key in store:
-        store.move_to_end(key)
-    else:
-        store[key] = make()
-        if len(store) > capacity:
-            store.popitem(last=False)
-    return store[key]
+def _check_order(sizes: Sequence[int], window: int | None) -> None:
+    if (most := _largest(sizes, window)) > TOGETHER:
+        raise ConfigError(
+            f"data.stream.window {window or 'null'} shuffles {most:,} samples together, and every worker keeps their order; "
+            f"at most {TOGETHER:,} are possible: choose a window of fewer shards, such as 64"
+        )
+
+
+def _check_cache(source: ShardDataset, window: int | None) -> None:
+    most = _largest([shard.bytes for shard in source.shards], window)
+    if source.cache is not None and most > source.cache.capacity:
+        raise ConfigError(
+            f"{source.folder}: data.stream.window {window or 'null'} reads {most / 1e9:.3g} GB of fetched shards together, "
+            f"and the folder for them holds {source.cache.capacity / 1e9:.3g}: each would be fetched again and again; "
+            "choose a window of fewer shards, or set VTP_CACHE_GIGABYTES higher"
+        )
+
+
+def _largest(sizes: Sequence[int], window: int | None) -> int:
+    """The sum of the largest `window`, or of all."""
+    return sum(sizes if window is None else sorted(sizes)[-window:])
 
 
 def _beside(folder: Path, shard: Shard) -> Path:
@@ -296,11 +349,28 @@ def _beside(folder: Path, shard: Shard) -> Path:
     return (folder / shard.name).with_suffix(".parquet")
 
 
+def _read_beside(folder: Path, shard: Shard, columns: list[str]) -> "pa.Table":
+    """Columns of the table of a shard."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = _beside(folder, shard)
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns, use_threads=False)  # every worker would have a thread per core
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ArtefactError(f"{path}: {error}; {REMEDY}") from None
+    if missing := set(columns) - set(table.column_names):
+        raise ArtefactError(f"{path}: no column {', '.join(sorted(missing))}; {REMEDY}")
+    if len(table) != shard.samples:
+        raise ArtefactError(f"{path}: {len(table)} rows, manifest.json says {shard.samples}; {REMEDY}")
+    return table
+
+
 def _verify(path: Path, shard: Shard) -> None:
-    remedy = "fetch the folder again (dvc checkout), or write the shards again with prepare_data"
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise ArtefactError(f"{path}: this shard is in manifest.json and not in the folder; {remedy}") from None
+        raise ArtefactError(f"{path}: this shard is in manifest.json and not in the folder; {REMEDY}") from None
     if size != shard.bytes:
-        raise ArtefactError(f"{path}: {size} bytes, manifest.json says {shard.bytes}; {remedy}")
+        raise ArtefactError(f"{path}: {size} bytes, manifest.json says {shard.bytes}; {REMEDY}")
