@@ -5,23 +5,18 @@ Memory is that of one part, whatever the number of rows. Every file appears whol
 """
 
 import math
-import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait as wait_for_end
+from contextlib import AbstractContextManager
 from pathlib import Path
-from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
 from vtp.artefact import ArtefactError, whole_file
+from vtp.data.processes import Processes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,12 +44,11 @@ class Workforce:
 
     def __init__(self, processes: int) -> None:
         self._processes = processes
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Processes | None = None
 
     def __enter__(self) -> Self:
         if self._processes:
-            # Spawned: a fork of a process that has threads may hang.
-            self._pool = ProcessPoolExecutor(self._processes, mp_context=get_context("spawn"), initializer=_enlist)
+            self._pool = Processes(self._processes, _begin)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -70,8 +64,7 @@ class Workforce:
         waiting, running = iter(jobs), dict[Future[R], J]()
         try:
             for job in waiting:
-                with _hidden_main():
-                    running[self._pool.submit(function, job)] = job
+                running[self._pool.submit(function, job)] = job
                 if len(running) > 2 * self._processes:
                     yield from _ended(running)
             while running:
@@ -91,34 +84,12 @@ def _ended(running: dict[Future[R], J]) -> Iterator[tuple[J, R]]:
         yield running.pop(future), future.result()
 
 
-@contextmanager
-def _hidden_main() -> Iterator[None]:
-    """A process that starts meanwhile does not import the program: a stage brings torch, which is 0.3 GB in each."""
-    main = sys.modules["__main__"]
-    hidden = {name: vars(main).pop(name) for name in ("__spec__", "__file__") if name in vars(main)}
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        vars(main).update(hidden)
-
-
-def _enlist() -> None:
-    """A process of the crew: leaves signals to its parent, dies with it, and leaves other cores alone."""
+def _begin() -> None:
+    """A process leaves other cores alone, and gives memory back, where other allocators keep what they once had."""
     import pyarrow as pa
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
     pa.set_cpu_count(1)
-    pa.set_memory_pool(pa.system_memory_pool())  # gives memory back, where the others keep what they once had
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed is replaced by the next start, which must not meet what it left."""
-    parent = parent_process()
-    assert parent is not None
-    wait_for_end([parent.sentinel])
-    os._exit(1)
+    pa.set_memory_pool(pa.system_memory_pool())
 
 
 def part_of(hashes: np.ndarray, parts: int) -> np.ndarray:

@@ -5,23 +5,18 @@ state/train-00000.csv    the pictures that it lacks, when there are any
 """
 
 import csv
-import multiprocessing
-import os
-import signal
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from itertools import chain, islice
-from multiprocessing.connection import wait as wait_for_end
-from multiprocessing.context import SpawnContext
 from pathlib import Path
-from threading import Thread
 from typing import NamedTuple, Self
 
 from vtp.artefact import whole_file, write_json
 from vtp.config import Config
 from vtp.data.ingest.source import Rejected, Source
+from vtp.data.processes import SPAWN, Processes
 from vtp.data.shards import Record, Summary, write_shard
 
 POLL_SECONDS = 0.2  # at most, between two looks at progress and at the wish to stop
@@ -78,16 +73,13 @@ class Crew(AbstractContextManager["Crew"]):
     """Writes shards in `processes` others or, for 0, in a thread of this one."""
 
     def __init__(self, task: Task, processes: int) -> None:
-        # Spawned: a fork of a process that has threads may hang.
-        context = multiprocessing.get_context("spawn")
-        self._shared = _Shared(context)
+        self._shared = _Shared()
         self._places = 2 * max(1, processes)
         self._executor: Executor
         if processes == 0:
-            self._executor = ThreadPoolExecutor(1, initializer=_begin, initargs=(task, self._shared, False))
+            self._executor = ThreadPoolExecutor(1, initializer=_begin, initargs=(task, self._shared))
         else:
-            arguments = (task, self._shared, True)
-            self._executor = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=arguments)
+            self._executor = Processes(processes, _begin, task, self._shared)
 
     def __enter__(self) -> Self:
         return self
@@ -99,16 +91,16 @@ class Crew(AbstractContextManager["Crew"]):
     @property
     def seen(self) -> int:
         """Pictures of this start that are written or rejected."""
-        return self._shared.seen.value
+        return self._shared.seen.get_obj().value
 
     @property
     def rejected(self) -> int:
         """Pictures of this start that cannot be read."""
-        return self._shared.rejected.value
+        return self._shared.rejected.get_obj().value
 
     def stop(self) -> None:
         """End the jobs in work after their current picture, and begin no other."""
-        self._shared.stop.set()
+        self._shared.stop.value = True
 
     def results(self, jobs: Iterable[Job]) -> Iterator[list[Result]]:
         """What has become of jobs since the last time; comes at least every POLL_SECONDS, and may be empty."""
@@ -123,7 +115,7 @@ class Crew(AbstractContextManager["Crew"]):
     def _results(self, queue: Iterator[Job]) -> Iterator[list[Result]]:
         pending: set[Future[Result]] = set()
         while True:
-            if not self._shared.stop.is_set():
+            if not self._shared.stop.value:
                 pending |= {self._executor.submit(_write, job) for job in islice(queue, self._places - len(pending))}
             if not pending:
                 return
@@ -132,12 +124,12 @@ class Crew(AbstractContextManager["Crew"]):
 
 
 class _Shared:
-    """What workers and their parent tell each other."""
+    """What workers and their parent tell each other. The parent takes no lock: a worker may be killed that holds it."""
 
-    def __init__(self, context: SpawnContext) -> None:
-        self.seen = context.Value("q", 0)
-        self.rejected = context.Value("q", 0)
-        self.stop = context.Event()
+    def __init__(self) -> None:
+        self.seen = SPAWN.Value("q", 0)
+        self.rejected = SPAWN.Value("q", 0)
+        self.stop = SPAWN.RawValue("b", False)
 
     def count(self, item: Record | Rejected) -> None:
         with self.seen:
@@ -150,20 +142,9 @@ class _Shared:
 _worker: tuple[Task, _Shared] | None = None  # of this process, set once when it starts
 
 
-def _begin(task: Task, shared: _Shared, own_process: bool) -> None:
+def _begin(task: Task, shared: _Shared) -> None:
     global _worker  # noqa: PLW0603 - locks travel to a process at its start alone
     _worker = (task, shared)
-    if own_process:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-        Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent is replaced by the next start, which must not meet its workers."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for_end([parent.sentinel])
-    os._exit(1)
 
 
 def _write(job: Job) -> Result:
@@ -194,7 +175,7 @@ def _write(job: Job) -> Result:
 
 def _records(source: Source, job: Job, shared: _Shared, rejected: list[Rejected]) -> Iterator[Record]:
     for item in source.records(job.split, job.rows):
-        if shared.stop.is_set():
+        if shared.stop.value:
             raise Stopped
         if isinstance(item, Rejected):
             rejected.append(item)
