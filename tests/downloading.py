@@ -22,8 +22,8 @@ SECTION = {
     "encoding": {"name": "jpg", "quality": 95},
     "rows_per_shard": 256,
     "policy": {
-        "timeout": 3.0,
-        "deadline": 6.0,
+        "timeout": 4.0,
+        "deadline": 8.0,
         "max_bytes": LIMIT,
         "allowed_networks": ["127.0.0.1/32"],
         "allowed_ports": None,
@@ -35,7 +35,7 @@ SECTION = {
     "verify_sha256": True,
     "retry_failed": 0,
     "min_success": 0.5,
-    "distributor": {"name": "multiprocessing", "processes": 2, "threads": 32},
+    "distributor": {"name": "multiprocessing", "processes": 2, "threads": 16},
 }
 SPARK = {"name": "pyspark", "master": "local[2]", "threads": 8, "conf": {}, "guard": None}
 
@@ -96,7 +96,7 @@ class Stage:
     def run(self, selection="selection"):
         """Exit status and what it said."""
         process = self.start(selection)
-        _, said = process.communicate(timeout=170)
+        _, said = process.communicate(timeout=600)
         return process.returncode, said
 
     @property

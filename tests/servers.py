@@ -159,6 +159,11 @@ class Handler(BaseHTTPRequestHandler):
     def answer_loop(self, n: str) -> None:
         self.send(b"", 302, Location=f"/loop/{n}")
 
+    def answer_relay(self, n: str) -> None:
+        """A chain of redirects, none of them slow."""
+        time.sleep(1.0)
+        self.send(b"", 302, Location=f"/relay/{int(n) + 1}")
+
     def answer_away(self, n: str) -> None:
         """To where it must not go."""
         self.send(b"", 301, Location=self.server.away[int(n)])

@@ -13,7 +13,7 @@ from tiny import ROOT, wait_for
 from stages._fetching import guards
 from vtp.data.fetching.policy import Policy
 
-POLICY = Policy(timeout=3.0, deadline=5.0, max_bytes=LIMIT, allowed_networks=["127.0.0.1/32"], allowed_ports=None)
+POLICY = Policy(timeout=60.0, deadline=60.0, max_bytes=LIMIT, allowed_networks=["127.0.0.1/32"], allowed_ports=None)
 STAGE = """
 import sys, time
 from pathlib import Path
@@ -28,7 +28,7 @@ with guards(Policy.parse(eval(sys.argv[2]), where=""), given=None, count=2, fold
 def test_several_guards_share_a_port(tmp_path):
     with serving() as server, guards(POLICY, given=None, count=3, folder=tmp_path) as running:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({"http": running.address}))
-        answers = {opener.open(server.url("jpeg", n), timeout=10).read() for n in range(40)}
+        answers = {opener.open(server.url("jpeg", n), timeout=90).read() for n in range(40)}
         assert answers == {body("jpeg", n) for n in range(16)}
         assert not running.gone
         running.processes[1].kill()
@@ -52,7 +52,7 @@ def test_guards_end_with_a_stage_that_is_killed(tmp_path):
     wait_for(lambda: all(alive(number) for number in numbers), stage)
     stage.send_signal(signal.SIGKILL)
     stage.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(alive(number) for number in numbers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
