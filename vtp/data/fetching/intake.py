@@ -63,9 +63,6 @@ CAUSES: tuple[tuple[str, str | None], ...] = (
     ("timed out", "time out"),
     ("URL too long", "bad url"),
     ("Invalid IPv6 URL", "bad url"),
-    ("URL can't contain", "bad url"),
-    ("nonnumeric port", "bad url"),
-    ("no host given", "bad url"),
 )
 
 
