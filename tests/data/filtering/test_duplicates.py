@@ -3,8 +3,10 @@
 from fractions import Fraction
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from vtp.data.filtering.digests import digests
 from vtp.data.filtering.duplicates import (
     BandJob,
     FirstsJob,
@@ -117,3 +119,11 @@ def test_best_share(tmp_path, fraction, kind):
     found = sorted(int(start + place) for start, places in zip(starts, kept, strict=True) for place in places)
     best = sorted(range(1000), key=lambda index: (-int(codes[index]), index))
     assert found == sorted(best[: int(Fraction(str(fraction)) * 1000)])
+
+
+def test_bytes_that_are_no_text_are_compared_as_they_are():
+    found = digests(pa.array([b"\xff\x00", b"caf\xe9", b"\xff\x00", b"text"], pa.binary()))
+    assert found.shape == (4, 2)
+    assert len(np.unique(found, axis=0)) == 3
+    assert np.array_equal(found[0], found[2])
+    assert np.array_equal(found[3:], digests(pa.array(["text"])))

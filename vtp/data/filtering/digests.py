@@ -15,10 +15,10 @@ _NIBBLE[np.frombuffer(b"abcdef", np.uint8)] = _NIBBLE[np.frombuffer(b"ABCDEF", n
 
 
 def digests(values: "pa.Array") -> np.ndarray:
-    """128 bits of SHA-256 of each value's text, [n, 2] uint64; there must be no nulls."""
+    """128 bits of SHA-256 of each value's text or bytes, [n, 2] uint64; there must be no nulls."""
     import pyarrow as pa
 
-    texts = values.cast(pa.string()).cast(pa.binary()).to_pylist()
+    texts = (values if pa.types.is_binary(values.type) else values.cast(pa.string()).cast(pa.binary())).to_pylist()
     joined = b"".join([hashlib.sha256(text).digest()[:16] for text in texts])
     return np.frombuffer(joined, ">u8").reshape(-1, 2).astype(np.uint64)
 

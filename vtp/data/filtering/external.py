@@ -106,7 +106,10 @@ def write_table_spill(path: Path, table: "pa.Table", part: np.ndarray, parts: in
     with whole_file(path) as temporary, _writer(temporary, table.schema) as writer:
         empty = pa.RecordBatch.from_pylist([], schema=table.schema)
         for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            batches = table.slice(start, stop - start).to_batches()
+            # Combined once more: texts of 2 GB and more stay in several chunks.
+            batches = table.slice(start, stop - start).combine_chunks().to_batches()
+            if len(batches) > 1:
+                raise ArtefactError(f"{path}: {stop - start} rows have texts of more than 2 GB; keep fewer columns")
             writer.write_batch(batches[0] if batches else empty)
 
 
