@@ -96,6 +96,23 @@ def test_shards_over_http(tmp_path, web):
     ]
 
 
+def test_what_others_fetch_meanwhile_counts_too(tmp_path, monkeypatch):
+    folder = write_shards(tmp_path / "shards", SIZES)
+    moved(folder, tmp_path / "elsewhere", f"file://{tmp_path}/elsewhere")
+    dataset = ShardDataset(folder, "train")
+    cache = ShardCache(tmp_path / "cache", capacity=2 * max(shard.bytes for shard in dataset.shards))
+    plain = ShardCache._fetch
+
+    def fetch(self, url, shard, path):
+        plain(self, url, shard, path)
+        for number in range(3):
+            (self.folder / f"{number}.tar").write_bytes(bytes(shard.bytes))
+
+    monkeypatch.setattr(ShardCache, "_fetch", fetch)
+    assert fetched(cache, f"file://{tmp_path}/elsewhere", dataset.shards[0]) == dataset.shards[0].bytes
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= cache.capacity
+
+
 def test_a_shard_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("vtp.data.remote.FIRST_WAIT", 0.01)
     folder = write_shards(tmp_path / "shards", SIZES)

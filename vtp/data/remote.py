@@ -37,15 +37,20 @@ class ShardCache:
     def open(self, location: str, shard: "Shard") -> BinaryIO:
         """The shard as a local file; fetched if it is not there. Raises RemoteError."""
         path = self.folder / f"{shard.sha256}.tar"
+        fetched = False
         with self._locked(shard.sha256):
             while True:
                 try:
                     file = path.open("rb")
-                    os.utime(file.fileno())  # the time of its last use
-                    return file
                 except FileNotFoundError:  # not yet, or another process has just made room
                     self._make_room(shard.bytes)
                     self._fetch(f"{location.rstrip('/')}/{shard.name}", shard, path)
+                    fetched = True
+                    continue
+                os.utime(file.fileno())  # the time of its last use
+                if fetched:
+                    self._make_room(0)  # others have fetched meanwhile, into the same room
+                return file
 
     def _fetch(self, url: str, shard: "Shard", path: Path) -> None:
         for attempt in range(1, ATTEMPTS + 1):

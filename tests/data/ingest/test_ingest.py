@@ -29,6 +29,7 @@ from vtp.data.decode import decode_rgb
 from vtp.data.ingest.crew import IngestError
 from vtp.data.ingest.encode import CentreCrop
 from vtp.data.ingest.folders import FolderSource, HeldOut, OwnFolder, OwnTable, TableSource
+from vtp.data.ingest.listed import LISTED, Rows, read_rows
 from vtp.data.ingest.pool import PoolSource
 from vtp.data.rows import order_of
 from vtp.data.shards import KEY, Manifest
@@ -380,6 +381,20 @@ def test_a_pool_is_sliced_in_the_order_of_its_selection(tmp_path):
     pq.write_table(pa.table({"key": ["a"]}), parts / "part-00000.parquet")
     with pytest.raises(IngestError, match="no column order, caption, tar"):
         prepare(tmp_path / "fourth", source, tmp_path / "pool", selection=parts)
+
+
+def test_any_rows_of_many_files_are_found(tmp_path):
+    sizes, ends, files = (3, 0, 5, 1), (3, 3, 8, 9), []
+    for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        files.append(tmp_path / f"{number}.parquet")
+        values = {"key": [str(row) for row in range(end - size, end)], "order": range(end - size, end)}
+        values |= dict.fromkeys(("caption", "file", "offset", "size", "problem", "label"), [None] * size)
+        pq.write_table(pa.table(values), files[-1], row_group_size=2)
+    part = Rows(tuple(files), ends, 0, 9)
+    for start in range(9):
+        for stop in range(start + 1, 10):
+            found = [row["order"] for row in read_rows(part, range(start, stop), LISTED)]
+            assert found == list(range(start, stop))
 
 
 @pytest.mark.parametrize("kind", [QuietWork, Many])

@@ -2,8 +2,9 @@
 
 import os
 import stat
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class Rows(NamedTuple):
     """Rows `start` to `stop` of parquet files laid end to end."""
 
     files: tuple[Path, ...]
+    ends: tuple[int, ...]  # rows up to the end of each file: a billion rows lie in thousands of them
     start: int
     stop: int
 
@@ -57,7 +59,9 @@ class ListedPictures:
         cls, root: Path, folder: Path, listing: Listing, description: Description, image: ImageConfig
     ) -> "ListedPictures":
         """From what `list_pictures` wrote to `folder`."""
-        rows = {name: Rows((folder / f"{name}-rows.parquet",), 0, count) for name, count in listing.splits.items()}
+        rows = {
+            name: Rows((folder / f"{name}-rows.parquet",), (count,), 0, count) for name, count in listing.splits.items()
+        }
         return cls(root, rows, description, image)
 
     @property
@@ -70,7 +74,7 @@ class ListedPictures:
         part = self._splits[split]
         files = _Files(self._root)
         before = (-1, "")
-        for row in _rows(part.files, range(part.start + rows.start, part.start + rows.stop), self._columns):
+        for row in read_rows(part, range(part.start + rows.start, part.start + rows.stop), self._columns):
             here = (row[ORDER], row[KEY])
             if here <= before:
                 raise IngestError(
@@ -137,20 +141,14 @@ class _Files:
             os.close(descriptor)
 
 
-def _rows(files: Sequence[Path], wanted: range, columns: Columns) -> Iterator[dict[str, Any]]:
-    """Rows with these numbers of parquet files laid end to end; only the row groups that hold some are read."""
+def read_rows(part: Rows, wanted: range, columns: Columns) -> Iterator[dict[str, Any]]:
+    """Rows with these numbers of the files; only the files and row groups that hold some are read."""
     import pyarrow.parquet as pq
 
     names = [KEY, ORDER, CAPTION, columns.file, "offset", "size", columns.problem, columns.label]
-    first = 0
-    for path in files:
-        if first >= wanted.stop:
-            return
-        with pq.ParquetFile(path) as file:
-            total = file.metadata.num_rows
-            if first + total <= wanted.start:
-                first += total
-                continue
+    for number in range(bisect_right(part.ends, wanted.start), bisect_left(part.ends, wanted.stop) + 1):
+        first = part.ends[number - 1] if number else 0
+        with pq.ParquetFile(part.files[number]) as file:
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 low, high = max(wanted.start - first, 0), min(wanted.stop - first, count)

@@ -1,5 +1,6 @@
 """A download as a source: the rows of a selection, each saying where in the pool's tars its picture lies."""
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ from vtp.data.ingest.crew import IngestError
 from vtp.data.ingest.encode import ImageConfig
 from vtp.data.ingest.listed import Columns, ListedPictures, Rows
 from vtp.data.ingest.source import Description
-from vtp.data.rows import CAPTION, KEY, ORDER, count, parts
+from vtp.data.rows import CAPTION, KEY, ORDER, counts, parts
 
 POOLED = Columns(file="tar", problem="error", label=None)
 REQUIRED = (KEY, ORDER, CAPTION, *POOLED[:2], "offset", "size")
@@ -34,12 +35,13 @@ def pooled_pictures(config: PoolSource, pool: Path, selection: Path, image: Imag
             f"{files[0]}: no column {', '.join(missing)}; expected what the stage filter selected of a pool, "
             "with the columns that the stage download wrote"
         )
-    total = count(files)
+    ends = tuple(accumulate(counts(files)))
+    total = ends[-1]
     if total <= config.validation_samples:
         raise IngestError(f"{selection}: {total} rows, of which validation_samples takes {config.validation_samples}")
     rows = {
-        "validation": Rows(files, 0, config.validation_samples),
-        "train": Rows(files, config.validation_samples, total),
+        "validation": Rows(files, ends, 0, config.validation_samples),
+        "train": Rows(files, ends, config.validation_samples, total),
     }
     description = Description("pool", [], [], [], [], [], "")
     return ListedPictures(pool, rows, description, image, POOLED)
