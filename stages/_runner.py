@@ -24,10 +24,11 @@ from types import FrameType
 from typing import Annotated, NamedTuple, get_type_hints
 
 from stages._closure import code_digest
+from stages._digests import Digests
 from stages._launch import Job, run_ranks, several
 from stages._runtime import STOP, Interrupted, Runtime, Work
 from stages._scratch import Scratch, prune
-from vtp.artefact import digest, remove, write_json
+from vtp.artefact import remove, write_json
 from vtp.config import Config, ConfigError, load
 
 Input = Annotated[Path, "input"]
@@ -79,11 +80,12 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
     stage = Path(inspect.getfile(run)).stem
     address, inputs, outputs, provenance = _parse(run, stage, arguments)
     config = load(address, config_class(run))
-    digests = {name: _input_digest(name, path) for name, path in inputs.items()}
+    root = _project_root()
+    known = Digests(root / ".scratch" / "digests.json")
+    digests = {name: _input_digest(name, path, known) for name, path in inputs.items()}
     identity = {"stage": stage, "config": config.model_dump(mode="json"), "inputs": digests}
     code = code_digest(f"stages.{stage}")
     fingerprint = hashlib.sha256(json.dumps([identity, code], sort_keys=True).encode()).hexdigest()[:16]
-    root = _project_root()
     runtime = Runtime.of(os.environ)
     scratch = Scratch(root / ".scratch" / stage / fingerprint)
     destinations = outputs | {"provenance": provenance}
@@ -197,12 +199,12 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _input_digest(name: str, path: Path | list[Path]) -> str | list[str]:
+def _input_digest(name: str, path: Path | list[Path], known: Digests) -> str | list[str]:
     if isinstance(path, list):
-        return [str(_input_digest(name, each)) for each in path]
+        return [str(_input_digest(name, each, known)) for each in path]
     if not path.exists():
         raise StageError(f"{_flag(name)} {path}: no such file or folder; run the stage that makes it, or dvc checkout")
-    return digest(path)
+    return known.of(path)
 
 
 def _drift(address: str, config: Config, stage: str, code: str) -> str | None:
