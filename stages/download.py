@@ -152,7 +152,7 @@ def fetch_missing(config: Download, selection: Path, store: Store, work: Work, *
         return
     given, count = plan_guards(config)
     with (
-        work.progress(total=total, description="fetching", unit="image", done=total - missing) as bar,
+        work.progress(total=missing, description="fetching", unit="image") as bar,
         guards(config.policy, given=given, count=count, folder=work.folder) as guard,
     ):
         live = Live(bar, work.folder / "progress.csv")
@@ -170,6 +170,7 @@ def fetch_missing(config: Download, selection: Path, store: Store, work: Work, *
                 raise DownloadError(told(this, gone=guard.gone))
             delivery = incoming / store.next_delivery()
             _, missing = list_missing(selection, store, delivery, config.terms)
+            bar.total += missing  # failures that are tried again
 
 
 def job_of(config: Download, delivery: Path, guard: str) -> FetchJob:
@@ -230,14 +231,15 @@ def told(this: Round, *, gone: bool) -> str:
 
 def too_few(result: Report, config: Download) -> str:
     """The table of causes, and what can be done."""
-    lines = [f"  {rows:>9,} {cause}" for cause, rows in result.table()]
+    lines = [f"  {rows:>9,} {cause}, such as {result.examples[cause][0]}" for cause, rows in result.table()]
     return "\n".join(
         [
             f"{result.successes:,} of {result.rows:,} rows have a picture ({result.share:.1%}), "
             f"download.min_success asks for {config.min_success:.1%}; the others:",
             *lines,
-            "What was fetched is kept. Raise download.retry_failed to try the others once more, "
-            "filter the list, or lower download.min_success.",
+            "Pictures are kept, and failures are remembered. See that the network is up, and set download.retry_failed "
+            f"to {config.retry_failed + 1} to ask for the others once more; or filter the list, or lower "
+            "download.min_success.",
         ]
     )
 

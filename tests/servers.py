@@ -2,7 +2,7 @@
 
     python tests/servers.py --urls FOLDER/metadata.parquet --count 200 --port 8000
 
-writes metadata as DataComp publishes it, of `count` good pictures, and serves them until it is stopped.
+writes metadata as DataComp publishes it, of `count` good pictures and some bad rows, and serves them until it is stopped.
 """
 
 import argparse
@@ -17,10 +17,13 @@ from contextlib import contextmanager
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COLOURS = {"red": (200, 30, 40), "green": (40, 160, 60), "blue": (30, 60, 200), "yellow": (230, 210, 40)}
 COLOURS |= {"white": (250, 250, 250), "black": (10, 10, 10), "purple": (140, 40, 160), "orange": (240, 140, 20)}
@@ -302,14 +305,42 @@ def write_metadata(path: Path, server: Server, count: int) -> None:
     pq.write_table(pa.table(table), path)
 
 
+def bad_rows(server: Server, schema: "pa.Schema", counts: dict[str, int]) -> "pa.Table":
+    """Rows of pages that give no picture, so many of each kind, and of a picture that was listed before, twice."""
+    import pyarrow as pa
+
+    urls = [server.url(kind, n) for kind, count in counts.items() for n in range(count)] + [server.url("photo", 30)] * 2
+    rows = [
+        {
+            "uid": hashlib.md5(f"bad {n}".encode()).hexdigest(),
+            "url": url,
+            "text": f"number {n} of the bad rows",
+            "original_width": 100,
+            "original_height": 100,
+            "clip_b32_similarity_score": 0.3,
+            "clip_l14_similarity_score": 0.3,
+            "sha256": None,
+        }
+        for n, url in enumerate(urls)
+    ]
+    return pa.Table.from_pylist(rows, schema)
+
+
 def main() -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--urls", type=Path, required=True)
-    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--urls", type=Path, required=True, help="parquet to write")
+    parser.add_argument("--count", type=int, required=True, help="good pictures")
     parser.add_argument("--port", type=int, default=0)
     arguments = parser.parse_args()
     server = Server(arguments.port)
     write_metadata(arguments.urls, server, arguments.count)
+    good = pq.read_table(arguments.urls)
+    few = max(1, arguments.count // 50)
+    kinds = dict.fromkeys(("missing", "error", "html", "noai", "cut", "loop"), few)
+    pq.write_table(pa.concat_tables([good, bad_rows(server, good.schema, kinds)]), arguments.urls)
     print(f"serving {arguments.count} pictures at {server.url('photo')}", flush=True)  # noqa: T201 - to whoever started it
     server.serve_forever()
 

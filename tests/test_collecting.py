@@ -1,6 +1,5 @@
 """The two studies that begin with real data, under real DVC: a web of pictures and an object store on loopback."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from clone import Clone, ran
-from servers import photo, serving, write_metadata
+from servers import bad_rows, photo, serving, write_metadata
 from tiny import SMALL, merged, write_params
 
 from vtp.artefact import digest
@@ -72,7 +71,7 @@ def lake(web, tmp_path_factory):
     table = pq.read_table(folder / "all.parquet")
     scores = pa.array([0.1] * 20 + [0.3] * (GOOD + MORE - 20), pa.float32())  # the first score too low
     table = table.set_column(table.schema.names.index("clip_l14_similarity_score"), "clip_l14_similarity_score", scores)
-    parts = {"good": table[:GOOD], "bad": bad_rows(web, table.schema), "more": table[GOOD:]}
+    parts = {"good": table[:GOOD], "bad": bad_rows(web, table.schema, BAD), "more": table[GOOD:]}
     for name, part in parts.items():
         pq.write_table(part, folder / f"{name}.parquet")
     for name in ("good", "bad"):
@@ -80,25 +79,6 @@ def lake(web, tmp_path_factory):
     yield bucket, folder, address
     patch.undo()
     server.stop()
-
-
-def bad_rows(web, schema):
-    """Rows of pages without a picture for us, and of a URL that comes twice."""
-    urls = [web.url(kind, n) for kind, count in BAD.items() for n in range(count)] + [web.url("photo", 30)] * 2
-    rows = [
-        {
-            "uid": hashlib.md5(f"bad {n}".encode()).hexdigest(),
-            "url": url,
-            "text": f"number {n} of the bad rows",
-            "original_width": 100,
-            "original_height": 100,
-            "clip_b32_similarity_score": 0.3,
-            "clip_l14_similarity_score": 0.3,
-            "sha256": None,
-        }
-        for n, url in enumerate(urls)
-    ]
-    return pa.Table.from_pylist(rows, schema)
 
 
 @pytest.fixture(scope="module")

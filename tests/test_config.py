@@ -1,6 +1,9 @@
 """Typed parameters."""
 
+from typing import Literal
+
 import pytest
+from pydantic import Field
 
 from vtp.config import Config, ConfigError, load, read_yaml, split_address
 
@@ -47,3 +50,23 @@ def test_broken_yaml(tmp_path):
 def test_records_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Rate(lr=1.0, steps=1).steps = 2
+
+
+class Circle(Config):
+    name: Literal["circle"]
+
+
+class Square(Config):
+    name: Literal["square"]
+
+
+class Drawing(Config):
+    shape: Circle | Square = Field(discriminator="name")
+
+
+def test_a_choice_that_does_not_exist_is_told_with_the_nearest():
+    with pytest.raises(ConfigError) as raised:
+        Drawing.parse({"shape": {"name": "squares"}}, where="p.yaml:d")
+    assert str(raised.value) == (
+        "p.yaml:d.shape: no such name 'squares'; did you mean 'square'? known are circle, square"
+    )

@@ -6,6 +6,7 @@ read by ruamel.yaml as YAML 1.2, the dialect of DVC (`1e-4` is a number there, a
 """
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -71,6 +72,13 @@ def _explain(error: ValidationError, where: str) -> str:
         message = problem["msg"]
         if problem["type"] == "extra_forbidden":
             message = "unknown key; remove it or correct its spelling"
+        elif problem["type"] == "union_tag_invalid":
+            known = [name.strip(" '") for name in problem["ctx"]["expected_tags"].split(",")]
+            near = get_close_matches(problem["ctx"]["tag"], known, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            message, given = f"no such name {problem['ctx']['tag']!r}; {hint}known are {', '.join(known)}", ""
+        elif problem["type"] == "value_error":
+            message = message.removeprefix("Value error, ")
         lines.append(f"{place}: {message}{given}")
     return "\n".join(lines)
 
