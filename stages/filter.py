@@ -13,7 +13,7 @@ from vtp.data.filtering.columns import ColumnsConfig, PoolColumns, open_source
 from vtp.data.filtering.external import Pace, Workforce
 from vtp.data.filtering.hash_list import prepare
 from vtp.data.filtering.row_rules import prepared_list
-from vtp.data.filtering.rules import ClipScore, HashList, ImageRule, Rule, TokenizerModel, needs
+from vtp.data.filtering.rules import ClipScore, Downloaded, HashList, ImageRule, Rule, TokenizerModel, needs
 from vtp.data.filtering.sieve import Sieve
 from vtp.evaluation.clip_score import build_scorer, check_model
 
@@ -43,9 +43,9 @@ def run(
     examples: Output,
     work: Work,
 ) -> None:
+    _check_inputs(config, tokenizer, lists, work)
     wanted = [need for rule in config.rules for need in needs(rule)]
     source = open_source(rows, config.columns, wanted, config.keep_columns)
-    _check_inputs(config, tokenizer, lists, work)
     _prepare_lists(config, lists, work.folder / "lists")
 
     def stop_if_asked() -> None:
@@ -76,8 +76,8 @@ def run(
 def _check_inputs(config: Filter, tokenizer: Path | None, lists: Path | None, work: Work) -> None:
     """All that rules need besides rows is there, before the long work."""
     for rule in config.rules:
-        if isinstance(rule, ImageRule) and not isinstance(config.columns, PoolColumns):
-            raise ConfigError(f"rule {rule.name} reads images: it needs columns: {{name: pool}}, after the download")
+        if isinstance(rule, Downloaded | ImageRule) and not isinstance(config.columns, PoolColumns):
+            raise ConfigError(f"rule {rule.name} looks at a pool: it needs columns: {{name: pool}}, after the download")
         if isinstance(rule, HashList) and lists is None:
             raise ConfigError(f"rule hash_list reads {rule.file}: give the command --lists FOLDER")
         if isinstance(rule, ClipScore):
