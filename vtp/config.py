@@ -73,10 +73,11 @@ def _explain(error: ValidationError, where: str) -> str:
         if problem["type"] == "extra_forbidden":
             message = "unknown key; remove it or correct its spelling"
         elif problem["type"] == "union_tag_invalid":
-            known = [name.strip(" '") for name in problem["ctx"]["expected_tags"].split(",")]
-            near = get_close_matches(problem["ctx"]["tag"], known, 1)
+            about = problem.get("ctx", {})
+            known = [name.strip(" '") for name in about["expected_tags"].split(",")]
+            near = get_close_matches(about["tag"], known, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            message, given = f"no such name {problem['ctx']['tag']!r}; {hint}known are {', '.join(known)}", ""
+            message, given = f"no such name {about['tag']!r}; {hint}known are {', '.join(known)}", ""
         elif problem["type"] == "value_error":
             message = message.removeprefix("Value error, ")
         lines.append(f"{place}: {message}{given}")
