@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vtp.data.dataset import ShardDataset
 from vtp.data.shards import FORMAT_VERSION, Manifest, Record, describe_split, write_shard
-from vtp.data.stream import ShardDataset, Stream, StreamConfig
+from vtp.data.stream import Stream, StreamConfig
 
 DIFFERENT = 16  # pictures; their files are repeated
 

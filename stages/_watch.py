@@ -12,7 +12,7 @@ from torch import Tensor
 from stages._pictures import grid
 from vtp.artefact import load_tensors, save_tensors, write_json
 from vtp.config import Config
-from vtp.data.stream import ShardDataset
+from vtp.data.dataset import ShardDataset
 from vtp.distributed import ranks
 from vtp.evaluation.linear_probe import knn_accuracy
 from vtp.layers.images import normalise, to_uint8

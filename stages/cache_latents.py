@@ -8,8 +8,8 @@ from pydantic import Field
 from stages._runner import Input, Output, Work, main
 from vtp.artefact import digest
 from vtp.config import Config
+from vtp.data.dataset import ShardDataset
 from vtp.data.latents import LatentWriter
-from vtp.data.stream import ShardDataset
 from vtp.layers.images import normalise
 from vtp.models.tokenizer import VisualTokenizer
 

@@ -13,7 +13,7 @@ from stages._pictures import grid
 from stages._runner import Input, OptionalInput, Output, Work, main
 from vtp.artefact import load_tensors, read_json, write_json
 from vtp.config import Config
-from vtp.data.stream import ShardDataset
+from vtp.data.dataset import ShardDataset
 from vtp.evaluation.features import (
     FeatureExtractor,
     FeaturesConfig,

@@ -7,7 +7,7 @@ from stages._pictures import grid
 from stages._runner import Input, OptionalInput, Output, Work, main
 from vtp.artefact import write_json
 from vtp.config import Config
-from vtp.data.stream import ShardDataset
+from vtp.data.dataset import ShardDataset
 from vtp.evaluation.features import FeaturesConfig, build_features, count_name
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.evaluation.reconstruction import ReconstructionMeans

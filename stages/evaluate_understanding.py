@@ -11,7 +11,7 @@ from torch import Tensor
 from stages._runner import Input, Output, Work, main
 from vtp.artefact import write_json
 from vtp.config import Config
-from vtp.data.stream import ShardDataset
+from vtp.data.dataset import ShardDataset
 from vtp.evaluation.linear_probe import LinearProbeConfig, knn_accuracy, linear_probe
 from vtp.evaluation.zero_shot import build_classifier, top_k_accuracy
 from vtp.layers.images import normalise

@@ -12,7 +12,8 @@ from stages._watch import Looks, Milestones, WatchConfig
 from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.batches import ActiveBatch, PretrainBatches, PretrainDataConfig, Share, count_micros
-from vtp.data.stream import ShardDataset, Stream
+from vtp.data.dataset import ShardDataset
+from vtp.data.stream import Stream
 from vtp.distributed import ranks, shard
 from vtp.draws import address
 from vtp.layers.block import Block

@@ -7,7 +7,7 @@ from stages._runner import Input, Output, Work, main
 from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.batches import ImageBatches
-from vtp.data.stream import ShardDataset
+from vtp.data.dataset import ShardDataset
 from vtp.draws import address
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.discriminator import DiscriminatorConfig, PatchDiscriminator

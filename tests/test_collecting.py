@@ -14,7 +14,7 @@ from tiny import SMALL, merged, write_params
 
 from vtp.artefact import digest
 from vtp.config import read_yaml
-from vtp.data.stream import ShardDataset
+from vtp.data.dataset import ShardDataset
 
 pytestmark = pytest.mark.slow
 GOOD, MORE = 240, 40

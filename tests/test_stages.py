@@ -140,8 +140,8 @@ def test_tuning_leaves_the_encoder_alone(results):
 
 
 def test_latents_are_those_of_the_encoder(results):
+    from vtp.data.dataset import ShardDataset
     from vtp.data.latents import LatentDataset
-    from vtp.data.stream import ShardDataset
     from vtp.layers.images import normalise
 
     root, *_ = results

@@ -6,7 +6,8 @@ from tiny import merged, tiny_params, write_shards
 
 from stages.pretrain import Pretrain, build_batches
 from vtp.data.batches import PretrainBatch, Share, count_micros
-from vtp.data.stream import ShardDataset, Stream, StreamConfig
+from vtp.data.dataset import ShardDataset
+from vtp.data.stream import Stream, StreamConfig
 
 BATCH = {"clip": 16, "ssl": 8, "reconstruction": 4}
 

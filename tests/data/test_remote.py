@@ -11,8 +11,9 @@ from data.test_stream import seen, stream_of
 
 from vtp.artefact import ArtefactError, read_json, write_json
 from vtp.config import ConfigError
+from vtp.data.dataset import DataError, ShardDataset
 from vtp.data.remote import RemoteError, ShardCache
-from vtp.data.stream import DataError, ShardDataset, Stream, StreamConfig
+from vtp.data.stream import Stream, StreamConfig
 
 SIZES = [10, 14, 12, 12]
 PLAIN = StreamConfig(window=2, mixture=None, decode="full", max_replaced=0.0)

@@ -17,7 +17,8 @@ from stages.pretrain import Pretrain
 from vtp.artefact import ArtefactError
 from vtp.config import ConfigError
 from vtp.data.batches import PretrainBatches, Share
-from vtp.data.stream import DataError, ShardDataset, Stream, StreamConfig
+from vtp.data.dataset import DataError, ShardDataset
+from vtp.data.stream import Stream, StreamConfig
 from vtp.training.fit import micro_batches
 
 POOL = 8  # samples of a step
@@ -240,7 +241,7 @@ def test_a_window_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
 
 def test_tables_are_kept_up_to_a_size(tmp_path, monkeypatch):
     """Those used last; more are read again, and give the same."""
-    monkeypatch.setattr("vtp.data.stream.TABLES", 3 * 4500)
+    monkeypatch.setattr("vtp.data.dataset.TABLES", 3 * 4500)
     dataset = ShardDataset(write_shards(tmp_path / "shards", [2] * 12), "train")
     for index in (*range(24), *range(0, 24, 5)):
         assert dataset.caption(index) == str(index)

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vtp.config import Config
+from vtp.data.dataset import ShardDataset
 from vtp.data.decode import finish
 from vtp.data.latents import LatentDataset
 from vtp.data.masking import MaskConfig, draw_masks
 from vtp.data.order import sample_indices
-from vtp.data.stream import Drawn, ShardDataset, Stream, StreamConfig
+from vtp.data.stream import Drawn, Stream, StreamConfig
 from vtp.data.views import (
     CentreCropView,
     ClipViewConfig,

@@ -12,13 +12,13 @@ from PIL import Image
 
 from vtp.artefact import ArtefactError, digest
 from vtp.data.compose import BACKGROUNDS, Composer, EmbeddedConfig, is_scene, with_article
+from vtp.data.dataset import DataError, ShardDataset
 from vtp.data.ingest.embedded import ComposedPictures
 from vtp.data.ingest.encode import Keep
 from vtp.data.ingest.ingest import Ingest, IngestConfig
 from vtp.data.openmoji import FIRST_CATEGORIES, attribution, catalogue, render
 from vtp.data.order import epoch_order, sample_indices
 from vtp.data.shards import Record, write_shard
-from vtp.data.stream import DataError, ShardDataset
 
 CONFIG = EmbeddedConfig(
     name="openmoji",
