@@ -152,7 +152,7 @@ def test_objects_are_not_unpickled(tmp_path):
         ({**RULES[3], "min_words": 9}, "min_words 9 is above max_words 6"),
         ({"name": "number", "column": "score", "min": 0.0, "missing": "keep"}, "max: Field required"),
         ({"name": "subset", "size": 0}, "greater than or equal to 1"),
-        ({"name": "top", "size": 0}, "'downloaded', 'size', 'aspect_ratio'"),
+        ({"name": "top", "size": 0}, "known are downloaded, size, aspect_ratio"),
         (
             {"name": "hash_list", "column": "key", "file": "../x", "action": "block", "missing": "keep"},
             "inside of the folder",

@@ -313,6 +313,8 @@ def test_validation_of_its_own(tmp_path):
     own = FOLDER | {"train": "train", "validation": {"name": "folder", "folder": "val"}}
     prepare(tmp_path / "b", own, source)
     assert len(every(tmp_path / "b")) == 2
+    with pytest.raises(ConfigError, match=r"templates\.0: expected \{\} where the class stands"):
+        prepare(tmp_path / "c", own | {"templates": ["a class"]}, source)
     with pytest.raises(ConfigError, match="one lies in the other"):
         prepare(tmp_path / "c", own | {"train": "."}, source)
 

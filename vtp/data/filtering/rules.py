@@ -125,7 +125,7 @@ class Pattern(Config):
     name: Literal["pattern"]
     column: str
     regex: Regex
-    matches: KeepOrDrop = Field(description="keep: only rows that match; drop: only those that do not")
+    matches: KeepOrDrop = Field(description="keep: rows that match stay, the others go; drop: rows that match go")
     missing: KeepOrDrop
 
 

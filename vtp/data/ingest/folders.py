@@ -24,8 +24,17 @@ def _stays_inside(path: str) -> str:
     return path
 
 
+def _names_the_class(template: str) -> str:
+    if "{}" not in template:
+        raise ValueError("expected {} where the class stands: without it all classes have one prompt")
+    return template
+
+
 RelativePath = Annotated[str, AfterValidator(_stays_inside)]
-Templates = Annotated[list[str], Field(description="prompts for zero-shot classification; {} stands for the class")]
+Template = Annotated[str, AfterValidator(_names_the_class)]
+Templates = Annotated[
+    list[Template], Field(description="prompts for zero-shot classification; {} stands for the class")
+]
 
 
 class HeldOut(Config):
