@@ -64,7 +64,7 @@ def lake(web, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     for name, value in (names | {"AWS_ENDPOINT_URL": address}).items():
         patch.setenv(name, value)
-    bucket = fsspec.filesystem("s3")
+    bucket = fsspec.filesystem("s3", skip_instance_cache=True)
     bucket.mkdir("lake")
     folder = tmp_path_factory.mktemp("metadata")
     write_metadata(folder / "all.parquet", web, GOOD + MORE)

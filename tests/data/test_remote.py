@@ -142,7 +142,7 @@ def test_shards_in_s3(tmp_path, s3):
     folder = write_shards(tmp_path / "shards", SIZES)
     expected = seen(stream_of(folder, window=2), range(12))
     moved(folder, tmp_path / "elsewhere", "s3://bucket/shards")
-    bucket = fsspec.filesystem("s3")
+    bucket = fsspec.filesystem("s3", skip_instance_cache=True)
     bucket.mkdir("bucket")
     bucket.put(f"{tmp_path}/elsewhere/", "bucket/shards/", recursive=True)
     cache = ShardCache(tmp_path / "cache", capacity=1e9)
