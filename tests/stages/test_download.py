@@ -367,7 +367,7 @@ def test_appended_rows_are_fetched_and_failed_ones_when_asked(folder):
         assert code == 1
         assert "25 of 35 rows have a picture (71.4%), download.min_success asks for 90.0%" in said
         assert "10 http 404" in said
-        assert "Raise download.retry_failed" in said
+        assert "set download.retry_failed to 2" in said
         assert not server.requests
 
 

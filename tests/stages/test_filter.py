@@ -66,7 +66,7 @@ def test_killed_and_resumed(metadata, tmp_path):
     rows.mkdir()
     for number in range(3):
         (rows / f"{number}.parquet").symlink_to(metadata / f"{number}.parquet")
-    rules = [*RULES[:-1], TOP, {"name": "subset", "size": 30_000}]
+    rules = [*RULES[:-1], TOP, {"name": "subset", "size": 20_000}]
     said = finished(start(tmp_path / "whole", rules, rows))
     assert "rows in" in said
     assert "09_subset" in said
@@ -92,9 +92,9 @@ def test_killed_and_resumed(metadata, tmp_path):
     finished(start(killed, rules, rows))
     for name in ("selection", "funnel.json", "examples.md"):
         assert digest(killed / name) == digest(tmp_path / "whole" / name)
-    assert sum(len(pq.read_table(path)) for path in (killed / "selection").iterdir()) == 30_000
+    assert sum(len(pq.read_table(path)) for path in (killed / "selection").iterdir()) == 20_000
     facts = json.loads((killed / "p.json").read_text())["facts"]
-    assert facts == {"rows_in": 300_000, "rows_out": 30_000}
+    assert facts == {"rows_in": 300_000, "rows_out": 20_000}
 
 
 def workers_of(parent):

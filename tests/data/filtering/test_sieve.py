@@ -178,7 +178,7 @@ def test_mapped_columns_and_the_own_output_as_a_pool(one_file, tmp_path):
         ({"rules": [PATTERN | {"column": "score"}]}, r"column 'score' holds float, expected texts"),
         ({"keep_columns": ["url"]}, r"keep_columns: 'url' is the name of a role"),
         ({"columns": {"name": "laion"}}, r"no column 'TEXT'.*|no column 'URL'; it has uid"),
-        ({"rules": [{"name": "perceptual_duplicates", "max_distance": 1}]}, r"no column 'tar'"),
+        ({"rules": [{"name": "perceptual_duplicates", "max_distance": 1}]}, r"rule perceptual_duplicates looks at a pool"),
         ({"rules": [LANGUAGE]}, "no language eng"),
         ({"rules": [HASHES]}, "give the command --lists"),
     ],
