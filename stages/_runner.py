@@ -35,6 +35,7 @@ Input = Annotated[Path, "input"]
 Output = Annotated[Path, "output"]
 Inputs = Annotated[list[Path], "input", "several"]  # one flag, one path or more
 OptionalInput = Annotated[Path | None, "input", "optional"]
+OptionalOutput = Annotated[Path | None, "output", "optional"]
 
 FORMAT_VERSION = 1
 BAD_PARAMETERS, DRIFTED, INTERRUPTED = 2, 3, 130

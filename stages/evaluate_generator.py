@@ -25,7 +25,8 @@ from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.evaluation.inception_score import inception_score
 from vtp.evaluation.manifold import precision_recall
 from vtp.layers.images import to_uint8
-from vtp.models.tokenizer import VisualTokenizer, load_tokenizer
+from vtp.models.base import Tokenizer
+from vtp.models.loading import load_tokenizer
 
 SETTINGS = ("unguided", "guided", "noise")
 
@@ -56,7 +57,7 @@ def run(
     images = ShardDataset(shards, "train", cache=work.cache)
     extractor = build_features(config.features, weights=work.weights, device=work.device)
     model = load_tokenizer(tokenizer, decoder).to(work.device)
-    side = model.config.image_size
+    side = model.image_size
     rows = images.singles(config.reference_samples).rows  # class-conditional samples are single pictures
     description = read_json(samples / "config.json")
     pictures.mkdir()
@@ -76,7 +77,7 @@ def run(
     write_json(metrics, {"generation": table})
 
 
-def _decode(model: VisualTokenizer, path: Path, batch_size: int, device: str) -> tuple[Tensor, Tensor]:
+def _decode(model: Tokenizer, path: Path, batch_size: int, device: str) -> tuple[Tensor, Tensor]:
     """Images [N, 3, H, W] uint8 and labels [N]."""
     tensors = load_tensors(path)
     parts = [to_uint8(model.decode(part.to(device))).cpu() for part in tensors["latents"].split(batch_size)]

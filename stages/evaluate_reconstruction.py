@@ -13,7 +13,7 @@ from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.evaluation.reconstruction import ReconstructionMeans
 from vtp.layers.images import normalise, to_uint8
 from vtp.losses.perceptual import PerceptualConfig, build_perceptual
-from vtp.models.tokenizer import load_tokenizer
+from vtp.models.loading import load_tokenizer
 
 
 class EvaluateReconstruction(Config):
@@ -48,7 +48,7 @@ def run(
     rows: list[torch.Tensor] = []
     with work.progress(total=len(images), description="reconstructing", unit="image") as bar:
         for indices in torch.arange(len(images)).split(config.batch_size):
-            originals = images.images(indices.numpy(), models["pretrained"].config.image_size).to(work.device)
+            originals = images.images(indices.numpy(), models["pretrained"].image_size).to(work.device)
             reference.update(extractor(originals))
             latents = models["pretrained"].encode(normalise(originals))
             first = not rows

@@ -11,7 +11,8 @@ from vtp.data.dataset import ShardDataset
 from vtp.draws import address
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from vtp.models.tokenizer import VisualTokenizer, save_decoder
+from vtp.models.loading import save_decoder
+from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.decoder import DecoderObjective, DecoderObjectiveConfig
 from vtp.training.fit import Run, TrainingConfig, fit, plan
 from vtp.training.optim import OptimConfig

@@ -61,6 +61,7 @@ def test_stage_is_wired(file, stage):
     optional = {f"--{name.replace('_', '-')}" for name in path_flags(run, "optional")}
     assert inputs | outputs >= set(given) >= (inputs | outputs) - optional
     inputs &= set(given)
+    outputs &= set(given) | {"--provenance"}
     read = {path for flag in inputs for path in given[flag]}
     assert read <= set(deps)
     assert {path for flag in outputs for path in given[flag]} == set(outs)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vtp.models.lightningdit import LightningDiT
-    from vtp.models.tokenizer import VisualTokenizer, load_tokenizer
+    from vtp.models.loading import load_tokenizer
+    from vtp.models.tokenizer import VisualTokenizer
 
 __all__ = ["LightningDiT", "VisualTokenizer", "load_tokenizer"]
 
 _HOMES = {
     "VisualTokenizer": "vtp.models.tokenizer",
-    "load_tokenizer": "vtp.models.tokenizer",
+    "load_tokenizer": "vtp.models.loading",
     "LightningDiT": "vtp.models.lightningdit",
 }
 

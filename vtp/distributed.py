@@ -112,6 +112,25 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def own_rows(count: int) -> range:
+    """This rank's share of `count` items: consecutive, without overlap, and without padding."""
+    rank, size = ranks()
+    return range(count * rank // size, count * (rank + 1) // size)
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Rows of all ranks, which may hold different numbers of them, in the order of ranks; on the CPU, no gradient."""
+    x = x.detach().cpu()
+    if not dist.is_initialized():
+        return x
+    counts = gather_objects(len(x))
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    everybody = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everybody, padded)
+    return torch.cat([rows[:count] for rows, count in zip(everybody, counts, strict=True)])
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():

@@ -25,6 +25,7 @@ from vtp.artefact import (
 )
 from vtp.config import Config
 from vtp.layers.images import from_pil, to_pil
+from vtp.models.base import Tokenizer
 from vtp.models.decoder import DecoderConfig, PixelDecoder
 from vtp.models.text import CaptionTokenizer, TextConfig, build_text_tower
 from vtp.models.vit import Features, RopeDtype, VisionConfig, VisionTransformer
@@ -62,9 +63,11 @@ class TokenizerConfig(Config):
         return self.image_size // self.vision.patch_size
 
 
-class VisualTokenizer(nn.Module):
+class VisualTokenizer(Tokenizer):
     """Images [B, 3, H, W] in ImageNet-normalised space to latents [B, d, H/p, W/p] and back."""
 
+    pixel_decoder: PixelDecoder
+    has_features = True
     logit_scale: nn.Parameter
     logit_bias: nn.Parameter  # only with SigLIP's loss
     visual_proj: nn.Linear
@@ -86,6 +89,14 @@ class VisualTokenizer(nn.Module):
                 self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
 
     @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def last_layer(self) -> nn.Module:
+        return self.pixel_decoder.proj_out
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(d, h, w) at the training image size."""
         return (self.config.vision.feature_bottleneck, self.config.grid_size, self.config.grid_size)
@@ -99,9 +110,11 @@ class VisualTokenizer(nn.Module):
         latents = self.trunk(images, keep=keep, latent=True).patches  # [B, N, d]
         return latents.transpose(1, 2).unflatten(2, (images.shape[2] // patch_size, images.shape[3] // patch_size))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in ImageNet-normalised space, not clamped."""
-        return self.pixel_decoder(latents)
+    def encoder_state(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+        """The trunk and its bottleneck; what CLIP and masked modelling add does not touch latents."""
+        settings = self.config.vision.model_dump(exclude={"bottleneck_ae_only", "clip_feat"})
+        tensors = {name: tensor for name, tensor in self.trunk.state_dict().items() if name != "mask_token"}
+        return {"model": "vtp", "rope_dtype": self.config.rope_dtype, **settings}, tensors
 
     def encode_image(self, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
         """Unit-norm CLIP embedding [B, E]. Raises ValueError for a tokenizer without a text tower."""
@@ -264,36 +277,3 @@ def save_tokenizer(folder: Path, config: TokenizerConfig, weights: Mapping[str, 
         write_json(temporary / "config.json", official_config(config))
         tensors = {official_key(key): value for key, value in weights.items()}
         save_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
-
-
-def save_decoder(tokenizer: VisualTokenizer, folder: Path) -> None:
-    """Write the pixel decoder alone, with the architecture that it belongs to."""
-    with whole_folder(folder) as temporary:
-        write_json(temporary / "config.json", official_config(tokenizer.config))
-        weights = {f"pixel_decoder.{key}": value for key, value in tokenizer.pixel_decoder.state_dict().items()}
-        save_tensors(temporary / "decoder.safetensors", weights, {"format": "pt"})
-
-
-def load_tokenizer(folder: str | Path, decoder: str | Path | None = None) -> VisualTokenizer:
-    """A tokenizer, with the tuned decoder of folder `decoder` in place of its own.
-
-    Raises ArtefactError when the decoder was made for other latents.
-    """
-    tokenizer = VisualTokenizer.from_pretrained(folder)
-    if decoder is None:
-        return tokenizer
-    config = read_config(Path(decoder) / "config.json")
-    ours, theirs = tokenizer.config, config
-    if (ours.vision.feature_bottleneck, ours.vision.patch_size) != (
-        theirs.vision.feature_bottleneck,
-        theirs.vision.patch_size,
-    ):
-        raise ArtefactError(
-            f"{decoder} decodes {theirs.vision.feature_bottleneck} channels at patch {theirs.vision.patch_size}; "
-            f"{folder} encodes {ours.vision.feature_bottleneck} at patch {ours.vision.patch_size}"
-        )
-    tuned, path = build_decoder(config), Path(decoder) / "decoder.safetensors"
-    weights = {key.removeprefix("pixel_decoder."): value for key, value in load_tensors(path).items()}
-    assign_weights(tuned, weights, where=path)
-    tokenizer.pixel_decoder = tuned.eval()
-    return tokenizer

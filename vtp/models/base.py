@@ -1,0 +1,68 @@
+"""What every tokenizer offers, whoever trained it: latents and back, and features when its encoder has some.
+
+The stages behind the tokenizer know no more than this, so that tokenizers which were not trained here are tuned, cached,
+probed and compared in the same way.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp.models.vit import Features
+
+
+class Tokenizer(nn.Module, ABC):
+    """Images [B, 3, H, W] in ImageNet-normalised space to latents [B, d, h, w] and back."""
+
+    pixel_decoder: nn.Module  # latents to images; the part that decoder tuning trains
+    has_features: bool  # whether `features` and `intermediate_features` can be asked for
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Side of the images that it was made for, in pixels."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(d, h, w) at that size."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Module:
+        """The layer of the pixel decoder whose gradient balances losses (`weight`)."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents [B, d, h, w], deterministic."""
+
+    @abstractmethod
+    def encoder_state(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+        """All that decides what the latents are: settings, and tensors by name."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in ImageNet-normalised space, not clamped."""
+        return self.pixel_decoder(latents)
+
+    def features(self, images: Tensor, masks: Tensor | None = None) -> Features:
+        """Class token [B, D] and patch tokens [B, N, D]. Raises ValueError when the encoder has none."""
+        raise ValueError(f"{type(self).__name__} has no features beside its latents")
+
+    def intermediate_features(self, images: Tensor, n: int) -> list[Features]:
+        """Features after each of the last `n` blocks, the last block last. Raises ValueError when there are none."""
+        raise ValueError(f"{type(self).__name__} has no features beside its latents")
+
+    def encoder_digest(self) -> str:
+        """SHA-256 of `encoder_state`: equal digests, equal latents. A decoder fits latents of its own digest alone."""
+        settings, tensors = self.encoder_state()
+        state = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name in sorted(tensors):
+            values = tensors[name].detach().cpu().contiguous()
+            state.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
+            state.update(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+        return state.hexdigest()
