@@ -19,7 +19,7 @@ from vtp.models.vit import Features
 class Tokenizer(nn.Module, ABC):
     """Images [B, 3, H, W] in ImageNet-normalised space to latents [B, d, h, w] and back."""
 
-    pixel_decoder: nn.Module  # latents to images; the part that decoder tuning trains
+    pixel_decoder: Any  # a module, latents to images: the part that decoder tuning trains
     has_features: bool  # whether `features` and `intermediate_features` can be asked for
 
     @property
