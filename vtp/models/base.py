@@ -64,5 +64,5 @@ class Tokenizer(nn.Module, ABC):
         for name in sorted(tensors):
             values = tensors[name].detach().cpu().contiguous()
             state.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
-            state.update(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+            state.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
         return state.hexdigest()
