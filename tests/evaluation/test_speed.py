@@ -35,7 +35,7 @@ class Sleeper(VisualTokenizer):
 
     def encode(self, images, *, keep=None):
         if not images.is_meta:
-            time.sleep(0.5 if self.calls < 3 else 0.02)
+            time.sleep(0.5 if self.calls < 2 else 0.02)
             self.calls += 1
         return super().encode(images)
 
