@@ -55,7 +55,7 @@ def main(run: Callable[..., None], *, distributed: bool = False, plan: Callable[
     try:
         if plan is not None and "--plan" in arguments:
             address = next((a for a in arguments if ":" in a and not a.startswith("-")), "")
-            address = address or f"params.yaml:{Path(inspect.getfile(run)).stem}"
+            address = address or f"params.yaml:{stage_name(run)}"
             plan(load(address, config_class(run)), [a for a in arguments if a not in ("--plan", address)])
             status = 0
         else:
@@ -64,6 +64,11 @@ def main(run: Callable[..., None], *, distributed: bool = False, plan: Callable[
         print(f"error: {error}", file=sys.stderr)
         status = BAD_PARAMETERS
     sys.exit(status)
+
+
+def stage_name(run: Callable[..., None]) -> str:
+    """The name of the file that a stage is; a decorator's file is another one."""
+    return Path(inspect.getfile(inspect.unwrap(run))).stem
 
 
 def config_class(run: Callable[..., None]) -> type[Config]:
@@ -78,7 +83,7 @@ def path_flags(run: Callable[..., None], kind: str) -> list[str]:
 
 
 def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -> int:
-    stage = Path(inspect.getfile(run)).stem
+    stage = stage_name(run)
     address, inputs, outputs, provenance = _parse(run, stage, arguments)
     config = load(address, config_class(run))
     root = _project_root()
@@ -166,7 +171,7 @@ def _run_ranks(body: _Body, work: Work, scratch: Scratch) -> str | None:
     """What went wrong, if anything. Raises Interrupted when the ranks stopped because they were asked to."""
     inputs = {n: [str(p) for p in path] if isinstance(path, list) else str(path) for n, path in body.inputs.items()}
     outputs = {name: str(path) for name, path in body.outputs.items()}
-    stage, config = Path(inspect.getfile(body.run)).stem, body.config.model_dump(mode="json")
+    stage, config = stage_name(body.run), body.config.model_dump(mode="json")
     job = Job(stage, config, inputs, outputs, str(work.folder), str(_project_root()))
     problem = run_ranks(job, scratch.root, work.runtime, lock=scratch.lock_descriptor)
     if problem is None and not body.written and (scratch.root / STOP).exists():

@@ -10,7 +10,7 @@ import torch
 from ruamel.yaml import YAML
 
 from stages._plan import print_plan
-from stages._runner import path_flags
+from stages._runner import path_flags, stage_name
 from stages.check import problems, schema, uses
 from stages.pretrain import Pretrain
 from vtp.config import load, read_yaml
@@ -56,6 +56,7 @@ def test_stage_is_wired(file, stage):
         assert {path for paths in given.values() for path in paths} == set(outs)
         return
     run = import_module(module).run
+    assert f"stages.{stage_name(run)}" == module
     inputs = {f"--{name.replace('_', '-')}" for name in path_flags(run, "input")}
     outputs = {f"--{name.replace('_', '-')}" for name in path_flags(run, "output")} | {"--provenance"}
     optional = {f"--{name.replace('_', '-')}" for name in path_flags(run, "optional")}
