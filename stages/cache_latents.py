@@ -6,12 +6,11 @@ import torch
 from pydantic import Field
 
 from stages._runner import Input, Output, Work, main
-from vtp.artefact import digest
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
 from vtp.data.latents import LatentWriter
 from vtp.layers.images import normalise
-from vtp.models.tokenizer import VisualTokenizer
+from vtp.models.loading import load_tokenizer
 
 
 class CacheLatents(Config):
@@ -25,7 +24,7 @@ class CacheLatents(Config):
 @torch.inference_mode()
 def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Output, work: Work) -> None:
     images = ShardDataset(shards, "train", cache=work.cache)
-    model = VisualTokenizer.from_pretrained(tokenizer).to(work.device)
+    model = load_tokenizer(tokenizer).to(work.device)
     singles = images.singles()  # scenes have no class
     writer = LatentWriter(work.folder / "latents", shard_size=config.shard_size)
     with work.progress(total=len(singles.rows), description="encoding", unit="image") as bar:
@@ -33,17 +32,14 @@ def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Outpu
             parts = []
             for first in range(rows.start, rows.stop, config.batch_size):
                 chosen = singles.rows[first : min(first + config.batch_size, rows.stop)]
-                parts.append(
-                    model.encode(normalise(images.images(chosen, model.config.image_size).to(work.device))).cpu()
-                )
+                pixels = images.images(chosen, model.image_size).to(work.device)
+                parts.append(model.encode(normalise(pixels)).cpu())
                 bar.update(len(chosen))
             labels = torch.from_numpy(singles.labels[rows.start : rows.stop])
             writer.write(path, torch.cat(parts).to(getattr(torch, config.dtype)), labels)
             if work.stop_requested:
                 work.stop()
-    writer.finish(
-        len(singles.rows), {"classes": images.manifest.classes, "encoder": digest(tokenizer / "model.safetensors")}
-    )
+    writer.finish(len(singles.rows), {"classes": images.manifest.classes, "encoder": model.encoder_digest()})
     writer.folder.rename(latents)
     work.record(samples=len(singles.rows))
 

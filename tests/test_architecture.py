@@ -17,7 +17,8 @@ LAYERS = [
     {"objectives", "training", "evaluation"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-HEAVY = ("timm", "open_clip", "torchvision", "lpips", "matplotlib", "torch_fidelity", "pyarrow")
+HEAVY = ("timm", "open_clip", "torchvision", "lpips", "matplotlib", "torch_fidelity", "pyarrow", "diffusers")
+HEAVY += ("huggingface_hub",)
 
 
 def imports(path: Path) -> list[str]:

@@ -13,7 +13,6 @@ from stages._runner import path_flags
 from stages._runtime import Runtime, Work
 from stages.check import stage_config, uses
 from vtp import LightningDiT, load_tokenizer
-from vtp.artefact import digest
 from vtp.config import Config
 
 ORDER = [use.module for use in uses(ROOT / "dvc.yaml")]
@@ -156,7 +155,7 @@ def test_latents_are_those_of_the_encoder(results):
     everything = latents.statistics.normalise(latents.rows(np.arange(48)))
     torch.testing.assert_close(everything.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
     torch.testing.assert_close(everything.std((0, 2, 3), correction=0), torch.ones(8), atol=1e-4, rtol=0)
-    assert latents.config["encoder"] == digest(root / "tokenizer" / "model.safetensors")
+    assert latents.config["encoder"] == load_tokenizer(root / "tokenizer").encoder_digest()
 
 
 def test_generator_loads_and_samples_belong_to_their_index(results):

@@ -72,8 +72,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ArtefactError when it is missing or damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtefactError(f"{path}: no such file; {_siblings(path)}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtefactError(f"{path}: no such file; {siblings(path)}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtefactError(f"{path}: not valid JSON ({error}); write it again") from None
     if not isinstance(values, dict):
@@ -100,7 +100,7 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise ArtefactError(f"{path}: no such file; {_siblings(path)}") from None
+        raise ArtefactError(f"{path}: no such file; {siblings(path)}") from None
     except SafetensorError as error:
         raise ArtefactError(f"{path}: not a complete safetensors file ({error}); make or fetch it again") from None
 
@@ -137,7 +137,7 @@ def digest(path: Path, *, of_file: Callable[[Path], str] | None = None) -> str:
         lines = [f"{(of_file or digest)(file)} {file.relative_to(path).as_posix()}\n" for file in files(path)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     if not path.exists():
-        raise ArtefactError(f"{path}: no such file or folder; {_siblings(path)}")
+        raise ArtefactError(f"{path}: no such file or folder; {siblings(path)}")
     if of_file is not None:
         return of_file(path)
     state = hashlib.sha256()
@@ -161,7 +161,8 @@ def _contains(folder: str, path: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _siblings(path: Path) -> str:
+def siblings(path: Path) -> str:
+    """What lies where `path` should be, for messages."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
     names = sorted(entry.name for entry in path.parent.iterdir())

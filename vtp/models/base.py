@@ -16,10 +16,23 @@ from torch import Tensor, nn
 from vtp.models.vit import Features
 
 
+class LatentDecoder(nn.Module, ABC):
+    """Latents [B, d, h, w] to images [B, 3, H, W] in ImageNet-normalised space, not clamped."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Module:
+        """The layer whose gradient balances losses (`weight`)."""
+
+    @abstractmethod
+    def architecture(self) -> Mapping[str, Any]:
+        """What it is built from, as JSON: the `name` of its kind and its arguments (`vtp.models.loading`)."""
+
+
 class Tokenizer(nn.Module, ABC):
     """Images [B, 3, H, W] in ImageNet-normalised space to latents [B, d, h, w] and back."""
 
-    pixel_decoder: Any  # a module, latents to images: the part that decoder tuning trains
+    pixel_decoder: Any  # a LatentDecoder: the part that decoder tuning trains
     has_features: bool  # whether `features` and `intermediate_features` can be asked for
 
     @property
@@ -33,9 +46,9 @@ class Tokenizer(nn.Module, ABC):
         """(d, h, w) at that size."""
 
     @property
-    @abstractmethod
     def last_layer(self) -> nn.Module:
         """The layer of the pixel decoder whose gradient balances losses (`weight`)."""
+        return self.pixel_decoder.last_layer
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:

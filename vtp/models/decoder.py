@@ -1,5 +1,8 @@
 """The tokenizer's pixel decoder: latents -> ViT blocks -> pixels by pixel shuffle (paper 3.2)."""
 
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -8,6 +11,7 @@ from vtp.config import Config
 from vtp.layers.block import Block, Blocks, FfnName, initialise_weights
 from vtp.layers.norm import NormName, build_norm
 from vtp.layers.rope import AxialRope
+from vtp.models.base import LatentDecoder
 from vtp.models.vit import RopeDtype
 
 
@@ -23,11 +27,24 @@ class DecoderConfig(Config):
     init_values: float | None = Field(description="initial LayerScale, null for none")
 
 
-class PixelDecoder(nn.Module):
+class VitDecoderArchitecture(Config):
+    """All that a `PixelDecoder` is built from."""
+
+    name: Literal["vit"] = "vit"
+    latent_channels: int = Field(ge=1)
+    patch_size: int = Field(ge=1)
+    rope_dtype: RopeDtype
+    blocks: DecoderConfig
+
+
+class PixelDecoder(LatentDecoder):
     """Latents [B, d, h, w] to images [B, 3, h * patch_size, w * patch_size] in ImageNet-normalised space."""
 
     def __init__(self, config: DecoderConfig, *, latent_channels: int, patch_size: int, rope_dtype: RopeDtype) -> None:
         super().__init__()
+        self._architecture = VitDecoderArchitecture(
+            latent_channels=latent_channels, patch_size=patch_size, rope_dtype=rope_dtype, blocks=config
+        )
         dim = config.embed_dim
         self.proj_in = nn.Conv2d(latent_channels, dim, 1)
         self.rope_embed = AxialRope(dim // config.num_heads, getattr(torch, rope_dtype))
@@ -47,6 +64,23 @@ class PixelDecoder(nn.Module):
         self.proj_out = nn.Conv2d(dim, 3 * patch_size**2, 1)
         self.pixel_shuffle = nn.PixelShuffle(patch_size)
         self.apply(initialise_weights)
+
+    @classmethod
+    def of(cls, architecture: VitDecoderArchitecture) -> Self:
+        """As its `architecture` says."""
+        return cls(
+            architecture.blocks,
+            latent_channels=architecture.latent_channels,
+            patch_size=architecture.patch_size,
+            rope_dtype=architecture.rope_dtype,
+        )
+
+    @property
+    def last_layer(self) -> nn.Module:
+        return self.proj_out
+
+    def architecture(self) -> Mapping[str, Any]:
+        return self._architecture.model_dump()
 
     def forward(self, latents: Tensor) -> Tensor:
         height, width = latents.shape[-2:]

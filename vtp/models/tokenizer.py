@@ -27,6 +27,7 @@ from vtp.config import Config
 from vtp.layers.images import from_pil, to_pil
 from vtp.models.base import Tokenizer
 from vtp.models.decoder import DecoderConfig, PixelDecoder
+from vtp.models.hub import checkpoint_folder
 from vtp.models.text import CaptionTokenizer, TextConfig, build_text_tower
 from vtp.models.vit import Features, RopeDtype, VisionConfig, VisionTransformer
 
@@ -91,10 +92,6 @@ class VisualTokenizer(Tokenizer):
     @property
     def image_size(self) -> int:
         return self.config.image_size
-
-    @property
-    def last_layer(self) -> nn.Module:
-        return self.pixel_decoder.proj_out
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -165,8 +162,12 @@ class VisualTokenizer(Tokenizer):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read the official layout, ours included. Raises ArtefactError naming what is missing or does not fit."""
-        folder = Path(folder)
+        """Read the official layout, ours included, from a folder, or from the Hugging Face hub when there is none.
+
+        The hub's names are strings: `org/name`, or `org/name@revision` for a branch, tag or commit. Raises ArtefactError
+        naming what is missing or does not fit.
+        """
+        folder = checkpoint_folder(folder)
         with torch.device("meta"):
             model = cls(read_config(folder / "config.json"))
         path = folder / "model.safetensors"
