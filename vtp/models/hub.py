@@ -48,19 +48,27 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
         reason, remedy = "asks for a consent first", f"give it on its page and {login}"
     except RepositoryNotFoundError:
         reason, remedy = "has no such repository, or a private one", f"correct the name, or {login}"
-    except HfHubHTTPError as error:
-        reason, remedy = f"answered {error.response.status_code}", "try later"
     except HFValidationError:
         reason, remedy = "has no such names", "correct it"
     except (LocalEntryNotFoundError, FileMetadataError, HTTPError, ValueError) as error:  # also a proxy's own pages
-        reason, remedy = f"cannot be reached ({_first_cause(error)})", "fetch it where there is a network"
+        cause = _first_cause(error)
+        if isinstance(cause, HfHubHTTPError):
+            reason, remedy = f"answered {cause.response.status_code}", "try later"
+        else:
+            reason, remedy = f"cannot be reached ({_in_a_line(cause)})", "fetch it where there is a network"
     raise ArtefactError(
         f"{hub_id} is not a folder ({siblings(Path(hub_id))}), and the hub at {ENDPOINT} {reason}; "
         f"correct the path if you mean a folder; if you mean the hub, {remedy}"
     )
 
 
-def _first_cause(error: BaseException) -> str:
-    while (cause := error.__cause__ or error.__context__) is not None:
+def _first_cause(error: BaseException) -> BaseException:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while not isinstance(error, HfHubHTTPError) and (cause := error.__cause__ or error.__context__) is not None:
         error = cause
+    return error
+
+
+def _in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
