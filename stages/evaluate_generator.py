@@ -3,6 +3,7 @@
 Beside every setting stands the baseline `noise`: Gaussian noise with the latents' own statistics, through the decoder.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -63,18 +64,27 @@ def run(
     pictures.mkdir()
     with work.progress(total=len(rows) + 3 * description["samples"], description="features", unit="image") as bar:
         batches = (images.images(part, side) for part in torch.from_numpy(rows).split(config.batch_size))
-        real = extractor.all(batches, bar.update)
+        real = _features(extractor, batches, bar.update)
         reference = GaussianStatistics.of(real)
         table: dict[str, dict[str, float]] = {}
         for name in SETTINGS:
             decoded, labels = _decode(model, samples / f"{name}.safetensors", config.batch_size, work.device)
-            drawn = extractor.all(decoded.split(config.batch_size), bar.update)
+            drawn = _features(extractor, decoded.split(config.batch_size), bar.update)
             table[name] = _compare(config, extractor, drawn, real, reference)
             if isinstance(config.features, InceptionFeaturesConfig):
                 score = inception_score(extractor.logits(drawn), splits=config.features.splits)
                 table[name][f"is_{extractor.name}_{count_name(len(decoded))}"] = score.mean
             _picture(config, decoded, labels, description["classes"], pictures / f"{name}.png", name)
     write_json(metrics, {"generation": table})
+
+
+def _features(extractor: FeatureExtractor, batches: Iterable[Tensor], progress: Callable[[int], object]) -> Tensor:
+    """Pooled features [N, dim] of all batches, on the CPU."""
+    parts = []
+    for images in batches:
+        parts.append(extractor(images).pooled.cpu())
+        progress(len(images))
+    return torch.cat(parts)
 
 
 def _decode(model: Tokenizer, path: Path, batch_size: int, device: str) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ SMALL: dict[str, Any] = {
         "source": {"image_size": 16, "classes": 6, "train_samples": 64, "validation_samples": 32},
         "samples_per_shard": 48,
     },
+    "reference": {"image_size": 16, "batch_size": 20, "splits": {"train": {"samples": 40, "kept": 30}}},
     "pretrain": {
         "tokenizer": {
             "image_size": 16,

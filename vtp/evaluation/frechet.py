@@ -4,13 +4,13 @@ Statistics stream in float64 and the distance needs symmetric eigenproblems only
 not symmetric is slow, and returns complex or wrong values for some versions of scipy and BLAS.
 """
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from vtp.artefact import ArtefactError, load_tensors, save_tensors
+from vtp.distributed import gather_rows
 
 
 class GaussianStatistics:
@@ -50,16 +50,33 @@ class GaussianStatistics:
         self.mean += shift * (len(values) / total)
         self.count = total
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file."""
-        save_tensors(path, {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self._scatter})
+    def merge(self, other: "GaussianStatistics") -> None:
+        """Add what another has seen (Chan et al. 1983)."""
+        if not other.count:
+            return
+        total = self.count + other.count
+        shift = other.mean - self.mean
+        self._scatter += other._scatter + shift[:, None] * shift * (self.count * other.count / total)
+        self.mean += shift * (other.count / total)
+        self.count = total
+
+    def over_ranks(self) -> "GaussianStatistics":
+        """The features of all ranks together, on every rank; each of them must ask."""
+        parts = [gather_rows(part[None]) for part in (torch.tensor(self.count), self.mean, self._scatter)]
+        together = GaussianStatistics(len(self.mean))
+        for count, mean, scatter in zip(*parts, strict=True):  # in the order of ranks
+            part = GaussianStatistics(len(mean))
+            part.count, part.mean, part._scatter = int(count), mean, scatter
+            together.merge(part)
+        return together
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `of_tensors` takes."""
+        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self._scatter}
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """What `save` wrote. Raises ArtefactError for another file."""
-        tensors = load_tensors(path)
-        if tensors.keys() != {"count", "mean", "scatter"}:
-            raise ArtefactError(f"{path}: holds {', '.join(sorted(tensors))}, not Gaussian statistics; make it again")
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The statistics that `tensors` gave."""
         statistics = cls(len(tensors["mean"]))
         statistics.count = int(tensors["count"])
         statistics.mean, statistics._scatter = tensors["mean"], tensors["scatter"]
@@ -69,8 +86,14 @@ class GaussianStatistics:
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)); covariances may be singular, as with fewer samples than dim.
 
+    Raises ValueError for features of different dimensions or values that are not finite.
+
     With S = F F^T, the trace of the root is the sum of the singular values of F_a^T F_b.
     """
+    if len(a.mean) != len(b.mean):
+        raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions do not compare")
+    if not all(bool(s.mean.isfinite().all() and s.covariance.isfinite().all()) for s in (a, b)):
+        raise ValueError("the statistics hold values that are not finite; one image with NaN features is enough")
     between = (a.mean - b.mean).square().sum()
     within = a.covariance.trace() + b.covariance.trace()
     overlap = torch.linalg.svdvals(_factor(a.covariance).T @ _factor(b.covariance)).sum()
