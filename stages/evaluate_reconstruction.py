@@ -1,77 +1,173 @@
-"""Reconstruction of the validation images, by the pre-trained decoder and a tuned one: PSNR, SSIM, LPIPS, rFID."""
+"""Reconstruction by the pre-trained decoder and a tuned one, and what the latents between are like.
+
+PSNR, SSIM, LPIPS and rFID of ADM's centre crops of a split, as `<split>_centre<size>` says in the names of metrics. The
+images are those of the reference statistics, which come from the same crops. Beside them stand figures of the latents,
+what noise on them costs, and the speed of encoder and decoder (paper 4.4 and table 2).
+"""
+
+from itertools import pairwise
+from typing import NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import Tensor
 
-from stages._pictures import grid
+from stages._comparison import Comparison, write_diagnostics
 from stages._runner import Input, OptionalInput, Output, Work, main
 from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
-from vtp.evaluation.features import FeaturesConfig, build_features, count_name
+from vtp.distributed import gather_rows, ranks
+from vtp.evaluation.features import FeatureExtractor, build_features, count_name
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
-from vtp.evaluation.reconstruction import ReconstructionMeans
-from vtp.layers.images import normalise, to_uint8
-from vtp.losses.perceptual import PerceptualConfig, build_perceptual
+from vtp.evaluation.latents import LatentNoise, LatentStatistics
+from vtp.evaluation.reconstruction import Quality, psnr, quality
+from vtp.evaluation.reference import Reference
+from vtp.evaluation.speed import measure_speed
+from vtp.layers.images import normalise
+from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance, build_perceptual
 from vtp.models.loading import load_tokenizer
+
+
+class NoiseConfig(Config):
+    """PSNR of what is decoded from latents with noise."""
+
+    seed: int
+    levels: list[float] = Field(min_length=1, description="of the noise, in standard deviations of each channel")
+    samples: int = Field(ge=1, description="the first so many images")
+
+    @model_validator(mode="after")
+    def _levels_rise(self) -> Self:
+        if self.levels[0] < 0 or any(b <= a for a, b in pairwise(self.levels)):
+            raise ValueError(f"levels must rise from 0 or above, given {self.levels}")
+        return self
+
+
+class SpeedConfig(Config):
+    """How long encoder and decoder are timed."""
+
+    warmup: int = Field(ge=0, description="batches before the clock starts")
+    batches: int = Field(ge=1)
 
 
 class EvaluateReconstruction(Config):
     """The section `evaluate_reconstruction`."""
 
-    features: FeaturesConfig = Field(description="of rFID")
+    split: str = Field(min_length=1, description="of the shards; the reference must have it")
     perceptual: PerceptualConfig = Field(description="the distance under LPIPS's formula")
     batch_size: int = Field(ge=1)
-    pictures: int = Field(ge=1, description="images in the comparison")
+    pictures: int = Field(ge=1, description="images in each of the comparisons")
+    noise: NoiseConfig
+    speed: SpeedConfig
 
 
 @torch.inference_mode()
-def run(
+def run(  # noqa: PLR0913 - one flag per output
     config: EvaluateReconstruction,
     *,
     shards: Input,
     tokenizer: Input,
     decoder: OptionalInput = None,
+    reference: Input,
     metrics: Output,
-    picture: Output,
+    images: Output,
+    pictures: Output,
+    diagnostics: Output,
+    speed: Output,
     work: Work,
 ) -> None:
-    images = ShardDataset(shards, "validation", cache=work.cache)
-    extractor = build_features(config.features, weights=work.weights, device=work.device)
-    perceptual = build_perceptual(config.perceptual, weights=work.weights).to(work.device)
+    torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
     models = {"pretrained": load_tokenizer(tokenizer).to(work.device)}
     if decoder is not None:
         models["tuned"] = load_tokenizer(tokenizer, decoder).to(work.device)
-    reference = GaussianStatistics(extractor.dim)
-    statistics = {name: GaussianStatistics(extractor.dim) for name in models}
-    means = {name: ReconstructionMeans(perceptual) for name in models}
-    rows: list[torch.Tensor] = []
-    with work.progress(total=len(images), description="reconstructing", unit="image") as bar:
-        for indices in torch.arange(len(images)).split(config.batch_size):
-            originals = images.images(indices.numpy(), models["pretrained"].image_size).to(work.device)
-            reference.update(extractor(originals))
-            latents = models["pretrained"].encode(normalise(originals))
-            first = not rows
-            rows += [originals] if first else []
-            for name, model in models.items():
-                written = to_uint8(model.decode(latents))
-                statistics[name].update(extractor(written))
-                means[name].update(originals / 255, written / 255)
-                rows += [written] if first else []
-            bar.update(len(indices))
-    size = f"{extractor.name}_{count_name(len(images))}"
-    table = {}
-    for name, measured in means.items():
-        values = measured.means()
-        table[name] = {
-            "psnr": values["psnr"],
-            "ssim": values["ssim"],
-            f"lpips_{perceptual.name}": values["perceptual"],
-            f"rfid_{size}": frechet_distance(reference, statistics[name]),
-        }
-    write_json(metrics, {"reconstruction": table})
-    grid([row[: config.pictures] for row in rows], ["original", *models], picture, title="Validation images")
+    data = ShardDataset(shards, config.split, cache=work.cache)
+    statistics = Reference.load(reference)
+    size = models["pretrained"].image_size
+    statistics.require(data, size)
+    real = statistics.of(config.split)
+    comparison = Comparison(data, real.rows, models, batch_size=config.batch_size, device=work.device)
+    extractor = build_features(statistics.features, weights=work.weights, device=work.device)
+    perceptual = build_perceptual(config.perceptual, weights=work.weights).to(work.device)
+
+    measured = _measure(comparison, extractor, perceptual, work)
+    latents = measured.latents.diagnostics()
+    noisy = _noise_curves(comparison, config.noise, latents.std, work)
+    if not ranks().first:
+        return
+
+    protocol = f"{config.split}_centre{size}"
+    fids = {name: frechet_distance(real.statistics, of) for name, of in measured.features.items()}
+    named = ("psnr", "ssim", f"lpips_{perceptual.name}")
+    means = measured.quality.mean(0).tolist()  # of [N, models, 3]
+    table = {
+        name: dict(zip(named, values, strict=True)) | {f"rfid_{extractor.name}_{count_name(real.count)}": fids[name]}
+        for name, values in zip(models, means, strict=True)
+    }
+    tolerance = {
+        name: {f"psnr_{level:g}": value for level, value in zip(config.noise.levels, curve, strict=True)}
+        for name, curve in noisy.items()
+    }
+    figures = latents.figures() | {"noise": tolerance}
+    write_json(metrics, {"reconstruction": {protocol: table}, "latents": {protocol: figures}})
+    comparison.write_images(measured.quality, named, images)
+    comparison.draw(measured.quality, named, config.pictures, pictures)
+    write_diagnostics(latents, config.noise.levels, noisy, diagnostics)
+    batch = normalise(comparison.originals(comparison.rows[: config.batch_size]))
+    timed = measure_speed(models["pretrained"], batch, warmup=config.speed.warmup, batches=config.speed.batches)
+    write_json(speed, {"speed": timed.figures()})
+
+
+class _Measured(NamedTuple):
+    """Of all images, on every rank."""
+
+    quality: Tensor  # [N, models, 3] float64, as in Quality, in the order of the images
+    features: dict[str, GaussianStatistics]  # of the reconstructions, by decoder
+    latents: LatentStatistics
+
+
+def _measure(
+    comparison: Comparison, extractor: FeatureExtractor, perceptual: PerceptualDistance, work: Work
+) -> _Measured:
+    """One pass over this rank's images, then all ranks together."""
+    features = {name: GaussianStatistics(extractor.dim) for name in comparison.models}
+    latents = LatentStatistics(comparison.latent_shape)
+    values = [torch.empty(0, len(comparison.models), len(Quality._fields), dtype=torch.float64)]
+    batches = comparison.own_batches()
+    with work.progress(total=sum(map(len, batches)), description="reconstructing", unit="image") as bar:
+        for rows in batches:
+            originals = comparison.originals(rows)
+            encoded = comparison.encode(originals)
+            latents.update(encoded)
+            of_decoders = []
+            for name, written in comparison.decode(encoded).items():
+                features[name].update(extractor(written).pooled)
+                of_decoders.append(torch.stack(quality(originals, written, perceptual), 1).cpu().double())
+            values.append(torch.stack(of_decoders, 1))  # [B, models, 3]
+            bar.update(len(rows))
+    together = {name: statistics.over_ranks() for name, statistics in features.items()}
+    return _Measured(gather_rows(torch.cat(values)), together, latents.over_ranks())
+
+
+def _noise_curves(comparison: Comparison, config: NoiseConfig, std: Tensor, work: Work) -> dict[str, list[float]]:
+    """Mean PSNR at every level, by decoder, against the original images."""
+    noise = LatentNoise(config.seed, std)
+    values = [torch.empty(0, len(comparison.models), len(config.levels), dtype=torch.float64)]
+    batches = comparison.own_batches(config.samples)
+    with work.progress(total=sum(map(len, batches)), description="noise on latents", unit="image") as bar:
+        for rows in batches:
+            originals = comparison.originals(rows)
+            encoded = comparison.encode(originals)
+            drawn = noise.of(rows.tolist(), encoded)
+            of_levels = []
+            for level in config.levels:
+                written = comparison.decode(encoded + level * drawn)
+                of_decoders = [psnr(originals / 255, image / 255).cpu().double() for image in written.values()]
+                of_levels.append(torch.stack(of_decoders, 1))  # [B, models]
+            values.append(torch.stack(of_levels, 2))
+            bar.update(len(rows))
+    means = gather_rows(torch.cat(values)).mean(0).tolist()  # [models, levels]
+    return dict(zip(comparison.models, means, strict=True))
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, distributed=True)

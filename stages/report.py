@@ -1,13 +1,14 @@
-"""One page that tells how the run went: a table of metrics, curves, reconstructions, samples.
+"""One page that tells how the run went: per part of the recipe its figures and pictures, and the training curves.
 
-`report.html` needs no other file and no network.
+`report.html` needs no other file and no network; `metrics.md` holds all figures under their full names.
 """
 
 import base64
 import csv
 import html
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -16,9 +17,14 @@ from stages._runner import Input, Output, Work, main
 from vtp.artefact import read_json
 from vtp.config import Config
 
+RECONSTRUCTIONS = ("first", "worst", "median", "best")
 STYLE = """
-body { font: 15px sans-serif; max-width: 70em; margin: 2em auto }
-td, th { padding: .2em 1em; text-align: left }
+body { font: 15px/1.4 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; margin: .5em 0 1em }
+th, td { padding: .15em 1em .15em 0; text-align: left; border-bottom: 1px solid #ddd }
+td + td, th + th { text-align: right }
+figure { margin: 1em 0 }
+figcaption { color: #555 }
 img { max-width: 100% }
 """
 
@@ -27,6 +33,14 @@ class Report(Config):
     """The section `report`."""
 
     title: str = Field(min_length=1)
+
+
+class Section(NamedTuple):
+    """A part of the page."""
+
+    heading: str
+    metrics: dict[str, Any]  # nested; numbers, and texts that say what they were measured with
+    pictures: Sequence[Path]
 
 
 def run(  # noqa: PLR0913 - one flag per file that the page shows
@@ -41,6 +55,8 @@ def run(  # noqa: PLR0913 - one flag per file that the page shows
     generator_curves: Input,
     reconstruction: Input,
     reconstructions: Input,
+    diagnostics: Input,
+    speed: Input,
     understanding: Input,
     generation: Input,
     samples: Input,
@@ -50,20 +66,32 @@ def run(  # noqa: PLR0913 - one flag per file that the page shows
     tables = {"pretrain": pretrain_curves, "decoder": decoder_curves, "generator": generator_curves}
     report.mkdir()
     curves({name: _columns(path) for name, path in tables.items()}, report / "curves.png")
-    metrics: dict[str, Any] = {}
-    for path in (pretrain, tune_decoder, train_generator, understanding, reconstruction, generation):
-        metrics |= read_json(path)
-    flat = flatten(metrics)
-    (report / "metrics.md").write_text(_markdown(flat), encoding="utf-8")
-    shown = [reconstructions, looks, *sorted(samples.glob("*.png")), report / "curves.png"]
-    (report / "report.html").write_text(_page(config.title, flat, shown), encoding="utf-8")
+    reconstructed = read_json(reconstruction)
+    of_latents = {"latents": reconstructed.pop("latents")}
+    sections = [
+        Section("Pre-training", read_json(pretrain), [looks]),
+        Section("Understanding", read_json(understanding), []),
+        Section("Decoder tuning", read_json(tune_decoder), []),
+        Section("Reconstruction", reconstructed, [reconstructions / f"{name}.png" for name in RECONSTRUCTIONS]),
+        Section("Latents", of_latents, [diagnostics / "latents.png"]),
+        Section("Speed", read_json(speed), []),
+        Section("Training of the generator", read_json(train_generator), []),
+        Section("Generation", read_json(generation), sorted(samples.glob("*.png"))),
+        Section("Curves", {}, [report / "curves.png"]),
+    ]
+    everything = {name: values for section in sections for name, values in section.metrics.items()}
+    (report / "metrics.md").write_text(_markdown(flatten(everything)), encoding="utf-8")
+    (report / "report.html").write_text(_page(config.title, sections), encoding="utf-8")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested metrics as one table, names joined by dots."""
+    """Nested metrics as one table, names joined by dots; texts are left out."""
     flat: dict[str, float] = {}
     for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif not isinstance(value, str):
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
@@ -73,8 +101,10 @@ def _columns(path: Path) -> dict[str, list[float]]:
     return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]} if rows else {}
 
 
-def _number(value: float) -> str:
-    return f"{value:.3e}" if abs(value) >= 1e6 else f"{value:.4g}" if isinstance(value, float) else str(value)
+def _number(value: float | str) -> str:
+    if isinstance(value, float):
+        return f"{value:.3e}" if abs(value) >= 1e6 else f"{value:.4g}"
+    return str(value)
 
 
 def _markdown(flat: dict[str, float]) -> str:
@@ -82,18 +112,48 @@ def _markdown(flat: dict[str, float]) -> str:
     return "\n".join(["| metric | value |", "|---|---|", *rows]) + "\n"
 
 
-def _page(title: str, flat: dict[str, float], pictures: list[Path]) -> str:
-    rows = "".join(f"<tr><td>{html.escape(name)}<td>{_number(value)}" for name, value in flat.items())
-    images = "".join(
-        f'<h2>{path.stem}</h2><img alt="{path.stem}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}">'
-        for path in pictures
-    )
+def _page(title: str, sections: Sequence[Section]) -> str:
     heading = html.escape(title)
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>{heading}</title><style>{STYLE}</style>'
-        f"<h1>{heading}</h1><table><tr><th>metric<th>value{rows}</table>{images}\n"
+    body = "".join(
+        f"<h2>{html.escape(section.heading)}</h2>"
+        + "".join(_tables(values, name) for name, values in section.metrics.items())
+        + "".join(map(_figure, section.pictures))
+        for section in sections
     )
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{heading}</title><style>{STYLE}</style><h1>{heading}</h1>{body}\n'
+    )
+
+
+def _tables(values: dict[str, Any], name: str) -> str:
+    """Figures under `name`; records with the same kind of figures stand beside each other, in columns."""
+    nested = {key: value for key, value in values.items() if isinstance(value, dict)}
+    plain = {key: value for key, value in values.items() if key not in nested}
+    shown = _table(name, {"": plain}) if plain else ""
+    beside = {key: value for key, value in nested.items() if not any(isinstance(v, dict) for v in value.values())}
+    if beside:
+        shown += _table(name, beside)
+    return shown + "".join(_tables(value, f"{name}.{key}") for key, value in nested.items() if key not in beside)
+
+
+def _table(name: str, columns: dict[str, dict[str, Any]]) -> str:
+    rows = dict.fromkeys(row for column in columns.values() for row in column)
+    head = "".join(f"<th>{html.escape(column)}" for column in (name, *columns))
+    body = "".join(
+        f"<tr><td>{html.escape(row)}" + "".join(f"<td>{_cell(column, row)}" for column in columns.values())
+        for row in rows
+    )
+    return f"<table><tr>{head}{body}</table>"
+
+
+def _cell(column: dict[str, Any], row: str) -> str:
+    return html.escape(_number(column[row])) if row in column else ""
+
+
+def _figure(path: Path) -> str:
+    name = html.escape(path.stem)
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
 
 
 if __name__ == "__main__":

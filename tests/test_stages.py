@@ -26,9 +26,12 @@ SAME = {
     "generator_curves": "train_generator_curves",
     "looks": "pretrain_picture",
     "reconstruction": "evaluate_reconstruction_metrics",
-    "reconstructions": "evaluate_reconstruction_picture",
+    "reconstructions": "evaluate_reconstruction_pictures",
+    "diagnostics": "diagnostics",
+    "speed": "speed",
     "understanding": "evaluate_understanding_metrics",
     "generation": "evaluate_generator_metrics",
+    "samples": "evaluate_generator_pictures",
 }
 
 
@@ -76,12 +79,10 @@ def results(tmp_path_factory):
 
 
 def path_of(root, stage, flag, kind):
-    if kind == "output" and flag in {"metrics", "curves", "picture", "report"}:
+    if kind == "output" and flag in {"metrics", "curves", "picture", "pictures", "report"}:
         return root / f"{stage}_{flag}"
-    if kind == "output" and flag == "pictures":
-        return root / "pictures"
     if stage == "report":
-        return root / ("pictures" if flag == "samples" else SAME[flag])
+        return root / SAME[flag]
     return root / flag
 
 
@@ -115,6 +116,7 @@ def test_metrics_are_finite_and_named(results):
         "train_generator",
         "understanding",
         "reconstruction",
+        "latents",
         "generation",
     }
 
@@ -123,7 +125,9 @@ def test_metrics_are_finite_and_named(results):
             yield from leaves(value) if isinstance(value, dict) else [value]
 
     assert all(math.isfinite(value) for value in leaves(table))
-    assert set(table["reconstruction"]["tuned"]) == {"psnr", "ssim", "lpips_random-vgg16", "rfid_random-vgg16_32"}
+    reconstruction = table["reconstruction"]["validation_centre16"]
+    assert set(reconstruction["tuned"]) == {"psnr", "ssim", "lpips_random-vgg16", "rfid_random-vgg16_32"}
+    assert set(table["latents"]) == set(table["reconstruction"])
     assert set(table["generation"]) == {"unguided", "guided", "noise"}
     assert "gfid_random-vgg16_24" in table["generation"]["guided"]
     assert {"zero_shot_top1", "linear_probe_bottleneck", "linear_probe_last"} <= set(table["understanding"])
@@ -171,6 +175,14 @@ def test_generator_loads_and_samples_belong_to_their_index(results):
 def test_report_stands_alone(results):
     root, *_ = results
     page = (root / "report_report" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 10
     assert "http" not in page
-    assert "generation.guided.gfid_random-vgg16_24" in page
+    assert "gfid_random-vgg16_24" in page
+    figures = (root / "report_report" / "metrics.md").read_text()
+    for name in (
+        "generation.guided.gfid_random-vgg16_24",
+        "reconstruction.validation_centre16.tuned.psnr",
+        "latents.validation_centre16.effective_rank",
+        "speed.encode_images_per_second",
+    ):
+        assert f"| {name} |" in figures

@@ -52,7 +52,12 @@ SMALL: dict[str, Any] = {
     },
     "generate": {"samples": 24, "batch_size": 10, "unguided": {"steps": 2}, "guided": {"steps": 2}},
     "evaluate_understanding": {"batch_size": 16, "train_samples": 40, "probe": {"max_iterations": 5}},
-    "evaluate_reconstruction": {"batch_size": 20, "pictures": 3},
+    "evaluate_reconstruction": {
+        "batch_size": 20,
+        "pictures": 3,
+        "noise": {"levels": [0.0, 0.2], "samples": 24},
+        "speed": {"warmup": 0, "batches": 1},
+    },
     "evaluate_generator": {"batch_size": 20, "reference_samples": 40, "pictures_per_class": 2, "pictured_classes": 3},
 }
 

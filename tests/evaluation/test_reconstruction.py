@@ -1,4 +1,4 @@
-"""PSNR, SSIM and their means."""
+"""PSNR, SSIM and the perceptual distance, against references written another way."""
 
 import math
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vtp.evaluation.reconstruction import ReconstructionMeans, psnr, ssim
+from vtp.artefact import digest
+from vtp.evaluation.reconstruction import psnr, quality, ssim
+from vtp.losses.perceptual import LpipsConfig, build_perceptual
 
 
 def pair(seed=0, count=3, height=17, width=14):
@@ -70,22 +72,52 @@ def test_psnr_closed_form():
     assert psnr(a, a).tolist() == [100] * 3
 
 
-def test_means_count_images_not_batches():
-    a, b = pair()
+def bytes_of(images):
+    return (images * 255).round().to(torch.uint8)
+
+
+def test_quality_is_that_of_bytes_per_image():
+    """Against float64 numpy and the windows above; the perceptual network sees [-1, 1]."""
+    a, b = (bytes_of(images) for images in pair())
 
     def distance(x, y):
         assert min(x.min(), y.min()) < -0.5
+        assert max(x.max(), y.max()) <= 1
         return (x - y).abs().mean((1, 2, 3))
 
-    means = ReconstructionMeans(distance)
-    means.update(a[:2], b[:2])
-    means.update(a[2:], b[2:])
-    assert means.means() == pytest.approx(
-        {
-            "psnr": psnr(a, b).mean().item(),
-            "ssim": ssim(a, b).mean().item(),
-            "perceptual": distance(a * 2 - 1, b * 2 - 1).mean().item(),
-        }
+    found = quality(a, b, distance)
+    x, y = a.double().numpy(), b.double().numpy()
+    np.testing.assert_allclose(found.psnr, 20 * np.log10(255 / np.sqrt(((x - y) ** 2).mean((1, 2, 3)))), rtol=1e-6)
+    np.testing.assert_allclose(
+        found.ssim, [ssim_by_windows(u / 255, v / 255) for u, v in zip(a.double(), b.double(), strict=True)], atol=2e-6
     )
-    with pytest.raises(ValueError, match="no image was added"):
-        ReconstructionMeans(distance).means()
+    np.testing.assert_allclose(found.perceptual, np.abs(x - y).mean((1, 2, 3)) * 2 / 255, rtol=1e-5)
+    for index in range(3):  # an image's figures do not depend on its batch
+        alone = quality(a[index : index + 1], b[index : index + 1], distance)
+        assert all(torch.equal(one[0], together[index]) for one, together in zip(alone, found, strict=True))
+
+
+def test_quality_by_lpips_equals_the_package(tmp_path):
+    """On the same bytes, in the range that the package asks for; random weights."""
+    from lpips import LPIPS
+
+    torch.manual_seed(0)
+    network = LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval()
+    for parameter in network.lins.parameters():
+        parameter.data.abs_()
+    torch.save(network.state_dict(), tmp_path / "lpips.pt")
+    config = LpipsConfig(name="lpips", weights="lpips.pt", sha256=digest(tmp_path / "lpips.pt"))
+    a, b = (bytes_of(images) for images in pair(height=32, width=32))
+    found = quality(a, b, build_perceptual(config, weights=tmp_path)).perceptual
+    with torch.no_grad():
+        expected = network(a.float() / 127.5 - 1, b.float() / 127.5 - 1).flatten()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert found[0] < found[2]
+
+
+def test_quality_refuses_what_it_would_have_to_guess():
+    a = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r"compared as uint8, given torch.uint8 and torch.float32"):
+        quality(a, a.float(), lambda x, y: x)
+    with pytest.raises(ValueError, match=r"originals are \[1, 3, 16, 16\], reconstructions \[1, 3, 16, 8\]"):
+        quality(a, a[..., :8], lambda x, y: x)

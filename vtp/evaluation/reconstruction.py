@@ -1,7 +1,14 @@
-"""How close reconstructions are to their images: PSNR, SSIM and a perceptual distance, per image (paper table 2)."""
+"""How close reconstructions are to their images: PSNR, SSIM and a perceptual distance, per image (paper table 2).
+
+Both images are what a file would hold: 8 bits a channel, the reconstruction clamped and rounded. A mean is one over
+images. The official evaluation differs in three places: its PSNR is that of a reconstruction that was not rounded, it
+encodes in bfloat16, and it averages the means of batches and devices without weights, padded samples included. Its SSIM,
+that of torchmetrics, has the same window and cuts its padding off again.
+"""
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,27 +17,26 @@ WINDOW, SIGMA = 11, 1.5
 STABILISERS = (0.01**2, 0.03**2)  # C1, C2 for images in [0, 1]
 
 
-class ReconstructionMeans:
-    """Running means over images, whatever the batch sizes; `perceptual` maps pairs in [-1, 1] to distances [B]."""
+class Quality(NamedTuple):
+    """What is measured of every image."""
 
-    def __init__(self, perceptual: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.count = 0
-        self._perceptual = perceptual
-        self._sums = {"psnr": 0.0, "ssim": 0.0, "perceptual": 0.0}
+    psnr: Tensor  # [B] in dB
+    ssim: Tensor  # [B]
+    perceptual: Tensor  # [B]
 
-    @torch.no_grad()
-    def update(self, a: Tensor, b: Tensor) -> None:
-        """Add pairs [B, 3, H, W] in [0, 1]."""
-        values = {"psnr": psnr(a, b), "ssim": ssim(a, b), "perceptual": self._perceptual(a * 2 - 1, b * 2 - 1)}
-        for name, value in values.items():
-            self._sums[name] += value.cpu().double().sum().item()
-        self.count += len(a)
 
-    def means(self) -> dict[str, float]:
-        """`psnr` in dB, `ssim`, `perceptual`. Raises ValueError before the first image."""
-        if not self.count:
-            raise ValueError("no image was added; call `update` first")
-        return {name: total / self.count for name, total in self._sums.items()}
+@torch.no_grad()
+def quality(originals: Tensor, written: Tensor, perceptual: Callable[[Tensor, Tensor], Tensor]) -> Quality:
+    """Compare uint8 images [B, 3, H, W]; `perceptual` maps pairs in [-1, 1] to distances [B].
+
+    Raises TypeError for other images than uint8, whose range would be a guess, ValueError for two shapes.
+    """
+    if originals.dtype != torch.uint8 or written.dtype != torch.uint8:
+        raise TypeError(f"images are compared as uint8, given {originals.dtype} and {written.dtype}")
+    if originals.shape != written.shape:
+        raise ValueError(f"originals are {list(originals.shape)}, reconstructions {list(written.shape)}")
+    a, b = originals.float() / 255, written.float() / 255
+    return Quality(psnr(a, b), ssim(a, b), perceptual(a * 2 - 1, b * 2 - 1))
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
