@@ -1,20 +1,19 @@
-"""Compare runs along their training: one table and one figure from the metrics of many points.
+"""Compare runs: one table and one figure from the metrics of their points, beside published figures where there are any.
 
-The input holds `<run>/<training FLOPs>/*.json`, the metrics of the evaluation stages.
+The input holds `<run>/<training FLOPs>/*.json`, the metrics of the evaluation stages along a training, or `<run>/*.json`
+for a run whose training is not ours to count.
 """
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages._runner import Input, Output, Work, main
 from stages.report import flatten
 from vtp.artefact import ArtefactError, read_json
 from vtp.config import Config
-
-Curve = dict[float, dict[str, float]]  # training FLOPs to metrics
 
 
 class Summary(Config):
@@ -22,26 +21,52 @@ class Summary(Config):
 
     title: str = Field(min_length=1)
     metrics: list[str] = Field(min_length=1, description="names joined by dots, as in the tables of the report")
+    published: dict[str, dict[str, float]] = Field(
+        description="by run, what others report of its last point: name, value"
+    )
+
+    @model_validator(mode="after")
+    def _published_are_shown(self) -> Self:
+        for run, figures in self.published.items():
+            if missing := [name for name in figures if name not in self.metrics]:
+                raise ValueError(f"published.{run} has {missing[0]!r}, which is not among metrics")
+        return self
+
+
+class Point(NamedTuple):
+    """What was measured of one tokenizer."""
+
+    flops: float | None  # of its training; None when it is not ours to count
+    values: dict[str, float]  # by metric, NaN for what it cannot have
 
 
 def run(config: Summary, *, points: Input, summary: Output, work: Work) -> None:
     runs = {folder.name: _curve(folder, config.metrics) for folder in sorted(points.iterdir()) if folder.is_dir()}
+    if unknown := sorted(config.published.keys() - runs.keys()):
+        raise ArtefactError(f"summary.published names {unknown[0]!r}; {points} holds the runs {', '.join(runs)}")
     summary.mkdir()
-    (summary / "table.md").write_text(_table(runs, config.metrics), encoding="utf-8")
+    table = _table(runs, config.metrics)
+    if config.published:
+        table += "\n" + _comparison(runs, config.published)
+    (summary / "table.md").write_text(table, encoding="utf-8")
     _figure(runs, config, summary / "curves.png")
 
 
-def _curve(folder: Path, metrics: list[str]) -> Curve:
-    curve: Curve = {}
-    for point in sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: float(path.name)):
-        measured: dict[str, float] = {}
-        for path in sorted(point.glob("*.json")):
-            measured |= flatten(read_json(path))
-        missing = [name for name in metrics if name not in measured and not _of_absent_objective(name)]
-        if missing:
-            raise ArtefactError(f"{point}: no metric {missing[0]!r}; it has {', '.join(measured)}")
-        curve[float(point.name)] = {name: measured.get(name, math.nan) for name in metrics}
-    return curve
+def _curve(folder: Path, metrics: list[str]) -> list[Point]:
+    if any(folder.glob("*.json")):
+        return [Point(None, _measured(folder, metrics))]
+    points = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: float(path.name))
+    return [Point(float(point.name), _measured(point, metrics)) for point in points]
+
+
+def _measured(folder: Path, metrics: list[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for path in sorted(folder.glob("*.json")):
+        found |= flatten(read_json(path))
+    missing = [name for name in metrics if name not in found and not _of_absent_objective(name)]
+    if missing:
+        raise ArtefactError(f"{folder}: no metric {missing[0]!r}; it has {', '.join(found)}")
+    return {name: found.get(name, math.nan) for name in metrics}
 
 
 def _of_absent_objective(name: str) -> bool:
@@ -49,18 +74,39 @@ def _of_absent_objective(name: str) -> bool:
     return "zero_shot" in name
 
 
-def _table(runs: dict[str, Curve], metrics: list[str]) -> str:
-    head = ["run", "training FLOPs", *metrics]
+def _table(runs: dict[str, list[Point]], metrics: list[str]) -> str:
     rows = [
-        [run, f"{flops:.3g}", *("-" if math.isnan(values[name]) else f"{values[name]:.4g}" for name in metrics)]
+        [
+            run,
+            "-" if point.flops is None else f"{point.flops:.3g}",
+            *(_figure_of(point.values[name]) for name in metrics),
+        ]
         for run, curve in runs.items()
-        for flops, values in curve.items()
+        for point in curve
     ]
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return _markdown(["run", "training FLOPs", *metrics], rows)
 
 
-def _figure(runs: dict[str, Curve], config: Summary, path: Path) -> None:
+def _comparison(runs: dict[str, list[Point]], published: dict[str, dict[str, float]]) -> str:
+    """Each published figure beside that of the run's last point."""
+    rows = []
+    for run, figures in published.items():
+        for name, theirs in figures.items():
+            ours = runs[run][-1].values[name]
+            difference = "-" if math.isnan(ours) else f"{ours - theirs:+.4g}"
+            rows.append([run, name, _figure_of(ours), f"{theirs:.4g}", difference])
+    return _markdown(["run", "metric", "measured", "published", "difference"], rows)
+
+
+def _figure_of(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *rows])
+
+
+def _figure(runs: dict[str, list[Point]], config: Summary, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,20 +116,32 @@ def _figure(runs: dict[str, Curve], config: Summary, path: Path) -> None:
     rows = -(-len(config.metrics) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)
     panels: list[Any] = list(axes.flat)
+    counted = any(point.flops is not None for curve in runs.values() for point in curve)
     for axis, name in zip(panels, config.metrics, strict=False):
-        for run, curve in runs.items():
-            axis.plot(list(curve), [values[name] for values in curve.values()], marker="o", label=run)
+        for number, (run, curve) in enumerate(runs.items()):
+            _draw(axis, f"C{number}", run, curve, name)
+            if (theirs := config.published.get(run, {}).get(name)) is not None:
+                axis.axhline(theirs, color=f"C{number}", linestyle=":")
         axis.set_title(name, fontsize=9)
-        axis.set_xlabel("training FLOPs", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.set_xlabel("training FLOPs" if counted else "", fontsize=8)
+        axis.tick_params(labelsize=8, labelbottom=counted, bottom=counted)
         axis.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
     for axis in panels[len(config.metrics) :]:
         axis.axis("off")
-    figure.suptitle(config.title)
+    figure.suptitle(f"{config.title} (dotted: published)" if config.published else config.title)
     figure.tight_layout()
     figure.savefig(path, dpi=90, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def _draw(axis: Any, colour: str, run: str, curve: list[Point], name: str) -> None:  # noqa: ANN401 - matplotlib's
+    """A curve over training FLOPs, or a level when there are none."""
+    if curve and curve[0].flops is None:
+        axis.axhline(curve[0].values[name], color=colour, label=run)
+    else:
+        values = [point.values[name] for point in curve]
+        axis.plot([point.flops for point in curve], values, color=colour, marker="o", label=run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""Tables over runs, and published figures beside ours."""
+
+import math
+
+import pytest
+
+from stages._runtime import Runtime, Work
+from stages.summary import Summary, run
+from vtp.artefact import ArtefactError, digest, write_json
+from vtp.config import ConfigError
+
+METRICS = ["understanding.zero_shot_top1", "generation.gfid"]
+
+
+def points(root, values):
+    for place, (accuracy, distance) in values.items():
+        folder = root / "points" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        seen = {"chance": 0.1} if accuracy is None else {"zero_shot_top1": accuracy, "chance": 0.1}
+        write_json(folder / "understanding.json", {"understanding": seen})
+        write_json(folder / "generation.json", {"generation": {"gfid": distance}})
+    return root / "points"
+
+
+def summarised(root, folder, published, name="summary"):
+    config = Summary.parse({"title": "T", "metrics": METRICS, "published": published}, where="params.yaml:summary")
+    run(config, points=folder, summary=root / name, work=Work(root / "scratch" / "folder", root, Runtime()))
+    return (root / name / "table.md").read_text().splitlines()
+
+
+def test_runs_along_their_training(tmp_path):
+    """In the order of their FLOPs, not of their names."""
+    folder = points(tmp_path, {"joint/9.5e+11": (0.1, 4), "joint/1.2e+12": (0.3, 3.25), "ae/1.2e+12": (None, 5)})
+    lines = summarised(tmp_path, folder, {})
+    assert lines == [
+        "| run | training FLOPs | understanding.zero_shot_top1 | generation.gfid |",
+        "| --- | --- | --- | --- |",
+        "| ae | 1.2e+12 | - | 5 |",
+        "| joint | 9.5e+11 | 0.1 | 4 |",
+        "| joint | 1.2e+12 | 0.3 | 3.25 |",
+    ]
+
+
+def test_published_figures_stand_beside_ours(tmp_path):
+    folder = points(tmp_path, {"S": (0.66, 5.5), "L": (None, 2.75)})
+    published = {
+        "S": {"understanding.zero_shot_top1": 0.667, "generation.gfid": 5.46},
+        "L": {"understanding.zero_shot_top1": 0.782},
+    }
+    lines = summarised(tmp_path, folder, published)
+    assert lines[2:5] == ["| L | - | - | 2.75 |", "| S | - | 0.66 | 5.5 |", ""]
+    assert lines[5:] == [
+        "| run | metric | measured | published | difference |",
+        "| --- | --- | --- | --- | --- |",
+        "| S | understanding.zero_shot_top1 | 0.66 | 0.667 | -0.007 |",
+        "| S | generation.gfid | 5.5 | 5.46 | +0.04 |",
+        "| L | understanding.zero_shot_top1 | - | 0.782 | - |",
+    ]
+    summarised(tmp_path, folder, published, name="again")
+    assert digest(tmp_path / "summary") == digest(tmp_path / "again")
+    assert (tmp_path / "summary/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_published_figures_are_those_of_the_last_point(tmp_path):
+    folder = points(tmp_path, {"joint/9.5e+11": (0.1, 4), "joint/1.2e+12": (0.3, 3.25)})
+    *_, line = summarised(tmp_path, folder, {"joint": {"generation.gfid": 3}})
+    assert line == "| joint | generation.gfid | 3.25 | 3 | +0.25 |"
+
+
+def test_names_that_nothing_has(tmp_path):
+    folder = points(tmp_path, {"S": (0.5, 5)})
+    with pytest.raises(ConfigError, match="published.S has 'generation.fid', which is not among metrics"):
+        summarised(tmp_path, folder, {"S": {"generation.fid": 1}})
+    with pytest.raises(ConfigError, match="finite number"):
+        summarised(tmp_path, folder, {"S": {"generation.gfid": math.inf}})
+    with pytest.raises(ArtefactError, match="published names 'M'; .* holds the runs S"):
+        summarised(tmp_path, folder, {"M": {"generation.gfid": 1}})
+    (folder / "S/generation.json").unlink()
+    with pytest.raises(ArtefactError, match="no metric 'generation.gfid'; it has understanding.zero_shot_top1"):
+        summarised(tmp_path, folder, {})
