@@ -6,17 +6,18 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, model_validator
 
+from stages._adversary import AdversaryConfig, build_adversary
+from stages._place import place
 from stages._plan import print_plan
 from stages._runner import Inputs, OptionalInput, Output, Work, main
 from stages._watch import Looks, Milestones, WatchConfig
 from vtp.artefact import write_json
-from vtp.config import Config
+from vtp.config import Config, ConfigError
 from vtp.data.batches import ActiveBatch, PretrainBatches, PretrainDataConfig, Share, count_micros
 from vtp.data.dataset import ShardDataset
 from vtp.data.stream import Stream
-from vtp.distributed import ranks, shard
+from vtp.distributed import ranks
 from vtp.draws import address
-from vtp.layers.block import Block
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.text import CaptionTokenizer
 from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
@@ -25,6 +26,7 @@ from vtp.objectives.pretrain import PretrainObjective, PretrainObjectiveConfig
 from vtp.objectives.rates import RatesConfig
 from vtp.objectives.start import save_exported, save_training_state, start_from
 from vtp.training.fit import Run, TrainingConfig, fit, plan
+from vtp.training.log import gradient_figures
 from vtp.training.optim import OptimConfig
 
 
@@ -37,6 +39,7 @@ class Pretrain(Config):
     objective: PretrainObjectiveConfig
     optim: OptimConfig
     rates: RatesConfig
+    adversary: AdversaryConfig | None = Field(description="a GAN term from the start; null, as in the paper: none")
     training: TrainingConfig
     watch: WatchConfig
     export: Literal["student", "teacher"] = Field(description="whose weights the tokenizer gets")
@@ -60,6 +63,9 @@ class Pretrain(Config):
         active = self.active
         if self.data.subsets == "disjoint" and active.ssl and active.pool == active.ssl:
             raise ValueError("data.subsets is disjoint, and no image is left beside those of self-supervision")
+        critic = self.adversary.discriminator if self.adversary else None
+        if critic is not None and critic.name == "features" and critic.network.name == "tokenizer":
+            raise ValueError("adversary.discriminator reads the encoder, which is in training; choose patch, or timm")
         return self
 
     @property
@@ -93,10 +99,15 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     blocks, size = config.active.reconstruction, config.active.pool // config.active.reconstruction
     largest = max(1, (work.runtime.micro_batch or config.active.pool) // size)
     share = Share(*ranks(), count_micros(blocks, ranks().size, largest))
+    if config.adversary is not None and work.runtime.parallel == "fsdp" and ranks().size > 1:
+        raise ConfigError("pretrain.adversary needs whole weights on every rank: unset VTP_PARALLEL, or set it to ddp")
     objective = build_objective(config, work)
     moments = start_from(objective, start) if start is not None else {}
     place(objective, work)
     cost = pretrain_cost(config.architecture, config.data, config.objective, config.active)
+    if objective.adversary is not None:
+        adversarial = objective.adversary.step_flops(config.tokenizer.image_size) * config.active.reconstruction
+        cost = cost._replace(flops=cost.flops + adversarial)
     length = plan(config.training.length, samples=config.active.pool, flops=cost.flops)
     work.record(**length._asdict())
     train, validation = (ShardDataset(shards[0], split, cache=work.cache) for split in ("train", "validation"))
@@ -111,13 +122,15 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     sources = [train, *(ShardDataset(folder, "train", cache=work.cache) for folder in shards[1:])]
     stream = Stream(sources, config.data.stream, seed=config.seed)
     batches = build_batches(config, stream, share, colour_later=work.device != "cpu")
-    plan_of_run = Run(length.steps, config.training, {"model": config.optim}, cost, share.micros)
+    optim = {"model": config.optim} | ({"critic": config.adversary.optim} if config.adversary else {})
+    plan_of_run = Run(length.steps, config.training, optim, cost, share.micros)
     moments = fit(objective, batches, plan_of_run, host=work, watchers=[looks, exports], moments=moments)
     save_training_state(objective, moments, state)
     save_exported(objective, tokenizer, weights=config.export)
     if ranks().first:
         parameters = sum(parameter.numel() for parameter in objective.tokenizer.parameters())
-        write_json(metrics, {"pretrain": length._asdict() | {"parameters": parameters}})
+        figures = {"parameters": parameters} | gradient_figures(work.folder / "curves.csv", "model")
+        write_json(metrics, {"pretrain": length._asdict() | figures})
         curves.write_bytes((work.folder / "curves.csv").read_bytes())
         looks.picture(picture, steps=length.steps)
         exports.publish(milestones)
@@ -128,7 +141,12 @@ def build_objective(config: Pretrain, work: Work) -> PretrainObjective:
     torch.manual_seed(address(config.seed, "weights"))
     model = VisualTokenizer(config.architecture)
     perceptual = build_perceptual(config.objective.reconstruction.perceptual, weights=work.weights).to(work.device)
-    return PretrainObjective(model, config.objective, config.rates, perceptual=perceptual, seed=config.seed)
+    adversary = None
+    if config.adversary is not None:
+        adversary = build_adversary(config.adversary, work, seed=config.seed, tokenizer=model, features=None)
+    return PretrainObjective(
+        model, config.objective, config.rates, perceptual=perceptual, seed=config.seed, adversary=adversary
+    )
 
 
 def build_batches(config: Pretrain, stream: Stream, share: Share, *, colour_later: bool = False) -> PretrainBatches:
@@ -144,21 +162,6 @@ def build_batches(config: Pretrain, stream: Stream, share: Share, *, colour_late
         share=share,
         colour_later=colour_later,
     )
-
-
-def place(objective: PretrainObjective, work: Work) -> None:
-    """Put the models on the device; recompute, compile and shard them as the environment says, in this order."""
-    runtime = work.runtime
-    objective.to(work.device)
-    if runtime.recompute:
-        objective.recompute()
-    if runtime.compile if runtime.compile is not None else work.device == "cuda":
-        torch._dynamo.config.recompile_limit = 64  # a block sees a few shapes, with gradient and without
-        for module in objective.modules():
-            if isinstance(module, Block):
-                module.compile(dynamic=False)
-    if runtime.parallel == "fsdp" and ranks().size > 1:
-        shard(objective.sharded_units(), work.device)
 
 
 if __name__ == "__main__":

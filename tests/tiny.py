@@ -41,8 +41,9 @@ SMALL: dict[str, Any] = {
     },
     "tune_decoder": {
         "batch_size": 4,
-        "discriminator": {"width": 4},
+        "adversary": {"discriminator": {"name": "patch", "width": 4, "depth": 2}},
         "training": {"length": {"name": "samples", "samples": 48}, "log_every": 2},
+        "watch": {"looks": 2, "samples": 6, "pictures": 3, "batch_size": 4},
     },
     "cache_latents": {"batch_size": 16, "shard_size": 20},
     "train_generator": {

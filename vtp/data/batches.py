@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vtp.config import Config
-from vtp.data.dataset import ShardDataset
 from vtp.data.decode import finish
 from vtp.data.latents import LatentDataset
 from vtp.data.masking import MaskConfig, draw_masks
@@ -61,9 +60,10 @@ class PretrainBatch(NamedTuple):
 
 
 class ImageBatch(NamedTuple):
-    """Images of one step."""
+    """Images of one micro-batch of a rank."""
 
     images: Tensor  # [B, 3, S, S] uint8
+    replaced: Tensor  # [B], true for a sample that stands in the place of one that cannot be used
 
 
 class LatentBatch(NamedTuple):
@@ -315,17 +315,41 @@ class _Subsets(NamedTuple):
 
 
 class ImageBatches(Dataset[ImageBatch]):
-    """Plain images for decoder tuning."""
+    """Plain images for decoder tuning: one item per micro-batch of this rank, a stretch of the endless stream.
 
-    def __init__(self, shards: ShardDataset, *, size: int, batch_size: int, seed: int) -> None:
-        self.shards = shards
+    Raises ValueError when a batch holds more samples than there are.
+    """
+
+    def __init__(
+        self, stream: Stream, view: CentreCropView | RandomCropView, *, size: int, batch_size: int, share: Share
+    ) -> None:
+        if len(stream) < batch_size:
+            raise ValueError(
+                f"the training shards hold {len(stream)} samples and a batch takes {batch_size}; use more data or a "
+                "smaller batch_size"
+            )
+        self.stream = stream
+        self.view = view
         self.size = size
         self.batch_size = batch_size
-        self.seed = seed
+        self.share = share
 
-    def __getitem__(self, step: int) -> ImageBatch:
-        drawn = sample_indices(step * self.batch_size, self.batch_size, len(self.shards), self.seed)
-        return ImageBatch(self.shards.images(drawn, self.size))
+    def __getitem__(self, index: int) -> ImageBatch:
+        step, rows = self.share.of(self.batch_size, index)
+        positions = np.arange(rows.start, rows.stop) + step * self.batch_size
+        numbers = self.stream.numbers(int(positions[0]), len(positions))
+        drawn = [
+            self.stream.read(number, position, decode=partial(self._decode, position=position), captioned=False)
+            for number, position in zip(numbers.tolist(), positions.tolist(), strict=True)
+        ]
+        images = reconstruction_batch([d.image for d in drawn], self.view, self.size, self.stream.seed, positions)
+        return ImageBatch(images, torch.tensor([d.replaced for d in drawn]))
+
+    def _decode(self, picture: "Image", position: int) -> "Image":
+        if self.stream.config.decode == "full" or isinstance(self.view, CentreCropView):
+            return finish(picture)
+        crop = reconstruction_crop(self.view, self.size, self.stream.seed, position)
+        return finish(picture, least=least_size(*picture.size, [crop]))
 
 
 class LatentBatches(Dataset[LatentBatch]):

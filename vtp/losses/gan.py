@@ -1,6 +1,5 @@
 """Hinge GAN losses and the adaptive weight that balances them with reconstruction (Esser et al. 2021)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,13 +14,9 @@ def generator_loss(fake: Tensor) -> Tensor:
     return -fake.float().mean()
 
 
-def adaptive_weight(
-    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, *, ceiling: float, eps: float = 1e-6
-) -> Tensor:
-    """|d reconstruction / d last_layer| / |d adversarial / d last_layer|, at most `ceiling`; a constant for autograd.
+def balance(of_reconstruction: Tensor, of_adversarial: Tensor, *, ceiling: float, eps: float = 1e-6) -> Tensor:
+    """|g_reconstruction| / (|g_adversarial| + eps) of two gradients of one tensor, at most `ceiling`; no graph.
 
-    With it the adversarial term pulls the decoder's last layer as hard as reconstruction does.
+    Of the decoder's last layer it is the adaptive weight, with which the adversarial term pulls as hard as reconstruction.
     """
-    (of_reconstruction,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (of_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (of_reconstruction.norm() / (of_adversarial.norm() + eps)).clamp(0, ceiling).detach()

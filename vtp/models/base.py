@@ -36,6 +36,16 @@ class Tokenizer(nn.Module, ABC):
     has_features: bool  # whether `features` and `intermediate_features` can be asked for
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of the encoder that have features; 0 when it has none."""
+        return 0
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of the features; 0 when there are none."""
+        return 0
+
+    @property
     @abstractmethod
     def image_size(self) -> int:
         """Side of the images that it was made for, in pixels."""

@@ -1,88 +1,143 @@
-"""PatchGAN: a convolutional critic that judges overlapping patches (Isola et al. 2017), with DiffAug.
+"""Critics that tell images from reconstructions, by name.
 
-Spectral normalisation rather than batch normalisation: statistics that mix real and fake batches are a known source
-of collapse, and a Lipschitz bound suits the hinge loss.
+`patch` is PatchGAN (Isola et al. 2017): convolutions that judge overlapping patches. `features` puts light heads on frozen
+self-supervised features (Sauer et al. 2023, StyleGAN-T; Zheng et al. 2025, RAE): the critic need not learn to see.
+
+Spectral normalisation and per-sample statistics rather than batch normalisation: a Lipschitz bound suits the hinge loss,
+and statistics that mix real and fake images, or ranks, are a known source of collapse.
 """
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 from vtp.config import Config
 
 MAX_WIDTH_FACTOR = 8
+LEAK = 0.2
+Features = Callable[[Tensor], list[Tensor]]  # images [B, 3, H, W] in [-1, 1] to maps [B, D, L]
 
 
-class DiscriminatorConfig(Config):
-    """The critic."""
+class PatchCriticConfig(Config):
+    """PatchGAN."""
 
+    name: Literal["patch"]
     width: int = Field(ge=1, description="channels of the first layer; they double per layer up to eightfold")
     depth: int = Field(ge=1, description="layers that halve the resolution; 3 sees patches of 70 pixels")
 
 
-class PatchDiscriminator(nn.Module):
-    """Images [B, 3, H, W] in [-1, 1] to logits [B, 1, h, w]; above 0 means real."""
+class TimmFeaturesConfig(Config):
+    """A pretrained vision transformer of timm."""
 
-    def __init__(self, config: DiscriminatorConfig) -> None:
+    name: Literal["timm"]
+    model: str = Field(min_length=1, description="such as vit_small_patch8_224.dino")
+    weights: str = Field(description="file under weights/: timm's safetensors of that model")
+    sha256: str
+    image_size: int = Field(ge=1, description="side in pixels that images are scaled to")
+    blocks: int = Field(ge=1, description="heads on so many blocks, evenly over the depth")
+
+
+class TokenizerFeaturesConfig(Config):
+    """A tokenizer's encoder: the one that is tuned, or that of --critic-features. Needs no download."""
+
+    name: Literal["tokenizer"]
+    image_size: int | None = Field(ge=1, description="side that images are scaled to; null: as they are")
+    blocks: int = Field(ge=1, description="heads on so many blocks, evenly over the depth")
+
+
+class FeatureCriticConfig(Config):
+    """Heads on frozen features."""
+
+    name: Literal["features"]
+    network: Annotated[TimmFeaturesConfig | TokenizerFeaturesConfig, Field(discriminator="name")]
+    kernel: int = Field(ge=1, description="length of the heads' convolution over tokens, odd; 9 in StyleGAN-T")
+
+
+CriticConfig = Annotated[PatchCriticConfig | FeatureCriticConfig, Field(discriminator="name")]
+
+
+class Critic(nn.Module, ABC):
+    """Images [B, 3, H, W] in [-1, 1] to logits; above 0 means real. A sample's logits depend on that sample alone."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, ...]."""
+
+    @torch.no_grad()
+    def forward_flops(self, side: int) -> float:
+        """FLOPs of judging one image. It is judged for that: frozen features are no part of this module."""
+        image = torch.zeros(1, 3, side, side, device=next(self.parameters()).device)
+        with FlopCounterMode(display=False) as counter:
+            self(image)
+        return float(counter.get_total_flops())
+
+    @torch.no_grad()
+    def refine_norms(self) -> None:
+        """One power iteration of every spectral norm.
+
+        It is not done in forward passes, whose number depends on micro-batches: the critic stays in evaluation mode.
+        """
+        for module in self.modules():
+            if isinstance(parametrizations := getattr(module, "parametrizations", None), nn.ModuleDict):
+                parametrizations.train()
+                _ = module.weight  # computed, and the vectors of the iteration with it
+                parametrizations.eval()
+
+
+class PatchCritic(Critic):
+    """Logits [B, 1, h, w] of overlapping patches."""
+
+    def __init__(self, config: PatchCriticConfig) -> None:
         super().__init__()
         widths = [config.width * min(2**level, MAX_WIDTH_FACTOR) for level in range(config.depth + 1)]
         layers: list[nn.Module] = []
         channels = 3
         for level, width in enumerate(widths):
             stride = 2 if level < config.depth else 1
-            layers += [spectral_norm(nn.Conv2d(channels, width, 4, stride, padding=1)), nn.LeakyReLU(0.2)]
+            layers += [spectral_norm(nn.Conv2d(channels, width, 4, stride, padding=1)), nn.LeakyReLU(LEAK)]
             channels = width
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(channels, 1, 4, 1, padding=1)))
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
 
 
-class AugmentationConfig(Config):
-    """DiffAug (Zhao et al. 2020), on real and fake images alike."""
+class FeatureCritic(Critic):
+    """Logits [B, heads * L] from every map of frozen `features`, with `dim` channels, which are no part of its state."""
 
-    translation: float = Field(ge=0, lt=1, description="largest shift as a share of the side")
-    brightness: float = Field(ge=0, description="largest shift, in units of [-1, 1]")
-    saturation: float = Field(ge=0, le=1, description="largest change of the factor 1")
-    contrast: float = Field(ge=0, le=1, description="largest change of the factor 1")
+    def __init__(self, config: FeatureCriticConfig, features: Features, *, dim: int, heads: int) -> None:
+        super().__init__()
+        self._features = features if not isinstance(features, nn.Module) else features.forward
+        self.heads = nn.ModuleList(TokenHead(dim, config.kernel) for _ in range(heads))
+        self.eval()
 
-
-class Augmentation(NamedTuple):
-    """What is done to each image of a batch."""
-
-    brightness: Tensor  # [B, 1, 1, 1], added
-    saturation: Tensor  # [B, 1, 1, 1], factor of the distance to the grey image
-    contrast: Tensor  # [B, 1, 1, 1], factor of the distance to the mean
-    shift: Tensor  # [B, 2] int64, pixels down and right
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self._features(images)
+        return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)
 
 
-def draw_augmentation(shape: torch.Size, config: AugmentationConfig, generator: torch.Generator) -> Augmentation:
-    """Independent draws for every image of a batch of `shape` [B, 3, H, W]."""
-    count, _, height, width = shape
-    colour = torch.rand(3, count, 1, 1, 1, generator=generator) * 2 - 1
-    reach = torch.tensor([height, width]) * config.translation
-    shift = ((torch.rand(count, 2, generator=generator) * 2 - 1) * reach).round().long()
-    return Augmentation(
-        colour[0] * config.brightness, 1 + colour[1] * config.saturation, 1 + colour[2] * config.contrast, shift
-    )
+class TokenHead(nn.Module):
+    """Maps [B, D, L] to logits [B, 1, L]: a layer per token, a residual one over neighbours, a linear one."""
 
+    def __init__(self, dim: int, kernel: int) -> None:
+        super().__init__()
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel is {kernel}; a convolution over neighbours on both sides needs an odd one")
+        self.point = spectral_norm(nn.Conv1d(dim, dim, 1))
+        self.point_norm = nn.GroupNorm(dim, dim)  # per sample and channel: a batch normalisation over one sample
+        self.near = spectral_norm(nn.Conv1d(dim, dim, kernel, padding=kernel // 2, padding_mode="circular"))
+        self.near_norm = nn.GroupNorm(dim, dim)
+        self.out = spectral_norm(nn.Conv1d(dim, 1, 1))
 
-def augment(images: Tensor, draws: Augmentation) -> Tensor:
-    """Differentiable brightness, saturation, contrast, and translation with zeros beyond the border."""
-    draws = Augmentation(*(value.to(images.device) for value in draws))
-    x = images + draws.brightness
-    grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * draws.saturation
-    mean = x.mean((1, 2, 3), keepdim=True)
-    x = mean + (x - mean) * draws.contrast
-    count, _, height, width = x.shape
-    reach = int(draws.shift.abs().max()) if count else 0
-    padded = F.pad(x, [reach] * 4)
-    rows = torch.arange(height, device=x.device) + reach - draws.shift[:, :1]  # [B, H]
-    columns = torch.arange(width, device=x.device) + reach - draws.shift[:, 1:]  # [B, W]
-    which = torch.arange(count, device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.point_norm(self.point(x)), LEAK)
+        x = (x + F.leaky_relu(self.near_norm(self.near(x)), LEAK)) / 2**0.5
+        return self.out(x)

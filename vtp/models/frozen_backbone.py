@@ -57,13 +57,11 @@ class FrozenBackbone(Tokenizer):
     ) -> None:
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.model, config.input_size)
+        self.backbone = bare_backbone(config.model, config.input_size)
         side = config.input_size // self.backbone.patch_embed.patch_size[0]
         if config.image_size % side:
             raise ArtefactError(f"image_size {config.image_size} is not a multiple of {side}, the side of the latents")
         self._shape = (self.backbone.embed_dim, side, side)
-        self._eps = _final_norm(self.backbone).eps
-        _strip(self.backbone)
         self.backbone.requires_grad_(False)
         trained_on = self.backbone.pretrained_cfg
         self._mean, self._std = list(mean or trained_on["mean"]), list(std or trained_on["std"])
@@ -74,6 +72,14 @@ class FrozenBackbone(Tokenizer):
         channels, side, _ = self._shape
         patch_size = self.config.image_size // side
         return PixelDecoder(self.config.decoder, latent_channels=channels, patch_size=patch_size, rope_dtype="float32")
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.backbone.blocks)
+
+    @property
+    def feature_dim(self) -> int:
+        return self._shape[0]
 
     @property
     def image_size(self) -> int:
@@ -157,7 +163,7 @@ class FrozenBackbone(Tokenizer):
         return Features(self._normed(prefix[:, 0]), patches)
 
     def _normed(self, tokens: Tensor) -> Tensor:
-        return F.layer_norm(tokens, tokens.shape[-1:], eps=self._eps)
+        return F.layer_norm(tokens, tokens.shape[-1:], eps=self.backbone.final_eps)
 
 
 def build_backbone(name: str, input_size: int) -> Any:  # noqa: ANN401 - timm's transformers have no common class
@@ -181,19 +187,26 @@ def build_backbone(name: str, input_size: int) -> Any:  # noqa: ANN401 - timm's 
     return model
 
 
-def load_backbone(model: FrozenBackbone, path: Path) -> None:
+def bare_backbone(name: str, input_size: int) -> Any:  # noqa: ANN401 - see build_backbone
+    """The same without what stands behind the last block; `final_eps` is that of the norm that stood there."""
+    backbone = build_backbone(name, input_size)
+    backbone.final_eps = _final_norm(backbone).eps
+    _strip(backbone)
+    return backbone
+
+
+def load_backbone(backbone: Any, name: str, path: Path) -> None:  # noqa: ANN401
     """Give the backbone its weights from a file of timm; position embeddings are scaled to `input_size`.
 
     Raises ArtefactError when the file belongs to another model.
     """
-    backbone: Any = model.backbone
     given = {key: value.float() for key, value in load_tensors(path).items()}
     adapt = getattr(import_module(type(backbone).__module__), "checkpoint_filter_fn", None)
     tensors = adapt(dict(given), backbone) if adapt is not None else given
     for key in tensors.keys() & given.keys():
         if key != "pos_embed" and tensors[key].shape != given[key].shape:  # timm scales patches of other sizes as well
             raise ArtefactError(
-                f"{path}: {key} has shape {list(given[key].shape)}, {model.config.model} {list(tensors[key].shape)}; "
+                f"{path}: {key} has shape {list(given[key].shape)}, {name} {list(tensors[key].shape)}; "
                 "fetch the weights of this model"
             )
     tensors = {key: value for key, value in tensors.items() if not key.startswith(_BEHIND)}

@@ -90,6 +90,14 @@ class VisualTokenizer(Tokenizer):
                 self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
 
     @property
+    def num_blocks(self) -> int:
+        return len(self.trunk.blocks)
+
+    @property
+    def feature_dim(self) -> int:
+        return self.config.vision.embed_dim
+
+    @property
     def image_size(self) -> int:
         return self.config.image_size
 

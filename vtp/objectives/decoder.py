@@ -1,142 +1,169 @@
-"""Adversarial tuning of the pixel decoder; encoder and bottleneck stay as they are (paper 3.2, second stage).
+"""Tuning of the pixel decoder; encoder and bottleneck stay as they are (paper 3.2, second stage).
 
-The paper names no discriminator, weights or schedule; this follows the best-documented recipe, RAE's: hinge loss,
-adaptive weight, a head start for the discriminator, differentiable augmentation, an averaged decoder.
+L1 and a perceptual distance, with an adversary if there is one (`vtp.objectives.adversary`), and an averaged decoder.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
+from typing import NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from vtp.config import Config
 from vtp.data.batches import ImageBatch
+from vtp.distributed import ranks
 from vtp.draws import torch_draws
 from vtp.layers.average import frozen_copy, update_average, warm_momentum
+from vtp.layers.block import Block, Blocks
 from vtp.layers.flops import FROZEN, TRAINING, forward_flops
-from vtp.layers.images import denormalise, normalise
-from vtp.losses.gan import adaptive_weight, discriminator_loss, generator_loss
+from vtp.layers.images import normalise
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
-from vtp.models.discriminator import AugmentationConfig, PatchDiscriminator, augment, draw_augmentation
-from vtp.models.tokenizer import VisualTokenizer
+from vtp.models.base import Tokenizer
+from vtp.objectives.adversary import Adversary, Rendering, plain_terms
 from vtp.objectives.pretrain import reconstruction_distance
 from vtp.step import Logs, Moment, ParameterGroup, StepCost, Term
 
 
+class NoiseConfig(Config):
+    """Gaussian noise on the latents in training, after RAE: a generator's samples are not exact latents either."""
+
+    std: float = Field(
+        ge=0, description="each sample's noise is uniform below this, in standard deviations of the channel; 0: none"
+    )
+    samples: int = Field(ge=2, description="training images behind the standard deviations")
+
+
 class DecoderObjectiveConfig(Config):
-    """The loss of the second stage."""
+    """The loss of the second stage, without the adversary."""
 
     perceptual: PerceptualConfig
     perceptual_weight: float = Field(ge=0)
-    adversarial_weight: float = Field(ge=0, description="times the adaptive weight; 0 tunes without a discriminator")
-    max_adaptive_weight: float = Field(gt=0)
-    critic_start: float = Field(ge=0, le=1, description="share of the run after which the discriminator trains")
-    adversarial_start: float = Field(ge=0, le=1, description="share of the run after which the decoder sees it")
-    augmentation: AugmentationConfig
+    noise: NoiseConfig
     ema: float = Field(ge=0, lt=1, description="momentum of the averaged decoder, which is the result")
-
-    @model_validator(mode="after")
-    def _head_start(self) -> Self:
-        if self.adversarial_start < self.critic_start:
-            raise ValueError("adversarial_start is before critic_start: the decoder would follow an untrained critic")
-        return self
 
 
 class DecoderObjective(nn.Module):
-    """Two phases within a step: the decoder, then the critic on the decoder's output rounded to 8 bits."""
+    """Two phases within a step: the decoder, then the critic. A term is this rank's part of the global batch's loss.
+
+    `channel_std` [d] scales the noise on latents and is not needed without.
+    """
 
     def __init__(
         self,
-        tokenizer: VisualTokenizer,
-        critic: PatchDiscriminator,
+        tokenizer: Tokenizer,
+        adversary: Adversary | None,
         config: DecoderObjectiveConfig,
         *,
         perceptual: PerceptualDistance,
+        channel_std: Tensor | None,
         seed: int,
     ) -> None:
         super().__init__()
         self.config = config
         self.seed = seed
-        self._frozen = (tokenizer, perceptual)  # in a tuple: no part of the state
-        self.decoder = tokenizer.pixel_decoder
+        self._frozen = _Frozen(tokenizer.eval(), perceptual)  # in a tuple: no part of the state
+        self._noise = config.noise.std * channel_std[:, None, None] if channel_std is not None else None
+        self.decoder: nn.Module = tokenizer.pixel_decoder
         self.average = frozen_copy(self.decoder)
-        self.critic = critic
-        self._pair: tuple[Tensor, Tensor] | None = None
+        self.adversary = adversary
 
     def phases(self) -> Mapping[str, Sequence[ParameterGroup]]:
-        adversarial = {"critic": [ParameterGroup(list(self.critic.parameters()))]}
-        return {
-            "decoder": [ParameterGroup(list(self.decoder.parameters()))],
-            **(adversarial if self.config.adversarial_weight else {}),
-        }
+        critic = {"critic": [ParameterGroup(self.adversary.parameters_of_critic())]} if self.adversary else {}
+        return {"decoder": [ParameterGroup(list(self.decoder.parameters()))], **critic}
 
     def watched(self) -> Sequence[nn.Parameter]:
         return ()
 
+    def compiled_units(self) -> Iterator[nn.Module]:
+        """What is compiled, one by one: the blocks of encoder and decoder."""
+        for part in (self._frozen.tokenizer, self.average):
+            yield from (module for module in part.modules() if isinstance(module, Block))
+
+    def recompute(self) -> None:
+        """Keep no activations inside of the decoder's blocks; the backward pass computes them again."""
+        for module in self.decoder.modules():
+            if isinstance(module, Blocks):
+                module.recompute = True
+
+    def sharded_units(self) -> Iterator[Sequence[nn.Module]]:
+        """None: weights stay whole."""
+        return iter(())
+
     def terms(self, phase: str, micros: Sequence[ImageBatch], moment: Moment) -> Iterator[Term]:
-        (batch,) = micros
-        yield from self._decoder(batch, moment) if phase == "decoder" else self._critic(moment)
+        if phase == "critic":
+            assert self.adversary is not None
+            return self.adversary.critic_terms(moment)
+        rendering = self._rendering(micros, moment)
+        if self.adversary is None:
+            return plain_terms("decoder", rendering)
+        return self.adversary.terms("decoder", rendering, moment)
 
     def after_step(self, moment: Moment) -> Logs:
         """Move the averaged decoder."""
         update_average(self.average, self.decoder, warm_momentum(self.config.ema, moment.step))
+        if self.adversary is not None:
+            self.adversary.after_step(moment)
         return {}
 
-    def step_cost(self, batch: ImageBatch) -> StepCost:
-        """Training FLOPs of a step with both phases at work."""
+    def step_cost(self, batch_size: int) -> StepCost:
+        """Training FLOPs of a step of `batch_size` images, with all parts at work."""
         tokenizer, perceptual = self._frozen
-        images = batch.images.float()
-        height, width = (size // tokenizer.config.vision.patch_size for size in images.shape[2:])
-        latents = torch.empty(len(images), tokenizer.config.vision.feature_bottleneck, height, width)
-        flops = forward_flops(tokenizer.trunk, images) + TRAINING * forward_flops(self.decoder, latents)
-        flops += (1 + FROZEN) / 2 * forward_flops(perceptual.network, images, images)
-        if self.config.adversarial_weight:
-            flops += (FROZEN + 2 * TRAINING) * forward_flops(self.critic, images)
-        return StepCost(flops, {"decoder": len(images)}, len(images) * height * width)
+        image = torch.empty(1, 3, tokenizer.image_size, tokenizer.image_size)
+        latent = torch.empty(1, *tokenizer.latent_shape)
+        flops = forward_flops(_Encoder(tokenizer), image) + TRAINING * forward_flops(self.decoder, latent)
+        flops += (1 + FROZEN) / 2 * forward_flops(perceptual.network, image, image)
+        if self.adversary is not None:
+            flops += self.adversary.step_flops(tokenizer.image_size)
+        _, height, width = tokenizer.latent_shape
+        return StepCost(flops * batch_size, {"decoder": batch_size}, batch_size * height * width)
 
-    def _decoder(self, batch: ImageBatch, moment: Moment) -> Iterator[Term]:
+    def _rendering(self, micros: Sequence[ImageBatch], moment: Moment) -> Rendering:
         tokenizer, perceptual = self._frozen
-        images = normalise(batch.images)
+        parts = len(micros) * ranks().size
+        images = [normalise(micro.images) for micro in micros]
         with torch.no_grad():
-            latents = tokenizer.encode(images)
-        reconstructions = self.decoder(latents)
-        distance = reconstruction_distance(perceptual, reconstructions, images)
-        loss = distance.l1 + self.config.perceptual_weight * distance.perceptual
-        logs = {"l1": distance.l1.detach(), "perceptual": distance.perceptual.detach()}
-        fake, real = denormalise(reconstructions.float()) * 2 - 1, denormalise(images) * 2 - 1
-        if self._started(self.config.adversarial_start, moment):
-            self.critic.requires_grad_(False)
-            adversarial = generator_loss(self.critic(self._augment(fake, "decoder", moment.step)))
-            self.critic.requires_grad_(True)
-            weight = adaptive_weight(
-                loss, adversarial, self.decoder.proj_out.weight, ceiling=self.config.max_adaptive_weight
-            )
-            loss = loss + self.config.adversarial_weight * weight * adversarial
-            logs |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
-        self._pair = (real, to_8_bits(fake.detach()))
-        yield Term("decoder", loss, logs, (reconstructions,))
+            latents = [tokenizer.encode(batch) for batch in images]
 
-    def _critic(self, moment: Moment) -> Iterator[Term]:
-        assert self._pair is not None
-        real, fake = self._pair
-        if not self._started(self.config.critic_start, moment):
-            return
-        of_real = self.critic(self._augment(real, "real", moment.step))
-        of_fake = self.critic(self._augment(fake, "fake", moment.step))
-        loss = discriminator_loss(of_real, of_fake)
-        accuracy = ((of_real > 0).float().mean() + (of_fake < 0).float().mean()) / 2
-        yield Term("critic", loss, {"critic_loss": loss.detach(), "critic_accuracy": accuracy}, (fake,))
+        def render(number: int) -> Tensor:
+            return self.decoder(self._noisy(latents[number], moment.step, number, len(micros)))
 
-    def _augment(self, images: Tensor, purpose: str, step: int) -> Tensor:
-        draws = torch_draws(self.seed, f"augmentation/{purpose}", step)
-        return augment(images, draw_augmentation(images.shape, self.config.augmentation, draws))
+        def distance(number: int, pixels: Tensor) -> tuple[Tensor, Logs]:
+            found = reconstruction_distance(perceptual, pixels, images[number])
+            l1, of_features = found.l1 / parts, found.perceptual / parts
+            logs = {"l1": l1.detach(), "perceptual": of_features.detach()}
+            logs["replaced_samples"] = micros[number].replaced.sum()
+            return l1 + self.config.perceptual_weight * of_features, logs
 
-    def _started(self, share: float, moment: Moment) -> bool:
-        return bool(self.config.adversarial_weight) and moment.progress >= share
+        last_layer: Tensor = self._frozen.tokenizer.last_layer.weight  # pyright: ignore[reportAssignmentType]
+        clean = None if self._noise is None else lambda number: self.decoder(latents[number])
+        return Rendering(len(micros), images.__getitem__, render, distance, last_layer, clean)
+
+    def _noisy(self, latents: Tensor, step: int, number: int, micros: int) -> Tensor:
+        """Latents with noise, which belongs to a sample's place in the global batch."""
+        if self._noise is None:
+            return latents
+        first = (ranks().rank * micros + number) * len(latents)
+        noise = []
+        for index in range(first, first + len(latents)):
+            draws = torch_draws(self.seed, "latent_noise", step, index)
+            noise.append(torch.rand(1, 1, 1, generator=draws) * torch.randn(latents.shape[1:], generator=draws))
+        return latents + torch.stack(noise).to(latents) * self._noise.to(latents)
 
 
-def to_8_bits(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as a file would hold them: the critic must not tell fakes by their fractions."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+class _Frozen(NamedTuple):
+    """What is used and not trained."""
+
+    tokenizer: Tokenizer
+    perceptual: PerceptualDistance
+
+
+class _Encoder(nn.Module):
+    """The encoder as a module whose operations can be counted."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(images)

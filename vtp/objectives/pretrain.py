@@ -18,10 +18,12 @@ from vtp.config import Config
 from vtp.data.batches import PretrainBatch
 from vtp.distributed import ranks
 from vtp.draws import torch_draws
+from vtp.layers.block import Block
 from vtp.layers.images import denormalise, normalise
 from vtp.losses.clip import ContrastConfig, clip_loss, siglip_loss
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
 from vtp.models.tokenizer import VisualTokenizer
+from vtp.objectives.adversary import Adversary, Rendering, plain_terms
 from vtp.objectives.gradient_cache import GradientCache
 from vtp.objectives.rates import RatesConfig, groups
 from vtp.objectives.self_distillation import Keeps, SelfDistillation, SslConfig
@@ -75,7 +77,7 @@ Part = Literal["clip", "ssl", "reconstruction"]
 
 
 class PretrainObjective(nn.Module):
-    """One phase; its terms come in the order clip, ssl, reconstruction."""
+    """One phase; its terms come in the order clip, ssl, reconstruction. An adversary adds the phase `critic`."""
 
     def __init__(
         self,
@@ -85,17 +87,20 @@ class PretrainObjective(nn.Module):
         *,
         perceptual: PerceptualDistance,
         seed: int,
+        adversary: Adversary | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.rates = rates
         self.seed = seed
         self.tokenizer = tokenizer
+        self.adversary = adversary  # the paper has none: it keeps adversarial gradients out of pre-training
         self._perceptual = [perceptual]  # in a list: frozen, so no part of the state
         self.ssl = SelfDistillation(tokenizer, config.ssl) if config.weights.ssl else None
 
     def phases(self) -> Mapping[str, Sequence[ParameterGroup]]:
-        return {"model": list(groups(self.tokenizer, self.ssl and self.ssl.heads, self.rates))}
+        critic = {"critic": [ParameterGroup(self.adversary.parameters_of_critic())]} if self.adversary else {}
+        return {"model": list(groups(self.tokenizer, self.ssl and self.ssl.heads, self.rates)), **critic}
 
     def watched(self) -> Sequence[nn.Parameter]:
         """The parameters that all objectives share, whose gradients are compared."""
@@ -110,6 +115,10 @@ class PretrainObjective(nn.Module):
             text: Any = self.tokenizer.text  # open_clip's
             yield [*text.transformer.resblocks, text]
 
+    def compiled_units(self) -> Iterator[nn.Module]:
+        """What is compiled, one by one."""
+        yield from (module for module in self.modules() if isinstance(module, Block))
+
     def recompute(self) -> None:
         """Keep no activations inside of blocks; the backward pass computes them again."""
         for model in (self.tokenizer.trunk, self.tokenizer.pixel_decoder):
@@ -119,6 +128,10 @@ class PretrainObjective(nn.Module):
             text.set_grad_checkpointing(True)
 
     def terms(self, phase: str, micros: Sequence[PretrainBatch], moment: Moment) -> Iterator[Term]:
+        if phase == "critic":
+            assert self.adversary is not None
+            yield from self.adversary.critic_terms(moment)
+            return
         if self.config.weights.clip:
             yield from self._clip(micros, moment)
         if self.ssl is not None:
@@ -138,6 +151,8 @@ class PretrainObjective(nn.Module):
             logs["teacher_temperature"] = self.ssl.teacher_temperature(moment.progress)
             logs["teacher_momentum"] = self.ssl.momentum(moment.progress)
             logs["dino_loss_uninformed"] = math.log(self.config.ssl.head.prototypes)
+        if self.adversary is not None:
+            self.adversary.after_step(moment)
         return logs
 
     def _clip(self, micros: Sequence[PretrainBatch], moment: Moment) -> Iterator[Term]:
@@ -163,15 +178,26 @@ class PretrainObjective(nn.Module):
 
     def _reconstruction(self, micros: Sequence[PretrainBatch], moment: Moment) -> Iterator[Term]:
         config, parts = self.config.reconstruction, len(micros) * ranks().size
-        for number, micro in enumerate(micros):
-            images = normalise(micro.rec_images)
-            keep = self._keep("reconstruction", len(images), len(images), number, len(micros), moment.step)
-            reconstructions = self.tokenizer.decode(self.tokenizer.encode(images, keep=keep))
-            distance = reconstruction_distance(self._perceptual[0], reconstructions, images, l1_space=config.l1_space)
-            l1, perceptual = distance.l1 / parts, distance.perceptual / parts
-            logs = {"l1": l1.detach(), "perceptual": perceptual.detach(), "replaced_samples": micro.replaced.sum()}
-            loss = self.config.weights.reconstruction * (l1 + config.perceptual_weight * perceptual)
-            yield Term("reconstruction", loss, logs, (reconstructions,))
+        images = [normalise(micro.rec_images) for micro in micros]
+
+        def render(number: int) -> Tensor:
+            count = len(images[number])
+            keep = self._keep("reconstruction", count, count, number, len(micros), moment.step)
+            return self.tokenizer.decode(self.tokenizer.encode(images[number], keep=keep))
+
+        def distance(number: int, pixels: Tensor) -> tuple[Tensor, Logs]:
+            found = reconstruction_distance(self._perceptual[0], pixels, images[number], l1_space=config.l1_space)
+            l1, perceptual = found.l1 / parts, found.perceptual / parts
+            logs = {"l1": l1.detach(), "perceptual": perceptual.detach()}
+            logs["replaced_samples"] = micros[number].replaced.sum()
+            return self.config.weights.reconstruction * (l1 + config.perceptual_weight * perceptual), logs
+
+        last_layer = self.tokenizer.pixel_decoder.proj_out.weight
+        rendering = Rendering(len(micros), images.__getitem__, render, distance, last_layer)
+        if self.adversary is None:
+            yield from plain_terms("reconstruction", rendering)
+        else:
+            yield from self.adversary.terms("reconstruction", rendering, moment, apart=moment.watched)
 
     def _keeps(self, micro: PretrainBatch, number: int, count: int, step: int) -> Keeps:
         blocks, samples = len(micro.rec_images), len(micro.global_views)

@@ -77,3 +77,17 @@ class Curves:
                 writer.writeheader()
             writer.writerows(rows)
         temporary.replace(self.path)
+
+
+def gradient_figures(path: Path, phase: str) -> dict[str, float]:
+    """Median, 99th percentile and maximum of a phase's gradient norm before clipping, over the rows of finished curves.
+
+    A row holds the mean over `log_every` steps. Empty when the run has no such column.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        norms = [float(value) for row in csv.DictReader(file) if (value := row.get(f"{phase}_gradient_norm"))]
+    if not norms:
+        return {}
+    values = torch.tensor(norms, dtype=torch.float64)
+    median, high = values.quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
+    return {"gradient_norm_median": median, "gradient_norm_p99": high, "gradient_norm_max": float(values.max())}

@@ -1,0 +1,48 @@
+"""Models on the device, as the environment says: recomputed, compiled, sharded."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from stages._runtime import Work
+from vtp.distributed import ranks, shard
+
+
+class Placeable(Protocol):
+    """What an objective tells of its models."""
+
+    def to(self, device: str) -> object: ...
+
+    def compiled_units(self) -> Iterator[nn.Module]:
+        """What is compiled, one by one."""
+        ...
+
+    def recompute(self) -> None:
+        """Keep no activations inside of blocks."""
+        ...
+
+    def sharded_units(self) -> Iterator[Sequence[nn.Module]]:
+        """What FSDP gathers together, parts first; nothing for models that stay whole on every rank."""
+        ...
+
+
+def place(objective: Placeable, work: Work) -> None:
+    """Put the models on the device; recompute, compile and shard them, in this order."""
+    runtime = work.runtime
+    objective.to(work.device)
+    if runtime.recompute:
+        objective.recompute()
+    if runtime.compile if runtime.compile is not None else work.device == "cuda":
+        torch._dynamo.config.recompile_limit = 64  # a block sees a few shapes, with gradient and without
+        for module in objective.compiled_units():
+            module.compile(dynamic=False)
+    if runtime.parallel == "fsdp" and ranks().size > 1:
+        units = list(objective.sharded_units())
+        if not units:
+            logging.info(
+                "these models stay whole on every rank: they are small, and one layer's gradient is needed apart"
+            )
+        shard(units, work.device)

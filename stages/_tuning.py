@@ -1,0 +1,98 @@
+"""What looks at a decoder while it is tuned: figures and pictures of fixed validation images, by the averaged weights."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from stages._pictures import UNINFORMED, grid
+from vtp.artefact import load_tensors, save_tensors
+from vtp.config import Config
+from vtp.data.dataset import ShardDataset
+from vtp.distributed import gather_rows, own_rows, ranks
+from vtp.evaluation.reconstruction import psnr
+from vtp.layers.images import normalise, to_uint8
+from vtp.losses.perceptual import PerceptualDistance
+from vtp.models.base import Tokenizer
+from vtp.step import Logs, Moment
+
+
+class DecoderWatchConfig(Config):
+    """Looks along the run."""
+
+    looks: int = Field(ge=1, description="evenly spaced over the run; the last is at its end")
+    samples: int = Field(ge=1, description="validation images whose PSNR and perceptual distance are taken")
+    pictures: int = Field(ge=1, description="validation images that are shown")
+    batch_size: int = Field(ge=1, description="of what is computed here")
+
+
+class DecoderLooks:
+    """Looks at even intervals; ranks share the images. The decoder as it came is the reference of every figure."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        average: nn.Module,
+        images: ShardDataset,
+        config: DecoderWatchConfig,
+        *,
+        perceptual: PerceptualDistance,
+        folder: Path,
+        device: str,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._average = average
+        self._images = images
+        self._config = config
+        self._perceptual = perceptual
+        self._folder = folder
+        self._device = device
+        self._shown = images.images(range(min(config.pictures, len(images))), tokenizer.image_size)
+        self._before = self._figures(tokenizer.pixel_decoder)
+        self._first = self._render(tokenizer.pixel_decoder)
+
+    def due(self, moment: Moment) -> bool:
+        done, looks = moment.step + 1, self._config.looks
+        return done * looks // moment.steps > moment.step * looks // moment.steps
+
+    @torch.no_grad()
+    def look(self, moment: Moment) -> Logs:
+        if ranks().first:
+            pixels = self._render(self._average)
+            save_tensors(self._folder / f"step-{moment.step + 1:09d}.safetensors", {"images": pixels})
+        before = {f"{name}{UNINFORMED}": value for name, value in self._before.items()}
+        return self._figures(self._average) | before
+
+    def picture(self, path: Path, *, steps: int) -> None:
+        """Originals over the decoder as it came and the averaged one at every look, as one PNG."""
+        moments = [Moment(step, steps, watched=False) for step in range(steps)]
+        done = [moment.step + 1 for moment in moments if self.due(moment)]
+        rows = [load_tensors(self._folder / f"step-{step:09d}.safetensors")["images"] for step in done]
+        names = ["original", "before", *(f"step {step}" for step in done)]
+        grid([self._shown, self._first, *rows], names, path, title="reconstructions while the decoder is tuned")
+
+    @torch.no_grad()
+    def _render(self, decoder: nn.Module) -> Tensor:
+        """Uint8 reconstructions [n, 3, S, S] of the images that are shown."""
+        parts = [self._reconstruct(decoder, images) for images in self._shown.split(self._config.batch_size)]
+        return torch.cat(parts).cpu()
+
+    @torch.no_grad()
+    def _figures(self, decoder: nn.Module) -> dict[str, float]:
+        """Means over the images, this rank's share of them and then everybody's."""
+        own = np.asarray(own_rows(min(self._config.samples, len(self._images))))
+        found = [torch.empty(0, 2)]
+        for rows in np.array_split(own, max(1, -(-len(own) // self._config.batch_size))):
+            if len(rows):
+                originals = self._images.images(rows, self._tokenizer.image_size)
+                written = self._reconstruct(decoder, originals) / 255
+                originals = originals.to(self._device) / 255
+                distance = self._perceptual(originals * 2 - 1, written * 2 - 1)
+                found.append(torch.stack([psnr(originals, written), distance], 1).cpu())
+        of_psnr, of_distance = gather_rows(torch.cat(found)).double().mean(0).tolist()
+        return {"validation_psnr": of_psnr, f"validation_lpips_{self._perceptual.name}": of_distance}
+
+    def _reconstruct(self, decoder: nn.Module, originals: Tensor) -> Tensor:
+        return to_uint8(decoder(self._tokenizer.encode(normalise(originals.to(self._device)))))
