@@ -29,9 +29,12 @@ def test_the_recipe_is_valid(tmp_path):
         ({"train_generator": {"optim": {"lr": -1.0}}}, "train_generator.optim.lr: Input should be greater than 0"),
         ({"pretrain": {"data": {"batch": {"ssl": 99}}}}, "ssl 99 is not a multiple of reconstruction 2"),
         ({"generate": {"guided": {"guidance_interval": [0.9, 0.1]}}}, "start < end"),
-        ({"evaluate_generator": {"features": {"name": "dino"}}}, "known are random_vgg16, inception"),
+        ({"reference": {"features": {"name": "dino"}}}, "known are random_vgg16, inception"),
         ({"pretrain": {"tokenizer": {"image_size": 32}}}, "image_size"),
         ({"evaluate_understanding": {"templates": ["an emoji"]}}, "every template must hold {}"),
+        ({"reference": {"image_size": 32}}, "reference.image_size: 32, pretrain.tokenizer.image_size is 16"),
+        ({"evaluate_reconstruction": {"split": "test"}}, "'test' is none of reference.splits, which has train, valid"),
+        ({"evaluate_reconstruction": {"noise": {"levels": [0.1, 0.1]}}}, "levels must rise from 0 or above"),
     ],
 )
 def test_bad_values_are_named(tmp_path, changes, message):
