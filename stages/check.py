@@ -80,6 +80,10 @@ def disagreements(configs: dict[str, Any]) -> list[str]:
         found.append("evaluate_understanding.templates: every template must hold {} for the class")
     if reference and pretrain and reference.image_size != (side := pretrain.tokenizer.image_size):
         found.append(f"reference.image_size: {reference.image_size}, pretrain.tokenizer.image_size is {side}")
+    imported = configs.get("import_tokenizer")
+    side = imported and getattr(imported.source, "image_size", None)  # VTP's own stands in its folder
+    if reference and side and reference.image_size != side:
+        found.append(f"reference.image_size: {reference.image_size}, import_tokenizer.source.image_size is {side}")
     if reference and reconstruction and reconstruction.split not in reference.splits:
         found.append(
             f"evaluate_reconstruction.split: {reconstruction.split!r} is none of reference.splits, which has "
