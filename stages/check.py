@@ -70,6 +70,7 @@ def disagreements(configs: dict[str, Any]) -> list[str]:
     """What is wrong between sections."""
     found = []
     data, pretrain, understanding = (configs.get(n) for n in ("prepare_data", "pretrain", "evaluate_understanding"))
+    reference, reconstruction = configs.get("reference"), configs.get("evaluate_reconstruction")
     if data and pretrain and (side := data.side) is not None and side < pretrain.tokenizer.image_size:
         found.append(
             f"prepare_data: pictures have image_size {side}, pretrain.tokenizer.image_size is "
@@ -77,6 +78,17 @@ def disagreements(configs: dict[str, Any]) -> list[str]:
         )
     if understanding and any("{}" not in template for template in understanding.templates or ()):
         found.append("evaluate_understanding.templates: every template must hold {} for the class")
+    if reference and pretrain and reference.image_size != (side := pretrain.tokenizer.image_size):
+        found.append(f"reference.image_size: {reference.image_size}, pretrain.tokenizer.image_size is {side}")
+    imported = configs.get("import_tokenizer")
+    side = imported and getattr(imported.source, "image_size", None)  # VTP's own stands in its folder
+    if reference and side and reference.image_size != side:
+        found.append(f"reference.image_size: {reference.image_size}, import_tokenizer.source.image_size is {side}")
+    if reference and reconstruction and reconstruction.split not in reference.splits:
+        found.append(
+            f"evaluate_reconstruction.split: {reconstruction.split!r} is none of reference.splits, which has "
+            f"{', '.join(reference.splits)}"
+        )
     return found
 
 

@@ -1,5 +1,6 @@
 """A temporary clone of the project with its own git and DVC, for tests of real pipeline runs."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny import ROOT, merged, tiny_params, write_params
+from tiny import ROOT, SMALL, merged, tiny_params, write_params
 
 from vtp.artefact import digest
+from vtp.config import read_yaml
 
 WEIGHTS = {
     "pretrain": "work/tokenizer/model.safetensors",
@@ -77,6 +79,30 @@ class Clone:
 
     def weights(self, stage):
         return digest(self.folder / WEIGHTS[stage])
+
+
+class Study:
+    """A folder of pipelines/ in a clone, at tiny size."""
+
+    def __init__(self, clone: Clone, name: str, **changes) -> None:
+        self.clone = clone
+        self.name = name
+        self.folder = clone.folder / "pipelines" / name
+        values = read_yaml(self.folder / "params.yaml")
+        small = {
+            section: change for section, change in SMALL.items() if section in values and section != "prepare_data"
+        }
+        self.values = merged(merged(values, small), changes)
+        write_params(self.values, self.folder / "params.yaml")
+
+    def dvc(self, *arguments, status=0):
+        where = {"PYTHONPATH": str(self.clone.folder)}  # not the code of the checkout that is installed
+        output, ended = self.clone.dvc(*arguments, cwd=self.folder, **where)
+        assert ended == status, output
+        return output
+
+    def json(self, path):
+        return json.loads((self.folder / path).read_text())
 
 
 def ran(output):

@@ -282,6 +282,16 @@ def photo(n: int) -> bytes:
     return encoded(drawing(n, size), ("JPEG", "PNG", "WEBP")[n % 3])
 
 
+def write_imagenet(folder: Path, *, train: int, validation: int) -> None:
+    """Four classes as ImageNet names them, `train/<synset>/` and `val/<synset>/`, so many good pictures of each."""
+    for part, first, count in (("train", 0, train), ("val", 50, validation)):
+        for index, synset in enumerate(("n01440764", "n01443537", "n02123045", "n03000684")):
+            place = folder / part / synset
+            place.mkdir(parents=True)
+            for number in range(count):
+                (place / f"{synset}_{number}.JPEG").write_bytes(photo(100 * index + first + number))
+
+
 def write_metadata(path: Path, server: Server, count: int) -> None:
     """Parquet as DataComp publishes it."""
     import pyarrow as pa

@@ -1,6 +1,5 @@
 """The two studies that begin with real data, under real DVC: a web of pictures and an object store on loopback."""
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -8,41 +7,15 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from clone import Clone, ran
-from servers import bad_rows, photo, serving, write_metadata
-from tiny import SMALL, merged, write_params
+from clone import Clone, Study, ran
+from servers import bad_rows, serving, write_imagenet, write_metadata
 
 from vtp.artefact import digest
-from vtp.config import read_yaml
 from vtp.data.dataset import ShardDataset
 
 pytestmark = pytest.mark.slow
 GOOD, MORE = 240, 40
 BAD = {"missing": 30, "html": 10, "noai": 10}  # of awkward pages, by their names on the server
-
-
-class Study:
-    """A folder of pipelines/ in a clone, at tiny size."""
-
-    def __init__(self, clone: Clone, name: str, **changes) -> None:
-        self.clone = clone
-        self.name = name
-        self.folder = clone.folder / "pipelines" / name
-        values = read_yaml(self.folder / "params.yaml")
-        small = {
-            section: change for section, change in SMALL.items() if section in values and section != "prepare_data"
-        }
-        self.values = merged(merged(values, small), changes)
-        write_params(self.values, self.folder / "params.yaml")
-
-    def dvc(self, *arguments, status=0):
-        where = {"PYTHONPATH": str(self.clone.folder)}  # not the code of the checkout that is installed
-        output, ended = self.clone.dvc(*arguments, cwd=self.folder, **where)
-        assert ended == status, output
-        return output
-
-    def json(self, path):
-        return json.loads((self.folder / path).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -165,20 +138,10 @@ def test_a_team_shares_what_was_made(datacomp, lake):
     assert os.stat(tar).st_nlink > 1  # one file here and in the cache
 
 
-def photo_of(synset: int, number: int) -> bytes:
-    return photo(100 * synset + number)
-
-
 def test_imagenet_from_folders_to_figures(clone):
     """Four classes as ImageNet names them, through every stage."""
     study = Study(clone, "imagenet", prepare_data={"samples_per_shard": 30})
-    synsets = ["n01440764", "n01443537", "n02123045", "n03000684"]
-    for part, count in (("train", 24), ("val", 8)):
-        for index, synset in enumerate(synsets):
-            place = study.folder / "data/imagenet" / part / synset
-            place.mkdir(parents=True)
-            for number in range(count):
-                (place / f"{synset}_{number}.JPEG").write_bytes(photo_of(index, number + (50 if part == "val" else 0)))
+    write_imagenet(study.folder / "data/imagenet", train=24, validation=8)
     output = study.dvc("repro")
     assert ran(output)[0:2] == ["check", "prepare_data"]
     manifest = study.json("work/shards/manifest.json")

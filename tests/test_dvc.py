@@ -40,7 +40,7 @@ def test_whole_pipeline_and_plots(clone, finished):
     shown, status = clone.dvc("plots", "show")
     assert status == 0, shown
     page = (clone.folder / "dvc_plots/index.html").read_text()
-    assert all(name in page for name in ("reconstructions.png", "guided.png", "pretrain losses"))
+    assert all(name in page for name in ("worst.png", "guided.png", "pretrain losses", "noise on latents"))
     provenance = json.loads((clone.folder / "work/provenance/pretrain.json").read_text())
     assert provenance["facts"]["samples"] == 96
     assert provenance["config"]["seed"] == 0

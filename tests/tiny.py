@@ -75,11 +75,11 @@ def _sections(params: Path) -> dict[str, Any]:
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with nested `changes`; a union member is replaced as a whole."""
+    """`values` with nested `changes`; a union member is replaced as a whole, as is what is empty."""
     result = dict(values)
     for key, change in changes.items():
         assert key in values, key
-        nested = isinstance(change, dict) and isinstance(values[key], dict) and "name" not in change
+        nested = isinstance(change, dict) and isinstance(values[key], dict) and values[key] and "name" not in change
         result[key] = merged(values[key], change) if nested else change
     return result
 

@@ -3,7 +3,8 @@
 import pytest
 from tiny import ROOT, merged, tiny_params, write_params
 
-from stages.check import problems, uses
+from stages.check import disagreements, problems, stage_config, uses
+from stages.import_tokenizer import ImportTokenizer
 
 USES = uses(ROOT / "dvc.yaml")
 
@@ -29,13 +30,28 @@ def test_the_recipe_is_valid(tmp_path):
         ({"train_generator": {"optim": {"lr": -1.0}}}, "train_generator.optim.lr: Input should be greater than 0"),
         ({"pretrain": {"data": {"batch": {"ssl": 99}}}}, "ssl 99 is not a multiple of reconstruction 2"),
         ({"generate": {"guided": {"guidance_interval": [0.9, 0.1]}}}, "start < end"),
-        ({"evaluate_generator": {"features": {"name": "dino"}}}, "known are random_vgg16, inception"),
+        ({"reference": {"features": {"name": "dino"}}}, "known are random_vgg16, inception"),
         ({"pretrain": {"tokenizer": {"image_size": 32}}}, "image_size"),
         ({"evaluate_understanding": {"templates": ["an emoji"]}}, "every template must hold {}"),
+        ({"reference": {"image_size": 32}}, "reference.image_size: 32, pretrain.tokenizer.image_size is 16"),
+        ({"evaluate_reconstruction": {"split": "test"}}, "'test' is none of reference.splits, which has train, valid"),
+        ({"evaluate_reconstruction": {"noise": {"levels": [0.1, 0.1]}}}, "levels must rise from 0 or above"),
     ],
 )
 def test_bad_values_are_named(tmp_path, changes, message):
     assert message in said(tmp_path, changes)
+
+
+def test_an_imported_tokenizer_has_the_size_of_the_reference():
+    def said_of(**source):
+        imported = ImportTokenizer.parse({"source": source}, where="test")
+        return disagreements({"reference": reference, "import_tokenizer": imported})
+
+    reference = stage_config("reference").parse(tiny_params()["reference"], where="test")
+    assert said_of(name="vtp") == []
+    assert said_of(name="autoencoder_kl", image_size=16) == []
+    (problem,) = said_of(name="autoencoder_kl", image_size=32)
+    assert problem == "reference.image_size: 16, import_tokenizer.source.image_size is 32"
 
 
 def test_all_errors_are_reported_at_once(tmp_path):
