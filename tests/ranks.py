@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from objectives.test_pretrain import COMBINATIONS, batch_of, config_of, objective_of
 
+from stages._place import place
 from stages._runtime import Runtime, Work
-from stages.pretrain import place
 from vtp.data.batches import Share
 from vtp.distributed import process_group, ranks, shard, sum_gradients, whole
 from vtp.losses.clip import clip_loss, siglip_loss

@@ -80,7 +80,7 @@ def test_sampling_parameters_rerun_sampling(clone, finished):
 
 
 def test_decoder_parameters_leave_latents_and_generator(clone, finished):
-    clone.write({"tune_decoder": {"objective": {"adversarial_weight": 0.25}}})
+    clone.write({"tune_decoder": {"adversary": {"weight": 0.25}}})
     again = ran(clone.repro())
     assert again[:2] == ["check", "tune_decoder"]
     assert set(again[2:]) == {"evaluate_reconstruction", "evaluate_generator", "report"}

@@ -69,7 +69,7 @@ def results(tmp_path_factory):
         for name in ORDER:
             run = import_module(f"stages.{name}").run
             inputs = {flag: path_of(root, name, flag, "input") for flag in path_flags(run, "input")}
-            inputs = {flag: path for flag, path in inputs.items() if flag not in {"start", "source", "selection"}}
+            inputs = {flag: path for flag, path in inputs.items() if flag not in {"start", "source", "selection", "critic_features"}}
             inputs |= {flag: [inputs[flag]] for flag in path_flags(run, "several")}
             outputs = {flag: path_of(root, name, flag, "output") for flag in path_flags(run, "output")}
             work = QuietWork(root / "scratch" / name / "folder", root, Runtime())
@@ -138,6 +138,9 @@ def test_tuning_leaves_the_encoder_alone(results):
     root, *_ = results
     plain, tuned = load_tokenizer(root / "tokenizer"), load_tokenizer(root / "tokenizer", root / "decoder")
     images = torch.randn(2, 3, 16, 16)
+    assert plain.encoder_digest() == tuned.encoder_digest()
+    facts = json.loads((root / "scratch" / "tune_decoder" / "facts.json").read_text())
+    assert facts["encoder"] == plain.encoder_digest()
     assert torch.equal(plain.encode(images), tuned.encode(images))
     assert not torch.equal(plain.decode(plain.encode(images)), tuned.decode(plain.encode(images)))
 

@@ -1,9 +1,9 @@
-"""Hinge losses and the adaptive weight."""
+"""Hinge losses and the balance of gradients."""
 
 import pytest
 import torch
 
-from vtp.losses.gan import adaptive_weight, discriminator_loss, generator_loss
+from vtp.losses.gan import balance, discriminator_loss, generator_loss
 
 
 def test_hinge():
@@ -13,10 +13,9 @@ def test_hinge():
     assert generator_loss(torch.tensor([1.0, 3.0])) == -2
 
 
-def test_adaptive_weight_equalises_gradients():
-    weight = torch.tensor([1.0, 2.0], requires_grad=True)
-    reconstruction, adversarial = 6 * weight[0], 2 * weight[1]
-    factor = adaptive_weight(reconstruction, adversarial, weight, ceiling=1e4)
+def test_balance_equalises_gradients():
+    strong, weak = torch.tensor([6.0, 0.0]), torch.tensor([0.0, 2.0], requires_grad=True)
+    factor = balance(strong, weak, ceiling=1e4)
     assert float(factor) == pytest.approx(3, rel=1e-4)
     assert not factor.requires_grad
-    assert adaptive_weight(reconstruction, 0 * adversarial, weight, ceiling=50.0) == 50
+    assert balance(strong, 0 * weak, ceiling=50.0) == 50

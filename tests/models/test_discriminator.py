@@ -1,64 +1,145 @@
-"""The critic and its augmentation."""
+"""Critics: what they judge, what they read, and norms that do not depend on how often they are asked."""
 
+import pytest
+import timm
 import torch
+from safetensors.torch import save_file
+from tiny import tiny_params
 
+from stages.pretrain import Pretrain
+from vtp.artefact import ArtefactError
 from vtp.losses.gan import discriminator_loss
+from vtp.models.critic_features import TimmFeatures, TokenizerFeatures, spread
 from vtp.models.discriminator import (
-    Augmentation,
-    AugmentationConfig,
-    DiscriminatorConfig,
-    PatchDiscriminator,
-    augment,
-    draw_augmentation,
+    FeatureCritic,
+    FeatureCriticConfig,
+    PatchCritic,
+    PatchCriticConfig,
+    TimmFeaturesConfig,
+    TokenHead,
+    TokenizerFeaturesConfig,
 )
+from vtp.models.tokenizer import VisualTokenizer
 
-POLICY = AugmentationConfig(translation=0.125, brightness=0.5, saturation=0.5, contrast=0.5)
+
+def patch(width=4, depth=2):
+    return PatchCritic(PatchCriticConfig(name="patch", width=width, depth=depth))
 
 
-def test_separates_two_distributions():
+def of_tokenizer(blocks=2, size=None):
     torch.manual_seed(0)
-    critic = PatchDiscriminator(DiscriminatorConfig(width=8, depth=2))
-    optimizer = torch.optim.Adam(critic.parameters(), 2e-3)
-    stripes = torch.linspace(-1, 1, 16).sign().expand(8, 3, 16, 16)
-    for _ in range(60):
-        real, fake = stripes + 0.3 * torch.randn(8, 3, 16, 16), 0.3 * torch.randn(8, 3, 16, 16)
-        loss = discriminator_loss(critic(real), critic(fake))
+    tokenizer = VisualTokenizer(Pretrain.parse(tiny_params()["pretrain"], where="test").tokenizer).eval()
+    tokenizer.requires_grad_(False)
+    network = TokenizerFeaturesConfig(name="tokenizer", image_size=size, blocks=blocks)
+    features = TokenizerFeatures(tokenizer, blocks=blocks, size=size)
+    config = FeatureCriticConfig(name="features", network=network, kernel=3)
+    return FeatureCritic(config, features, dim=features.dim, heads=blocks)
+
+
+def learns(critic, real, steps, lr=2e-3):
+    optimizer = torch.optim.Adam([p for p in critic.parameters() if p.requires_grad], lr)
+    for _ in range(steps):
+        fake = 0.3 * torch.randn_like(real)
+        loss = discriminator_loss(critic(real + 0.3 * torch.randn_like(real)), critic(fake))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.5
+        critic.refine_norms()
+    return loss.item()
+
+
+@pytest.mark.parametrize("critic", [patch(8), of_tokenizer()], ids=["patch", "features"])
+def test_separates_two_distributions(critic):
+    torch.manual_seed(0)
+    stripes = torch.linspace(-1, 1, 32).sign().expand(8, 3, 32, 32)
+    assert learns(critic, stripes, 200, lr=5e-3) < 0.6
 
 
 def test_depth_sets_the_patch_grid():
     for depth, side in ((2, 6), (3, 2)):
-        assert PatchDiscriminator(DiscriminatorConfig(width=4, depth=depth))(torch.zeros(1, 3, 32, 32)).shape == (
-            1,
-            1,
-            side,
-            side,
-        )
+        assert patch(depth=depth)(torch.zeros(1, 3, 32, 32)).shape == (1, 1, side, side)
 
 
-def test_identity_draws_change_nothing():
-    x = torch.rand(3, 3, 8, 8)
-    one = torch.ones(3, 1, 1, 1)
-    out = augment(x, Augmentation(0 * one, one, one, torch.zeros(3, 2, dtype=torch.int64)))
-    torch.testing.assert_close(out, x)
+def test_a_sample_is_judged_alone():
+    for critic in (patch(), of_tokenizer()):
+        images = torch.randn(4, 3, 16, 16)
+        torch.testing.assert_close(critic(images)[2:], critic(images[2:]), atol=1e-5, rtol=1e-4)
 
 
-def test_translation_moves_down_and_right():
-    x = torch.zeros(2, 3, 4, 4)
-    x[:, :, 1, 1] = 1
-    one = torch.ones(2, 1, 1, 1)
-    out = augment(x, Augmentation(0 * one, one, one, torch.tensor([[2, 1], [-1, 0]])))
-    assert out[0, 0, 3, 2] == out[1, 0, 0, 1] == 1
-    assert out.sum() == 6
+def test_frozen_features_are_no_part_of_the_state_and_pass_gradients():
+    critic = of_tokenizer()
+    assert {name.split(".")[0] for name in critic.state_dict()} == {"heads"}
+    images = torch.randn(2, 3, 16, 16, requires_grad=True)
+    logits = critic(images)
+    assert logits.shape == (2, 2 * 4)  # heads x tokens
+    logits.sum().backward()
+    assert images.grad.abs().max() > 0
+    assert critic.forward_flops(16) > 0
 
 
-def test_draws_are_addressed_differentiable_and_bounded():
-    x = torch.rand(4, 3, 16, 16, requires_grad=True)
-    draws = [draw_augmentation(x.shape, POLICY, torch.Generator().manual_seed(3)) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))
-    assert draws[0].shift.abs().max() <= 2
-    augment(x, draws[0]).sum().backward()
-    assert x.grad.abs().max() > 0
+def test_norms_move_once_a_step_and_not_in_forward_passes():
+    critic = patch()
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter.mul_(3).add_(0.1 * torch.randn_like(parameter))
+    images = torch.randn(2, 3, 16, 16)
+    first = critic(images)
+    assert torch.equal(first, critic(images))
+    for _ in range(50):
+        critic.refine_norms()
+    assert not torch.equal(first, critic(images))
+    for layer in (critic.layers[0], critic.layers[-1]):
+        assert torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_heads_keep_the_tokens():
+    head = TokenHead(6, 9)
+    assert head(torch.randn(2, 6, 12)).shape == (2, 1, 12)
+    with pytest.raises(ValueError, match="an odd one"):
+        TokenHead(6, 4)
+
+
+def test_blocks_are_spread_over_the_depth():
+    assert spread(4, 12) == [2, 5, 8, 11]
+    assert spread(2, 2) == [0, 1]
+    with pytest.raises(ValueError, match="have 2 blocks"):
+        spread(3, 2)
+
+
+def timm_config(**changes):
+    values = {
+        "name": "timm",
+        "model": "vit_tiny_patch16_224",
+        "weights": "w",
+        "sha256": "0",
+        "image_size": 32,
+        "blocks": 3,
+    }
+    return TimmFeaturesConfig(**(values | changes))
+
+
+def test_timm_features_are_those_of_its_blocks(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).eval()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    features = TimmFeatures(timm_config(), tmp_path / "w.safetensors")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    maps = features(images)
+    assert [x.shape for x in maps] == [(2, 192, 4)] * 3
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    tokens = model.patch_embed(((images + 1) / 2 - mean) / std)
+    tokens = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
+    for index, block in enumerate(model.blocks):
+        tokens = block(tokens)
+        if index == 3:  # the first of 3, 7, 11
+            expected = torch.nn.functional.layer_norm(tokens[:, 1:], (192,)).transpose(1, 2)
+    torch.testing.assert_close(maps[0], expected, atol=1e-4, rtol=1e-4)
+    assert not any(parameter.requires_grad for parameter in features.parameters())
+
+
+def test_unknown_models_and_wrong_weights_are_named(tmp_path):
+    with pytest.raises(ArtefactError, match="did you mean"):
+        TimmFeatures(timm_config(model="vit_tinny_patch16_224"), tmp_path / "w.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(ArtefactError, match="missing"):
+        TimmFeatures(timm_config(), tmp_path / "w.safetensors")

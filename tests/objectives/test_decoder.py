@@ -1,69 +1,105 @@
-"""Adversarial tuning: phases, head start, what stays frozen."""
+"""Decoder tuning: phases, head start, balance, noise, what stays frozen, and two real ranks against one process."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import merged, tiny_params
+from tuning import ALONE, CASES, FEATURES, batches_of, config_of, gradients, objective_of, tokenizer_of, trained
 
-from stages.pretrain import Pretrain
-from stages.tune_decoder import TuneDecoder
-from vtp.data.batches import ImageBatch
-from vtp.losses.perceptual import build_perceptual
-from vtp.models.discriminator import PatchDiscriminator
-from vtp.models.tokenizer import VisualTokenizer
-from vtp.objectives.decoder import DecoderObjective, to_8_bits
+from stages._adversary import build_adversary
+from stages._runtime import Runtime, Work
+from vtp.artefact import ArtefactError
+from vtp.data.batches import Share
+from vtp.losses.gan import generator_loss
+from vtp.objectives.adversary import to_8_bits, to_unit
+from vtp.objectives.pretrain import reconstruction_distance
 from vtp.step import Moment
 
-
-def setup(changes=None):
-    config = TuneDecoder.parse(merged(tiny_params()["tune_decoder"], changes or {}), where="test")
-    torch.manual_seed(0)
-    tokenizer = VisualTokenizer(Pretrain.parse(tiny_params()["pretrain"], where="test").tokenizer)
-    perceptual = build_perceptual(config.objective.perceptual, weights=Path())
-    critic = PatchDiscriminator(config.discriminator)
-    objective = DecoderObjective(tokenizer, critic, config.objective, perceptual=perceptual, seed=0)
-    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    return objective, tokenizer, ImageBatch(images)
+TESTS = Path(__file__).parents[1]
 
 
-def step(objective, batch, progress):
+def step(objective, progress):
+    """Scalars of a step, by phase."""
     logs = {}
     objective.zero_grad()
     for phase in objective.phases():
-        for term in objective.terms(phase, [batch], Moment(int(100 * progress), 100, watched=False)):
+        for term in objective.terms(phase, batches_of(0), Moment(int(100 * progress), 100, watched=False)):
             term.loss.backward()
             logs |= term.parts
         if phase == "decoder":
-            assert all(p.grad is None for p in objective.critic.parameters())
+            assert all(p.grad is None for p in objective.adversary.critic.parameters())
     return logs
 
 
 def test_head_start():
-    objective, _, batch = setup()
-    assert set(step(objective, batch, 0.0)) == {"l1", "perceptual"}
-    assert {"critic_loss", "critic_accuracy"} <= set(step(objective, batch, 0.2)) - {"adversarial"}
-    assert {"adversarial", "adaptive_weight", "critic_loss"} <= set(step(objective, batch, 0.5))
+    objective = objective_of(config_of())
+    plain = {"l1", "perceptual", "replaced_samples"}
+    assert set(step(objective, 0.0)) == plain
+    assert set(step(objective, 0.2)) == plain | {"critic_loss", "critic_accuracy"}
+    assert {"adversarial", "adaptive_weight", "critic_loss"} <= set(step(objective, 0.5))
 
 
-def test_only_decoder_and_critic_take_gradients():
-    objective, tokenizer, batch = setup()
-    step(objective, batch, 0.9)
-    assert all(p.grad is None for p in tokenizer.trunk.parameters())
-    assert all(p.grad is not None for p in objective.decoder.parameters())
-    assert all(p.grad is not None for p in objective.critic.parameters())
-    state = objective.state_dict()
-    assert {key.split(".")[0] for key in state} == {"decoder", "average", "critic"}
+@pytest.mark.parametrize("case", ["patch", "features"])
+def test_only_decoder_and_critic_take_gradients(case):
+    objective = objective_of(config_of(CASES[case]))
+    found = gradients(objective, batches_of(0), Moment(90, 100, watched=False))
+    assert all(p.grad is None for p in objective._frozen.tokenizer.trunk.parameters())
+    assert {name.split(".")[0] for name in found} == {"decoder", "adversary"}
+    assert {name.split(".")[0] for name in objective.state_dict()} == {"decoder", "average", "adversary"}
 
 
-def test_without_a_discriminator():
-    objective, _, batch = setup({"objective": {"adversarial_weight": 0.0}})
+def test_without_an_adversary():
+    objective = objective_of(config_of({"adversary": None}))
     assert list(objective.phases()) == ["decoder"]
-    assert set(step(objective, batch, 0.9)) == {"l1", "perceptual"}
+    assert {"l1", "perceptual"} < {name for term in terms(objective, 0.9) for name in term.parts}
+
+
+def terms(objective, progress):
+    return list(objective.terms("decoder", batches_of(0), Moment(int(100 * progress), 100, watched=False)))
+
+
+@pytest.mark.parametrize("case", ["patch", "features"])
+def test_gradient_is_that_of_the_definition(case):
+    """L1 + perceptual + weight * |d rec / d last| / |d adv / d last| * adversarial, through one graph."""
+    config = config_of(CASES[case])
+    objective = objective_of(config)
+    tokenizer, perceptual = objective._frozen
+    moment = Moment(90, 100, watched=False)
+    found = gradients(objective, batches_of(0), moment)
+
+    objective.zero_grad()
+    adversary = objective.adversary
+    rendering = objective._rendering(batches_of(0), moment)
+    images, pixels = rendering.target(0), rendering.render(0)
+    distance = reconstruction_distance(perceptual, pixels, images)
+    loss = distance.l1 + config.objective.perceptual_weight * distance.perceptual
+    adversarial = generator_loss(adversary.critic(adversary._augment(to_unit(pixels), "decoder", moment, 0, 1)))
+    last = tokenizer.last_layer.weight
+    norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, adversarial)]
+    (loss + config.adversary.weight * norms[0] / (norms[1] + 1e-6) * adversarial).backward()
+    for name, parameter in objective.decoder.named_parameters():
+        torch.testing.assert_close(found[f"decoder.{name}"], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_noise_is_that_of_the_channel_and_of_the_sample():
+    objective = objective_of(config_of({"objective": {"noise": {"std": 0.8}}}))
+    latents = torch.zeros(400, 8, 4, 4)
+    noise = objective._noisy(latents, 0, 0, 1)
+    # sigma ~ U(0, 0.8): E sigma^2 = 0.8^2 / 3
+    torch.testing.assert_close(noise.std((0, 2, 3)), 0.8 / 3**0.5 * torch.linspace(0.5, 2, 8), rtol=0.1, atol=0)
+    assert noise.std((1, 2, 3)).max() > 3 * noise.std((1, 2, 3)).min()
+    torch.testing.assert_close(objective._noisy(latents[:200], 0, 1, 2), noise[200:])  # the second half of the batch
+    # The critic's fakes are what an evaluation would see.
+    rendering = objective._rendering(batches_of(0), Moment(0, 10, watched=False))
+    assert not torch.equal(rendering.fake(0), rendering.render(0))
+    assert torch.equal(rendering.fake(0), objective.decoder(objective._frozen.tokenizer.encode(rendering.target(0))))
 
 
 def test_average_follows():
-    objective, _, _ = setup()
+    objective = objective_of(config_of())
     before = objective.average.proj_out.bias.clone()
     with torch.no_grad():
         objective.decoder.proj_out.bias.add_(1.0)
@@ -79,6 +115,47 @@ def test_fakes_are_what_a_file_would_hold():
     assert rounded.abs().max() <= 1
 
 
-def test_an_untrained_critic_is_refused():
+def test_what_does_not_fit_is_told_before_any_work():
     with pytest.raises(ValueError, match="untrained critic"):
-        setup({"objective": {"critic_start": 0.5, "adversarial_start": 0.2}})
+        config_of({"adversary": {"critic_start": 0.5, "start": 0.2}})
+    network = {"name": "tokenizer", "image_size": None, "blocks": 9}
+    with pytest.raises(ValueError, match="have 2 blocks"):
+        objective_of(config_of({"adversary": {"discriminator": FEATURES | {"network": network}}}))
+
+
+def test_weights_of_the_critics_features_are_verified(tmp_path):
+    network = {"name": "timm", "model": "vit_tiny_patch16_224", "weights": "w.safetensors", "sha256": "0" * 64}
+    network |= {"image_size": 32, "blocks": 2}
+    config = config_of({"adversary": {"discriminator": FEATURES | {"network": network}}})
+    work = Work(tmp_path, tmp_path, Runtime(device="cpu", weights=str(tmp_path)))
+    with pytest.raises(ArtefactError, match="no such weights; put timm's weights of vit_tiny"):
+        build_adversary(config.adversary, work, seed=0, tokenizer=tokenizer_of(), features=None)
+    (tmp_path / "w.safetensors").write_bytes(b"other")
+    with pytest.raises(ArtefactError, match="params.yaml expects 0000"):
+        build_adversary(config.adversary, work, seed=0, tokenizer=tokenizer_of(), features=None)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(TESTS / "tuning.py"), str(folder)]
+    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [torch.load(folder / f"results-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_are_one_process(two, case):
+    """Gradients of both phases, scalars and weights, with one and two micro-batches on each rank."""
+    config = config_of(CASES[case])
+    alone = trained(config, ALONE)
+    for together in [trained(config, Share(0, 1, 4)), *(of[f"{case} {micros}"] for of in two for micros in (1, 2))]:
+        assert together["gradients"].keys() == alone["gradients"].keys()
+        for name, gradient in alone["gradients"].items():
+            error = (together["gradients"][name] - gradient).norm() / (gradient.norm() + 1e-8)
+            assert error < 1e-4, f"{name}: {error}"
+        assert together["logs"] == pytest.approx(alone["logs"], rel=1e-3, abs=1e-5)
+        for name, weight in alone["weights"].items():
+            assert (together["weights"][name] - weight).abs().max() < 1e-4, name

@@ -6,8 +6,10 @@ import pytest
 import torch
 from tiny import merged, tiny_params
 
+from stages._adversary import build_adversary
+from stages._place import place
 from stages._runtime import Runtime, Work
-from stages.pretrain import Pretrain, place
+from stages.pretrain import Pretrain
 from vtp.data.batches import PretrainBatch, Share
 from vtp.data.masking import draw_masks
 from vtp.draws import numpy_draws
@@ -405,3 +407,38 @@ def test_half_precision_is_near():
                 term.loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in objective.tokenizer.trunk.blocks.parameters()]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_joint_adversary_does_not_depend_on_micro_batches():
+    """A GAN term from the start: gradients of encoder, decoder and critic in one pass and in two."""
+    adversary = tiny_params()["tune_decoder"]["adversary"] | {"critic_start": 0.0, "start": 0.0}
+    config = config_of({"adversary": adversary})
+    found = []
+    for micros in (1, 2):
+        objective = objective_of(config)
+        work = Work(Path(), Path(), Runtime(device="cpu"))
+        objective.adversary = build_adversary(
+            config.adversary, work, seed=0, tokenizer=objective.tokenizer, features=None
+        )
+        batches = [batch_of(config, 0, Share(0, 1, micros), micro) for micro in range(micros)]
+        names = []
+        for phase in objective.phases():
+            for term in objective.terms(phase, batches, START):
+                names.append(term.name)
+                if term.loss is not None:
+                    term.loss.backward()
+        assert names.index("adversarial") > len(names) - 1 - names[::-1].index("reconstruction")
+        assert "critic" in names
+        found.append({name: p.grad for name, p in objective.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert any(name.startswith("adversary.critic") for name in found[0])
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def test_a_critic_that_reads_the_encoder_in_training_is_refused():
+    network = {"name": "tokenizer", "image_size": None, "blocks": 2}
+    adversary = tiny_params()["tune_decoder"]["adversary"]
+    adversary |= {"discriminator": {"name": "features", "network": network, "kernel": 3}}
+    with pytest.raises(ValueError, match="which is in training"):
+        config_of({"adversary": adversary})

@@ -131,9 +131,9 @@ class TokenHead(nn.Module):
         super().__init__()
         if kernel % 2 == 0:
             raise ValueError(f"kernel is {kernel}; a convolution over neighbours on both sides needs an odd one")
-        self.point = spectral_norm(nn.Conv1d(dim, dim, 1))
+        self.point = spectral_norm(nn.Conv1d(dim, dim, 1, bias=False))
         self.point_norm = nn.GroupNorm(dim, dim)  # per sample and channel: a batch normalisation over one sample
-        self.near = spectral_norm(nn.Conv1d(dim, dim, kernel, padding=kernel // 2, padding_mode="circular"))
+        self.near = spectral_norm(nn.Conv1d(dim, dim, kernel, padding=kernel // 2, padding_mode="circular", bias=False))
         self.near_norm = nn.GroupNorm(dim, dim)
         self.out = spectral_norm(nn.Conv1d(dim, 1, 1))
 
