@@ -69,7 +69,7 @@ def results(tmp_path_factory):
         for name in ORDER:
             run = import_module(f"stages.{name}").run
             inputs = {flag: path_of(root, name, flag, "input") for flag in path_flags(run, "input")}
-            inputs = {flag: path for flag, path in inputs.items() if flag not in {"start", "source", "selection"}}
+            inputs = {flag: path for flag, path in inputs.items() if flag not in {"adm", "start", "source", "selection"}}
             inputs |= {flag: [inputs[flag]] for flag in path_flags(run, "several")}
             outputs = {flag: path_of(root, name, flag, "output") for flag in path_flags(run, "output")}
             work = QuietWork(root / "scratch" / name / "folder", root, Runtime())
@@ -129,7 +129,8 @@ def test_metrics_are_finite_and_named(results):
     assert set(reconstruction["tuned"]) == {"psnr", "ssim", "lpips_random-vgg16", "rfid_random-vgg16_32"}
     assert set(table["latents"]) == set(table["reconstruction"])
     assert set(table["generation"]) == {"unguided", "guided", "noise"}
-    assert "gfid_random-vgg16_24" in table["generation"]["guided"]
+    of_samples = {f"{name}_random-vgg16_24" for name in ("gfid", "sfid", "kid", "precision", "recall")}
+    assert set(table["generation"]["guided"]) == of_samples
     assert {"zero_shot_top1", "linear_probe_bottleneck", "linear_probe_last"} <= set(table["understanding"])
     assert table["pretrain"]["samples"] == 96
 
