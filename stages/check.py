@@ -70,7 +70,7 @@ def disagreements(configs: dict[str, Any]) -> list[str]:
     """What is wrong between sections."""
     found = []
     data, pretrain, understanding = (configs.get(n) for n in ("prepare_data", "pretrain", "evaluate_understanding"))
-    reference, reconstruction = configs.get("reference"), configs.get("evaluate_reconstruction")
+    reference = configs.get("reference")
     if data and pretrain and (side := data.side) is not None and side < pretrain.tokenizer.image_size:
         found.append(
             f"prepare_data: pictures have image_size {side}, pretrain.tokenizer.image_size is "
@@ -84,11 +84,17 @@ def disagreements(configs: dict[str, Any]) -> list[str]:
     side = imported and getattr(imported.source, "image_size", None)  # VTP's own stands in its folder
     if reference and side and reference.image_size != side:
         found.append(f"reference.image_size: {reference.image_size}, import_tokenizer.source.image_size is {side}")
-    if reference and reconstruction and reconstruction.split not in reference.splits:
-        found.append(
-            f"evaluate_reconstruction.split: {reconstruction.split!r} is none of reference.splits, which has "
-            f"{', '.join(reference.splits)}"
-        )
+    for name in ("evaluate_reconstruction", "evaluate_generator"):
+        if reference and (reads := configs.get(name)) and reads.split not in reference.splits:
+            splits = ", ".join(reference.splits)
+            found.append(f"{name}.split: {reads.split!r} is none of reference.splits, which has {splits}")
+    if reference and (generator := configs.get("evaluate_generator")) and generator.split in reference.splits:
+        kept = reference.splits[generator.split].kept
+        if kept < generator.compared:
+            found.append(
+                f"reference.splits.{generator.split}.kept: {kept}, evaluate_generator compares {generator.compared} "
+                "features or more with those of real images"
+            )
     return found
 
 

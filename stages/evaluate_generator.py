@@ -1,30 +1,32 @@
-"""Decode the sampled latents and compare them with the training images: gFID, IS, precision, recall.
+"""Decode the sampled latents and compare them with real images: gFID, sFID, KID, IS, precision, recall.
 
 Beside every setting stands the baseline `noise`: Gaussian noise with the latents' own statistics, through the decoder.
+Pixels stream: decoded, looked at, forgotten. Names say which features, and of how many samples; those that end in
+`_adm` compare with a reference batch of ADM's evaluation.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from stages._export import ExportConfig, Writer, build_writer
 from stages._pictures import grid
-from stages._runner import Input, OptionalInput, Output, Work, main
+from stages._runner import Input, OptionalInput, OptionalOutput, Output, Work, main
 from vtp.artefact import load_tensors, read_json, write_json
-from vtp.config import Config
-from vtp.data.dataset import ShardDataset
-from vtp.evaluation.features import (
-    FeatureExtractor,
-    FeaturesConfig,
-    InceptionFeaturesConfig,
-    build_features,
-    count_name,
-)
-from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
+from vtp.config import Config, ConfigError
+from vtp.distributed import gather_rows, own_rows, ranks
+from vtp.evaluation.adm import AdmReference
+from vtp.evaluation.feature_set import FeatureSet
+from vtp.evaluation.features import FeatureExtractor, build_features, count_name
+from vtp.evaluation.frechet import Gaussian, frechet_distance
 from vtp.evaluation.inception_score import inception_score
+from vtp.evaluation.kernel_distance import kernel_distance
 from vtp.evaluation.manifold import precision_recall
+from vtp.evaluation.reference import Reference
 from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
@@ -32,92 +34,185 @@ from vtp.models.loading import load_tokenizer
 SETTINGS = ("unguided", "guided", "noise")
 
 
+class KernelConfig(Config):
+    """Random subsets behind the kernel distance; 100 of 1000 for published numbers."""
+
+    subsets: int = Field(ge=1)
+    subset_size: int = Field(ge=2)
+    seed: int
+
+
 class EvaluateGenerator(Config):
     """The section `evaluate_generator`."""
 
-    features: FeaturesConfig
+    split: str = Field(min_length=1, description="of the reference: what the generator learnt")
     batch_size: int = Field(ge=1)
-    reference_samples: int = Field(ge=2, description="training images behind the reference statistics")
     neighbours: int = Field(ge=1, description="k of precision and recall")
+    kernel: KernelConfig | None = Field(description="of KID; null leaves it out")
+    inception_splits: int = Field(
+        ge=1, description="of the inception score, where features have classes; published: 10"
+    )
+    export: ExportConfig = Field(description="form of the decoded samples, where --export asks for them")
     pictures_per_class: int = Field(ge=1)
     pictured_classes: int = Field(ge=1)
 
+    @property
+    def compared(self) -> int:
+        """Features of real images, and of samples, that distances between points need at least."""
+        return max(self.neighbours + 1, self.kernel.subset_size if self.kernel else 0)
+
+
+class _Real(NamedTuple):
+    """What samples are compared with."""
+
+    suffix: str  # of metric names
+    statistics: Gaussian
+    spatial: Gaussian | None
+    features: Tensor  # [n, D]
+
 
 @torch.inference_mode()
-def run(
+def run(  # noqa: PLR0913 - one flag per path
     config: EvaluateGenerator,
     *,
-    shards: Input,
     tokenizer: Input,
     decoder: OptionalInput = None,
     samples: Input,
+    reference: Input,
+    adm: OptionalInput = None,
     metrics: Output,
     pictures: Output,
+    export: OptionalOutput = None,
     work: Work,
 ) -> None:
-    images = ShardDataset(shards, "train", cache=work.cache)
-    extractor = build_features(config.features, weights=work.weights, device=work.device)
+    torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
     model = load_tokenizer(tokenizer, decoder).to(work.device)
-    side = model.image_size
-    rows = images.singles(config.reference_samples).rows  # class-conditional samples are single pictures
-    description = read_json(samples / "config.json")
-    pictures.mkdir()
-    with work.progress(total=len(rows) + 3 * description["samples"], description="features", unit="image") as bar:
-        batches = (images.images(part, side) for part in torch.from_numpy(rows).split(config.batch_size))
-        real = _features(extractor, batches, bar.update)
-        reference = GaussianStatistics.of(real)
-        table: dict[str, dict[str, float]] = {}
+    known, description = Reference.load(reference), read_json(samples / "config.json")
+    known.require_size(model.image_size)
+    learnt = known.of(config.split)
+    extractor = build_features(known.features, weights=work.weights, device=work.device)
+    _check(config, extractor, kept=len(learnt.features), count=description["samples"])
+    reals = [_Real("", learnt.statistics, learnt.spatial, learnt.features)]
+    if adm is not None:
+        reals.append(_official(adm, known, extractor, config.batch_size, work))
+    if ranks().first:
+        pictures.mkdir()
+    table: dict[str, dict[str, float]] = {}
+    images = len(SETTINGS) * description["samples"]
+    with work.progress(total=images, description="decoding", unit="image") as bar:
         for name in SETTINGS:
-            decoded, labels = _decode(model, samples / f"{name}.safetensors", config.batch_size, work.device)
-            drawn = _features(extractor, decoded.split(config.batch_size), bar.update)
-            table[name] = _compare(config, extractor, drawn, real, reference)
-            if isinstance(config.features, InceptionFeaturesConfig):
-                score = inception_score(extractor.logits(drawn), splits=config.features.splits)
-                table[name][f"is_{extractor.name}_{count_name(len(decoded))}"] = score.mean
-            _picture(config, decoded, labels, description["classes"], pictures / f"{name}.png", name)
-    write_json(metrics, {"generation": table})
+            drawn = _Drawn(samples / f"{name}.safetensors", model, config, len(description["classes"]))
+            writer = None
+            if export is not None:
+                writer = build_writer(config.export, export, name, image_size=model.image_size, scratch=work.folder)
+            found = drawn.features(extractor, writer, bar.update)
+            shown = drawn.shown()
+            if ranks().first:
+                title = f"Samples by class: {name}"
+                grid(shown, description["classes"][: len(shown)], pictures / f"{name}.png", title=title)
+                table[name] = _inception_score(extractor, found, splits=config.inception_splits)
+                for real in reals:
+                    table[name] |= _compare(config, extractor, found, real)
+    if ranks().first:
+        write_json(metrics, {"generation": table})
+    work.record(samples=images)
 
 
-def _features(extractor: FeatureExtractor, batches: Iterable[Tensor], progress: Callable[[int], object]) -> Tensor:
-    """Pooled features [N, dim] of all batches, on the CPU."""
-    parts = []
-    for images in batches:
-        parts.append(extractor(images).pooled.cpu())
-        progress(len(images))
-    return torch.cat(parts)
+class _Drawn:
+    """The samples of one setting; ranks share whole batches of them, so that rounding does not depend on their number."""
+
+    def __init__(self, path: Path, model: Tokenizer, config: EvaluateGenerator, classes: int) -> None:
+        tensors = load_tensors(path)  # mapped, not read
+        self._latents, self.labels = tensors["latents"], tensors["labels"]
+        self._model = model
+        self._batch_size = config.batch_size
+        self._wanted = [
+            (self.labels == label).nonzero()[: config.pictures_per_class, 0]
+            for label in range(min(config.pictured_classes, classes))
+        ]
+        self._pictured = torch.cat(self._wanted)  # indices
+        self._seen = [(torch.empty(0, dtype=torch.long), torch.empty(0, 3, *[model.image_size] * 2, dtype=torch.uint8))]
+
+    def features(
+        self, extractor: FeatureExtractor, writer: Writer | None, report: Callable[[int], object]
+    ) -> FeatureSet:
+        """Of all samples, on every rank; pixels go to `writer` and to the pictures on their way."""
+        found, told = FeatureSet.of(extractor), 0
+        batches = torch.arange(len(self.labels)).split(self._batch_size)
+        for number in own_rows(len(batches)):
+            indices = batches[number]
+            images = to_uint8(self._model.decode(self._latents[indices].to(extractor.device)))
+            found.update(extractor(images), keep=len(images))
+            if writer is not None:
+                writer.add(int(indices[0]), images)
+            here = torch.isin(indices, self._pictured)
+            self._seen.append((indices[here], images.cpu()[here]))
+            report(len(images) * ranks().size)
+            told += len(images) * ranks().size
+        report(len(self.labels) - told)
+        if writer is not None:
+            writer.finish(self.labels)
+        return found.over_ranks()
+
+    def shown(self) -> list[Tensor]:
+        """The pictured samples [n, 3, S, S] uint8 of every pictured class."""
+        indices, images = (gather_rows(torch.cat(parts)) for parts in zip(*self._seen, strict=True))
+        return [images[torch.isin(indices, wanted)] for wanted in self._wanted]
 
 
-def _decode(model: Tokenizer, path: Path, batch_size: int, device: str) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, H, W] uint8 and labels [N]."""
-    tensors = load_tensors(path)
-    parts = [to_uint8(model.decode(part.to(device))).cpu() for part in tensors["latents"].split(batch_size)]
-    return torch.cat(parts), tensors["labels"]
+def _check(config: EvaluateGenerator, extractor: FeatureExtractor, *, kept: int, count: int) -> None:
+    """Raises ConfigError for what a distance needs and does not have, before anything is decoded."""
+    if kept < config.compared:
+        raise ConfigError(
+            f"evaluate_generator compares {config.compared} features or more with those of real images, and the "
+            f"reference keeps {kept} of {config.split}; raise reference.splits.{config.split}.kept"
+        )
+    if count < max(config.compared, config.inception_splits if extractor.has_logits else 0):
+        raise ConfigError(
+            f"{count} samples are too few for evaluate_generator's subsets, neighbours or splits; raise "
+            "generate.samples, or lower these"
+        )
+
+
+def _official(path: Path, known: Reference, extractor: FeatureExtractor, batch_size: int, work: Work) -> _Real:
+    """A reference batch of ADM's evaluation; its images pass through our network."""
+    if extractor.name != "inception":
+        raise ConfigError(
+            f"--adm {path}: its statistics are those of Inception, reference.features.name is {known.features.name!r}; "
+            "set that to inception, or leave --adm out"
+        )
+    batch = AdmReference(path)
+    if batch.image_size != known.image_size:
+        raise ConfigError(f"--adm {path}: images of {batch.image_size} pixels, the samples have {known.image_size}")
+    found, numbers = FeatureSet.of(extractor), own_rows(-(-batch.count // batch_size))
+    with work.progress(total=batch.count, description="ADM's images", unit="image") as bar:
+        for images in batch.images(batch_size, numbers):
+            found.update(extractor(images), keep=len(images))
+            bar.update(len(images) * ranks().size)
+    return _Real("_adm", batch.statistics, batch.spatial, found.over_ranks().features)
 
 
 def _compare(
-    config: EvaluateGenerator,
-    extractor: FeatureExtractor,
-    drawn: Tensor,
-    real: Tensor,
-    reference: GaussianStatistics,
+    config: EvaluateGenerator, extractor: FeatureExtractor, found: FeatureSet, real: _Real
 ) -> dict[str, float]:
-    size = f"{extractor.name}_{count_name(len(drawn))}"
-    distance = frechet_distance(reference, GaussianStatistics.of(drawn))
-    manifold = precision_recall(real[: len(drawn)], drawn, neighbours=config.neighbours)
-    return {
-        f"gfid_{size}": distance,
-        f"precision_{size}": manifold.precision,
-        f"recall_{size}": manifold.recall,
-    }
+    end = f"{extractor.name}_{count_name(found.count)}{real.suffix}"
+    drawn, features = found.features.to(extractor.device), real.features[: found.count].to(extractor.device)
+    manifold = precision_recall(features, drawn, neighbours=config.neighbours)
+    table = {f"gfid_{end}": frechet_distance(found.statistics, real.statistics)}
+    if found.spatial is not None and real.spatial is not None:
+        table[f"sfid_{end}"] = frechet_distance(found.spatial, real.spatial)
+    if (kernel := config.kernel) is not None:
+        subsets = {"subsets": kernel.subsets, "subset_size": kernel.subset_size, "seed": kernel.seed}
+        table[f"kid_{end}"] = kernel_distance(drawn, features, **subsets).mean
+    return table | {f"precision_{end}": manifold.precision, f"recall_{end}": manifold.recall}
 
 
-def _picture(
-    config: EvaluateGenerator, decoded: Tensor, labels: Tensor, classes: list[str], path: Path, name: str
-) -> None:
-    shown = range(min(config.pictured_classes, len(classes)))
-    rows = [decoded[labels == label][: config.pictures_per_class] for label in shown]
-    grid(rows, [classes[label] for label in shown], path, title=f"Samples by class: {name}")
+def _inception_score(extractor: FeatureExtractor, found: FeatureSet, *, splits: int) -> dict[str, float]:
+    if not extractor.has_logits:
+        return {}
+    score = inception_score(extractor.logits(found.features), splits=splits)
+    return {f"is_{extractor.name}_{count_name(found.count)}": score.mean}
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, distributed=True)

@@ -1,20 +1,28 @@
 """Features of real images, once: what rFID and gFID compare reconstructions and samples with (paper 4.1).
 
-rFID's are the centre-cropped images of the split that is reconstructed, gFID's those that the generator learnt.
+rFID's are the centre-cropped images of the split that is reconstructed, gFID's those that the generator learnt. Ranks
+share whole batches: what an image is computed with, and so its rounding, depends on no number of ranks.
 """
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from stages._runner import Input, Output, Work, main
+from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
-from vtp.distributed import gather_rows, own_rows, ranks
+from vtp.distributed import own_rows, ranks, total
+from vtp.evaluation.feature_set import FeatureSet
 from vtp.evaluation.features import FeatureExtractor, FeaturesConfig, build_features
-from vtp.evaluation.frechet import GaussianStatistics
-from vtp.evaluation.reference import SplitConfig, SplitReference, rows_of, save_reference
+from vtp.evaluation.reference import Chosen, SplitConfig, SplitName, choose, save_reference
+
+BATCHES = 16  # of a rank, between two looks at what all ranks have: a stop and a checkpoint are possible there
 
 
 class ReferenceStatistics(Config):
@@ -23,57 +31,68 @@ class ReferenceStatistics(Config):
     features: FeaturesConfig
     image_size: int = Field(ge=1, description="side of the crops, that of the tokenizer")
     batch_size: int = Field(ge=1)
-    splits: dict[str, SplitConfig] = Field(min_length=1)
+    splits: dict[SplitName, SplitConfig] = Field(min_length=1)
+
+
+class _Split(NamedTuple):
+    chosen: Chosen
+    found: FeatureSet  # of the first images, all ranks together
+    state: Path  # where `found` is kept while it grows
 
 
 @torch.inference_mode()
 def run(config: ReferenceStatistics, *, shards: Input, reference: Output, work: Work) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # features are those of float32 convolutions
     extractor = build_features(config.features, weights=work.weights, device=work.device)
-    images = {name: ShardDataset(shards, name, cache=work.cache) for name in config.splits}
-    rows = {name: rows_of(images[name], split) for name, split in config.splits.items()}
-    batches = {name: np.split(of, range(config.batch_size, len(of), config.batch_size)) for name, of in rows.items()}
-    # Ranks share whole batches: what an image is computed with, and so its rounding, depends on no number of ranks.
-    own = {name: [of[index] for index in own_rows(len(of))] for name, of in batches.items()}
-    total = sum(len(batch) for of in own.values() for batch in of)
-    splits = {}
-    with work.progress(total=total, description="features", unit="image") as bar:
-        for name, split in config.splits.items():
-            statistics = _Statistics(extractor, kept=split.kept)
-            first = 0 if not own[name] else int(np.searchsorted(rows[name], own[name][0][0]))
-            for batch in own[name]:
-                statistics.add(images[name].images(batch, config.image_size), first)
-                first += len(batch)
-                bar.update(len(batch))
-            splits[name] = statistics.over_ranks(rows[name])
+    splits: dict[str, _Split] = {}
+    for name, wanted in config.splits.items():
+        chosen, state = choose(ShardDataset(shards, name, cache=work.cache), wanted), work.folder / f"{name}.partial"
+        found = FeatureSet.of(extractor)
+        if state.exists():
+            found = FeatureSet.of_tensors(load_tensors(state), where=str(state))
+        splits[name] = _Split(chosen, found, state)
+    images = sum(len(split.chosen.rows) for split in splits.values())
+    done = sum(split.found.count for split in splits.values())
+    with work.progress(total=images, description="features", unit="image", done=done) as bar:
+        for split in splits.values():
+            _grow(split, extractor, config, work, bar.update)
     if ranks().first:
-        description = {"features": config.features.model_dump(mode="json"), "image_size": config.image_size}
-        save_reference(reference, images, splits, description)
-    work.record(**{f"images_{name}": len(of) for name, of in rows.items()})
+        found = {name: (split.chosen, split.found) for name, split in splits.items()}
+        save_reference(reference, found, features=config.features, image_size=config.image_size)
+    work.record(images=images)
 
 
-class _Statistics:
-    """Streams images of a split; the features of the first `kept` stay."""
-
-    def __init__(self, extractor: FeatureExtractor, *, kept: int) -> None:
-        self._extractor = extractor
-        self._kept = kept
-        self._pooled = GaussianStatistics(extractor.dim)
-        self._spatial = None if extractor.spatial_dim is None else GaussianStatistics(extractor.spatial_dim)
-        self._features = [torch.empty(0, extractor.dim)]
-
-    def add(self, images: Tensor, first: int) -> None:
-        """Images whose number in the split starts at `first`."""
-        found = self._extractor(images)
-        self._pooled.update(found.pooled)
-        if self._spatial is not None:
-            assert found.spatial is not None
-            self._spatial.update(found.spatial)
-        self._features.append(found.pooled[: max(0, self._kept - first)].float().cpu())
-
-    def over_ranks(self, rows: np.ndarray) -> SplitReference:
-        """All ranks together."""
-        spatial = self._spatial.over_ranks() if self._spatial is not None else None
-        return SplitReference(rows, self._pooled.over_ranks(), spatial, gather_rows(torch.cat(self._features)))
+def _grow(
+    split: _Split,
+    extractor: FeatureExtractor,
+    config: ReferenceStatistics,
+    work: Work,
+    report: Callable[[int], object],
+) -> None:
+    """Add the images that are missing to `split.found`, some batches of every rank at a time."""
+    rows, saved = split.chosen.rows, time.monotonic()
+    batches = np.split(rows, range(config.batch_size, len(rows), config.batch_size))[
+        -(-split.found.count // config.batch_size) :
+    ]
+    at_once = BATCHES * ranks().size
+    for start in range(0, len(batches), at_once):
+        chunk = batches[start : start + at_once]
+        first = split.found.count + int(sum(map(len, chunk[: own_rows(len(chunk)).start])))
+        part, told = FeatureSet.of(extractor), 0
+        for number in own_rows(len(chunk)):
+            pixels = split.chosen.images.images(chunk[number], config.image_size)
+            part.update(extractor(pixels), keep=split.chosen.config.kept - first)
+            first += len(pixels)
+            report(len(pixels) * ranks().size)
+            told += len(pixels) * ranks().size
+        report(sum(map(len, chunk)) - told)
+        split.found.merge(part.over_ranks())
+        stop = bool(total(torch.tensor(int(work.stop_requested))))
+        if ranks().first and (stop or time.monotonic() - saved > work.checkpoint_seconds):
+            save_tensors(split.state, split.found.tensors())
+            saved = time.monotonic()
+        if stop:
+            work.stop()
 
 
 if __name__ == "__main__":

@@ -59,7 +59,12 @@ SMALL: dict[str, Any] = {
         "noise": {"levels": [0.0, 0.2], "samples": 24},
         "speed": {"warmup": 0, "batches": 1},
     },
-    "evaluate_generator": {"batch_size": 20, "reference_samples": 40, "pictures_per_class": 2, "pictured_classes": 3},
+    "evaluate_generator": {
+        "batch_size": 20,
+        "kernel": {"subsets": 3, "subset_size": 20},
+        "pictures_per_class": 2,
+        "pictured_classes": 3,
+    },
 }
 
 

@@ -170,7 +170,7 @@ def siblings(path: Path) -> str:
 
 
 def verified_weights(
-    path: Path, sha256: str, what: str, *, instead: str = "choose random-vgg16 in params.yaml"
+    path: Path, sha256: str, what: str, *, instead: str = "choose random_vgg16 in params.yaml"
 ) -> Path:
     """`path`, if it is there and has the digest. Raises ArtefactError that says what to put where."""
     remedy = f"put {what} there, by hand or with `dvc import-url`, or {instead}"

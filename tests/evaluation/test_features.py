@@ -1,20 +1,27 @@
-"""Feature extractors."""
+"""Feature extractors: the networks of torch-fidelity, from files that give tensors and nothing else."""
 
 import hashlib
 import pickle
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
-from vtp.artefact import ArtefactError
+from vtp.artefact import ArtefactError, save_tensors
 from vtp.evaluation.features import (
+    ClipFeaturesConfig,
+    DinoV2FeaturesConfig,
+    FeatureExtractor,
     FeaturesConfig,
     InceptionFeaturesConfig,
     RandomVggFeaturesConfig,
     build_features,
     count_name,
 )
+from vtp.evaluation.networks import Extracted
 
 RANDOM = RandomVggFeaturesConfig(name="random_vgg16", seed=0)
 
@@ -23,68 +30,118 @@ def images(seed, count=4, side=32):
     return torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def inception(path):
+def of_file(config, path, **more):
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return InceptionFeaturesConfig(name="inception", splits=10, weights=path.name, sha256=sha256)
+    return config(name=config.model_fields["name"].annotation.__args__[0], weights=path.name, sha256=sha256, **more)
+
+
+def random_vgg(tmp_path, seed=0):
+    return build_features(RANDOM.model_copy(update={"seed": seed}), weights=tmp_path, device="cpu")
 
 
 def test_random_vgg_features(tmp_path):
-    extractor = build_features(RANDOM, weights=tmp_path, device="cpu")
+    extractor = random_vgg(tmp_path)
     features = extractor(images(0))
-    assert (extractor.name, extractor.dim, extractor.has_logits) == ("random-vgg16", 512, False)
-    assert features.shape == (4, 512)
-    assert features.dtype == torch.float32
-    assert torch.equal(features, build_features(RANDOM, weights=tmp_path, device="cpu")(images(0)))
-    other = build_features(RANDOM.model_copy(update={"seed": 1}), weights=tmp_path, device="cpu")
-    assert not torch.allclose(features, other(images(0)))
+    assert (extractor.name, extractor.dim, extractor.spatial_dim) == ("random-vgg16", 512, 448)
+    assert not extractor.has_logits
+    assert (features.pooled.shape, features.spatial.shape) == ((4, 512), (4, 448))
+    assert features.pooled.dtype == features.spatial.dtype == torch.float32
+    assert torch.equal(features.pooled, random_vgg(tmp_path)(images(0)).pooled)
+    assert not torch.allclose(features.pooled, random_vgg(tmp_path, seed=1)(images(0)).pooled)
     with pytest.raises(TypeError, match="no classes"):
-        extractor.logits(features)
+        extractor.logits(features.pooled)
 
 
-def test_batching_does_not_matter(tmp_path):
-    extractor = build_features(RANDOM, weights=tmp_path, device="cpu")
-    seen = []
-    parts = extractor.all(images(0, 5).split(2), seen.append)
-    torch.testing.assert_close(parts, extractor(images(0, 5)), rtol=1e-4, atol=1e-5)
-    assert seen == [2, 2, 1]
+def test_spatial_features_know_places(tmp_path):
+    """Pictures whose halves are exchanged: pooled features hardly move, spatial ones do."""
+    extractor = random_vgg(tmp_path)
+    picture = F.interpolate(images(0, 8, 4).float(), size=32, mode="bilinear").to(torch.uint8)
+    before, after, other = extractor(picture), extractor(picture.roll(16, 3)), extractor(picture.flip(0))
+    moved = [(a - b).norm() / (a - c).norm() for a, b, c in zip(before, after, other, strict=True)]
+    assert moved[0] < 0.85 * moved[1]
 
 
 def test_autocast_does_not_matter(tmp_path):
-    extractor = build_features(RANDOM, weights=tmp_path, device="cpu")
+    extractor = random_vgg(tmp_path)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = extractor(images(0))
-    assert torch.equal(inside, extractor(images(0)))
+    assert torch.equal(inside.pooled, extractor(images(0)).pooled)
 
 
-def test_only_uint8(tmp_path):
+def test_bad_images(tmp_path):
+    extractor = random_vgg(tmp_path)
     with pytest.raises(TypeError, match=r"uint8 images, given torch\.float32"):
-        build_features(RANDOM, weights=tmp_path, device="cpu")(images(0).float())
+        extractor(images(0).float())
+    for wrong in (images(0)[:, :1], images(0)[0], images(0).permute(0, 2, 3, 1)):
+        with pytest.raises(ValueError, match=r"RGB images \[B, 3, H, W\], given"):
+            extractor(wrong)
+    with pytest.raises(ValueError, match="no images to take features of"):
+        extractor(images(0)[:0])
+    extractor(images(0))
+    with pytest.raises(ValueError, match="images of 16 x 16 pixels after some of 32 x 32: .* crop all to one size"):
+        extractor(images(0, side=16))
 
 
-def test_inception_equals_torch_fidelity(tmp_path, monkeypatch):
+def test_features_that_are_not_finite():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return Extracted(torch.full((len(x), 2), torch.nan), None)
+
+    with pytest.raises(ValueError, match="broken features hold NaN or infinity"):
+        FeatureExtractor("broken", Broken(), dim=2, device="cpu")(images(0))
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """torch-fidelity's network with random weights, and its file."""
     from torch_fidelity import feature_extractor_inceptionv3 as reference
 
     torch.manual_seed(0)
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(reference.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         network = reference.FeatureExtractorInceptionV3("any", ["2048", "logits_unbiased"])
     for parameter in network.parameters():
         if parameter.dim() == 4:  # the default initialisation lets the signal vanish
             parameter.data.mul_(6**0.5)
-    path = tmp_path / "inception.pth"
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(network.state_dict(), path)
-    extractor = build_features(inception(path), weights=tmp_path, device="cpu")
+    return network, path
+
+
+def test_inception_equals_torch_fidelity(inception):
+    network, path = inception
+    extractor = build_features(of_file(InceptionFeaturesConfig, path), weights=path.parent, device="cpu")
     expected, logits = network(images(0, 2))
     features = extractor(images(0, 2))
-    assert (extractor.name, extractor.dim, extractor.has_logits) == ("inception", 2048, True)
+    assert (extractor.name, extractor.dim, extractor.spatial_dim) == ("inception", 2048, 2023)
+    assert extractor.has_logits
     assert expected.std() > 1e-3
-    torch.testing.assert_close(features, expected)
-    torch.testing.assert_close(extractor.logits(features), logits)
+    torch.testing.assert_close(features.pooled, expected)
+    torch.testing.assert_close(extractor.logits(features.pooled), logits)
 
 
-def test_inception_file_is_checked(tmp_path):
-    config = InceptionFeaturesConfig(name="inception", splits=10, weights="inception.pth", sha256="00")
+def test_spatial_features_are_those_of_sfid(inception):
+    """ADM's `mixed_6/conv[..., :7]`: what `Mixed_6d` is given, through its plain 1 x 1 convolution, channels last."""
+    network, path = inception
+    extractor = build_features(of_file(InceptionFeaturesConfig, path), weights=path.parent, device="cpu")
+    given = []
+    handle = network.Mixed_6d.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    network(images(0, 2))
+    handle.remove()
+    weight = network.Mixed_6d.branch1x1.conv.weight
+    assert weight.shape == (192, 768, 1, 1)
+    expected = torch.einsum("bchw,oc->bhwo", given[0], weight[:7, :, 0, 0])
+    assert expected.shape == (2, 17, 17, 7)
+    assert expected.std() > 1e-3
+    assert (expected < 0).any()  # neither normalised nor rectified
+    spatial = extractor(images(0, 2)).spatial
+    assert spatial.shape == (2, 2023)
+    torch.testing.assert_close(spatial, expected.flatten(1), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_checked(tmp_path):
+    config = InceptionFeaturesConfig(name="inception", weights="inception.pth", sha256="00")
     with pytest.raises(ArtefactError, match=r"inception\.pth: no such weights; put .* there"):
         build_features(config, weights=tmp_path, device="cpu")
     (tmp_path / "inception.pth").write_bytes(b"something else")
@@ -97,11 +154,122 @@ class Intruder:
         return pytest.fail, ("code in the weights file was run",)
 
 
-def test_inception_file_cannot_run_code(tmp_path):
-    path = tmp_path / "inception.pth"
-    torch.save({"Conv2d_1a_3x3.conv.weight": Intruder()}, path)
-    with pytest.raises(pickle.UnpicklingError):
-        build_features(inception(path), weights=tmp_path, device="cpu")
+@pytest.mark.filterwarnings("ignore:.*torch.(jit|load)")
+@pytest.mark.parametrize("content", ["pickle", "state dict", "TorchScript", "number", "truncated", "other network"])
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (InceptionFeaturesConfig, {}),
+        (DinoV2FeaturesConfig, {"architecture": "vit-s-14"}),
+        (ClipFeaturesConfig, {"architecture": "vit-b-32"}),
+    ],
+)
+def test_a_weights_file_gives_tensors_and_nothing_else(tmp_path, content, config, more):
+    path = tmp_path / "weights.pth"
+    if content == "pickle":
+        path.write_bytes(pickle.dumps(Intruder(), protocol=2))
+    elif content == "TorchScript":
+        torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(path))
+    else:
+        values = {"state dict": {"a": Intruder()}, "number": {"a": 1}}.get(content, {"a": torch.zeros(3)})
+        torch.save(values, path)
+    if content == "truncated":
+        path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ArtefactError, match=r"weights\.pth"):
+        build_features(of_file(config, path, **more), weights=tmp_path, device="cpu")
+
+
+def dino(tmp_path):
+    """A DINOv2 of random weights as its authors publish one: positions of 37 x 37 patches, a mask token."""
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+    tensors = {name: torch.randn_like(value) * 0.05 for name, value in network.state_dict().items()}
+    tensors |= {name: 1 + value for name, value in tensors.items() if "norm" in name and "weight" in name}
+    tensors |= {name: torch.rand_like(value) for name, value in tensors.items() if "ls" in name}
+    path = tmp_path / "dinov2_vits14_pretrain.pth"
+    torch.save(tensors | {"mask_token": torch.zeros(1, 384)}, path)
+    save_tensors(tmp_path / "timm.safetensors", tensors)
+    return path, tensors
+
+
+def plain_dino(tensors, x):
+    """The published network in plain operations, as its code computes it at 224 pixels; class token [B, 384]."""
+    patches = F.conv2d(x, tensors["patch_embed.proj.weight"], tensors["patch_embed.proj.bias"], stride=14)
+    x = torch.cat([tensors["cls_token"].expand(len(x), -1, -1), patches.flatten(2).mT], dim=1)
+    table = tensors["pos_embed"]
+    grid = table[:, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
+    scale = 16.1 / 37
+    grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+    x = x + torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, 256, -1)], dim=1)
+
+    def linear(x, name):
+        return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps=1e-6)
+
+    for number in range(12):
+        block = f"blocks.{number}"
+        q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").unflatten(2, (3, 6, 64)).permute(2, 0, 3, 1, 4)
+        mixed = ((q @ k.mT) / 8).softmax(-1) @ v
+        x = x + tensors[f"{block}.ls1.gamma"] * linear(mixed.transpose(1, 2).flatten(2), f"{block}.attn.proj")
+        hidden = F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+        x = x + tensors[f"{block}.ls2.gamma"] * linear(hidden, f"{block}.mlp.fc2")
+    return norm(x, "norm")[:, 0]
+
+
+def test_dinov2_is_the_published_network(tmp_path):
+    path, tensors = dino(tmp_path)
+    more = {"architecture": "vit-s-14"}
+    extractor = build_features(of_file(DinoV2FeaturesConfig, path, **more), weights=tmp_path, device="cpu")
+    features = extractor(images(0, 2, 224))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = plain_dino(tensors, (images(0, 2, 224) / 255 - mean) / std)
+    assert (extractor.name, extractor.dim, extractor.spatial_dim) == ("dinov2-vit-s-14", 384, None)
+    assert features.spatial is None
+    torch.testing.assert_close(features.pooled, expected, rtol=1e-3, atol=1e-4)
+    other = of_file(DinoV2FeaturesConfig, tmp_path / "timm.safetensors", **more)
+    same = build_features(other, weights=tmp_path, device="cpu")
+    assert torch.equal(same(images(0, 2, 224)).pooled, features.pooled)
+
+
+def test_clip_equals_torch_fidelity(tmp_path, monkeypatch):
+    """The whole extractor of torch-fidelity, that would read a TorchScript archive."""
+    from torch_fidelity import feature_extractor_clip as reference
+
+    torch.manual_seed(0)
+    tower = reference.VisionTransformer(224, 32, 768, 12, 12, 512)
+    tensors = {f"visual.{name}": value.half().float() for name, value in tower.state_dict().items()}
+    tensors |= {"text_projection": torch.zeros(512, 512), "logit_scale": torch.ones(())}
+    path = tmp_path / "open_clip_model.safetensors"
+    save_tensors(path, tensors | {"transformer.resblocks.0.ln_1.weight": torch.ones(512)})
+
+    class Archive:
+        def state_dict(self):
+            return dict(tensors)
+
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: Archive())
+    expected = reference.FeatureExtractorCLIP("clip-vit-b-32", ["clip"], "archive.pt")(images(0, 2, 40))[0]
+    monkeypatch.undo()
+    config = of_file(ClipFeaturesConfig, path, architecture="vit-b-32")
+    extractor = build_features(config, weights=tmp_path, device="cpu")
+    assert (extractor.name, extractor.dim, extractor.spatial_dim) == ("clip-vit-b-32", 512, None)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(extractor(images(0, 2, 40)).pooled, expected)
+    with pytest.raises(ArtefactError, match=r"patch, width and resolution are \(32, 768, 224\), not \(16, 768, 224\)"):
+        build_features(config.model_copy(update={"architecture": "vit-b-16"}), weights=tmp_path, device="cpu")
+
+
+def test_networks_are_imported_when_they_are_built():
+    """This test's file may import what it likes; a fresh Python may not."""
+    import subprocess
+
+    heavy = ("timm", "torch_fidelity", "torchvision")
+    code = f"import sys, vtp.evaluation.reference; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_config_names_the_choice():

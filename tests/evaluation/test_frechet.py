@@ -1,11 +1,13 @@
 """Fréchet distance."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from vtp.artefact import ArtefactError, save_tensors
-from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
+from vtp.artefact import ArtefactError
+from vtp.evaluation.frechet import GaussianStatistics, Moments, frechet_distance
 
 
 def samples(seed, count, dim, scale=1.0, shift=0.0):
@@ -74,16 +76,62 @@ def test_one_sample_has_no_covariance():
         frechet_distance(a, b)
 
 
-def test_saved_statistics_go_on(tmp_path):
+def test_bad_features():
+    statistics = GaussianStatistics(4)
+    with pytest.raises(ValueError, match=r"1 of 3 features hold NaN or infinity, first that of image 1 "):
+        statistics.update(torch.tensor([[1.0] * 4, [1.0, 2.0, math.inf, math.nan], [0.0] * 4]))
+    for wrong in (torch.ones(4), torch.ones(3, 5), torch.ones(2, 4, 1)):
+        with pytest.raises(ValueError, match="statistics of 4 dimensions, given features"):
+            statistics.update(wrong)
+    assert statistics.count == 0
+    with pytest.raises(ValueError, match="features of 4 and of 5 dimensions"):
+        frechet_distance(GaussianStatistics.of(samples(0, 9, 4)), GaussianStatistics.of(samples(0, 9, 5)))
+
+
+def test_features_are_left_alone():
+    x = samples(0, 50, 4).double()
+    before = x.clone()
+    GaussianStatistics.of(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("parts", [[103], [1, 50, 52], [0, 103], [52, 51]])
+def test_merged_statistics(parts):
+    """Whoever saw which samples, and also from an empty start."""
+    x = samples(0, 103, 7, shift=1000.0)
+    merged = GaussianStatistics(7)
+    for part in x.split(parts):
+        merged.merge(GaussianStatistics.of(part))
+    expected = GaussianStatistics.of(x)
+    assert merged.count == 103
+    np.testing.assert_allclose(merged.mean, expected.mean, rtol=1e-14)
+    np.testing.assert_allclose(merged.covariance, expected.covariance, rtol=1e-10, atol=1e-12)
+
+
+def test_order_does_not_matter():
+    x, y = samples(0, 300, 16), samples(1, 200, 16, 1.3, 0.1)
+    distance = frechet_distance(GaussianStatistics.of(x), GaussianStatistics.of(y))
+    shuffled = GaussianStatistics.of(x[torch.randperm(300, generator=torch.Generator().manual_seed(0))])
+    assert frechet_distance(GaussianStatistics.of(y), shuffled) == pytest.approx(distance, rel=1e-10)
+
+
+def test_published_moments():
+    """Of others, who say no count."""
+    x, y = samples(0, 300, 16).double(), samples(1, 20, 16, 1.3, 0.1).double()
+    published = Moments(x.mean(0).float(), torch.from_numpy(np.cov(x.numpy(), rowvar=False)).float())
+    expected = frechet_distance(GaussianStatistics.of(x), GaussianStatistics.of(y))
+    assert frechet_distance(published, GaussianStatistics.of(y)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_saved_statistics_go_on():
     x = samples(0, 60, 5)
     first = GaussianStatistics.of(x[:30])
-    first.save(tmp_path / "statistics.safetensors")
-    second = GaussianStatistics.load(tmp_path / "statistics.safetensors")
+    second = GaussianStatistics.of_tensors({k: v.clone() for k, v in first.tensors().items()}, where="here")
     for statistics in (first, second):
         statistics.update(x[30:])
     assert second.count == 60
     assert torch.equal(first.mean, second.mean)
     assert torch.equal(first.covariance, second.covariance)
-    save_tensors(tmp_path / "other.safetensors", {"mean": x})
-    with pytest.raises(ArtefactError, match="holds mean, not Gaussian statistics"):
-        GaussianStatistics.load(tmp_path / "other.safetensors")
+    for other in ({"mean": x}, first.tensors() | {"scatter": x}, first.tensors() | {"more": x}, {}):
+        with pytest.raises(ArtefactError, match="here: holds .*, not Gaussian statistics"):
+            GaussianStatistics.of_tensors(other, where="here")

@@ -5,12 +5,34 @@ not symmetric is slow, and returns complex or wrong values for some versions of 
 """
 
 from collections.abc import Mapping
-from typing import Self
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from vtp.distributed import gather_rows
+from vtp.artefact import ArtefactError
+from vtp.distributed import total
+
+TENSORS = ("count", "mean", "scatter")
+
+
+class Gaussian(Protocol):
+    """What a distance needs to know of a set of features."""
+
+    @property
+    def mean(self) -> Tensor: ...  # [D]
+
+    @property
+    def covariance(self) -> Tensor: ...  # [D, D]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A Gaussian as others publish it."""
+
+    mean: Tensor  # [D]
+    covariance: Tensor  # [D, D]
 
 
 class GaussianStatistics:
@@ -37,71 +59,96 @@ class GaussianStatistics:
 
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
-        """Add features [B, D]. Batches are centred before they are squared (Chan et al. 1983)."""
+        """Add features [B, D]. Batches are centred before they are squared (Chan et al. 1983).
+
+        Raises ValueError for another dimension, and for values that are not finite: they would spoil all.
+        """
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"statistics of {len(self.mean)} dimensions, given features {list(features.shape)}")
         if not len(features):
             return
         values = features.cpu().double()
-        total = self.count + len(values)
+        if (bad := (~values.isfinite().all(1)).nonzero()[:, 0]).numel():
+            raise ValueError(
+                f"{len(bad)} of {len(values)} features hold NaN or infinity, first that of image {int(bad[0])} of the "
+                "batch; check the weights and the model that made the images"
+            )
+        grown = self.count + len(values)
         mean = values.mean(0)
         shift = mean - self.mean
-        between = shift * (self.count * len(values) / total) ** 0.5
-        rows = torch.cat([values - mean, between[None]])
-        self._scatter += rows.T @ rows
-        self.mean += shift * (len(values) / total)
-        self.count = total
+        centred = values - mean
+        self._scatter.addmm_(centred.T, centred)
+        self._scatter.addr_(shift, shift, alpha=self.count * len(values) / grown)
+        self.mean += shift * (len(values) / grown)
+        self.count = grown
 
     def merge(self, other: "GaussianStatistics") -> None:
-        """Add what another has seen (Chan et al. 1983)."""
+        """Add what another has seen."""
         if not other.count:
             return
-        total = self.count + other.count
+        grown = self.count + other.count
         shift = other.mean - self.mean
-        self._scatter += other._scatter + shift[:, None] * shift * (self.count * other.count / total)
-        self.mean += shift * (other.count / total)
-        self.count = total
+        self._scatter += other._scatter
+        self._scatter.addr_(shift, shift, alpha=self.count * other.count / grown)
+        self.mean += shift * (other.count / grown)
+        self.count = grown
 
     def over_ranks(self) -> "GaussianStatistics":
         """The features of all ranks together, on every rank; each of them must ask."""
-        parts = [gather_rows(part[None]) for part in (torch.tensor(self.count), self.mean, self._scatter)]
         together = GaussianStatistics(len(self.mean))
-        for count, mean, scatter in zip(*parts, strict=True):  # in the order of ranks
-            part = GaussianStatistics(len(mean))
-            part.count, part.mean, part._scatter = int(count), mean, scatter
-            together.merge(part)
+        together.count = int(total(torch.tensor(self.count)))
+        together.mean = total(self.mean * self.count) / max(together.count, 1)
+        shift = self.mean - together.mean
+        together._scatter = total(self._scatter.addr(shift, shift, alpha=self.count))
         return together
 
     def tensors(self) -> dict[str, Tensor]:
         """What `of_tensors` takes."""
-        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self._scatter}
+        return dict(zip(TENSORS, (torch.tensor(self.count), self.mean, self._scatter), strict=True))
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The statistics that `tensors` gave."""
-        statistics = cls(len(tensors["mean"]))
+    def of_tensors(cls, tensors: Mapping[str, Tensor], *, where: str) -> Self:
+        """The statistics that `tensors` gave. Raises ArtefactError for other ones; `where` they were found."""
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        dim = shapes.get("mean", (0,))[0]
+        if shapes != {"count": (), "mean": (dim,), "scatter": (dim, dim)}:
+            raise ArtefactError(f"{where}: holds {shapes}, not Gaussian statistics; make it again")
+        statistics = cls(0)
         statistics.count = int(tensors["count"])
         statistics.mean, statistics._scatter = tensors["mean"], tensors["scatter"]
         return statistics
 
 
-def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
+@torch.no_grad()
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)); covariances may be singular, as with fewer samples than dim.
 
-    Raises ValueError for features of different dimensions or values that are not finite.
-
-    With S = F F^T, the trace of the root is the sum of the singular values of F_a^T F_b.
+    With S_a = F F^T the eigenvalues of S_a S_b are those of F^T S_b F, which is symmetric and as small as the rank of
+    S_a. Raises ValueError for features of different dimensions.
     """
-    if len(a.mean) != len(b.mean):
-        raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions do not compare")
-    if not all(bool(s.mean.isfinite().all() and s.covariance.isfinite().all()) for s in (a, b)):
-        raise ValueError("the statistics hold values that are not finite; one image with NaN features is enough")
-    between = (a.mean - b.mean).square().sum()
-    within = a.covariance.trace() + b.covariance.trace()
-    overlap = torch.linalg.svdvals(_factor(a.covariance).T @ _factor(b.covariance)).sum()
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions do not compare")
+    # The set with fewer samples has the lower rank: its factor leaves no zeros to be rounded.
+    few, many = sorted((a, b), key=lambda each: each.count if isinstance(each, GaussianStatistics) else torch.inf)
+    covariances = few.covariance.double(), many.covariance.double()
+    factor = _factor(covariances[0])
+    product = factor.T @ covariances[1] @ factor
+    overlap = _positive(torch.linalg.eigvalsh((product + product.T) / 2)).sqrt().sum()
+    between = (a.mean.double() - b.mean.double()).square().sum()
+    within = covariances[0].trace() + covariances[1].trace()
     return max(float(between + within - 2 * overlap), 0.0)
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """F [D, rank] with F F^T = `covariance`; eigenvalues that are rounding noise are left out."""
+    """F [D, rank] with F F^T = `covariance`."""
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, kept] * values[kept].sqrt()
+    kept = _positive(values)
+    return vectors[:, kept > 0] * kept[kept > 0].sqrt()
+
+
+def _positive(eigenvalues: Tensor) -> Tensor:
+    """Ascending eigenvalues of a positive matrix, 0 in place of those that are rounding noise."""
+    if not len(eigenvalues):
+        return eigenvalues
+    noise = eigenvalues[-1].clamp(min=0) * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+    return eigenvalues.where(eigenvalues > noise, 0)

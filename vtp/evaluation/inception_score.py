@@ -17,7 +17,7 @@ class InceptionScore(NamedTuple):
 
 @torch.no_grad()
 def inception_score(logits: Tensor, *, splits: int, seed: int | None = None) -> InceptionScore:
-    """Of logits [N, classes] without biases. Raises ValueError when there are fewer samples than splits.
+    """Of logits [N, classes] without biases. Raises ValueError for fewer samples than splits, NaN and infinity.
 
     Splits are consecutive, as in ADM's evaluation; with a `seed` the samples are shuffled first, as in torch-fidelity
     (whose seed is 2020), which matters when they are sorted by class.
@@ -25,6 +25,8 @@ def inception_score(logits: Tensor, *, splits: int, seed: int | None = None) -> 
     count = len(logits)
     if count < splits:
         raise ValueError(f"{splits} splits need at least as many samples, given {count}; lower `splits`")
+    if not bool(logits.isfinite().all()):
+        raise ValueError("logits hold NaN or infinity; check the features that they were made of")
     if seed is not None:
         # The legacy generator, so that a seed means what it means in torch-fidelity.
         logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(count)).to(logits.device)]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vtp.evaluation.checks import require_features
+
 
 class PrecisionRecall(NamedTuple):
     """Shares in [0, 1]."""
@@ -19,42 +21,52 @@ class PrecisionRecall(NamedTuple):
 
 @torch.no_grad()
 def precision_recall(real: Tensor, fake: Tensor, *, neighbours: int = 3, block: int = 4096) -> PrecisionRecall:
-    """Of features [N, D] and [M, D], with `block` x `block` distances in memory at a time.
+    """Of features [N, D] and [M, D], with `block` x `block` distances in memory at a time, none computed twice.
 
-    Raises ValueError when a set has no more points than `neighbours`.
+    Raises ValueError when a set has no more points than `neighbours`, and for features that cannot be compared.
     """
     if neighbours >= min(len(real), len(fake)):
         raise ValueError(
             f"{neighbours} neighbours need more points than {len(real)} real and {len(fake)} generated; "
             "lower `neighbours` or take more samples"
         )
+    require_features(real, fake)
     # Distances come from inner products, which round less around a common centre.
     centre = real.mean(0)
     real, fake = real - centre, fake - centre
-    return PrecisionRecall(
-        precision=_share_inside(fake, real, _radii(real, neighbours, block), block),
-        recall=_share_inside(real, fake, _radii(fake, neighbours, block), block),
-    )
+    reach_of_real, reach_of_fake = _radii(real, neighbours, block), _radii(fake, neighbours, block)
+    on_real, on_fake = (torch.zeros(len(points), dtype=torch.bool, device=points.device) for points in (fake, real))
+    for of_fake in _blocks(fake, block):
+        for of_real in _blocks(real, block):
+            distances = torch.cdist(fake[of_fake], real[of_real])
+            on_real[of_fake] |= (distances <= reach_of_real[of_real]).any(1)
+            on_fake[of_real] |= (distances <= reach_of_fake[of_fake, None]).any(0)
+    return PrecisionRecall(precision=_share(on_real), recall=_share(on_fake))
 
 
 def _radii(points: Tensor, neighbours: int, block: int) -> Tensor:
     """Distance [N] of every point to its k-th neighbour; the nearest point is the point itself."""
-    radii = []
-    for rows in points.split(block):
-        nearest = points.new_empty(len(rows), 0)
-        for columns in points.split(block):
-            candidates = torch.cat([nearest, torch.cdist(rows, columns)], dim=1)
-            nearest = candidates.topk(min(neighbours + 1, candidates.shape[1]), largest=False).values
-        radii.append(nearest[:, -1])
-    return torch.cat(radii)
+    nearest = points.new_full((len(points), neighbours + 1), torch.inf)  # [N, k + 1]
+    blocks = _blocks(points, block)
+    for number, rows in enumerate(blocks):
+        for columns in blocks[number:]:
+            distances = torch.cdist(points[rows], points[columns])
+            _keep_nearest(nearest, rows, distances)
+            if columns != rows:
+                _keep_nearest(nearest, columns, distances.T)
+    return nearest.amax(1)
 
 
-def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> float:
-    """Share of `points` [N, D] that lie in at least one ball."""
-    inside = 0
-    for rows in points.split(block):
-        hit = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for columns, reach in zip(centres.split(block), radii.split(block), strict=True):
-            hit |= (torch.cdist(rows, columns) <= reach).any(1)
-        inside += int(hit.sum())
-    return inside / len(points)
+def _keep_nearest(nearest: Tensor, rows: slice, distances: Tensor) -> None:
+    """Let new distances [n, m] of the points `rows` compete with their nearest ones so far."""
+    count = nearest.shape[1]
+    best = distances.topk(min(count, distances.shape[1]), dim=1, largest=False, sorted=False).values
+    nearest[rows] = torch.cat([nearest[rows], best], dim=1).topk(count, dim=1, largest=False, sorted=False).values
+
+
+def _blocks(points: Tensor, size: int) -> list[slice]:
+    return [slice(start, min(start + size, len(points))) for start in range(0, len(points), size)]
+
+
+def _share(hits: Tensor) -> float:
+    return int(hits.sum()) / len(hits)

@@ -1,7 +1,8 @@
 """Statistics of real images, which rFID and gFID compare with: computed once, kept as an artefact.
 
-    config.json             features, size of the crops, digest of the data, and what each split is
-    <split>.safetensors     mean and covariance of pooled and spatial features, and some features as they are
+    config.json             features with their weights' digest, crop, digest of the data, and what each split is
+    <split>.safetensors     rows: the images, as indices into the split; pooled_*, spatial_*: count, mean and scatter;
+                            features: pooled features of the first images
 
 They belong to one data set, one crop and one network; whoever reads them says what they must belong to.
 """
@@ -9,21 +10,23 @@ They belong to one data set, one crop and one network; whoever reads them says w
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from torch import Tensor
 
 from vtp.artefact import ArtefactError, digest, load_tensors, read_json, save_tensors, whole_folder, write_json
-from vtp.config import Config
+from vtp.config import Config, ConfigError
 from vtp.data.dataset import ShardDataset
+from vtp.evaluation.feature_set import FeatureSet
 from vtp.evaluation.features import AnyFeaturesConfig, FeaturesConfig
 from vtp.evaluation.frechet import GaussianStatistics
 
 FORMAT_VERSION = 1
-CROP = "adm_centre"  # vtp.layers.images.centre_crop
+ROWS = "rows"
+SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names a file
 
 
 class SplitConfig(Config):
@@ -31,14 +34,33 @@ class SplitConfig(Config):
 
     samples: int | None = Field(ge=2, description="the first so many; null: all")
     labelled: bool = Field(description="only images with a class, as a class-conditional generator learns them")
-    kept: int = Field(ge=0, description="images whose features are kept, for precision, recall and kernel distances")
+    kept: int = Field(ge=0, description="images whose features are kept, for precision, recall and kernel distance")
+
+
+class SplitFacts(Config):
+    """What `config.json` says of a split."""
+
+    count: int
+    labelled: bool
+    kept: int
+
+
+class ReferenceArtefact(Config):
+    """`config.json` of a reference."""
+
+    format_version: Literal[1]
+    features: FeaturesConfig
+    image_size: int  # side of the crops
+    crop: Literal["adm_centre"]  # vtp.layers.images.centre_crop
+    data: str  # digest of the shards' manifest
+    splits: dict[SplitName, SplitFacts]
 
 
 @dataclass(frozen=True)
 class SplitReference:
     """One split."""
 
-    rows: np.ndarray  # [count] the images, as indices into the split
+    rows: np.ndarray  # [count] int64: the images, as indices into the split
     statistics: GaussianStatistics
     spatial: GaussianStatistics | None
     features: Tensor  # [kept, D] pooled features of the first images
@@ -50,90 +72,117 @@ class SplitReference:
 
 
 class Reference:
-    """A folder of reference statistics. Raises ArtefactError when it is damaged or of another format."""
+    """A folder of reference statistics."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: ReferenceArtefact) -> None:
         self.folder = folder
-        self.features: AnyFeaturesConfig = TypeAdapter(FeaturesConfig).validate_python(config["features"])
-        self.image_size: int = config["image_size"]
-        self.data: str = config["data"]
-        self._splits: dict[str, dict[str, Any]] = config["splits"]
+        self._config = config
 
     @classmethod
-    def load(cls, folder: Path) -> "Reference":
-        """Read `config.json`; tensors are read when they are asked for."""
-        config = read_json(folder / "config.json")
-        if config.get("kind") != "reference" or config.get("format_version") != FORMAT_VERSION:
+    def load(cls, folder: Path) -> Self:
+        """Read `config.json`; tensors are read when they are asked for. Raises ArtefactError for another folder."""
+        values = read_json(folder / "config.json")
+        if values.get("format_version") != FORMAT_VERSION:
             raise ArtefactError(
-                f"{folder}: no reference statistics of format {FORMAT_VERSION}; run the stage reference"
+                f"{folder}: reference statistics of format {values.get('format_version')!r}, this code reads "
+                f"{FORMAT_VERSION}; is this the right folder? If so, run the stage reference again"
             )
-        return cls(folder, config)
+        try:
+            return cls(folder, ReferenceArtefact.parse(values, where=str(folder / "config.json")))
+        except ConfigError as error:
+            raise ArtefactError(f"{error}; run the stage reference again") from None
+
+    @property
+    def features(self) -> AnyFeaturesConfig:
+        """The network; whatever is compared needs the same."""
+        return self._config.features
+
+    @property
+    def image_size(self) -> int:
+        """Side of the crops."""
+        return self._config.image_size
+
+    @property
+    def data(self) -> str:
+        """Digest of the shards' manifest."""
+        return self._config.data
 
     def require(self, images: ShardDataset, size: int) -> None:
         """Raises ArtefactError when these are not the statistics of that data in crops of that size."""
-        if self.data != digest(images.folder / "manifest.json"):
-            raise ArtefactError(
-                f"{self.folder} belongs to other data than {images.folder}; run the stage reference again"
-            )
+        if self.data != _data(images):
+            raise ArtefactError(f"{self.folder}: statistics of other data than {images.folder}; run the stage again")
+        self.require_size(size)
+
+    def require_size(self, size: int) -> None:
+        """Raises ArtefactError when these are statistics of another size of images."""
         if self.image_size != size:
             raise ArtefactError(
-                f"{self.folder} holds crops of {self.image_size} pixels, the tokenizer's are {size}; "
-                "set reference.image_size to that"
+                f"{self.folder}: statistics of {self.image_size} x {self.image_size} images, the tokenizer makes "
+                f"{size} x {size}; set reference.image_size to {size}"
             )
 
     def of(self, split: str) -> SplitReference:
-        """One split. Raises ArtefactError when it is not there."""
-        if split not in self._splits:
+        """One split. Raises ArtefactError when it is not there or damaged."""
+        if split not in self._config.splits:
             raise ArtefactError(
-                f"{self.folder}: no split {split!r}, it has {', '.join(self._splits)}; add it to reference.splits"
+                f"{self.folder}: no split {split!r}, it has {', '.join(self._config.splits)}; add it to "
+                "reference.splits"
             )
-        tensors = load_tensors(self.folder / f"{split}.safetensors")
-        statistics = {
-            name: GaussianStatistics.of_tensors({key: tensors[f"{name}_{key}"] for key in ("count", "mean", "scatter")})
-            for name in ("pooled", "spatial")
-            if f"{name}_mean" in tensors
-        }
-        return SplitReference(
-            tensors["rows"].numpy(), statistics["pooled"], statistics.get("spatial"), tensors["features"]
+        path = self.folder / f"{split}.safetensors"
+        tensors = load_tensors(path)
+        found, rows = FeatureSet.of_tensors(tensors, where=str(path)), tensors.get(ROWS, torch.empty(0))
+        facts = self._config.splits[split]
+        if (len(rows), found.count, len(found.features)) != (facts.count, facts.count, facts.kept):
+            raise ArtefactError(f"{path} is not what {self.folder / 'config.json'} says; run the stage reference again")
+        return SplitReference(rows.numpy(), found.statistics, found.spatial, found.features)
+
+
+class Chosen(NamedTuple):
+    """The images of a split that count."""
+
+    images: ShardDataset
+    config: SplitConfig
+    rows: np.ndarray  # [count] int64, ascending
+
+
+def choose(images: ShardDataset, config: SplitConfig) -> Chosen:
+    """Raises ValueError when there are fewer images than asked for, or than a covariance needs."""
+    rows = images.singles(config.samples).rows if config.labelled else np.arange(len(images))[: config.samples]
+    wanted = max(config.samples or 2, config.kept)
+    if len(rows) < wanted:
+        kind = "labelled images" if config.labelled else "images"
+        raise ValueError(
+            f"{images.folder}: {len(rows)} {kind} where reference.splits asks for {wanted}; lower `samples` and `kept`"
         )
+    return Chosen(images, config, rows.astype(np.int64))
 
 
 def save_reference(
     folder: Path,
-    images: Mapping[str, ShardDataset],
-    splits: Mapping[str, SplitReference],
-    description: Mapping[str, Any],
+    splits: Mapping[str, tuple[Chosen, FeatureSet]],
+    *,
+    features: AnyFeaturesConfig,
+    image_size: int,
 ) -> None:
-    """Write the folder; `description` has the features and the image size."""
+    """Write the folder, whole or not at all."""
+    some = next(iter(splits.values()))[0]
+    config = ReferenceArtefact(
+        format_version=FORMAT_VERSION,
+        features=features,
+        image_size=image_size,
+        crop="adm_centre",
+        data=_data(some.images),
+        splits={
+            name: SplitFacts(count=found.count, labelled=chosen.config.labelled, kept=len(found.features))
+            for name, (chosen, found) in splits.items()
+        },
+    )
     with whole_folder(folder) as temporary:
-        for name, split in splits.items():
-            tensors = {"rows": torch.from_numpy(split.rows), "features": split.features}
-            for kind, statistics in (("pooled", split.statistics), ("spatial", split.spatial)):
-                if statistics is not None:
-                    tensors |= {f"{kind}_{key}": value for key, value in statistics.tensors().items()}
-            save_tensors(temporary / f"{name}.safetensors", tensors)
-        data = digest(next(iter(images.values())).folder / "manifest.json")
-        counts = {name: {"images": split.count} for name, split in splits.items()}
-        write_json(
-            temporary / "config.json",
-            {
-                "kind": "reference",
-                "format_version": FORMAT_VERSION,
-                **description,
-                "crop": CROP,
-                "data": data,
-                "splits": counts,
-            },
-        )
+        write_json(temporary / "config.json", config.model_dump(mode="json"))
+        for name, (chosen, found) in splits.items():
+            path = temporary / f"{name}.safetensors"
+            save_tensors(path, {ROWS: torch.from_numpy(chosen.rows)} | found.tensors())
 
 
-def rows_of(images: ShardDataset, config: SplitConfig) -> np.ndarray:
-    """The images that count. Raises ValueError when there are fewer than asked for, or than two."""
-    rows = images.singles(config.samples).rows if config.labelled else np.arange(len(images))[: config.samples]
-    wanted = config.samples or 2
-    if len(rows) < wanted:
-        kind = "labelled images" if config.labelled else "images"
-        raise ValueError(
-            f"{images.folder}: {len(rows)} {kind} where reference.splits asks for {wanted}; lower `samples`"
-        )
-    return rows.astype(np.int64)
+def _data(images: ShardDataset) -> str:
+    return digest(images.folder / "manifest.json")

@@ -1,0 +1,86 @@
+"""What is kept of the features of a set of images while they stream by: statistics of all, features of some."""
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from vtp.distributed import gather_rows
+from vtp.evaluation.features import FeatureExtractor
+from vtp.evaluation.frechet import GaussianStatistics
+from vtp.evaluation.networks import Extracted
+
+POOLED, SPATIAL, FEATURES = "pooled_", "spatial_", "features"
+
+
+class FeatureSet:
+    """Statistics of pooled and spatial features, and the pooled features of those images that were to be kept."""
+
+    def __init__(self, dim: int, spatial_dim: int | None) -> None:
+        self.statistics = GaussianStatistics(dim)
+        self.spatial = None if spatial_dim is None else GaussianStatistics(spatial_dim)
+        self._kept = [torch.empty(0, dim)]
+
+    @classmethod
+    def of(cls, extractor: FeatureExtractor) -> Self:
+        """An empty set of what `extractor` gives."""
+        return cls(extractor.dim, extractor.spatial_dim)
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return self.statistics.count
+
+    @property
+    def features(self) -> Tensor:
+        """Pooled features [kept, D] float32, on the CPU, in the order of the images."""
+        self._kept = [torch.cat(self._kept)]
+        return self._kept[0]
+
+    def update(self, extracted: Extracted, *, keep: int) -> None:
+        """Add a batch; the features of its first `keep` images stay."""
+        self.statistics.update(extracted.pooled)
+        if self.spatial is not None:
+            assert extracted.spatial is not None
+            self.spatial.update(extracted.spatial)
+        if keep > 0:
+            self._kept.append(extracted.pooled[:keep].float().cpu())
+
+    def merge(self, other: "FeatureSet") -> None:
+        """Add the images of another set behind these."""
+        self.statistics.merge(other.statistics)
+        if self.spatial is not None:
+            assert other.spatial is not None
+            self.spatial.merge(other.spatial)
+        self._kept += other._kept
+
+    def over_ranks(self) -> "FeatureSet":
+        """The images of all ranks, in the order of ranks, on every rank; each of them must ask."""
+        together = FeatureSet(len(self.statistics.mean), None)
+        together.statistics = self.statistics.over_ranks()
+        together.spatial = None if self.spatial is None else self.spatial.over_ranks()
+        together._kept = [gather_rows(self.features)]
+        return together
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `of_tensors` takes."""
+        tensors = {FEATURES: self.features}
+        for prefix, statistics in ((POOLED, self.statistics), (SPATIAL, self.spatial)):
+            if statistics is not None:
+                tensors |= {prefix + name: value for name, value in statistics.tensors().items()}
+        return tensors
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], *, where: str) -> Self:
+        """The set that `tensors` gave. Raises ArtefactError for other ones; `where` they were found."""
+        parts = {
+            prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for prefix in (POOLED, SPATIAL)
+        }
+        found = cls(0, None)
+        found.statistics = GaussianStatistics.of_tensors(parts[POOLED], where=where)
+        if parts[SPATIAL]:
+            found.spatial = GaussianStatistics.of_tensors(parts[SPATIAL], where=where)
+        found._kept = [tensors.get(FEATURES, torch.empty(0, len(found.statistics.mean)))]
+        return found
