@@ -109,6 +109,27 @@ def test_small_and_paper_size_have_one_schema(study):
     assert small["prepare_data"]["source"]["name"] == paper["prepare_data"]["source"]["name"]
 
 
+def test_the_official_study_prints_the_authors_figures():
+    """Their README's, in our units: shares, not percent; of the metrics under the names of their protocols."""
+    study = ROOT / "pipelines/official_vtp"
+    small, paper = (read_yaml(study / name) for name in ("params.yaml", "params.paper.yaml"))
+    assert small.keys() == paper.keys()
+    assert small["summary"]["published"] == {}
+    assert {run: list(figures.values()) for run, figures in paper["summary"]["published"].items()} == {
+        "Small": [0.667, 0.775, 0.98, 5.46],
+        "Base": [0.732, 0.81, 0.74, 3.88],
+        "Large": [0.782, 0.857, 0.36, 2.81],
+    }
+    names = ["zero_shot_top1_squash", "linear_probe_multi_best_on_val", "rfid_inception_50k", "gfid_inception_50k"]
+    for figures in paper["summary"]["published"].values():
+        assert list(figures) == paper["summary"]["metrics"]
+        assert [name.rpartition(".")[2] for name in figures] == names
+    large = paper["train_generator_large"]["objective"].pop("times")
+    assert large == {"name": "logit_normal", "mu": -0.75, "sigma": 1.0}
+    assert paper["train_generator"]["objective"].pop("times") == {"name": "logit_normal", "mu": -0.5, "sigma": 1.25}
+    assert paper["train_generator_large"] == paper["train_generator"]
+
+
 def test_the_scaling_study_evaluates_every_milestone():
     """Its folders are named by FLOPs; YAML must not read a name as a number."""
     study = ROOT / "pipelines/scaling"
