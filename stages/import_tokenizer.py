@@ -76,7 +76,7 @@ def _backbone(config: BackboneSource, work: Work) -> FrozenBackbone:
         work.weights / config.weights, config.sha256, what, instead="name another file in params.yaml"
     )
     model = FrozenBackbone(_plain(config))
-    load_backbone(model, path)
+    load_backbone(model.backbone, config.model, path)
     torch.manual_seed(address(config.seed, "weights"))
     model.pixel_decoder = model.fresh_decoder()
     return model.eval()

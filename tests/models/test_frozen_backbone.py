@@ -23,7 +23,7 @@ def tokenizer_of(folder, name=BACKBONE, **sizes):
     path = folder / backbone_weights(folder, name)["weights"]
     torch.manual_seed(1)
     tokenizer = FrozenBackbone(config_of(name, **sizes))
-    load_backbone(tokenizer, path)
+    load_backbone(tokenizer.backbone, tokenizer.config.model, path)
     return tokenizer.eval(), path
 
 
@@ -134,8 +134,8 @@ def test_weights_of_another_model(tmp_path):
     ):
         save_file(tensors | changes, path)
         with pytest.raises(ArtefactError, match=said):
-            load_backbone(tokenizer, path)
+            load_backbone(tokenizer.backbone, tokenizer.config.model, path)
     del tensors["cls_token"]
     save_file(tensors, path)
     with pytest.raises(ArtefactError, match="missing cls_token"):
-        load_backbone(tokenizer, path)
+        load_backbone(tokenizer.backbone, tokenizer.config.model, path)
