@@ -42,6 +42,7 @@ class Point(NamedTuple):
 
 def run(config: Summary, *, points: Input, summary: Output, work: Work) -> None:
     runs = {folder.name: _curve(folder, config.metrics) for folder in sorted(points.iterdir()) if folder.is_dir()}
+    _require_each(config.metrics, runs, points)
     if unknown := sorted(config.published.keys() - runs.keys()):
         raise ArtefactError(f"summary.published names {unknown[0]!r}; {points} holds the runs {', '.join(runs)}")
     summary.mkdir()
@@ -63,15 +64,16 @@ def _measured(folder: Path, metrics: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for path in sorted(folder.glob("*.json")):
         found |= flatten(read_json(path))
-    missing = [name for name in metrics if name not in found and not _of_absent_objective(name)]
-    if missing:
-        raise ArtefactError(f"{folder}: no metric {missing[0]!r}; it has {', '.join(found)}")
     return {name: found.get(name, math.nan) for name in metrics}
 
 
-def _of_absent_objective(name: str) -> bool:
-    """A tokenizer without text tower has no zero-shot figures."""
-    return "zero_shot" in name
+def _require_each(metrics: list[str], runs: dict[str, list[Point]], folder: Path) -> None:
+    """A run may lack a metric, as one without text tower lacks zero-shot figures; one that all lack is misspelt."""
+    values = [point.values for curve in runs.values() for point in curve]
+    for name in metrics:
+        if all(math.isnan(of[name]) for of in values):
+            known = {key for path in folder.rglob("*.json") for key in flatten(read_json(path))}
+            raise ArtefactError(f"{folder}: no run has the metric {name!r}; they have {', '.join(sorted(known))}")
 
 
 def _table(runs: dict[str, list[Point]], metrics: list[str]) -> str:

@@ -79,15 +79,20 @@ class Curves:
         temporary.replace(self.path)
 
 
-def gradient_figures(path: Path, phase: str) -> dict[str, float]:
-    """Median, 99th percentile and maximum of a phase's gradient norm before clipping, over the rows of finished curves.
+def gradient_figures(path: Path, phase: str) -> dict[str, dict[str, float]]:
+    """Median, 99th percentile and maximum over the rows of finished curves: of a phase's gradient norm before clipping,
+    as `gradient_norm`, and of each objective's on the trunk, as `trunk_gradient_<objective>` where there are several.
 
-    A row holds the mean over `log_every` steps. Empty when the run has no such column.
+    A row of the norm holds the mean over `log_every` steps; gradients on the trunk are those of its last step.
     """
     with path.open(newline="", encoding="utf-8") as file:
-        norms = [float(value) for row in csv.DictReader(file) if (value := row.get(f"{phase}_gradient_norm"))]
-    if not norms:
-        return {}
-    values = torch.tensor(norms, dtype=torch.float64)
-    median, high = values.quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
-    return {"gradient_norm_median": median, "gradient_norm_p99": high, "gradient_norm_max": float(values.max())}
+        rows = list(csv.DictReader(file))
+    figures = {}
+    for column in rows[0] if rows else ():
+        if column != f"{phase}_gradient_norm" and not column.startswith("trunk_gradient_"):
+            continue
+        values = torch.tensor([float(value) for row in rows if (value := row[column])], dtype=torch.float64)
+        median, high = values.quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
+        name = "gradient_norm" if column.startswith(phase) else column
+        figures[name] = {"median": median, "p99": high, "max": float(values.max())}
+    return figures
