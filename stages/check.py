@@ -76,8 +76,9 @@ def disagreements(configs: dict[str, Any]) -> list[str]:
             f"prepare_data: pictures have image_size {side}, pretrain.tokenizer.image_size is "
             f"{pretrain.tokenizer.image_size}: they would be enlarged; write them at that size, or train at theirs"
         )
-    if understanding and any("{}" not in template for template in understanding.templates or ()):
-        found.append("evaluate_understanding.templates: every template must hold {} for the class")
+    given = getattr(understanding.prompts, "templates", ()) if understanding else ()
+    if any("{}" not in template for template in given):
+        found.append("evaluate_understanding.prompts.templates: every template must hold {} for the class")
     if reference and pretrain and reference.image_size != (side := pretrain.tokenizer.image_size):
         found.append(f"reference.image_size: {reference.image_size}, pretrain.tokenizer.image_size is {side}")
     imported = configs.get("import_tokenizer")

@@ -133,7 +133,9 @@ def test_metrics_are_finite_and_named(results):
     assert set(table["generation"]) == {"unguided", "guided", "noise"}
     of_samples = {f"{name}_random-vgg16_24" for name in ("gfid", "sfid", "kid", "precision", "recall")}
     assert set(table["generation"]["guided"]) == of_samples
-    assert {"zero_shot_top1", "linear_probe_bottleneck", "linear_probe_last"} <= set(table["understanding"])
+    assert {"zero_shot_top1_squash", "linear_probe_bottleneck", "linear_probe_last", "linear_probe_multi"} <= set(
+        table["understanding"]
+    )
     assert table["pretrain"]["samples"] == 96
 
 

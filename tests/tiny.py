@@ -52,7 +52,16 @@ SMALL: dict[str, Any] = {
         "training": {"length": {"name": "samples", "samples": 96}, "log_every": 2},
     },
     "generate": {"samples": 24, "batch_size": 10, "unguided": {"steps": 2}, "guided": {"steps": 2}},
-    "evaluate_understanding": {"batch_size": 16, "train_samples": 40, "probe": {"max_iterations": 5}},
+    "evaluate_understanding": {
+        "batch_size": 16,
+        "train_samples": 40,
+        "probes": {
+            "resize": 16,
+            "size": 16,
+            "single": {"name": "lbfgs", "l2": [1e-3, 1e-2], "max_iterations": 5},
+            "multi": {"epochs": 2, "batch_size": 16},
+        },
+    },
     "evaluate_reconstruction": {
         "batch_size": 20,
         "pictures": 3,

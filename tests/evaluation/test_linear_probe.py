@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from vtp.config import ConfigError
-from vtp.evaluation.linear_probe import LinearProbeConfig, fit_logistic, knn_accuracy, linear_probe
+from vtp.evaluation.linear_probe import LbfgsConfig, fit_logistic, knn_accuracy, linear_probe
 
-CONFIG = LinearProbeConfig(l2=[1e-4, 1e-2, 1.0], max_iterations=200, holdout=0.2, seed=0)
+CONFIG = LbfgsConfig(name="lbfgs", l2=[1e-4, 1e-2, 1.0], max_iterations=200)
+
+
+def probe(*data, config=CONFIG, holdout=0.2):
+    return linear_probe(*data, config=config, holdout=holdout, seed=0)
 
 
 def blobs(seed, count, *, classes=3, dim=6, spread=1.0):
@@ -52,7 +56,7 @@ def test_intercept_closed_form():
 
 
 def test_separable():
-    result = linear_probe(*blobs(0, 300, spread=0.05), *blobs(1, 100, spread=0.05), config=CONFIG)
+    result = probe(*blobs(0, 300, spread=0.05), *blobs(1, 100, spread=0.05))
     assert result.accuracy == result.train_accuracy == 1
     assert result.l2 == 1.0  # all candidates are right on the held-out samples: the strongest
 
@@ -62,7 +66,7 @@ def test_random_labels():
     (train, _), (test, _) = blobs(0, 400, dim=100), blobs(1, 1000, dim=100)
     draws = torch.Generator().manual_seed(2)
     known, truth = torch.randint(4, (400,), generator=draws), torch.randint(4, (1000,), generator=draws)
-    result = linear_probe(train, known, test, truth, config=CONFIG)
+    result = probe(train, known, test, truth)
     assert abs(result.accuracy - 0.25) < 0.06
     assert result.train_accuracy > 0.4
 
@@ -73,8 +77,8 @@ def test_penalty_is_chosen_for_generalisation():
     draws = torch.Generator().manual_seed(2)
     wrong = torch.rand(400, generator=draws) < 0.4
     train = features, torch.where(wrong, torch.randint(3, (400,), generator=draws), labels)
-    results = {l2: linear_probe(*train, *test, config=CONFIG.model_copy(update={"l2": [l2]})) for l2 in CONFIG.l2}
-    chosen = linear_probe(*train, *test, config=CONFIG)
+    results = {l2: probe(*train, *test, config=CONFIG.model_copy(update={"l2": [l2]})) for l2 in CONFIG.l2}
+    chosen = probe(*train, *test)
     assert chosen.l2 == 1.0
     assert chosen.accuracy == results[1.0].accuracy > results[1e-4].accuracy + 0.1
     assert results[1e-4].train_accuracy == 1
@@ -83,35 +87,35 @@ def test_penalty_is_chosen_for_generalisation():
 
 def test_scale_and_dead_features_do_not_matter():
     train, test = blobs(0, 200), blobs(1, 200)
-    expected = linear_probe(*train, *test, config=CONFIG)
+    expected = probe(*train, *test)
 
     def disguise(features):
         dead = torch.full((len(features), 2), 3.3)
         return torch.cat([features * torch.tensor([1e-3, 1, 1, 1, 1, 1e3]) - 50, dead], dim=1)
 
-    disguised = linear_probe(disguise(train[0]), train[1], disguise(test[0]), test[1], config=CONFIG)
+    disguised = probe(disguise(train[0]), train[1], disguise(test[0]), test[1])
     assert disguised.accuracy == pytest.approx(expected.accuracy, abs=0.011)
     assert disguised.l2 == expected.l2
 
 
 def test_repeats_itself_and_works_in_inference_mode():
     train, test = blobs(0, 100), blobs(1, 100)
-    expected = linear_probe(*train, *test, config=CONFIG)
+    expected = probe(*train, *test)
     torch.manual_seed(5)
     with torch.inference_mode():
-        inside = linear_probe(*(x.clone() for x in (*train, *test)), config=CONFIG)
+        inside = probe(*(x.clone() for x in (*train, *test)))
     assert inside == expected
 
 
 def test_holdout_must_leave_something():
     with pytest.raises(ValueError, match=r"holdout 0\.9 of 2 training samples leaves none to fit"):
-        linear_probe(*blobs(0, 2), *blobs(1, 2), config=CONFIG.model_copy(update={"holdout": 0.9}))
+        probe(*blobs(0, 2), *blobs(1, 2), holdout=0.9)
 
 
 def test_config_refuses_nonsense():
-    for change in ({"l2": []}, {"l2": [0.0]}, {"holdout": 1.0}, {"holdout": 0.0}):
+    for change in ({"l2": []}, {"l2": [0.0]}, {"max_iterations": 0}):
         with pytest.raises(ConfigError, match=r"params\.yaml:probe"):
-            LinearProbeConfig.parse(CONFIG.model_dump() | change, where="params.yaml:probe")
+            LbfgsConfig.parse(CONFIG.model_dump() | change, where="params.yaml:probe")
 
 
 def angles(*degrees):

@@ -32,7 +32,10 @@ def test_the_recipe_is_valid(tmp_path):
         ({"generate": {"guided": {"guidance_interval": [0.9, 0.1]}}}, "start < end"),
         ({"reference": {"features": {"name": "dino"}}}, "known are random_vgg16, inception, dinov2, clip"),
         ({"pretrain": {"tokenizer": {"image_size": 32}}}, "image_size"),
-        ({"evaluate_understanding": {"templates": ["an emoji"]}}, "every template must hold {}"),
+        (
+            {"evaluate_understanding": {"prompts": {"name": "given", "templates": ["an emoji"]}}},
+            "every template must hold {}",
+        ),
         ({"reference": {"image_size": 32}}, "reference.image_size: 32, pretrain.tokenizer.image_size is 16"),
         ({"evaluate_reconstruction": {"split": "test"}}, "'test' is none of reference.splits, which has train, valid"),
         ({"evaluate_generator": {"split": "test"}}, "evaluate_generator.split: 'test' is none of reference.splits"),

@@ -1,10 +1,11 @@
 """What frozen features know of labels: multinomial logistic regression and weighted nearest neighbours (paper 4.1).
 
-The probe is a convex problem solved to its optimum, so there is no learning rate to tune, and its one hyper-parameter
-is chosen on held-out training samples. (Picking the best head and epoch on the validation set, as is common, flatters.)
+The probe here is a convex problem solved to its optimum, so there is no learning rate to tune, and its one
+hyper-parameter is chosen on held-out training samples; `sgd_probe` is for data sets that do not fit into memory. (Picking
+the best head and epoch on the validation set, as is common, flatters.)
 """
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,14 @@ from vtp.draws import torch_draws
 BLOCK = 1024  # queries at a time in the nearest-neighbour search
 
 
-class LinearProbeConfig(Config):
-    """How a probe is fitted."""
+class LbfgsConfig(Config):
+    """The convex problem, solved to its optimum on standardised features: no learning rate, and all samples in memory."""
 
+    name: Literal["lbfgs"]
     l2: list[Annotated[float, Field(gt=0)]] = Field(
         min_length=1, description="candidates for l in mean cross-entropy + l/2 |W|^2 on standardised features"
     )
     max_iterations: int = Field(ge=1, description="of L-BFGS")
-    holdout: float = Field(gt=0, lt=1, description="share of the training samples that chooses l2")
-    seed: int = Field(description="of the choice of held-out samples")
 
 
 class ProbeResult(NamedTuple):
@@ -37,26 +37,38 @@ class ProbeResult(NamedTuple):
     holdout_accuracy: dict[float, float]
 
 
+def draw_holdout(count: int, share: float, seed: int) -> Tensor:
+    """Which of `count` training samples choose hyper-parameters [count] bool, at least one.
+
+    Raises ValueError when none would be left to fit.
+    """
+    held = max(1, round(share * count))
+    if held == count:
+        raise ValueError(f"holdout {share} of {count} training samples leaves none to fit")
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[torch.randperm(count, generator=torch_draws(seed, "linear_probe"))[:held]] = True
+    return mask
+
+
 def linear_probe(
     train_features: Tensor,
     train_labels: Tensor,
     test_features: Tensor,
     test_labels: Tensor,
     *,
-    config: LinearProbeConfig,
+    config: LbfgsConfig,
+    holdout: float,
+    seed: int,
 ) -> ProbeResult:
     """Fit on features [N, D] with labels [N], report on others; the work is done on the device of the features."""
     # float64: at the optimum, the accuracy does not depend on devices and threads. Inference mode would bar gradients.
     with torch.inference_mode(False):
-        mean, std = _statistics(train_features)
+        mean, std = statistics_of(train_features)
         train, test = ((x.double() - mean) / std for x in (train_features, test_features))
         labels = train_labels.to(train.device, copy=True)
         classes = int(labels.max()) + 1
-        order = torch.randperm(len(train), generator=torch_draws(config.seed, "linear_probe")).to(train.device)
-        held = max(1, round(config.holdout * len(train)))
-        if held == len(train):
-            raise ValueError(f"holdout {config.holdout} of {len(train)} training samples leaves none to fit")
-        asked, known = order[:held], order[held:]
+        asked = draw_holdout(len(train), holdout, seed).to(train.device)
+        known = ~asked
         accuracies = {}
         for l2 in sorted(config.l2, reverse=True):
             head = fit_logistic(train[known], labels[known], classes, l2=l2, max_iterations=config.max_iterations)
@@ -118,7 +130,8 @@ def knn_accuracy(
     return hits / len(test)
 
 
-def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+def statistics_of(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [D] of features [N, D], in float64."""
     std, mean = torch.std_mean(features.double(), dim=0, correction=0)
     return mean, std.clamp(min=1e-8)
 

@@ -1,12 +1,64 @@
 """Zero-shot classification: images against the text features of prompts about every class (Radford et al. 2021)."""
 
 from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from vtp.config import Config
+from vtp.data.ingest.imagenet import imagenet_classes
+from vtp.data.shards import Manifest
+
 BATCH = 256  # prompts per call of the text encoder
+
+
+class DataSetPrompts(Config):
+    """Class names and templates that the data set came with; without templates the names alone."""
+
+    name: Literal["data_set"]
+
+
+class OpenaiPrompts(Config):
+    """The class names and 80 templates of CLIP's authors, for ImageNet or some of its classes, by synset."""
+
+    name: Literal["openai"]
+
+
+class GivenPrompts(Config):
+    """The data set's class names in other templates."""
+
+    name: Literal["given"]
+    templates: list[str] = Field(min_length=1, description="{} stands for the class")
+
+
+PromptsConfig = Annotated[DataSetPrompts | OpenaiPrompts | GivenPrompts, Field(discriminator="name")]
+
+
+class Prompts(NamedTuple):
+    """What a class is called, and in which sentences."""
+
+    classes: list[str]
+    templates: list[str]
+
+
+def prompts_of(config: DataSetPrompts | OpenaiPrompts | GivenPrompts, manifest: Manifest) -> Prompts:
+    """For the classes of a data set, in their order. Raises ValueError for `openai` and classes that are not ImageNet's."""
+    if isinstance(config, GivenPrompts):
+        return Prompts(manifest.classes, config.templates)
+    if isinstance(config, DataSetPrompts):
+        return Prompts(manifest.classes, manifest.templates or ["{}"])
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    names = imagenet_classes().names
+    if other := [synset for synset in manifest.class_ids if synset not in names]:
+        raise ValueError(
+            f"prompts `openai` are for ImageNet's synsets, and this data set has the class {other[0]!r}; "
+            "choose `data_set` or `given`"
+        )
+    return Prompts([names[synset] for synset in manifest.class_ids], [f("{}") for f in OPENAI_IMAGENET_TEMPLATES])
 
 
 @torch.no_grad()

@@ -80,6 +80,10 @@ class Tokenizer(nn.Module, ABC):
         """Features after each of the last `n` blocks, the last block last. Raises ValueError when there are none."""
         raise ValueError(f"{type(self).__name__} has no features beside its latents")
 
+    def mean_latent(self, features: Features) -> Tensor:
+        """The mean over positions of the latents [B, d] that belong to `features`, without another pass."""
+        raise ValueError(f"{type(self).__name__} has no features beside its latents")
+
     def encoder_digest(self) -> str:
         """SHA-256 of `encoder_state`: equal digests, equal latents. A decoder fits latents of its own digest alone."""
         settings, tensors = self.encoder_state()

@@ -119,6 +119,9 @@ class FrozenBackbone(Tokenizer):
         # Without class token or registers there is no pair.
         return [self._features(*output) if isinstance(output, tuple) else self._features(output) for output in outputs]
 
+    def mean_latent(self, features: Features) -> Tensor:
+        return features.patches.mean(1)
+
     def encoder_state(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         settings = self.config.model_dump(exclude={"decoder"}) | {"mean": self._mean, "std": self._std}
         return {"kind": "frozen_backbone", **settings}, self.backbone.state_dict()

@@ -115,6 +115,9 @@ class VisualTokenizer(Tokenizer):
         latents = self.trunk(images, keep=keep, latent=True).patches  # [B, N, d]
         return latents.transpose(1, 2).unflatten(2, (images.shape[2] // patch_size, images.shape[3] // patch_size))
 
+    def mean_latent(self, features: Features) -> Tensor:
+        return self.trunk.feature_bottleneck(features.patches.mean(1))
+
     def encoder_state(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         """The trunk and its bottleneck; what CLIP and masked modelling add does not touch latents."""
         settings = self.config.vision.model_dump(exclude={"bottleneck_ae_only", "clip_feat"})
