@@ -88,7 +88,8 @@ def _grow(
         report(sum(map(len, chunk)) - told)
         split.found.merge(part.over_ranks())
         stop = bool(total(torch.tensor(int(work.stop_requested))))
-        if ranks().first and (stop or time.monotonic() - saved > work.checkpoint_seconds):
+        over = split.found.count == len(rows)
+        if ranks().first and (stop or over or time.monotonic() - saved > work.checkpoint_seconds):
             save_tensors(split.state, split.found.tensors())
             saved = time.monotonic()
         if stop:

@@ -77,6 +77,8 @@ def test_bad_images(tmp_path):
             extractor(wrong)
     with pytest.raises(ValueError, match="no images to take features of"):
         extractor(images(0)[:0])
+    with pytest.raises(ValueError, match="random_vgg16 needs images of 16 x 16 pixels or more, given 15 x 15"):
+        random_vgg(tmp_path)(images(0, side=15))
     extractor(images(0))
     with pytest.raises(ValueError, match="images of 16 x 16 pixels after some of 32 x 32: .* crop all to one size"):
         extractor(images(0, side=16))

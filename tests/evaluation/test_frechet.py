@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vtp.artefact import ArtefactError
-from vtp.evaluation.frechet import GaussianStatistics, Moments, frechet_distance
+from vtp.evaluation.frechet import BLOCK, GaussianStatistics, Moments, frechet_distance
 
 
 def samples(seed, count, dim, scale=1.0, shift=0.0):
@@ -30,6 +30,26 @@ def test_statistics_stream():
     assert statistics.count == 103
     np.testing.assert_allclose(statistics.mean, x.double().mean(0), rtol=1e-14)
     np.testing.assert_allclose(statistics.covariance, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_any_batches_give_the_same_bits():
+    x = samples(0, 2500, 7)
+    whole = GaussianStatistics.of(x)
+    for size in (1, 300, 1024, 2499):
+        statistics = GaussianStatistics(7)
+        for part in x.split(size):
+            statistics.update(part)
+        assert torch.equal(statistics.mean, whole.mean)
+        assert torch.equal(statistics.covariance, whole.covariance)
+
+
+def test_memory_does_not_grow():
+    """What waits is less than a block, whatever came."""
+    statistics = GaussianStatistics(3)
+    for seed in range(50):
+        statistics.update(samples(seed, 100, 3))
+        assert sum(map(len, statistics._waiting)) < BLOCK
+    assert statistics.count == 5000
 
 
 def test_closed_form_of_diagonal_covariances():

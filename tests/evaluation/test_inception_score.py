@@ -44,3 +44,8 @@ def test_two_classes_closed_form():
 def test_more_splits_than_samples():
     with pytest.raises(ValueError, match="10 splits need at least as many samples, given 3"):
         inception_score(torch.zeros(3, 5), splits=10)
+
+
+def test_bad_logits():
+    with pytest.raises(ValueError, match="logits hold NaN or infinity"):
+        inception_score(torch.tensor([[0.0, torch.inf], [1.0, 2.0]]), splits=1)

@@ -54,3 +54,22 @@ def test_far_from_the_origin():
 def test_needs_more_points_than_neighbours():
     with pytest.raises(ValueError, match="3 neighbours need more points than 10 real and 3 generated"):
         precision_recall(samples(0, 10), samples(1, 3), neighbours=3)
+
+
+def test_bad_features():
+    bad = samples(0, 20)
+    bad[3, 1] = torch.inf
+    for real, fake, message in (
+        (bad, samples(1, 20), "1 of 20 real features hold NaN or infinity"),
+        (samples(1, 20), bad, "1 of 20 generated features hold NaN or infinity"),
+        (samples(0, 20, dim=4), samples(1, 20), "features of 4 and of 8 dimensions"),
+        (samples(0, 20)[:, 0], samples(1, 20), r"real features are \[20\], not \[N, D\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            precision_recall(real, fake)
+
+
+def test_order_does_not_matter():
+    real, fake = samples(0, 120), samples(1, 90, scale=0.8)
+    shuffled = fake[torch.randperm(90, generator=torch.Generator().manual_seed(0))]
+    assert precision_recall(real, fake, block=32) == precision_recall(real.flip(0), shuffled, block=50)

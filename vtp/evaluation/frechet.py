@@ -14,7 +14,7 @@ from torch import Tensor
 from vtp.artefact import ArtefactError
 from vtp.distributed import total
 
-TENSORS = ("count", "mean", "scatter")
+BLOCK = 1024  # features that are squared at once
 
 
 class Gaussian(Protocol):
@@ -36,12 +36,16 @@ class Moments:
 
 
 class GaussianStatistics:
-    """Mean and covariance of streamed features, in float64 on the CPU, since not every device has float64."""
+    """Mean and covariance of streamed features, in float64 on the CPU, since not every device has float64.
+
+    Features wait until there are `BLOCK` of them, so that sums are the same whatever batches they come in.
+    """
 
     def __init__(self, dim: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64)  # [D]
+        self._seen = 0
+        self._mean = torch.zeros(dim, dtype=torch.float64)  # [D]
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # [D, D], sum of (x - mean)(x - mean)^T
+        self._waiting: list[Tensor] = []  # [n, D] each, fewer than BLOCK together; not in the three above
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
@@ -51,60 +55,82 @@ class GaussianStatistics:
         return statistics
 
     @property
+    def count(self) -> int:
+        """Number of features."""
+        return self._seen + sum(map(len, self._waiting))
+
+    @property
+    def mean(self) -> Tensor:
+        """[D]."""
+        self._fold()
+        return self._mean
+
+    @property
     def covariance(self) -> Tensor:
         """Unbiased covariance [D, D]. Raises ValueError below two samples."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, these statistics hold {self.count}")
-        return self._scatter / (self.count - 1)
+        self._fold()
+        return self._scatter / (self._seen - 1)
 
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
-        """Add features [B, D]. Batches are centred before they are squared (Chan et al. 1983).
+        """Add features [B, D].
 
         Raises ValueError for another dimension, and for values that are not finite: they would spoil all.
         """
-        if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(f"statistics of {len(self.mean)} dimensions, given features {list(features.shape)}")
-        if not len(features):
-            return
-        values = features.cpu().double()
-        if (bad := (~values.isfinite().all(1)).nonzero()[:, 0]).numel():
+        if features.ndim != 2 or features.shape[1] != len(self._mean):
+            raise ValueError(f"statistics of {len(self._mean)} dimensions, given features {list(features.shape)}")
+        if (bad := (~features.isfinite().all(1)).nonzero()[:, 0]).numel():
             raise ValueError(
-                f"{len(bad)} of {len(values)} features hold NaN or infinity, first that of image {int(bad[0])} of the "
-                "batch; check the weights and the model that made the images"
+                f"{len(bad)} of {len(features)} features hold NaN or infinity, first that of image {int(bad[0])} of "
+                "the batch; check the weights and the model that made the images"
             )
-        grown = self.count + len(values)
+        while len(features):
+            room = BLOCK - sum(map(len, self._waiting))
+            self._waiting.append(features[:room].to("cpu", torch.float64, copy=True))
+            features = features[room:]
+            if sum(map(len, self._waiting)) == BLOCK:
+                self._fold()
+
+    def _fold(self) -> None:
+        """Add what waits, centred before it is squared (Chan et al. 1983)."""
+        if not self._waiting:
+            return
+        values, self._waiting = torch.cat(self._waiting), []
         mean = values.mean(0)
-        shift = mean - self.mean
-        centred = values - mean
-        self._scatter.addmm_(centred.T, centred)
-        self._scatter.addr_(shift, shift, alpha=self.count * len(values) / grown)
-        self.mean += shift * (len(values) / grown)
-        self.count = grown
+        centred = (values - mean).numpy()
+        # numpy sees that both factors are one, and computes half of the product.
+        self._add(len(values), mean, torch.from_numpy(centred.T @ centred))
+
+    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        grown, shift = self._seen + count, mean - self._mean
+        self._scatter += scatter
+        self._scatter.addr_(shift, shift, alpha=self._seen * count / grown)
+        self._mean += shift * (count / grown)
+        self._seen = grown
 
     def merge(self, other: "GaussianStatistics") -> None:
         """Add what another has seen."""
-        if not other.count:
-            return
-        grown = self.count + other.count
-        shift = other.mean - self.mean
-        self._scatter += other._scatter
-        self._scatter.addr_(shift, shift, alpha=self.count * other.count / grown)
-        self.mean += shift * (other.count / grown)
-        self.count = grown
+        if other.count:
+            self._fold()
+            other._fold()
+            self._add(other._seen, other._mean, other._scatter)
 
     def over_ranks(self) -> "GaussianStatistics":
         """The features of all ranks together, on every rank; each of them must ask."""
-        together = GaussianStatistics(len(self.mean))
-        together.count = int(total(torch.tensor(self.count)))
-        together.mean = total(self.mean * self.count) / max(together.count, 1)
-        shift = self.mean - together.mean
-        together._scatter = total(self._scatter.addr(shift, shift, alpha=self.count))
+        self._fold()
+        together = GaussianStatistics(len(self._mean))
+        together._seen = int(total(torch.tensor(self._seen)))
+        together._mean = total(self._mean * self._seen) / max(together._seen, 1)
+        shift = self._mean - together._mean
+        together._scatter = total(self._scatter.addr(shift, shift, alpha=self._seen))
         return together
 
     def tensors(self) -> dict[str, Tensor]:
         """What `of_tensors` takes."""
-        return dict(zip(TENSORS, (torch.tensor(self.count), self.mean, self._scatter), strict=True))
+        self._fold()
+        return {"count": torch.tensor(self._seen), "mean": self._mean, "scatter": self._scatter}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], *, where: str) -> Self:
@@ -114,8 +140,8 @@ class GaussianStatistics:
         if shapes != {"count": (), "mean": (dim,), "scatter": (dim, dim)}:
             raise ArtefactError(f"{where}: holds {shapes}, not Gaussian statistics; make it again")
         statistics = cls(0)
-        statistics.count = int(tensors["count"])
-        statistics.mean, statistics._scatter = tensors["mean"], tensors["scatter"]
+        statistics._seen = int(tensors["count"])
+        statistics._mean, statistics._scatter = tensors["mean"], tensors["scatter"]
         return statistics
 
 

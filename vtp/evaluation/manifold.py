@@ -53,7 +53,7 @@ def _radii(points: Tensor, neighbours: int, block: int) -> Tensor:
             distances = torch.cdist(points[rows], points[columns])
             _keep_nearest(nearest, rows, distances)
             if columns != rows:
-                _keep_nearest(nearest, columns, distances.T)
+                _keep_nearest(nearest, columns, distances.T.contiguous())
     return nearest.amax(1)
 
 

@@ -40,13 +40,18 @@ class Extracted(NamedTuple):
 class RandomVgg(nn.Module):
     """The last stage averaged over space; spatial: seven channels of the third, averaged onto 8 x 8 places."""
 
-    DIM, STAGE, CHANNELS, SIDE = 512, 2, 7, 8
+    DIM, STAGE, CHANNELS, SIDE, LEAST = 512, 2, 7, 8, 16  # LEAST pixels: it halves them four times
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.network = random_vgg16(seed)
 
     def forward(self, images: Tensor) -> Extracted:
+        if min(images.shape[2:]) < self.LEAST:
+            raise ValueError(
+                f"random_vgg16 needs images of {self.LEAST} x {self.LEAST} pixels or more, given {images.shape[2]} x "
+                f"{images.shape[3]}; choose larger ones, or other features"
+            )
         stages = self.network(normalise(images))
         spatial = F.adaptive_avg_pool2d(stages[self.STAGE][:, : self.CHANNELS], self.SIDE)
         return Extracted(stages[-1].mean((2, 3)), spatial.flatten(1))
