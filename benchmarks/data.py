@@ -30,12 +30,12 @@ from stages.pretrain import Pretrain, build_batches
 from vtp.config import load
 from vtp.data.batches import Share
 from vtp.data.decode import decode_rgb
+from vtp.data.loader import micro_batches
 from vtp.data.masking import draw_masks
 from vtp.data.stream import Stream
 from vtp.data.views import SslViewsConfig, clip_batch, recolour, ssl_views
 from vtp.draws import numpy_draws
 from vtp.models.text import CaptionTokenizer
-from vtp.training.fit import micro_batches
 
 COUNT = 32  # images in the measurement of a part
 

@@ -18,8 +18,8 @@ from vtp.artefact import ArtefactError
 from vtp.config import ConfigError
 from vtp.data.batches import PretrainBatches, Share
 from vtp.data.dataset import DataError, ShardDataset
+from vtp.data.loader import micro_batches
 from vtp.data.stream import Stream, StreamConfig
-from vtp.training.fit import micro_batches
 
 POOL = 8  # samples of a step
 SPLITS = {"one shard": [96], "few": [40, 0, 31, 25], "many": [1, 2, 3] * 16}

@@ -10,15 +10,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from traceback import clear_frames
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vtp.config import Config
+from vtp.data.loader import micro_batches
 from vtp.distributed import fill, ranks
 from vtp.step import Logs, Moment, ParameterGroup, StepCost, Term
 from vtp.training.checkpoint import Checkpoints
@@ -94,13 +94,6 @@ class Objective(Protocol[Consumed_contra]):
     def state_dict(self) -> dict[str, Any]: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-
-@runtime_checkable
-class Finishes(Protocol):
-    """A dataset whose batches are completed on the device."""
-
-    def finish(self, batch: Any) -> Any: ...  # noqa: ANN401 - the dataset's own kind of batch
 
 
 class Watcher(Protocol):
@@ -290,33 +283,3 @@ def _brief(row: Mapping[str, float]) -> str:
     rate = f"{row['flops_per_second'] / 1e12:.3g} TFLOP/s"
     share = f", {utilisation:.0%} of peak" if utilisation is not None else ""
     return f"{rate}{share}, {row['data_wait_share']:.0%} waiting, {row['memory_gigabytes']:.2g} GB"
-
-
-def micro_batches(batches: Dataset[Batch], items: range, host: Host) -> Iterator[Batch]:
-    """Items of a dataset in the order of `items`, on the device, prepared by the host's workers.
-
-    What a worker raises as a ValueError is raised here with the same words.
-    """
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=items,
-        num_workers=host.workers,
-        prefetch_factor=4 if host.workers else None,
-        pin_memory=host.device != "cpu",
-        timeout=host.timeout if host.workers else 0,
-    )
-    finish = batches.finish if isinstance(batches, Finishes) else None
-    try:
-        for batch in loader:
-            moved = type(batch)(*(value.to(host.device, non_blocking=True) for value in batch))
-            yield moved if finish is None else finish(moved)
-    except Exception as error:
-        # torch's frames refer to the error and to the workers. Only garbage collection would end that circle, and it takes
-        # the workers' queues away first: whoever it meets waits 5 s for each of them.
-        clear_frames(error.__traceback__)
-        if not host.workers or not isinstance(error, ValueError):
-            raise
-        # torch puts the worker's whole traceback before its words.
-        words = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-        raise type(error)(words) from error

@@ -12,9 +12,10 @@ from PIL import Image
 from scipy.io import savemat
 
 from vtp.artefact import digest
+from vtp.data.imagenet import imagenet_classes
 from vtp.data.ingest.archives import TRAIN, VALIDATION
 from vtp.data.ingest.crew import IngestError
-from vtp.data.ingest.imagenet import DEVKIT, imagenet_classes
+from vtp.data.ingest.imagenet import DEVKIT
 from vtp.data.shards import Manifest
 
 SYNSETS = ["n01440764", "n01514668", "n04254680"]  # tench, cock, soccer ball; not sorted where they are written

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from vtp.artefact import whole_file
+from vtp.data.imagenet import imagenet_classes
 from vtp.data.ingest.crew import IngestError, Stopped
 from vtp.data.ingest.folders import EXTENSIONS, holds
-from vtp.data.ingest.imagenet import DEVKIT, OTHER_CLASS, imagenet_classes, read_devkit, truth_of
+from vtp.data.ingest.imagenet import DEVKIT, OTHER_CLASS, read_devkit, truth_of
 from vtp.data.ingest.listing import Entry, safe_key
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

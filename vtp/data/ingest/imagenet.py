@@ -10,11 +10,12 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import Field
 
 from vtp.config import Config
+from vtp.data.imagenet import imagenet_classes, openai_templates
 from vtp.data.ingest.crew import IngestError
 from vtp.data.ingest.folders import holds, pictures_under
 from vtp.data.ingest.listing import Entry, safe_key
@@ -38,32 +39,14 @@ class ImageNetSource(Config):
     caption: str | None = Field(description="of every picture, {} stands for the class; null: none")
 
 
-class Classes(NamedTuple):
-    """All 1,000."""
-
-    synsets: list[str]
-    names: dict[str, str]  # of each synset, for people and prompts
-
-
-def imagenet_classes() -> Classes:
-    """Synsets in the official order, which is that of their names, with the names that CLIP uses."""
-    from open_clip import IMAGENET_CLASSNAMES
-    from timm.data import ImageNetInfo
-
-    synsets = ImageNetInfo("imagenet-1k").label_names()
-    return Classes(synsets, dict(zip(synsets, IMAGENET_CLASSNAMES, strict=True)))
-
-
 def describe_imagenet(synsets: list[str]) -> Description:
     """What the manifest says."""
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
-
     names = imagenet_classes().names
     return Description(
         source="imagenet",
         classes=[names[synset] for synset in synsets],
         class_ids=synsets,
-        templates=[template("{}") for template in OPENAI_IMAGENET_TEMPLATES],
+        templates=openai_templates(),
         categories=[],
         category_of_class=[],
         attribution=ATTRIBUTION,

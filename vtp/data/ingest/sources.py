@@ -8,12 +8,13 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from vtp.data.compose import EmbeddedConfig
+from vtp.data.imagenet import imagenet_classes
 from vtp.data.ingest.archives import list_imagenet_parquet, list_imagenet_tars
 from vtp.data.ingest.crew import IngestError
 from vtp.data.ingest.embedded import ComposedPictures
 from vtp.data.ingest.encode import ImageConfig
 from vtp.data.ingest.folders import FolderSource, HeldOut, TableSource, class_name, list_folder, list_table
-from vtp.data.ingest.imagenet import ImageNetSource, describe_imagenet, imagenet_classes, list_imagenet_folders
+from vtp.data.ingest.imagenet import ImageNetSource, describe_imagenet, list_imagenet_folders
 from vtp.data.ingest.listed import ListedPictures
 from vtp.data.ingest.listing import Entry, Listing, Naming, list_pictures
 from vtp.data.ingest.pool import PoolSource, pooled_pictures
