@@ -51,6 +51,7 @@ def run(  # noqa: PLR0913 - one flag per file that the page shows
     looks: Input,
     tune_decoder: Input,
     decoder_curves: Input,
+    decoder_looks: Input,
     train_generator: Input,
     generator_curves: Input,
     reconstruction: Input,
@@ -71,7 +72,7 @@ def run(  # noqa: PLR0913 - one flag per file that the page shows
     sections = [
         Section("Pre-training", read_json(pretrain), [looks]),
         Section("Understanding", read_json(understanding), []),
-        Section("Decoder tuning", read_json(tune_decoder), []),
+        Section("Decoder tuning", read_json(tune_decoder), [decoder_looks]),
         Section("Reconstruction", reconstructed, [reconstructions / f"{name}.png" for name in RECONSTRUCTIONS]),
         Section("Latents", of_latents, [diagnostics / "latents.png"]),
         Section("Speed", read_json(speed), []),

@@ -25,6 +25,7 @@ SAME = {
     "train_generator": "train_generator_metrics",
     "generator_curves": "train_generator_curves",
     "looks": "pretrain_picture",
+    "decoder_looks": "tune_decoder_picture",
     "reconstruction": "evaluate_reconstruction_metrics",
     "reconstructions": "evaluate_reconstruction_pictures",
     "diagnostics": "diagnostics",
@@ -183,7 +184,7 @@ def test_generator_loads_and_samples_belong_to_their_index(results):
 def test_report_stands_alone(results):
     root, *_ = results
     page = (root / "report_report" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 10
+    assert page.count("data:image/png;base64,") == 11
     assert "http" not in page
     assert "gfid_random-vgg16_24" in page
     figures = (root / "report_report" / "metrics.md").read_text()
