@@ -67,11 +67,14 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
         adversary = build_adversary(config.adversary, work, seed=config.seed, tokenizer=model, features=critic_features)
     perceptual = build_perceptual(config.objective.perceptual, weights=work.weights).to(work.device)
     largest = work.runtime.micro_batch or config.batch_size
-    share = Share(*ranks(), count_micros(config.batch_size, ranks().size, largest))
+    share = Share(*ranks(), count_micros(config.batch_size, ranks().size, largest, named="tune_decoder.batch_size"))
     stream = Stream([train], config.stream, seed=config.seed)
     batches = ImageBatches(stream, config.view, size=model.image_size, batch_size=config.batch_size, share=share)
     noise = config.objective.noise
-    std = _channel_std(model, train, noise.samples, config.batch_size, work.device) if noise.std else None
+    std = None
+    if noise.std:
+        std = channel_std(model, train, noise.samples, config.batch_size, work.device)
+        work.record(latent_std=" ".join(f"{value:.6g}" for value in std.tolist()))
     objective = DecoderObjective(
         model, adversary, config.objective, perceptual=perceptual, channel_std=std, seed=config.seed
     )
@@ -102,7 +105,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
 
 
 @torch.no_grad()
-def _channel_std(model: Tokenizer, images: ShardDataset, samples: int, batch_size: int, device: str) -> Tensor:
+def channel_std(model: Tokenizer, images: ShardDataset, samples: int, batch_size: int, device: str) -> Tensor:
     """Standard deviation [d] of the latents' channels over the first training images; ranks share them."""
     own = own_rows(min(samples, len(images)))
     sums = torch.zeros(2, model.latent_shape[0], dtype=torch.float64)

@@ -5,7 +5,8 @@ import torch
 from tiny import merged, tiny_params, write_shards
 
 from stages.pretrain import Pretrain, build_batches
-from vtp.data.batches import PretrainBatch, Share, count_micros
+from stages.tune_decoder import TuneDecoder
+from vtp.data.batches import ImageBatch, ImageBatches, PretrainBatch, Share, count_micros
 from vtp.data.dataset import ShardDataset
 from vtp.data.stream import Stream, StreamConfig
 
@@ -111,6 +112,34 @@ def test_micro_batches():
     assert count_micros(7, 1, 4) == 7
     with pytest.raises(ValueError, match=r"batch\.reconstruction 16 is not a multiple of the 3 ranks"):
         count_micros(16, 3, 8)
+    with pytest.raises(ValueError, match=r"tune_decoder\.batch_size 16 is not"):
+        count_micros(16, 3, 8, named="tune_decoder.batch_size")
+
+
+@pytest.mark.parametrize("view", [{"name": "centre_crop"}, {"name": "random_crop", "scale_min": 0.5}])
+def test_plain_images_are_the_same_for_all(shards, view):
+    """Of a step, over ranks and micro-batches; a crop belongs to the position in the stream."""
+    config = TuneDecoder.parse(merged(tiny_params()["tune_decoder"], {"view": view}), where="test")
+
+    def of_step(step, ranks, micros):
+        found = []
+        for rank in range(ranks):
+            share = Share(rank, ranks, micros)
+            batches = ImageBatches(shards, config.view, size=16, batch_size=8, share=share)
+            found += [batches[step * micros + micro] for micro in range(micros)]
+        return ImageBatch(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    alone = [of_step(step, 1, 1) for step in range(20)]
+    for ranks, micros in ((1, 4), (2, 1), (2, 2), (4, 2)):
+        for step in (0, 7, 19):  # the second is in the first epoch, the last beyond it
+            assert torch.equal(of_step(step, ranks, micros).images, alone[step].images)
+    assert not any(batch.replaced.any() for batch in alone)
+    if view["name"] == "centre_crop":  # an epoch shows every image once
+        originals = shards.sources[0].images(range(64), 16).flatten(1)
+        shown = torch.cat([batch.images for batch in alone[:8]]).flatten(1)
+        assert torch.equal(shown.unique(dim=0), originals.unique(dim=0))
+    with pytest.raises(ValueError, match="hold 64 samples and a batch takes 65"):
+        ImageBatches(shards, config.view, size=16, batch_size=65, share=Share(0, 1, 1))
 
 
 def test_colours_may_wait_for_the_device(shards):

@@ -74,7 +74,16 @@ def test_frozen_features_are_no_part_of_the_state_and_pass_gradients():
     assert logits.shape == (2, 2 * 4)  # heads x tokens
     logits.sum().backward()
     assert images.grad.abs().max() > 0
-    assert critic.forward_flops(16) > 0
+
+
+def test_flops_of_heads_and_of_frozen_features():
+    trained, frozen = of_tokenizer().forward_flops(16)
+    tokens, dim = 4, 16
+    assert trained == 2 * 2 * tokens * (dim * dim + 3 * dim * dim + dim)  # two heads, kernel 3
+    assert frozen > trained
+    convolutions, nothing = patch().forward_flops(16)
+    assert nothing == 0
+    assert convolutions > 0
 
 
 def test_norms_move_once_a_step_and_not_in_forward_passes():
@@ -97,6 +106,8 @@ def test_heads_keep_the_tokens():
     assert head(torch.randn(2, 6, 12)).shape == (2, 1, 12)
     with pytest.raises(ValueError, match="an odd one"):
         TokenHead(6, 4)
+    with pytest.raises(ValueError, match="have 8 tokens, fewer than discriminator.kernel 9"):
+        head(torch.randn(2, 6, 8))
 
 
 def test_blocks_are_spread_over_the_depth():

@@ -140,14 +140,14 @@ class Share(NamedTuple):
         return step, range(first, first + count)
 
 
-def count_micros(blocks: int, ranks: int, largest: int) -> int:
+def count_micros(blocks: int, ranks: int, largest: int, *, named: str = "batch.reconstruction") -> int:
     """The least number of equal micro-batches of at most `largest` blocks that a rank needs.
 
-    Raises ValueError when the blocks cannot be split evenly over the ranks.
+    Raises ValueError, which calls the number of blocks as it is `named`, when they cannot be split evenly over the ranks.
     """
     if blocks % ranks:
         raise ValueError(
-            f"batch.reconstruction {blocks} is not a multiple of the {ranks} ranks, and a rank holds whole blocks; "
+            f"{named} {blocks} is not a multiple of the {ranks} ranks, and a rank holds whole blocks; "
             "change the number of devices or the batch"
         )
     of_rank = blocks // ranks

@@ -70,13 +70,24 @@ class Critic(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, ...]."""
 
+    def perceive(self, images: Tensor) -> object:
+        """What is computed without anything that trains; nothing in most critics."""
+        return None
+
     @torch.no_grad()
-    def forward_flops(self, side: int) -> float:
-        """FLOPs of judging one image. It is judged for that: frozen features are no part of this module."""
+    def forward_flops(self, side: int) -> tuple[float, float]:
+        """FLOPs of judging one image: of what trains, and of what is frozen.
+
+        An image is judged for that on the device: frozen features are no part of this module.
+        """
         image = torch.zeros(1, 3, side, side, device=next(self.parameters()).device)
-        with FlopCounterMode(display=False) as counter:
-            self(image)
-        return float(counter.get_total_flops())
+        counts = []
+        for judge in (self, self.perceive):
+            with FlopCounterMode(display=False) as counter:
+                judge(image)
+            counts.append(float(counter.get_total_flops()))
+        everything, frozen = counts
+        return everything - frozen, frozen
 
     @torch.no_grad()
     def refine_norms(self) -> None:
@@ -119,18 +130,26 @@ class FeatureCritic(Critic):
         self.heads = nn.ModuleList(TokenHead(dim, config.kernel) for _ in range(heads))
         self.eval()
 
+    def perceive(self, images: Tensor) -> list[Tensor]:
+        """The frozen features."""
+        return self._features(images)
+
     def forward(self, images: Tensor) -> Tensor:
-        maps = self._features(images)
+        maps = self.perceive(images)
         return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)
 
 
 class TokenHead(nn.Module):
-    """Maps [B, D, L] to logits [B, 1, L]: a layer per token, a residual one over neighbours, a linear one."""
+    """Maps [B, D, L] to logits [B, 1, L]: a layer per token, a residual one over neighbours, a linear one.
+
+    Raises ValueError for maps of fewer tokens than the kernel is long: a circle would meet itself.
+    """
 
     def __init__(self, dim: int, kernel: int) -> None:
         super().__init__()
         if kernel % 2 == 0:
             raise ValueError(f"kernel is {kernel}; a convolution over neighbours on both sides needs an odd one")
+        self._kernel = kernel
         self.point = spectral_norm(nn.Conv1d(dim, dim, 1, bias=False))
         self.point_norm = nn.GroupNorm(dim, dim)  # per sample and channel: a batch normalisation over one sample
         self.near = spectral_norm(nn.Conv1d(dim, dim, kernel, padding=kernel // 2, padding_mode="circular", bias=False))
@@ -138,6 +157,11 @@ class TokenHead(nn.Module):
         self.out = spectral_norm(nn.Conv1d(dim, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] < self._kernel:
+            raise ValueError(
+                f"the critic's features have {x.shape[2]} tokens, fewer than discriminator.kernel {self._kernel}; choose "
+                "a smaller kernel or a larger image_size"
+            )
         x = F.leaky_relu(self.point_norm(self.point(x)), LEAK)
         x = (x + F.leaky_relu(self.near_norm(self.near(x)), LEAK)) / 2**0.5
         return self.out(x)

@@ -122,7 +122,8 @@ class Adversary(nn.Module):
 
     def step_flops(self, side: int) -> float:
         """FLOPs per image of a step with all parts at work: once for the decoder, with real and fake for the critic."""
-        return (FROZEN + 2 * TRAINING) * self.critic.forward_flops(side)
+        trained, frozen = self.critic.forward_flops(side)
+        return FROZEN * (trained + frozen) + 2 * (TRAINING * trained + frozen)
 
     def parameters_of_critic(self) -> list[nn.Parameter]:
         """What the critic's phase trains."""

@@ -111,10 +111,12 @@ class DecoderObjective(nn.Module):
         tokenizer, perceptual = self._frozen
         image = torch.empty(1, 3, tokenizer.image_size, tokenizer.image_size)
         latent = torch.empty(1, *tokenizer.latent_shape)
-        flops = forward_flops(_Encoder(tokenizer), image) + TRAINING * forward_flops(self.decoder, latent)
+        of_decoder = forward_flops(self.decoder, latent)
+        flops = forward_flops(_Encoder(tokenizer), image) + TRAINING * of_decoder
         flops += (1 + FROZEN) / 2 * forward_flops(perceptual.network, image, image)
         if self.adversary is not None:
             flops += self.adversary.step_flops(tokenizer.image_size)
+            flops += of_decoder if self._noise is not None else 0.0  # the critic's fakes have none
         _, height, width = tokenizer.latent_shape
         return StepCost(flops * batch_size, {"decoder": batch_size}, batch_size * height * width)
 

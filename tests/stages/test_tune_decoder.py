@@ -1,0 +1,153 @@
+"""The stage on tiny shards: it stops and goes on exactly, leaves the encoder alone, and says what does not fit."""
+
+import csv
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from tiny import merged, tiny_params, write_shards
+from tuning import FEATURES, tokenizer_of
+
+from stages._runtime import Interrupted, Runtime, Work
+from stages.tune_decoder import TuneDecoder, channel_std, run
+from vtp import load_tokenizer
+from vtp.artefact import ArtefactError
+from vtp.data.dataset import ShardDataset
+from vtp.layers.images import normalise
+
+STEPS = 12
+CASES = {
+    "patch": {},
+    "features": {
+        "adversary": {"discriminator": FEATURES},
+        "objective": {"noise": {"std": 0.8, "samples": 20}},
+        "view": {"name": "random_crop", "scale_min": 0.5},
+    },
+}
+
+
+class QuietWork(Work):
+    """Without bars; asked to stop after so many steps."""
+
+    workers = property(lambda self: 0)
+    stop_after: int | None = None
+    done = 0
+
+    @property
+    def stop_requested(self):
+        return self.stop_after is not None and self.done >= self.stop_after
+
+    def progress(self, total, description, unit, done=0):
+        return nullcontext(self)
+
+    def update(self, count):
+        self.done += count
+
+    def set_postfix_str(self, text):
+        pass
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    write_shards(root / "shards")
+    tokenizer_of().save_pretrained(root / "tokenizer")
+    torch.manual_seed(1)
+    other = tokenizer_of()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    other.save_pretrained(root / "other")
+    return root
+
+
+def tune(inputs, root, changes, *, stop_after=None, features=None, name="out"):
+    """Run the stage in `root`, whose scratch stays; the folder of the outputs."""
+    config = TuneDecoder.parse(merged(tiny_params()["tune_decoder"], changes), where="test")
+    work = QuietWork(root / "scratch" / "folder", root, Runtime(device="cpu"))
+    work.stop_after = stop_after
+    work.folder.mkdir(parents=True, exist_ok=True)
+    out = root / name
+    out.mkdir()
+    files = {"decoder": out / "decoder", "metrics": out / "metrics.json", "curves": out / "curves.csv"}
+    paths = {"shards": inputs / "shards", "tokenizer": inputs / "tokenizer", "picture": out / "picture.png"}
+    run(config, **paths, **files, critic_features=features, work=work)
+    return out
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_is_bit_identical(inputs, tmp_path, case):
+    """Stopped before and after the critic has begun; decoder, curves and picture are those of one run."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    features = inputs / "other" if case == "features" else None
+    through = tune(inputs, tmp_path / "one", CASES[case], features=features)
+    for number, stop in enumerate((1, 5)):
+        with pytest.raises(Interrupted):
+            tune(inputs, tmp_path / "two", CASES[case], stop_after=stop, features=features, name=f"stopped-{number}")
+    resumed = tune(inputs, tmp_path / "two", CASES[case], features=features)
+    assert contents(resumed) == contents(through)
+
+
+def test_what_it_leaves(inputs, tmp_path):
+    before = contents(inputs / "tokenizer")
+    out = tune(inputs, tmp_path, CASES["features"])
+    assert contents(inputs / "tokenizer") == before
+    plain, tuned = load_tokenizer(inputs / "tokenizer"), load_tokenizer(inputs / "tokenizer", out / "decoder")
+    facts = json.loads((tmp_path / "scratch" / "facts.json").read_text())
+    assert facts["encoder"] == plain.encoder_digest() == tuned.encoder_digest()
+    assert plain.encoder_state()[1].keys() == tuned.encoder_state()[1].keys()
+    for name, tensor in plain.encoder_state()[1].items():
+        assert torch.equal(tensor, tuned.encoder_state()[1][name]), name
+    assert any(
+        not torch.equal(one, other)
+        for one, other in zip(plain.pixel_decoder.parameters(), tuned.pixel_decoder.parameters(), strict=True)
+    )
+    with (out / "curves.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[-1]["step"] == str(STEPS)
+    for name in ("validation_psnr", "validation_lpips_random-vgg16"):
+        assert float(rows[-1][name]) != float(rows[-1][f"{name}_uninformed"])
+    norms = json.loads((out / "metrics.json").read_text())["tune_decoder"]["gradient_norm"]
+    assert 0 < norms["median"] <= norms["p99"] <= norms["max"]
+    assert len(facts["latent_std"].split()) == plain.latent_shape[0]
+
+
+def test_noise_is_measured_on_the_latents(inputs):
+    """Over positions and images, whatever the batch."""
+    tokenizer, train = load_tokenizer(inputs / "tokenizer"), ShardDataset(inputs / "shards", "train")
+    with torch.no_grad():
+        latents = tokenizer.encode(normalise(train.images(range(20), tokenizer.image_size)))
+    expected = latents.std((0, 2, 3), correction=0)
+    for batch_size in (3, 20):
+        found = channel_std(tokenizer, train, 20, batch_size, "cpu")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_critic_that_reads_another_tokenizer(inputs, tmp_path):
+    ours = tune(inputs, tmp_path / make(tmp_path, "ours"), CASES["features"])
+    theirs = tune(inputs, tmp_path / make(tmp_path, "theirs"), CASES["features"], features=inputs / "other")
+    assert contents(ours / "decoder") != contents(theirs / "decoder")
+
+
+def make(folder, name):
+    (folder / name).mkdir()
+    return name
+
+
+def test_critics_that_cannot_be_are_told_before_any_step(inputs, tmp_path):
+    timm = {"name": "timm", "model": "vit_tiny_patch16_224", "weights": "none", "sha256": "0" * 64, "image_size": 32}
+    cases = {
+        "no such weights": {"discriminator": FEATURES | {"network": timm | {"blocks": 2}}},
+        "have 2 blocks": {"discriminator": FEATURES | {"network": FEATURES["network"] | {"blocks": 5}}},
+        "fewer than discriminator.kernel 9": {"discriminator": FEATURES | {"kernel": 9}},
+    }
+    for number, (words, adversary) in enumerate(cases.items()):
+        with pytest.raises((ArtefactError, ValueError), match=words):
+            tune(inputs, tmp_path, {"adversary": adversary}, name=f"out-{number}")
+    assert not list((tmp_path / "scratch" / "folder").glob("*step*"))
