@@ -1,150 +1,222 @@
-"""Features of labelled images, extracted once over all ranks and kept in scratch: what `evaluate_understanding` judges.
+"""Probes of tables of features: three linear variants and nearest neighbours, with the names that metrics have.
 
-A file holds the features of a stretch of images. Ranks share whole files, and a killed run goes on with those that are
-missing. What an image is computed with is its batch within the file, which depends on no number of ranks.
+bottleneck    mean of the latents, d channels: the paper's figures 2, 5 and 6
+last          class token and mean patch of the last block
+multi         class tokens of the last blocks with the mean patch, a grid of learning rates: the paper's table 2
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, NamedTuple, Self
 
-import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from stages._extraction import Extraction, Labelled, Views
 from stages._runner import Work
 from vtp.artefact import load_tensors, save_tensors
-from vtp.data.dataset import ShardDataset, Singles
-from vtp.distributed import gather_objects, own_rows
-from vtp.layers.images import normalise, shortest_side_crop, squash
+from vtp.config import Config
+from vtp.distributed import gather_objects, ranks, total
+from vtp.evaluation.linear_probe import LbfgsConfig, draw_holdout, linear_probe
+from vtp.evaluation.neighbours import knn_accuracy
+from vtp.evaluation.scale import Scale
+from vtp.evaluation.sgd_probe import Choice, FeatureSet, SgdConfig, SgdProbe, SgdSolverConfig
+from vtp.layers.preprocess import CentreView, RandomView
 from vtp.models.base import Tokenizer
-from vtp.models.tokenizer import VisualTokenizer
 
-FILE = 16  # batches per file
-Protocol = Literal["squash", "centre"]
+FLIP = 0.5
 
 
-class View(NamedTuple):
-    """How images are cut: the short side to `resize`, then a centre of `size`; or squashed to `size`."""
+class AugmentConfig(Config):
+    """Random crops with mirror images, as the official probe trains."""
 
-    size: int
-    resize: int
-    squashed: bool = False
+    scale_min: float = Field(gt=0, le=1, description="least area of a crop; torchvision's default is 0.08")
 
 
-class Features(NamedTuple):
-    """Of the labelled images of a split; what a tokenizer does not have is missing."""
+class ProbesConfig(Config):
+    """Linear probes on frozen features."""
 
-    labels: Tensor  # [N]
-    tensors: Mapping[str, Tensor]  # cls [N, blocks, D], mean [N, D], bottleneck [N, d], clip_<protocol> [N, E]
+    seed: int
+    holdout: float = Field(gt=0, lt=1, description="share of the training samples that chooses hyper-parameters")
+    resize: int = Field(ge=1, description="the short side of an image before its centre is cut; official: 256")
+    size: int = Field(ge=1, description="side of that centre, also for k-NN; official: 224")
+    single: Annotated[LbfgsConfig | SgdSolverConfig, Field(discriminator="name")] = Field(
+        description="how `bottleneck` and `last` are fitted, on standardised features"
+    )
+    blocks: list[Annotated[int, Field(ge=1)]] = Field(
+        min_length=1,
+        description="of `multi`: class tokens of the last so many blocks, each a feature set; official: 1, 4",
+    )
+    multi: SgdConfig
+    augment: AugmentConfig | None = Field(description="of `multi`: crops anew in every epoch; null: cached features")
+
+    @model_validator(mode="after")
+    def _the_centre_is_inside(self) -> Self:
+        if self.resize < self.size:
+            raise ValueError(f"resize {self.resize} is below size {self.size}: the centre would not be filled")
+        return self
 
     @property
-    def last(self) -> Tensor:
-        """Class token and mean patch of the last block [N, 2 D]."""
-        return torch.cat([self.tensors["cls"][:, -1], self.tensors["mean"]], dim=1)
-
-    def of(self, variant: str) -> Tensor:
-        """`bottleneck` [N, d], or `last` [N, 2 D]."""
-        return self.last if variant == "last" else self.tensors[variant]
-
-    def multi(self, blocks: int) -> Tensor:
-        """Class tokens of the last `blocks` blocks and the mean patch of the last [N, (blocks + 1) D]."""
-        return torch.cat([self.tensors["cls"][:, -blocks:].flatten(1), self.tensors["mean"]], dim=1)
+    def view(self) -> CentreView:
+        """What probes and neighbours see."""
+        return CentreView(self.resize, self.size)
 
 
-class Extraction:
-    """Runs a tokenizer over images."""
+class Tables(NamedTuple):
+    """Features by name, as `Extraction` calls them; empty on other ranks than the first."""
 
-    def __init__(self, model: Tokenizer, work: Work, *, batch_size: int, blocks: int, view: View) -> None:
-        self.model = model
-        self.view = view
-        self.blocks = min(blocks, model.num_blocks)
+    train: Mapping[str, Tensor]
+    validation: Mapping[str, Tensor]
+
+
+class Row(NamedTuple):
+    """Of the curves: one candidate of one probe."""
+
+    probe: str
+    candidate: float  # penalty or learning rate
+    holdout: float
+    validation: float | None  # None: not computed
+
+
+class Found(NamedTuple):
+    """What probes say."""
+
+    accuracies: dict[str, float]  # on validation, by metric
+    rows: list[Row]
+    chosen: dict[str, str]  # by metric
+
+
+class _Variant(NamedTuple):
+    """What a probe reads."""
+
+    name: str
+    table: str
+    width: int  # last columns of the table
+
+
+class Probing:
+    """All probes of one tokenizer. `groupings` are labels of classes, by what follows a variant in a metric's name."""
+
+    def __init__(
+        self,
+        config: ProbesConfig,
+        extraction: Extraction,
+        *,
+        train: Labelled,
+        validation: Labelled,
+        groupings: Mapping[str, Tensor],
+        work: Work,
+    ) -> None:
+        self._config = config
+        self._extraction = extraction
+        self._train, self._validation = train, validation
+        self._groupings = groupings
         self._work = work
-        self._batch_size = batch_size
+        self._held = draw_holdout(len(train.rows), config.holdout, config.seed)
 
-    @property
-    def has_text(self) -> bool:
-        """Whether zero-shot classification is possible."""
-        return isinstance(self.model, VisualTokenizer) and self.model.config.text is not None
+    def multi(self, tables: Tables) -> Found:
+        """Table 2's probe, by the first rank; nothing where there are no features. All ranks must ask."""
+        model = self._extraction.model
+        if not model.has_features:
+            return Found({}, [], {})
+        depths = sorted({min(blocks, model.num_blocks) for blocks in self._config.blocks})
+        sets = [
+            FeatureSet(
+                f"multi{suffix}, last {n}", f"multi{suffix}", "tokens", (n + 1) * model.feature_dim, of_class, None
+            )
+            for suffix, of_class in self._groupings.items()
+            for n in depths
+        ]
+        return self._by_sgd("multi", sets, self._config.multi, tables, augment=self._config.augment)
 
-    def of(self, images: ShardDataset, singles: Singles, name: str, protocols: Sequence[Protocol]) -> Features:
-        """Features of all images on every rank; CLIP's embedding under each of `protocols`."""
-        folder = self._work.folder / "features"
-        step = FILE * self._batch_size
-        files = [(folder / f"{name}-{first:09d}.safetensors", first) for first in range(0, len(singles.rows), step)]
-        own = [files[index] for index in own_rows(len(files))]
-        missing = [(path, singles.rows[first : first + step]) for path, first in own if not path.exists()]
-        total = sum(len(singles.rows[first : first + step]) for _, first in own)
-        done = total - sum(len(rows) for _, rows in missing)
-        stopped = False
-        with self._work.progress(total=total, description=f"features, {name}", unit="image", done=done) as bar:
-            for path, rows in missing:
-                parts = []
-                for batch in self._batches(images, rows, protocols if self.has_text else ()):
-                    parts.append(self._extract(batch))
-                    bar.update(len(batch["view"]))
-                save_tensors(path, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
-                if stopped := self._work.stop_seen:
-                    break
-        if any(gather_objects(stopped)):
-            self._work.stop()
-        loaded = [load_tensors(path) for path, _ in files]
-        tensors = {key: torch.cat([part[key] for part in loaded]) for key in loaded[0]}
-        return Features(torch.from_numpy(singles.labels), tensors)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Probe features of uint8 images [B, 3, S, S], float32 on the CPU."""
-        pixels = normalise(images.to(self._work.device))
-        if not self.model.has_features:
-            return {"bottleneck": self.model.encode(pixels).mean((2, 3)).float().cpu()}
-        of_blocks = self.model.intermediate_features(pixels, self.blocks)
-        last = of_blocks[-1]
-        found = {
-            "cls": torch.stack([features.cls for features in of_blocks], dim=1),
-            "mean": last.patches.mean(1),
-            "bottleneck": self.model.mean_latent(last),
-        }
-        return {name: value.float().cpu() for name, value in found.items()}
-
-    @torch.no_grad()
-    def _extract(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = self.encode(batch["view"])
-        for name, images in batch.items():
-            if name != "view":
-                assert isinstance(self.model, VisualTokenizer)
-                found[f"clip_{name}"] = self.model.encode_image(normalise(images.to(self._work.device))).float().cpu()
+    def single(self, tables: Tables) -> Found:
+        """The bottleneck's probe and, where there are features, the last block's, by the first rank. All must ask."""
+        solver, found, variants = self._config.single, Found({}, [], {}), _single_variants(self._extraction.model)
+        if not ranks().first:
+            variants = []
+        if isinstance(solver, SgdSolverConfig):
+            sets = []
+            for one in variants:
+                scale = Scale.of(tables.train[one.table][:, -one.width :])
+                sets += [
+                    FeatureSet(one.name + suffix, one.name + suffix, one.table, one.width, of_class, scale)
+                    for suffix, of_class in self._groupings.items()
+                ]
+            return self._by_sgd("single", sets, solver, tables, augment=None)
+        for one in variants:
+            for suffix, of_class in self._groupings.items():
+                name = f"linear_probe_{one.name}{suffix}"
+                result = linear_probe(
+                    *(self._features(tables.train, one), of_class[self._train.labels]),
+                    *(self._features(tables.validation, one), of_class[self._validation.labels]),
+                    config=solver,
+                    held=self._held,
+                )
+                found.accuracies[name] = result.accuracy
+                found.chosen[name] = f"l2 {result.l2:g}"
+                found.rows.extend(Row(one.name + suffix, l2, of, None) for l2, of in result.holdout_accuracy.items())
         return found
 
-    def _batches(
-        self, images: ShardDataset, rows: np.ndarray, protocols: Sequence[Protocol]
-    ) -> Iterator[dict[str, Tensor]]:
-        size = self.model.image_size
-        views = {"view": self.view} | {name: View(size, size, squashed=name == "squash") for name in protocols}
-        parts = np.split(rows, range(self._batch_size, len(rows), self._batch_size))
-        pictures = _Pictures(images, parts, views)
-        loader = DataLoader(pictures, batch_size=None, sampler=range(len(parts)), num_workers=self._work.workers)
-        yield from loader
+    def neighbours(self, tables: Tables, k: int) -> dict[str, float]:
+        """Accuracies of nearest neighbours on what single probes read, by metric."""
+        found = {}
+        for one in _single_variants(self._extraction.model):
+            seen, asked = (table[one.table][:, -one.width :] for table in tables)
+            found[f"knn{k}_{one.name}"] = knn_accuracy(
+                seen, self._train.labels, asked, self._validation.labels, k=k, device=self._work.device
+            )
+        return found
+
+    def _features(self, table: Mapping[str, Tensor], variant: _Variant) -> Tensor:
+        return table[variant.table][:, -variant.width :].to(self._work.device)
+
+    def _by_sgd(
+        self, name: str, sets: list[FeatureSet], config: SgdConfig, tables: Tables, *, augment: AugmentConfig | None
+    ) -> Found:
+        """The first rank trains heads, and keeps what every epoch made of them; all take features of augmented images."""
+        probe, path = None, self._work.folder / f"{name}.safetensors"
+        if ranks().first:
+            probe = SgdProbe(sets, config, seed=self._config.seed, device=self._work.device)
+            if path.exists():
+                probe.load(load_tensors(path))
+        done = gather_objects(0 if probe is None else probe.epochs_done)[0]
+        with self._work.progress(total=config.epochs, description=f"{name} probe", unit="epoch", done=done) as bar:
+            for epoch in range(done, config.epochs):
+                images, seen = f"{name} epoch {epoch + 1}", tables.train
+                if augment is not None:
+                    view = RandomView(self._config.size, augment.scale_min, FLIP, self._config.seed, epoch)
+                    seen = self._extraction.table(images, self._train, Views(view))
+                if probe is not None:
+                    self._learn(probe, seen, tables)
+                    save_tensors(path, probe.state())
+                    self._extraction.forget(images)
+                bar.update(1)
+                if total(torch.tensor(int(self._work.stop_requested))):
+                    self._work.stop()
+        return Found({}, [], {}) if probe is None else _judged(probe)
+
+    def _learn(self, probe: SgdProbe, seen: Mapping[str, Tensor], tables: Tables) -> None:
+        """One epoch, from features `seen` of all training images."""
+        held, labels = self._held, self._train.labels
+        probe.train(seen, labels, held)
+        on_held = probe.judge({name: table[held] for name, table in tables.train.items()}, labels[held])
+        probe.end_epoch(holdout=on_held, validation=probe.judge(tables.validation, self._validation.labels))
 
 
-class _Pictures(Dataset[dict[str, Tensor]]):
-    """Uint8 images [B, 3, S, S] under several views; each is decoded once, where it is asked for."""
+def _single_variants(model: Tokenizer) -> list[_Variant]:
+    bottleneck = _Variant("bottleneck", "latent", model.latent_shape[0])
+    return [bottleneck, _Variant("last", "tokens", 2 * model.feature_dim)] if model.has_features else [bottleneck]
 
-    def __init__(self, images: ShardDataset, parts: Sequence[np.ndarray], views: Mapping[str, View]) -> None:
-        self.images = images
-        self.parts = parts
-        self.views = views
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        pictures = [self.images.image(int(row)) for row in self.parts[index]]
-        cuts = {
-            name: partial(squash, size=view.size)
-            if view.squashed
-            else partial(shortest_side_crop, size=view.size, resize=view.resize)
-            for name, view in self.views.items()
-        }
-        return {
-            name: torch.from_numpy(np.stack([np.asarray(cut(picture)) for picture in pictures])).permute(0, 3, 1, 2)
-            for name, cut in cuts.items()
-        }
+def _judged(probe: SgdProbe) -> Found:
+    found = Found({}, [], {})
+    for name in dict.fromkeys(one.probe for one in probe.sets):
+        for metric, choice in ((name, probe.chosen(name)), (f"{name}_best_on_val", probe.best_on_val(name))):
+            found.accuracies[f"linear_probe_{metric}"] = choice.accuracy
+            found.chosen[f"linear_probe_{metric}"] = _words(choice)
+        found.rows.extend(Row(*candidate) for candidate in probe.candidates(name))
+    return found
+
+
+def _words(choice: Choice) -> str:
+    return f"{choice.features}, learning rate {choice.learning_rate:g}, epoch {choice.epoch}"

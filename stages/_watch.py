@@ -14,7 +14,7 @@ from vtp.artefact import load_tensors, save_tensors, write_json
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
 from vtp.distributed import ranks
-from vtp.evaluation.linear_probe import knn_accuracy
+from vtp.evaluation.neighbours import knn_accuracy
 from vtp.layers.images import normalise, to_uint8
 from vtp.models.vit import VisionTransformer
 from vtp.objectives.pretrain import PretrainObjective

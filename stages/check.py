@@ -76,9 +76,11 @@ def disagreements(configs: dict[str, Any]) -> list[str]:
             f"prepare_data: pictures have image_size {side}, pretrain.tokenizer.image_size is "
             f"{pretrain.tokenizer.image_size}: they would be enlarged; write them at that size, or train at theirs"
         )
-    given = getattr(understanding.prompts, "templates", ()) if understanding else ()
-    if any("{}" not in template for template in given):
-        found.append("evaluate_understanding.prompts.templates: every template must hold {} for the class")
+    if understanding and data and understanding.prompts.name == "openai" and data.source.name == "openmoji":
+        found.append("evaluate_understanding.prompts: openai's are for ImageNet; take {name: data_set}")
+    if understanding and pretrain and (side := understanding.probes.size) % pretrain.tokenizer.vision.patch_size:
+        patch = pretrain.tokenizer.vision.patch_size
+        found.append(f"evaluate_understanding.probes.size: {side} is no multiple of {patch}, the encoder's patch_size")
     if reference and pretrain and reference.image_size != (side := pretrain.tokenizer.image_size):
         found.append(f"reference.image_size: {reference.image_size}, pretrain.tokenizer.image_size is {side}")
     imported = configs.get("import_tokenizer")

@@ -1,220 +1,128 @@
 """What the representation understands: zero-shot classification, linear probes, nearest neighbours (paper 4.2).
 
-Three linear probes, because their confusion is the most asked question about these figures:
-
-    bottleneck    mean of the latents, d channels: the paper's figures 2, 5 and 6
-    last          class token and mean patch of the last block
-    multi         class tokens of the last blocks with the mean patch, a grid of learning rates: the paper's table 2
-
-Hyper-parameters are chosen on held-out training samples. `linear_probe_multi_best_on_val` is the official way: the best
-head and epoch on the validation images that it reports. A decoder is no input: a new one does not redo the probes.
+Three linear probes, `bottleneck`, `last` and `multi` (`stages._probing`), because their confusion is the most asked question
+about these figures. What is chosen is chosen on held-out training samples; `linear_probe_multi_best_on_val` is the official
+way: the best head and epoch on the validation images that it reports. `_category` says that categories were told apart.
+A tokenizer has the figures that its kind can have: without text tower no zero-shot, without features those of the bottleneck
+alone. A decoder is no input: a new one redoes none of this.
 """
 
 import csv
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from stages._probe_training import AugmentConfig, SgdSolverConfig, augmented_sights, cached_sights
-from stages._probing import Extraction, Features, Protocol, View
+from stages._extraction import Extraction, Labelled, Views
+from stages._probing import ProbesConfig, Probing, Row, Tables
 from stages._runner import Input, Output, Work, main
-from vtp.artefact import write_json
+from vtp.artefact import ArtefactError, write_json
 from vtp.config import Config
-from vtp.data.dataset import ShardDataset, Singles
+from vtp.data.dataset import ShardDataset
 from vtp.data.shards import Manifest
 from vtp.distributed import ranks
-from vtp.evaluation.linear_probe import LbfgsConfig, draw_holdout, knn_accuracy, linear_probe, statistics_of
-from vtp.evaluation.sgd_probe import SgdConfig, SgdProbe, SgdResult, Split, sgd_probe
-from vtp.evaluation.zero_shot import PromptsConfig, build_classifier, prompts_of, top_k_accuracy
+from vtp.evaluation.zero_shot import Prompts, PromptsConfig, build_classifier, prompts_of, top_k_accuracy
+from vtp.layers.preprocess import CentreView, Squash
+from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
 from vtp.models.tokenizer import VisualTokenizer
-
-
-class ProbesConfig(Config):
-    """Linear probes on frozen features."""
-
-    seed: int
-    holdout: float = Field(gt=0, lt=1, description="share of the training samples that chooses hyper-parameters")
-    resize: int = Field(ge=1, description="the short side of an image before its centre is cut; official: 256")
-    size: int = Field(ge=1, description="side of that centre, also for k-NN; official: 224")
-    single: Annotated[LbfgsConfig | SgdSolverConfig, Field(discriminator="name")] = Field(
-        description="how `bottleneck` and `last` are fitted, on standardised features"
-    )
-    blocks: list[Annotated[int, Field(ge=1)]] = Field(
-        min_length=1,
-        description="of `multi`: class tokens of the last so many blocks, each a feature set; official: 1, 4",
-    )
-    multi: SgdConfig
-    augment: AugmentConfig | None = Field(description="of `multi`: crops anew in every epoch; null: cached features")
 
 
 class EvaluateUnderstanding(Config):
     """The section `evaluate_understanding`."""
 
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="images of a forward pass")
+    precision: Literal["float32", "bfloat16"] = Field(
+        description="of the forward pass; official: bfloat16. Features are kept in float32, or float16"
+    )
     train_samples: int = Field(ge=1, description="labelled training images that the probes see")
     prompts: PromptsConfig
-    protocols: list[Protocol] = Field(
+    protocols: list[Literal["squash", "centre"]] = Field(
         min_length=1, description="what zero-shot sees: squash, the official one; centre, short side and centre crop"
     )
     probes: ProbesConfig
     neighbours: int = Field(ge=1, description="k of the nearest-neighbour classifier")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(
     config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metrics: Output, curves: Output, work: Work
 ) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
     model = load_tokenizer(tokenizer).to(work.device)
-    train, validation = (ShardDataset(shards, split, cache=work.cache) for split in ("train", "validation"))
-    prompts = prompts_of(config.prompts, train.manifest)
-    seen, held_out = train.singles(config.train_samples), validation.singles()
-    probes = config.probes
-    view = View(probes.size, probes.resize)
-    extraction = Extraction(model, work, batch_size=config.batch_size, blocks=max(probes.blocks), view=view)
-    data = _Data(
-        extraction.of(train, seen, "train", []),
-        extraction.of(validation, held_out, "validation", config.protocols),
-        train.manifest,
+    images = ShardDataset(shards, "train", cache=work.cache)
+    prompts = _prompts(config, model, images.manifest)  # refused before anything is computed
+    train = _labelled(images, config.train_samples)
+    validation = _labelled(ShardDataset(shards, "validation", cache=work.cache))
+    blocks, view = max(config.probes.blocks), config.probes.view
+    extraction = Extraction(model, blocks=blocks, batch_size=config.batch_size, precision=config.precision, work=work)
+    size, asked = model.image_size, config.protocols if prompts else ()
+    views = Views(
+        view, Squash(size) if "squash" in asked else None, CentreView(size, size) if "centre" in asked else None
     )
-    multi = _multi(probes, data, extraction, _Source(train, seen), work) if model.has_features else None
+    of_train = extraction.table("train", train, Views(view))
+    tables = Tables(of_train, extraction.table("validation", validation, views))
+    groupings = _groupings(images.manifest)
+    probing = Probing(config.probes, extraction, train=train, validation=validation, groupings=groupings, work=work)
+    found = [probing.single(tables), probing.multi(tables)]
     if not ranks().first:
         return
-    table: dict[str, float] = {}
-    rows: list[_Row] = []
-    if extraction.has_text:
-        assert isinstance(model, VisualTokenizer)
-        classifier = build_classifier(
-            lambda texts: model.encode_text(model.tokenize(texts).to(work.device)), prompts.classes, prompts.templates
-        ).cpu()
-        for protocol in config.protocols:
-            of_images = data.validation.tensors[f"clip_{protocol}"]
-            accuracy = top_k_accuracy(of_images, classifier, data.validation.labels, ks=(1, 5))
-            table |= {f"zero_shot_top{k}_{protocol}": value for k, value in accuracy.items()}
-    for variant in ("bottleneck", "last") if model.has_features else ("bottleneck",):
-        for suffix, of_label in data.groupings().items():
-            name = f"{variant}{suffix}"
-            table[f"linear_probe_{name}"], found = _single(probes, data, variant, of_label, work)
-            rows += [_Row(name, *row) for row in found]
-    if multi is not None:
-        table["linear_probe_multi"] = multi.accuracy
-        table["linear_probe_multi_best_on_val"] = multi.best_on_test
-        rows += [_Row(f"multi, {name}", rate, *values) for (name, rate), values in multi.by_rate.items()]
-    space = "last" if model.has_features else "bottleneck"
-    table[f"knn{config.neighbours}_{space}"] = knn_accuracy(
-        data.train.of(space).to(work.device),
-        data.train.labels.to(work.device),
-        data.validation.of(space).to(work.device),
-        data.validation.labels.to(work.device),
-        k=config.neighbours,
-    )
-    write_json(metrics, {"understanding": table | {"chance": 1 / len(train.manifest.classes)}})
-    _write(rows, curves)
+    table = {} if prompts is None else _zero_shot(config, model, prompts, tables, validation.labels)
+    for probes in found:
+        table |= probes.accuracies
+        work.record(**probes.chosen)
+    table |= probing.neighbours(tables, config.neighbours)
+    write_json(metrics, {"understanding": table | {"chance": 1 / len(images.manifest.classes)}})
+    _write([row for probes in found for row in probes.rows], curves)
+    work.record(train_samples=len(train.rows), validation_samples=len(validation.rows))
 
 
-class _Data(NamedTuple):
-    """Features and labels of both splits."""
-
-    train: Features
-    validation: Features
-    manifest: Manifest
-
-    def groupings(self) -> dict[str, Tensor]:
-        """Label of every class, by the suffix of a metric: the class itself, and its category where there are some."""
-        found = {"": torch.arange(len(self.manifest.classes))}
-        if self.manifest.categories:
-            found["_category"] = torch.tensor(self.manifest.category_of_class)
-        return found
+def _labelled(images: ShardDataset, most: int | None = None) -> Labelled:
+    singles = images.singles(most)
+    if not len(singles.rows):
+        raise ArtefactError(f"{images.folder}: no sample has a class, so nothing can be probed; give the source labels")
+    return Labelled(images, singles.rows, torch.from_numpy(singles.labels))
 
 
-class _Source(NamedTuple):
-    """Where training images come from when they are cropped anew."""
-
-    images: ShardDataset
-    singles: Singles
-
-
-class _Row(NamedTuple):
-    """Of the curves: one candidate of one probe."""
-
-    probe: str
-    candidate: float
-    holdout: float
-    validation: float | None  # None: not computed
+def _groupings(manifest: Manifest) -> dict[str, Tensor]:
+    """Label of every class, by the suffix of a metric: the class itself, and its category where there are some."""
+    found = {"": torch.arange(len(manifest.classes))}
+    if manifest.categories:
+        found["_category"] = torch.tensor(manifest.category_of_class)
+    return found
 
 
-def _single(
-    config: ProbesConfig, data: _Data, variant: str, of_label: Tensor, work: Work
-) -> tuple[float, list[tuple[float, float, float | None]]]:
-    """Validation accuracy of a probe on one feature set; candidate, held-out and validation accuracy of all."""
-    labels, truth = of_label[data.train.labels], of_label[data.validation.labels]
-    train, test = data.train.of(variant), data.validation.of(variant)
-    if isinstance(config.single, LbfgsConfig):
-        result = linear_probe(
-            train.to(work.device),
-            labels,
-            test.to(work.device),
-            truth,
-            config=config.single,
-            holdout=config.holdout,
-            seed=config.seed,
-        )
-        return result.accuracy, [(l2, accuracy, None) for l2, accuracy in result.holdout_accuracy.items()]
-    mean, std = statistics_of(train)
-    train, test = (((x - mean) / std).float() for x in (train, test))
-    held = draw_holdout(len(train), config.holdout, config.seed)
-    probe = SgdProbe(
-        {variant: train.shape[1]}, int(of_label.max()) + 1, config.single, seed=config.seed, device=work.device
-    )
-    sights = cached_sights({variant: train}, labels, held, config.single, seed=config.seed)
-    judged, others = Split({variant: train[held]}, labels[held]), Split({variant: test}, truth)
-    found = sgd_probe(sights, judged, others, probe=probe, samples=len(labels))
-    return found.accuracy, [(rate, *values) for (_, rate), values in found.by_rate.items()]
-
-
-def _multi(config: ProbesConfig, data: _Data, extraction: Extraction, source: _Source, work: Work) -> SgdResult | None:
-    """The grid of heads; on every rank when images are encoded anew, else on the first alone."""
-    if config.augment is None and not ranks().first:
+def _prompts(config: EvaluateUnderstanding, model: Tokenizer, manifest: Manifest) -> Prompts | None:
+    """None where nothing can be asked: there is no text tower."""
+    if not isinstance(model, VisualTokenizer) or model.config.text is None:
         return None
-    sets = {f"last {blocks}": blocks for blocks in sorted({min(n, extraction.blocks) for n in config.blocks})}
+    return prompts_of(config.prompts, manifest)
 
-    def of(features: Features) -> dict[str, Tensor]:
-        return {name: features.multi(blocks) for name, blocks in sets.items()}
 
-    train, test = of(data.train), Split(of(data.validation), data.validation.labels)
-    held = draw_holdout(len(data.train.labels), config.holdout, config.seed)
-    judged = Split({name: x[held] for name, x in train.items()}, data.train.labels[held])
-    dims = {name: x.shape[1] for name, x in train.items()}
-    probe = SgdProbe(dims, len(data.manifest.classes), config.multi, seed=config.seed, device=work.device)
-    if config.augment is None:
-        sights = cached_sights(train, data.train.labels, held, config.multi, seed=config.seed)
-    else:
-
-        def encode(images: Tensor) -> dict[str, Tensor]:
-            return of(Features(torch.empty(0), extraction.encode(images)))
-
-        sights = augmented_sights(
-            source.images,
-            source.singles,
-            held,
-            encode,
-            solver=config.multi,
-            augment=config.augment,
-            size=config.size,
-            seed=config.seed,
-            work=work,
+def _zero_shot(
+    config: EvaluateUnderstanding, model: Tokenizer, prompts: Prompts, tables: Tables, labels: Tensor
+) -> dict[str, float]:
+    """Top 1 and top 5 by protocol."""
+    assert isinstance(model, VisualTokenizer)
+    device = model.logit_scale.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        classifier = build_classifier(
+            lambda texts: model.encode_text(model.tokenize(texts).to(device)), prompts.classes, prompts.templates
         )
-    return sgd_probe(sights, judged, test, probe=probe, samples=len(held))
+    found: dict[str, float] = {}
+    for protocol in dict.fromkeys(config.protocols):
+        accuracy = top_k_accuracy(tables.validation[protocol], classifier.cpu(), labels, ks=(1, 5))
+        found |= {f"zero_shot_top{k}_{protocol}": value for k, value in accuracy.items()}
+    return found
 
 
-def _write(rows: list[_Row], path: Path) -> None:
+def _write(rows: list[Row], path: Path) -> None:
     """The candidates of every probe as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_Row._fields)
+        writer.writerow(Row._fields)
         for row in rows:
             writer.writerow(
                 ["" if value is None else f"{value:.6g}" if isinstance(value, float) else value for value in row]

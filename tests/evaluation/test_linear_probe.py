@@ -1,19 +1,25 @@
-"""Linear probe and nearest neighbours."""
-
-import math
+"""Linear probe by a convex problem."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from vtp.config import ConfigError
-from vtp.evaluation.linear_probe import LbfgsConfig, fit_logistic, knn_accuracy, linear_probe
+from vtp.evaluation import linear_probe as module
+from vtp.evaluation import scale
+from vtp.evaluation.linear_probe import LbfgsConfig, draw_holdout, fit_logistic, linear_probe
+from vtp.evaluation.scale import Scale
 
 CONFIG = LbfgsConfig(name="lbfgs", l2=[1e-4, 1e-2, 1.0], max_iterations=200)
 
 
 def probe(*data, config=CONFIG, holdout=0.2):
-    return linear_probe(*data, config=config, holdout=holdout, seed=0)
+    return linear_probe(*data, config=config, held=draw_holdout(len(data[0]), holdout, 0))
+
+
+def plain(dim):
+    """Features as they are."""
+    return Scale(torch.zeros(dim).double(), torch.ones(dim).double())
 
 
 def blobs(seed, count, *, classes=3, dim=6, spread=1.0):
@@ -44,14 +50,14 @@ def newton(features, labels, classes, l2):
 @pytest.mark.parametrize("l2", [1e-3, 0.1])
 def test_reaches_the_optimum(l2):
     features, labels = blobs(0, 200)
-    ours = fit_logistic(features.double(), labels, 3, l2=l2, max_iterations=500)
+    ours = fit_logistic(features, labels, 3, l2=l2, max_iterations=500, scale=plain(6))
     torch.testing.assert_close(ours, newton(features.double(), labels, 3, l2), rtol=0, atol=1e-5)
 
 
 def test_intercept_closed_form():
     """Without informative features, the probabilities are the class frequencies, whatever the penalty."""
     labels = torch.tensor([0] * 6 + [1] * 3 + [2])
-    weight = fit_logistic(torch.zeros(10, 4).double(), labels, 3, l2=10.0, max_iterations=100)
+    weight = fit_logistic(torch.zeros(10, 4).double(), labels, 3, l2=10.0, max_iterations=100, scale=plain(4))
     torch.testing.assert_close(weight[-1].softmax(0), torch.tensor([0.6, 0.3, 0.1]).double(), atol=1e-6, rtol=0)
 
 
@@ -118,33 +124,20 @@ def test_config_refuses_nonsense():
             LbfgsConfig.parse(CONFIG.model_dump() | change, where="params.yaml:probe")
 
 
-def angles(*degrees):
-    return torch.tensor([[math.cos(math.radians(angle)), math.sin(math.radians(angle))] for angle in degrees])
+def test_blocks_do_not_matter(monkeypatch):
+    """Half precision too: what is standardised and summed a block at a time is what all samples are."""
+    train, test = blobs(0, 210), blobs(1, 100)
+    half = train[0].half()
+    whole, of_half = probe(*train, *test), probe(half, train[1], *test)
+    for file in (module, scale):
+        monkeypatch.setattr(file, "BLOCK", 16)
+    assert probe(*train, *test) == whole
+    assert probe(half, train[1], *test) == of_half
+    assert of_half.accuracy == pytest.approx(whole.accuracy, abs=0.011)
+    torch.testing.assert_close(Scale.of(train[0]).std, train[0].double().std(0, correction=0))
 
 
-def test_knn_weighs_votes_by_similarity():
-    """One close neighbour of class 0, two far ones of class 1: the temperature decides. Lengths do not weigh."""
-    train, labels = angles(5, 40, 45) * torch.tensor([[1.0], [9.0], [9.0]]), torch.tensor([0, 1, 1])
-    query, truth = angles(0), torch.tensor([0])
-    assert knn_accuracy(train, labels, query, truth, k=3) == 1  # exp(-0.3 / 0.07) is small
-    assert knn_accuracy(train, labels, query, truth, k=3, temperature=10) == 0
-    assert knn_accuracy(train, labels, query, truth, k=3, temperature=1e-4) == 1  # and does not overflow
-    assert knn_accuracy(train, labels, query, truth, k=1, temperature=10) == 1
-
-
-def test_knn_equals_brute_force(monkeypatch):
-    monkeypatch.setattr("vtp.evaluation.linear_probe.BLOCK", 16)
-    (train, labels), (test, truth) = blobs(0, 80), blobs(1, 50)
-    hits = 0
-    for query, label in zip(test, truth, strict=True):
-        near = sorted(
-            ((F.cosine_similarity(query, x, dim=0).item(), y.item()) for x, y in zip(train, labels, strict=True))
-        )
-        votes = [sum(math.exp(s / 0.07) for s, y in near[-7:] if y == c) for c in range(3)]
-        hits += votes.index(max(votes)) == label.item()
-    assert knn_accuracy(train, labels, test, truth, k=7) == hits / 50
-
-
-def test_knn_needs_enough_neighbours():
-    with pytest.raises(ValueError, match="k is 20, the training set has 5 samples"):
-        knn_accuracy(*blobs(0, 5), *blobs(1, 5), k=20)
+def test_holdout_is_a_share():
+    assert draw_holdout(100, 0.1, 0).sum() == 10
+    assert not torch.equal(draw_holdout(100, 0.1, 0), draw_holdout(100, 0.1, 1))
+    assert draw_holdout(5, 0.01, 0).sum() == 1

@@ -1,6 +1,6 @@
 """Batches of a dataset on the device, prepared by worker processes in the order that is asked for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from traceback import clear_frames
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -27,7 +27,7 @@ class Finishes(Protocol):
     def finish(self, batch: Any) -> Any: ...  # noqa: ANN401 - the dataset's own kind of batch
 
 
-def micro_batches(batches: Dataset[Batch], items: Sequence[int], host: Loads) -> Iterator[Batch]:
+def micro_batches(batches: Dataset[Batch], items: Sequence[int], host: Loads) -> Generator[Batch, None, None]:
     """Items of a dataset in the order of `items`, on the device, prepared by the host's workers.
 
     What a worker raises as a ValueError is raised here with the same words.

@@ -1,25 +1,22 @@
-"""What frozen features know of labels: multinomial logistic regression and weighted nearest neighbours (paper 4.1).
+"""What frozen features know of labels, linearly: a convex problem, solved to its optimum (paper 4.1).
 
-The probe here is a convex problem solved to its optimum, so there is no learning rate to tune, and its one
-hyper-parameter is chosen on held-out training samples; `sgd_probe` is for data sets that do not fit into memory. (Picking
-the best head and epoch on the validation set, as is common, flatters.)
+There is no learning rate to tune, and the one hyper-parameter is chosen on held-out training samples. (Picking the best head
+and epoch on the validation set, as is common, flatters; `sgd_probe` has that protocol too, under its own name.)
 """
 
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from vtp.config import Config
 from vtp.draws import torch_draws
-
-BLOCK = 1024  # queries at a time in the nearest-neighbour search
+from vtp.evaluation.scale import BLOCK, Scale
 
 
 class LbfgsConfig(Config):
-    """The convex problem, solved to its optimum on standardised features: no learning rate, and all samples in memory."""
+    """Multinomial logistic regression on standardised features, solved in float64 by L-BFGS."""
 
     name: Literal["lbfgs"]
     l2: list[Annotated[float, Field(gt=0)]] = Field(
@@ -43,7 +40,7 @@ def draw_holdout(count: int, share: float, seed: int) -> Tensor:
     Raises ValueError when none would be left to fit.
     """
     held = max(1, round(share * count))
-    if held == count:
+    if held >= count:
         raise ValueError(f"holdout {share} of {count} training samples leaves none to fit")
     mask = torch.zeros(count, dtype=torch.bool)
     mask[torch.randperm(count, generator=torch_draws(seed, "linear_probe"))[:held]] = True
@@ -57,88 +54,76 @@ def linear_probe(
     test_labels: Tensor,
     *,
     config: LbfgsConfig,
-    holdout: float,
-    seed: int,
+    held: Tensor,
 ) -> ProbeResult:
-    """Fit on features [N, D] with labels [N], report on others; the work is done on the device of the features."""
-    # float64: at the optimum, the accuracy does not depend on devices and threads. Inference mode would bar gradients.
-    with torch.inference_mode(False):
-        mean, std = statistics_of(train_features)
-        train, test = ((x.double() - mean) / std for x in (train_features, test_features))
-        labels = train_labels.to(train.device, copy=True)
-        classes = int(labels.max()) + 1
-        asked = draw_holdout(len(train), holdout, seed).to(train.device)
-        known = ~asked
-        accuracies = {}
-        for l2 in sorted(config.l2, reverse=True):
-            head = fit_logistic(train[known], labels[known], classes, l2=l2, max_iterations=config.max_iterations)
-            accuracies[l2] = _accuracy(head, train[asked], labels[asked])
-        best = max(accuracies, key=accuracies.__getitem__)  # the strongest of equals
-        head = fit_logistic(train, labels, classes, l2=best, max_iterations=config.max_iterations)
-        accuracy = _accuracy(head, test, test_labels.to(test.device))
-        return ProbeResult(accuracy, _accuracy(head, train, labels), best, accuracies)
+    """Fit on features [N, D] with labels [N], report on others; the work is done on the device of the features.
 
-
-def fit_logistic(features: Tensor, labels: Tensor, classes: int, *, l2: float, max_iterations: int) -> Tensor:
-    """Weights [D + 1, classes], the bias in the last row, that minimise mean cross-entropy + l2/2 |W|^2 (bias free)."""
-    weight = features.new_zeros(features.shape[1] + 1, classes, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [weight],
-        max_iter=max_iterations,
-        max_eval=2 * max_iterations,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-12,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = F.cross_entropy(_logits(weight, features), labels) + l2 / 2 * weight[:-1].square().sum()
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    return weight.detach()
-
-
-@torch.no_grad()
-def knn_accuracy(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    *,
-    k: int,
-    temperature: float = 0.07,
-) -> float:
-    """Share of test samples for whose label the k most similar training samples vote.
-
-    A vote weighs exp(cosine / temperature): the classifier of Wu et al. (2018) and DINO. Raises ValueError when there
-    are fewer training samples than k.
+    The penalty that serves the `held` samples [N] best then serves all. Features may be of half precision.
     """
-    if k > len(train_features):
-        raise ValueError(f"k is {k}, the training set has {len(train_features)} samples; lower k or take more samples")
-    train, test = (F.normalize(x.float(), dim=1) for x in (train_features, test_features))
-    classes = int(train_labels.max()) + 1
-    hits = 0
-    for queries, labels in zip(test.split(BLOCK), test_labels.split(BLOCK), strict=True):
-        similarity, nearest = (queries @ train.T).topk(k, dim=1)  # [n, k]
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(queries), classes).scatter_add_(1, train_labels[nearest], weights)
-        hits += int((votes.argmax(1) == labels).sum())
-    return hits / len(test)
+    scale, device = Scale.of(train_features), train_features.device
+    labels, held = train_labels.to(device), held.to(device)
+    classes = int(labels.max()) + 1
+    known, known_labels, asked, asked_labels = train_features[~held], labels[~held], train_features[held], labels[held]
+    accuracies = {}
+    for l2 in sorted(config.l2, reverse=True):
+        head = fit_logistic(known, known_labels, classes, l2=l2, max_iterations=config.max_iterations, scale=scale)
+        accuracies[l2] = _accuracy(head, asked, asked_labels, scale)
+    del known  # a copy of nearly all
+    best = max(accuracies, key=accuracies.__getitem__)  # the strongest of equals
+    head = fit_logistic(train_features, labels, classes, l2=best, max_iterations=config.max_iterations, scale=scale)
+    accuracy = _accuracy(head, test_features, test_labels.to(device), scale)
+    return ProbeResult(accuracy, _accuracy(head, train_features, labels, scale), best, accuracies)
 
 
-def statistics_of(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [D] of features [N, D], in float64."""
-    std, mean = torch.std_mean(features.double(), dim=0, correction=0)
-    return mean, std.clamp(min=1e-8)
+def fit_logistic(
+    features: Tensor, labels: Tensor, classes: int, *, l2: float, max_iterations: int, scale: Scale
+) -> Tensor:
+    """Weights [D + 1, classes], the bias in the last row, that minimise mean cross-entropy + l2/2 |W|^2 (bias free).
+
+    In float64 the accuracy at the optimum does not depend on devices and threads. Features become float64 a block at a
+    time: with their logits, those of ImageNet would fill 30 GB.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # the optimiser writes into what inference mode would lock
+        weight = torch.zeros(features.shape[1] + 1, classes, dtype=torch.float64, device=features.device)
+        weight.requires_grad_(True)
+        weight.grad = torch.zeros_like(weight)
+        optimiser = torch.optim.LBFGS(
+            [weight],
+            max_iter=max_iterations,
+            max_eval=2 * max_iterations,
+            tolerance_grad=1e-7,
+            tolerance_change=1e-12,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
+
+        @torch.no_grad()
+        def closure() -> Tensor:
+            loss = l2 / 2 * weight[:-1].square().sum()
+            gradient = torch.cat([l2 * weight[:-1], torch.zeros_like(weight[-1:])])
+            for block, truth in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):
+                x = scale.standardise(block)
+                log_shares = _logits(weight, x).log_softmax(1)
+                loss -= log_shares.gather(1, truth[:, None]).sum() / len(features)
+                # d mean cross-entropy / d logits = (softmax - onehot) / N
+                excess = log_shares.exp_().scatter_add_(1, truth[:, None], -torch.ones_like(log_shares[:, :1]))
+                gradient[:-1] += x.T @ excess / len(features)
+                gradient[-1] += excess.sum(0) / len(features)
+            assert weight.grad is not None
+            weight.grad.copy_(gradient)
+            return loss
+
+        optimiser.step(closure)  # pyright: ignore[reportArgumentType] - it asks for the loss as a number
+        return weight.detach()
 
 
 def _logits(weight: Tensor, features: Tensor) -> Tensor:
     return torch.addmm(weight[-1], features, weight[:-1])
 
 
-def _accuracy(weight: Tensor, features: Tensor, labels: Tensor) -> float:
-    return (_logits(weight, features).argmax(1) == labels).double().mean().item()
+@torch.no_grad()
+def _accuracy(weight: Tensor, features: Tensor, labels: Tensor, scale: Scale) -> float:
+    hits = 0
+    for block, truth in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):
+        hits += int((_logits(weight, scale.standardise(block)).argmax(1) == truth).sum())
+    return hits / len(features)

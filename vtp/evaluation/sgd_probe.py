@@ -1,27 +1,27 @@
-"""Linear heads trained jointly by SGD in one pass over features: a grid of learning rates, as DINOv2's protocol has it.
+"""Linear heads trained jointly by SGD on frozen features, as DINOv2's and the official protocol have it (paper table 2).
 
-Every head is a problem of its own: their losses add up and share nothing. Of each head there are two, one that does not
-see the held-out part of the training samples, by which the learning rate is chosen, and one that sees all, which is
-reported. Features are taken as they are; the official protocol does not standardise them.
+All heads see the same batches in the same order, and those of one feature set begin with the same weights, so that only
+the learning rate tells them apart. They share nothing, and are one matrix product. Of each there are two: one that does not
+see the held-out training samples, by which a learning rate is chosen, and one that sees all, which is reported. Momentum
+0.9, no weight decay, a cosine to 0, first weights of N(0, 0.01); features as they are, unless a set has a scale.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Annotated, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from vtp.config import Config
-from vtp.draws import numpy_draws, torch_draws
+from vtp.draws import torch_draws
+from vtp.evaluation.scale import Scale
 
 MOMENTUM = 0.9
 REFERENCE_BATCH = 256  # learning rates are per so many samples
 INIT_STD = 0.01
-EVALUATED = 4096  # samples at a time
+JUDGED = 2048  # samples at a time
 
 
 class SgdConfig(Config):
@@ -36,111 +36,167 @@ class SgdConfig(Config):
     batch_size: int = Field(ge=1)
 
 
-class Sight(NamedTuple):
-    """One batch: features [B, D] by name of the feature set, labels [B], and who is held out [B]."""
+class SgdSolverConfig(SgdConfig):
+    """A grid of learning rates on standardised features."""
 
-    features: Mapping[str, Tensor]
-    labels: Tensor
-    held: Tensor
+    name: Literal["sgd"]
 
 
-class Split(NamedTuple):
-    """Samples that heads are judged on: features [N, D] by name, labels [N]."""
+class FeatureSet(NamedTuple):
+    """What the heads of a grid read, and which labels they tell apart."""
 
-    features: Mapping[str, Tensor]
-    labels: Tensor
+    name: str
+    probe: str  # of which they are candidates
+    table: str
+    width: int  # last columns of the table
+    of_class: Tensor  # [classes], the label of each class
+    scale: Scale | None  # None: features as they are
+
+    def read(self, tables: Mapping[str, Tensor]) -> Tensor:
+        """[B, width] float32."""
+        x = tables[self.table][:, -self.width :]
+        return x.float() if self.scale is None else self.scale.standardise(x).float()
 
 
-class SgdResult(NamedTuple):
-    """Accuracies in [0, 1]."""
+class Choice(NamedTuple):
+    """One head of a probe's candidates."""
 
-    accuracy: float  # of the chosen head on the test samples
-    chosen: tuple[str, float]  # feature set and learning rate
-    best_on_test: float  # over all heads and epochs: selected on what it reports, the official way
-    by_rate: dict[tuple[str, float], tuple[float, float]]  # of every head: held-out accuracy, test accuracy
+    accuracy: float  # on validation
+    features: str
+    learning_rate: float
+    epoch: int  # counted from 1
+
+
+class Candidate(NamedTuple):
+    """Accuracies of a learning rate after the last epoch."""
+
+    features: str
+    learning_rate: float
+    holdout: float  # of the head that has not seen these samples
+    validation: float  # of the one that has seen all
 
 
 class SgdProbe:
-    """Heads on several feature sets of widths `dims`. Their draws do not depend on which others there are."""
+    """The heads of several feature sets, and how well they did after every epoch.
 
-    def __init__(self, dims: Mapping[str, int], classes: int, config: SgdConfig, *, seed: int, device: str) -> None:
+    `train` and `judge` take tables of features [N, columns] by name, and labels [N].
+    """
+
+    def __init__(self, sets: Sequence[FeatureSet], config: SgdConfig, *, seed: int, device: str) -> None:
+        self.sets = sets
         self.config = config
-        self._rates = torch.tensor(config.learning_rates, device=device) * config.batch_size / REFERENCE_BATCH  # [L]
+        self._seed = seed
+        self._device = device
         count = len(config.learning_rates)
-        self._weights: dict[str, Tensor] = {}  # [2 L, D + 1, C]: without the held-out samples, then with them
-        for name, dim in dims.items():
-            first = INIT_STD * torch.randn(dim, classes, generator=torch_draws(seed, f"sgd_probe/{name}"))
-            weight = torch.cat([first, torch.zeros(1, classes)]).to(device)
-            self._weights[name] = weight.expand(2 * count, -1, -1).clone()
-        self._velocity = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
-        self._best = 0.0
+        rates = torch.tensor(config.learning_rates, device=device) * (config.batch_size / REFERENCE_BATCH)
+        self._rates = rates.repeat(2)[:, None]  # without the held-out samples, then with them
+        self._weights, self._biases = [], []
+        for one in sets:
+            classes = int(one.of_class.max()) + 1
+            draws = torch_draws(seed, f"sgd_probe/{one.table}", one.width, classes)
+            first = INIT_STD * torch.randn(one.width, 1, classes, generator=draws)
+            self._weights.append(first.repeat(1, 2 * count, 1).to(device))  # [D, 2 L, classes]
+            self._biases.append(torch.zeros(2 * count, classes, device=device))
+        self._velocities = [torch.zeros_like(tensor) for tensor in (*self._weights, *self._biases)]
+        none = torch.empty(0, len(sets), count, dtype=torch.float64)
+        self._history = {"holdout": none, "validation": none}  # [epochs, sets, L]
 
-    def step(self, sight: Sight, *, done: float) -> None:
-        """Learn from one batch; `done` is the share of the training behind it."""
-        rate = (self._rates * 0.5 * (1 + math.cos(math.pi * done))).repeat(2)[:, None, None]
-        labels = sight.labels.to(self._rates.device)
-        known = 1 - sight.held.to(labels.device).float()
-        share = torch.stack([known / known.sum().clamp(min=1), torch.ones_like(known) / len(known)])  # [2, B]
-        share = share.repeat_interleave(len(self._rates), 0)  # [2 L, B]
-        for name, weight in self._weights.items():
-            x = _with_bias(sight.features[name].to(weight))
-            # d mean cross-entropy / d logits = (softmax - onehot) / B
-            errors = (x @ weight).softmax(-1) - F.one_hot(labels, weight.shape[-1]).to(weight)  # [2 L, B, C]
-            gradient = x.T @ (errors * share[:, :, None])
-            velocity = self._velocity[name].mul_(MOMENTUM).add_(gradient)
-            weight.sub_(rate * velocity)
+    @property
+    def epochs_done(self) -> int:
+        """How many epochs are over."""
+        return len(self._history["validation"])
 
-    def end_epoch(self, test: Split) -> None:
-        """Note the best accuracy of any head that saw all, on the test samples."""
-        count = len(self._rates)
-        found = [self._accuracies(name, test)[count:].max().item() for name in self._weights]
-        self._best = max(self._best, *found)
+    def batches(self, samples: int) -> list[Tensor]:
+        """Rows of the next epoch's batches: all `samples` in an order of its own, in about equal parts."""
+        order = torch.randperm(samples, generator=torch_draws(self._seed, "probe_order", self.epochs_done))
+        return list(order.tensor_split(max(1, round(samples / self.config.batch_size))))
 
-    def result(self, held: Split, test: Split) -> SgdResult:
-        """Choose on the held-out samples, report on the others."""
-        count = len(self._rates)
-        table: dict[tuple[str, float], tuple[float, float]] = {}
-        for name in self._weights:
-            on_held, on_test = self._accuracies(name, held)[:count], self._accuracies(name, test)[count:]
-            for rate, of_held, of_test in zip(self.config.learning_rates, on_held, on_test, strict=True):
-                table[name, rate] = (of_held.item(), of_test.item())
-        chosen = max(table, key=lambda head: table[head][0])  # the held-out samples alone decide
-        return SgdResult(table[chosen][1], chosen, self._best, table)
+    @torch.no_grad()
+    def train(self, tables: Mapping[str, Tensor], labels: Tensor, held: Tensor) -> None:
+        """The next epoch; `held` [N] are the held-out samples."""
+        batches = self.batches(len(labels))
+        for number, rows in enumerate(batches):
+            done = (self.epochs_done + number / len(batches)) / self.config.epochs
+            some = {name: tables[name][rows].to(self._device) for name in self._tables()}
+            self._step(some, labels[rows], held[rows], factor=(1 + math.cos(math.pi * done)) / 2)
 
-    def _accuracies(self, name: str, split: Split) -> Tensor:
-        """Of every head [2 L], float64."""
-        weight, hits = self._weights[name], torch.zeros(2 * len(self._rates), dtype=torch.float64)
-        features = split.features[name]
-        for x, labels in zip(features.split(EVALUATED), split.labels.split(EVALUATED), strict=True):
-            predicted = (_with_bias(x.to(weight)) @ weight).argmax(-1)  # [2 L, n]
-            hits += (predicted == labels.to(predicted.device)).sum(1).cpu()
-        return hits / len(split.labels)
+    def end_epoch(self, *, holdout: Tensor, validation: Tensor) -> None:
+        """An epoch is over: accuracies as `judge` gives them, on held-out samples and on validation."""
+        count = len(self.config.learning_rates)
+        for name, found in (("holdout", holdout[:, :count]), ("validation", validation[:, count:])):
+            self._history[name] = torch.cat([self._history[name], found[None]])
 
+    @torch.no_grad()
+    def judge(self, tables: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """Accuracy [sets, 2 L] of every head, of those that have not seen the held-out samples first."""
+        hits = torch.zeros(len(self.sets), len(self._rates), dtype=torch.float64)
+        for rows in torch.arange(len(labels)).split(JUDGED):
+            some = {name: tables[name][rows].to(self._device) for name in self._tables()}
+            for number, one in enumerate(self.sets):
+                predicted = self._logits(number, one.read(some)).argmax(2).cpu()  # [n, 2 L]
+                hits[number] += (predicted == one.of_class[labels[rows], None]).sum(0)
+        return hits / len(labels)
 
-def sgd_probe(
-    sights: Iterable[Iterable[Sight]], held: Split, test: Split, *, probe: SgdProbe, samples: int
-) -> SgdResult:
-    """Train on `sights`, epochs of the batches that `epoch_batches` names for `samples`, and choose on `held`."""
-    steps, done = probe.config.epochs * count_batches(samples, probe.config), 0
-    for of_epoch in sights:
-        for sight in of_epoch:
-            probe.step(sight, done=done / steps)
-            done += 1
-        probe.end_epoch(test)
-    return probe.result(held, test)
+    def chosen(self, probe: str) -> Choice:
+        """The learning rate and feature set that are best on held-out samples after the last epoch; the first of equals."""
+        return self._best(probe, self._history["holdout"][-1:], first_epoch=self.epochs_done)
 
+    def best_on_val(self, probe: str) -> Choice:
+        """The best head of any epoch on validation, the official way; by construction not below `chosen`."""
+        return self._best(probe, self._history["validation"], first_epoch=1)
 
-def count_batches(samples: int, config: SgdConfig) -> int:
-    """Of an epoch; what does not fill a batch waits for another epoch's order."""
-    return max(1, samples // config.batch_size)
+    def candidates(self, probe: str) -> list[Candidate]:
+        """All that were to choose from."""
+        return [
+            Candidate(one.name, rate, *(self._history[name][-1, number, place].item() for name in self._history))
+            for number, one in enumerate(self.sets)
+            if one.probe == probe
+            for place, rate in enumerate(self.config.learning_rates)
+        ]
 
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the training by name."""
+        named = dict(self._history)
+        for name, tensors in (("weight", self._weights), ("bias", self._biases), ("velocity", self._velocities)):
+            named |= {f"{name}_{number}": tensor for number, tensor in enumerate(tensors)}
+        return named
 
-def epoch_batches(samples: int, config: SgdConfig, *, seed: int, epoch: int) -> list[np.ndarray]:
-    """Which samples each batch of an epoch holds, a function of the seed and the epoch."""
-    order = numpy_draws(seed, "probe_order", epoch).permutation(samples)
-    size = min(samples, config.batch_size)
-    return [order[start : start + size] for start in range(0, size * count_batches(samples, config), size)]
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        self._history = {name: state[name] for name in self._history}
+        for name, tensor in self.state().items():
+            if name not in self._history:
+                tensor.copy_(state[name])
 
+    def _step(self, tables: Mapping[str, Tensor], labels: Tensor, held: Tensor, *, factor: float) -> None:
+        labels, known = labels.to(self._device), (~held).to(self._device).float()
+        # Each head's mean is over the samples that it sees.
+        shares = torch.stack([known / known.sum().clamp(min=1), torch.full_like(known, 1 / len(known))], 1)  # [B, 2]
+        shares = shares.repeat_interleave(len(self._rates) // 2, 1)[:, :, None]  # [B, 2 L, 1]
+        rows = torch.arange(len(labels), device=self._device)
+        for number, one in enumerate(self.sets):
+            x, weight, bias = one.read(tables), self._weights[number], self._biases[number]
+            excess = self._logits(number, x).softmax(2)  # d cross-entropy / d logits = softmax - onehot
+            excess[rows, :, one.of_class.to(self._device)[labels]] -= 1
+            excess *= shares
+            gradients = (x.T @ excess.flatten(1)).view_as(weight), excess.sum(0)
+            velocities = self._velocities[number], self._velocities[len(self.sets) + number]
+            for tensor, velocity, gradient in zip((weight, bias), velocities, gradients, strict=True):
+                velocity.mul_(MOMENTUM).add_(gradient)
+                tensor.addcmul_(velocity, self._rates, value=-factor)
 
-def _with_bias(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+    def _logits(self, number: int, x: Tensor) -> Tensor:
+        """[B, 2 L, classes]."""
+        bias = self._biases[number]
+        return (x @ self._weights[number].flatten(1)).unflatten(1, bias.shape) + bias
+
+    def _tables(self) -> set[str]:
+        return {one.table for one in self.sets}
+
+    def _best(self, probe: str, by: Tensor, *, first_epoch: int) -> Choice:
+        own = [number for number, one in enumerate(self.sets) if one.probe == probe]
+        values = by[:, own].flatten().tolist()
+        epoch, rest = divmod(values.index(max(values)), len(own) * by.shape[2])
+        number, place = own[rest // by.shape[2]], rest % by.shape[2]
+        accuracy = self._history["validation"][first_epoch - 1 + epoch, number, place].item()
+        return Choice(accuracy, self.sets[number].name, self.config.learning_rates[place], first_epoch + epoch)

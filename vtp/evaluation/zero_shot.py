@@ -5,14 +5,21 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from vtp.artefact import ArtefactError
 from vtp.config import Config
-from vtp.data.ingest.imagenet import imagenet_classes
+from vtp.data.imagenet import imagenet_classes, openai_templates
 from vtp.data.shards import Manifest
 
 BATCH = 256  # prompts per call of the text encoder
+
+
+def _with_place(template: str) -> str:
+    if "{}" not in template:
+        raise ValueError("every template must hold {} for the class")
+    return template
 
 
 class DataSetPrompts(Config):
@@ -22,7 +29,7 @@ class DataSetPrompts(Config):
 
 
 class OpenaiPrompts(Config):
-    """The class names and 80 templates of CLIP's authors, for ImageNet or some of its classes, by synset."""
+    """The class names and 80 templates of CLIP's authors, as open_clip has them, for ImageNet's 1,000 classes."""
 
     name: Literal["openai"]
 
@@ -31,7 +38,9 @@ class GivenPrompts(Config):
     """The data set's class names in other templates."""
 
     name: Literal["given"]
-    templates: list[str] = Field(min_length=1, description="{} stands for the class")
+    templates: list[Annotated[str, AfterValidator(_with_place)]] = Field(
+        min_length=1, description="{} stands for the class"
+    )
 
 
 PromptsConfig = Annotated[DataSetPrompts | OpenaiPrompts | GivenPrompts, Field(discriminator="name")]
@@ -45,20 +54,30 @@ class Prompts(NamedTuple):
 
 
 def prompts_of(config: DataSetPrompts | OpenaiPrompts | GivenPrompts, manifest: Manifest) -> Prompts:
-    """For the classes of a data set, in their order. Raises ValueError for `openai` and classes that are not ImageNet's."""
+    """For the classes of a data set, in their order.
+
+    Raises ArtefactError when `openai` is asked and they are not ImageNet's 1,000, in its order.
+    """
     if isinstance(config, GivenPrompts):
         return Prompts(manifest.classes, config.templates)
     if isinstance(config, DataSetPrompts):
         return Prompts(manifest.classes, manifest.templates or ["{}"])
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-    names = imagenet_classes().names
-    if other := [synset for synset in manifest.class_ids if synset not in names]:
-        raise ValueError(
-            f"prompts `openai` are for ImageNet's synsets, and this data set has the class {other[0]!r}; "
-            "choose `data_set` or `given`"
+    synsets, names = imagenet_classes()
+    if manifest.class_ids != synsets:
+        raise ArtefactError(
+            f"prompts {{name: openai}} are for ImageNet's 1,000 classes in its order, and {_other(manifest, synsets)}; "
+            "take {name: data_set}, whose prompts are the same where the shards hold a part of ImageNet, or {name: given}"
         )
-    return Prompts([names[synset] for synset in manifest.class_ids], [f("{}") for f in OPENAI_IMAGENET_TEMPLATES])
+    return Prompts([names[synset] for synset in synsets], openai_templates())
+
+
+def _other(manifest: Manifest, synsets: Sequence[str]) -> str:
+    """How the classes of a data set differ from ImageNet's."""
+    ids, source = manifest.class_ids, f"these shards (source {manifest.source})"
+    if len(ids) != len(synsets):
+        return f"{source} have {len(ids)}"
+    place = next(place for place, synset in enumerate(synsets) if ids[place] != synset)
+    return f"class {place} of {source} is {ids[place]!r}, not {synsets[place]!r}"
 
 
 @torch.no_grad()

@@ -45,29 +45,6 @@ def centre_crop(image: "Image", size: int) -> "Image":
     return image.crop((left, top, left + size, top + size))
 
 
-def squash(image: "Image", size: int) -> "Image":
-    """Both sides to `size`, bilinearly, whatever the shape: what the official zero-shot evaluation sees."""
-    from PIL.Image import Resampling
-
-    return image.convert("RGB").resize((size, size), Resampling.BILINEAR)
-
-
-def shortest_side_crop(image: "Image", size: int, *, resize: int | None = None) -> "Image":
-    """Shorten the short side to `resize` (by default `size`) bicubically, cut the centre: torchvision's evaluation crop."""
-    from PIL.Image import Resampling
-
-    image, short = image.convert("RGB"), resize or size
-    width, height = image.size
-    if width <= height:
-        width, height = short, int(short * height / width)
-    else:
-        width, height = int(short * width / height), short
-    if image.size != (width, height):
-        image = image.resize((width, height), Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
 def from_pil(image: "Image", size: int) -> Tensor:
     """A PIL image, centre-cropped, as a normalised tensor [3, size, size]."""
     pixels = torch.from_numpy(np.array(centre_crop(image, size)))  # [H, W, 3]

@@ -84,13 +84,6 @@ class Tokenizer(nn.Module, ABC):
         """The mean over positions of the latents [B, d] that belong to `features`, without another pass."""
         raise ValueError(f"{type(self).__name__} has no features beside its latents")
 
-    def latents_of(self, patches: Tensor) -> Tensor:
-        """What patch tokens [..., D] of the last block become as latents [..., d], linearly: means go to means.
-
-        Raises ValueError when there are no features.
-        """
-        raise ValueError(f"{type(self).__name__} has no features beside its latents")
-
     def encoder_digest(self) -> str:
         """SHA-256 of `encoder_state`: equal digests, equal latents. A decoder fits latents of its own digest alone."""
         settings, tensors = self.encoder_state()

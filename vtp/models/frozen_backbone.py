@@ -122,10 +122,6 @@ class FrozenBackbone(Tokenizer):
     def mean_latent(self, features: Features) -> Tensor:
         return features.patches.mean(1)
 
-    def latents_of(self, patches: Tensor) -> Tensor:
-        """Latents are the patch tokens."""
-        return patches
-
     def encoder_state(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         settings = self.config.model_dump(exclude={"decoder"}) | {"mean": self._mean, "std": self._std}
         return {"kind": "frozen_backbone", **settings}, self.backbone.state_dict()

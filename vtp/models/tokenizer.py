@@ -158,10 +158,6 @@ class VisualTokenizer(Tokenizer):
         """Features after each of the last `n` blocks, normed; the last block comes last."""
         return self.trunk.intermediate(images, n)
 
-    def latents_of(self, patches: Tensor) -> Tensor:
-        """The bottleneck: patch tokens [..., D] to [..., d]."""
-        return self.trunk.feature_bottleneck(patches)
-
     def preprocess(self, image: "Image") -> Tensor:
         """A PIL image, centre-cropped to the training size (as ADM does), as one normalised batch [1, 3, S, S]."""
         return from_pil(image, self.config.image_size)[None]
