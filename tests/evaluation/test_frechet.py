@@ -44,12 +44,13 @@ def test_any_batches_give_the_same_bits():
 
 
 def test_memory_does_not_grow():
-    """What waits is less than a block, whatever came."""
-    statistics = GaussianStatistics(3)
+    """A block and the sums, whatever came."""
+    statistics, sizes = GaussianStatistics(3), set()
     for seed in range(50):
         statistics.update(samples(seed, 100, 3))
-        assert sum(map(len, statistics._waiting)) < BLOCK
+        sizes.add(sum(value.nbytes for value in vars(statistics).values() if torch.is_tensor(value)))
     assert statistics.count == 5000
+    assert sizes == {8 * 3 * (BLOCK + 3 + 1)}
 
 
 def test_closed_form_of_diagonal_covariances():

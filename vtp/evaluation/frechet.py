@@ -45,7 +45,8 @@ class GaussianStatistics:
         self._seen = 0
         self._mean = torch.zeros(dim, dtype=torch.float64)  # [D]
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # [D, D], sum of (x - mean)(x - mean)^T
-        self._waiting: list[Tensor] = []  # [n, D] each, fewer than BLOCK together; not in the three above
+        self._block = torch.empty(0, dim, dtype=torch.float64)  # [BLOCK, D] when it is needed
+        self._waiting = 0  # rows of it that are not in the sums yet
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
@@ -57,7 +58,7 @@ class GaussianStatistics:
     @property
     def count(self) -> int:
         """Number of features."""
-        return self._seen + sum(map(len, self._waiting))
+        return self._seen + self._waiting
 
     @property
     def mean(self) -> Tensor:
@@ -86,22 +87,24 @@ class GaussianStatistics:
                 f"{len(bad)} of {len(features)} features hold NaN or infinity, first that of image {int(bad[0])} of "
                 "the batch; check the weights and the model that made the images"
             )
+        if not len(self._block):
+            self._block = torch.empty(BLOCK, len(self._mean), dtype=torch.float64)
         while len(features):
-            room = BLOCK - sum(map(len, self._waiting))
-            self._waiting.append(features[:room].to("cpu", torch.float64, copy=True))
-            features = features[room:]
-            if sum(map(len, self._waiting)) == BLOCK:
+            room = self._block[self._waiting :][: len(features)]
+            room.copy_(features[: len(room)])
+            features, self._waiting = features[len(room) :], self._waiting + len(room)
+            if self._waiting == BLOCK:
                 self._fold()
 
     def _fold(self) -> None:
         """Add what waits, centred before it is squared (Chan et al. 1983)."""
         if not self._waiting:
             return
-        values, self._waiting = torch.cat(self._waiting), []
+        values, self._waiting = self._block[: self._waiting], 0
         mean = values.mean(0)
-        centred = (values - mean).numpy()
+        values -= mean
         # numpy sees that both factors are one, and computes half of the product.
-        self._add(len(values), mean, torch.from_numpy(centred.T @ centred))
+        self._add(len(values), mean, torch.from_numpy(values.numpy().T @ values.numpy()))
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         grown, shift = self._seen + count, mean - self._mean
@@ -156,12 +159,13 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions do not compare")
     # The set with fewer samples has the lower rank: its factor leaves no zeros to be rounded.
     few, many = sorted((a, b), key=lambda each: each.count if isinstance(each, GaussianStatistics) else torch.inf)
-    covariances = few.covariance.double(), many.covariance.double()
-    factor = _factor(covariances[0])
-    product = factor.T @ covariances[1] @ factor
-    overlap = _positive(torch.linalg.eigvalsh((product + product.T) / 2)).sqrt().sum()
+    covariance = few.covariance.double()
+    within, factor = covariance.trace(), _factor(covariance)
+    covariance = many.covariance.double()
+    within += covariance.trace()
+    product = factor.T @ (covariance @ factor)  # symmetric but for rounding: half of it is read
+    overlap = _positive(torch.linalg.eigvalsh(product)).sqrt().sum()
     between = (a.mean.double() - b.mean.double()).square().sum()
-    within = covariances[0].trace() + covariances[1].trace()
     return max(float(between + within - 2 * overlap), 0.0)
 
 
@@ -169,7 +173,9 @@ def _factor(covariance: Tensor) -> Tensor:
     """F [D, rank] with F F^T = `covariance`."""
     values, vectors = torch.linalg.eigh(covariance)
     kept = _positive(values)
-    return vectors[:, kept > 0] * kept[kept > 0].sqrt()
+    factor = vectors[:, kept > 0]
+    factor *= kept[kept > 0].sqrt()
+    return factor
 
 
 def _positive(eigenvalues: Tensor) -> Tensor:
