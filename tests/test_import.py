@@ -1,0 +1,120 @@
+"""What stands behind the tokenizer, with tokenizers that were not trained here, at tiny size in this process."""
+
+import json
+import math
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from foreign import autoencoder, backbone_source, backbone_weights, official_vtp
+from test_stages import QuietWork
+from tiny import merged, tiny_params, write_shards
+
+from stages._runner import path_flags
+from stages._runtime import Runtime
+from stages.check import stage_config
+from vtp import load_tokenizer
+from vtp.data.dataset import ShardDataset
+from vtp.data.latents import LatentDataset
+from vtp.layers.images import normalise
+
+SIZE = 64  # of the golden checkpoint's images
+KINDS = ("vtp", "autoencoder_kl", "backbone")
+STAGES = ("tune_decoder", "cache_latents", "evaluate_reconstruction", "evaluate_understanding")
+
+
+def run_stage(name, root, folder, params, **paths):
+    """Run a stage with those of `paths` that it reads; what it writes, by flag, under `folder`."""
+    run = import_module(f"stages.{name}").run
+    inputs = {flag: paths[flag] for flag in path_flags(run, "input") if flag in paths}
+    inputs |= {flag: [inputs[flag]] for flag in path_flags(run, "several")}
+    outputs = {flag: folder / f"{name}_{flag}" for flag in path_flags(run, "output")}
+    work = QuietWork(folder / "scratch" / name / "folder", root, Runtime())
+    work.folder.mkdir(parents=True)
+    run(stage_config(name).parse(params, where=name), **inputs, **outputs, work=work)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Shards and their reference statistics, which all kinds share; the folder of weights."""
+    root = tmp_path_factory.mktemp("import")
+    write_shards(root / "shards")
+    (root / "weights").mkdir()
+    params = tiny_params()["reference"] | {"image_size": SIZE}
+    return root, run_stage("reference", root, root / "common", params, shards=root / "shards")["reference"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def judged(request, project):
+    """A tokenizer of each kind through every stage behind it: its kind, all paths by flag, and the metrics."""
+    root, reference = project
+    kind, folder = request.param, root / request.param
+    source, published = {"name": kind}, folder / "published"
+    folder.mkdir()
+    if kind == "vtp":
+        official_vtp(published)
+    elif kind == "autoencoder_kl":
+        autoencoder().save_pretrained(published)
+        source["image_size"] = SIZE
+    else:
+        source, published = backbone_source(backbone_weights(root / "weights"), image_size=SIZE), None
+    paths = {"shards": root / "shards", "reference": reference}
+    given = {} if published is None else {"source": published}
+    paths |= run_stage("import_tokenizer", root, folder, {"source": source}, **given)
+    probes = {"probes": {"resize": SIZE, "size": SIZE}}
+    params, metrics = merged(tiny_params(), {"evaluate_understanding": probes}), {}
+    for name in STAGES:
+        written = run_stage(name, root, folder, params[name], **paths)
+        if "metrics" in written:
+            metrics |= json.loads(written["metrics"].read_text())
+        paths |= {flag: written[flag] for flag in ("decoder", "latents") if flag in written}
+    return kind, paths, metrics
+
+
+def test_tuning_leaves_the_encoder_alone(judged):
+    _, paths, _ = judged
+    plain, tuned = load_tokenizer(paths["tokenizer"]), load_tokenizer(paths["tokenizer"], paths["decoder"])
+    images = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        latents = plain.encode(images)
+        assert torch.equal(latents, tuned.encode(images))
+        assert tuned.decode(latents).shape == images.shape
+        assert not torch.equal(plain.decode(latents), tuned.decode(latents))
+    assert plain.encoder_digest() == tuned.encoder_digest()
+
+
+def test_latents_are_those_of_the_encoder(judged):
+    _, paths, _ = judged
+    tokenizer, latents = load_tokenizer(paths["tokenizer"]), LatentDataset(paths["latents"])
+    images = ShardDataset(paths["shards"], "train")
+    rows = [0, 19, 20, 47]
+    with torch.no_grad():
+        encoded = tokenizer.encode(normalise(images.images(images.singles().rows[rows], SIZE)))
+    torch.testing.assert_close(latents.rows(np.array(rows)), encoded, atol=1e-4, rtol=1e-4)
+    assert latents.config["encoder"] == tokenizer.encoder_digest()
+    assert latents.shape == tokenizer.latent_shape
+
+
+def test_every_figure_that_a_kind_can_have(judged):
+    kind, paths, metrics = judged
+
+    def leaves(values):
+        for value in values.values():
+            yield from leaves(value) if isinstance(value, dict) else [value]
+
+    assert all(math.isfinite(value) for value in leaves(metrics) if not isinstance(value, str))
+    (of_reconstruction,) = metrics["reconstruction"].values()
+    assert set(of_reconstruction) == {"pretrained", "tuned"}
+    seen = metrics["understanding"]
+    assert any("linear_probe_bottleneck" in name for name in seen)
+    assert any("linear_probe_last" in name for name in seen) == load_tokenizer(paths["tokenizer"]).has_features
+    assert any("zero_shot" in name for name in seen) == (kind == "vtp")
+
+
+def test_a_fresh_decoder_learns(judged):
+    kind, _, metrics = judged
+    if kind == "backbone":
+        ((_, figures),) = metrics["reconstruction"].items()
+        assert figures["tuned"]["psnr"] > figures["pretrained"]["psnr"]
