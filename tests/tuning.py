@@ -1,10 +1,16 @@
-"""Decoder tuning at tiny size: objectives and batches of its tests, and what two ranks do (`tuning.py FOLDER`)."""
+"""Decoder tuning at tiny size: objectives and batches of its tests, and what two ranks do (`tuning.py FOLDER`).
+
+`joint` is pre-training with an adversary from the start.
+"""
 
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from objectives import test_pretrain as pretraining
 from tiny import merged, tiny_params
 
 from stages._adversary import build_adversary
@@ -16,12 +22,14 @@ from vtp.distributed import process_group, ranks, sum_gradients
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.decoder import DecoderObjective
+from vtp.objectives.pretrain import PretrainObjective
 from vtp.step import Moment
-from vtp.training.optim import build_optimizer
+from vtp.training.optim import OptimConfig, build_optimizer
 from vtp.training.update import Update
 
 ALONE = Share(0, 1, 1)
 STEPS = 3
+WORK = Work(Path(), Path(), Runtime(device="cpu"))
 FEATURES = {"name": "features", "network": {"name": "tokenizer", "image_size": None, "blocks": 2}, "kernel": 3}
 CASES = {
     "patch": {},
@@ -45,8 +53,7 @@ def tokenizer_of() -> VisualTokenizer:
 def objective_of(config: TuneDecoder) -> DecoderObjective:
     tokenizer, adversary = tokenizer_of(), None
     if config.adversary is not None:
-        work = Work(Path(), Path(), Runtime(device="cpu"))
-        adversary = build_adversary(config.adversary, work, seed=0, tokenizer=tokenizer, features=None)
+        adversary = build_adversary(config.adversary, WORK, seed=0, tokenizer=tokenizer, features=None)
     perceptual = build_perceptual(config.objective.perceptual, weights=Path())
     std = torch.linspace(0.5, 2, 8) if config.objective.noise.std else None
     return DecoderObjective(tokenizer, adversary, config.objective, perceptual=perceptual, channel_std=std, seed=0)
@@ -62,30 +69,62 @@ def batches_of(step: int, share: Share = ALONE, size: int = 8) -> list[ImageBatc
     return found
 
 
-def gradients(objective: DecoderObjective, micros: list[ImageBatch], moment: Moment) -> dict[str, torch.Tensor]:
-    """Of both phases, summed over ranks."""
+class Case(NamedTuple):
+    """What is trained, on what."""
+
+    build: Callable[[], Any]  # an objective with its first weights
+    batches: Callable[[int, Share], list[Any]]  # a rank's micro-batches of a step
+    optim: Mapping[str, OptimConfig]
+
+
+def case_of(name: str) -> Case:
+    if name == "joint":
+        batch = {"data": {"batch": {"clip": 16, "ssl": 8, "reconstruction": 4}}}
+        joint = pretraining.config_of(batch | {"adversary": pretraining.from_the_start()})
+        return Case(
+            lambda: joint_objective(joint),
+            lambda step, share: [pretraining.batch_of(joint, step, share, micro) for micro in range(share.micros)],
+            {"model": joint.optim, "critic": joint.adversary.optim},
+        )
+    config = config_of(CASES[name])
+    optim = {"decoder": config.optim} | ({"critic": config.adversary.optim} if config.adversary else {})
+    return Case(lambda: objective_of(config), batches_of, optim)
+
+
+def joint_objective(config: Pretrain) -> PretrainObjective:
+    objective = pretraining.objective_of(config)
+    objective.adversary = build_adversary(config.adversary, WORK, seed=0, tokenizer=objective.tokenizer, features=None)
+    return objective
+
+
+def gradients(objective: Any, micros: list[Any], moment: Moment, in_context=iter) -> dict[str, torch.Tensor]:
+    """Of all phases, summed over ranks; `in_context` wraps the terms."""
     found = {}
-    for phase, (group,) in objective.phases().items():
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    for phase, groups in objective.phases().items():
         objective.zero_grad()
-        for term in objective.terms(phase, micros, moment):
-            term.loss.backward()
-        sum_gradients(group.parameters)
-        names = {parameter: name for name, parameter in objective.named_parameters()}
-        found |= {names[p]: p.grad.clone() for p in group.parameters if p.grad is not None}
+        for term in in_context(objective.terms(phase, micros, moment)):
+            if term.loss is not None:
+                term.loss.backward()
+        own = [parameter for group in groups for parameter in group.parameters]
+        sum_gradients(own)
+        found |= {names[p]: p.grad.clone() for p in own if p.grad is not None}
     return found
 
 
-def trained(config: TuneDecoder, share: Share) -> dict[str, object]:
-    """Gradients of a late step, and weights and scalars after some steps."""
-    late = Moment(90, 100, watched=False)
-    result = {"gradients": gradients(objective_of(config), batches_of(0, share), late)}
-    objective, logs = objective_of(config), {}
-    optim = {"decoder": config.optim} | ({"critic": config.adversary.optim} if config.adversary else {})
-    updates = [Update(n, build_optimizer(g, optim[n]), optim[n], ()) for n, g in objective.phases().items()]
+def trained(name: str, share: Share) -> dict[str, object]:
+    """Gradients of a late step, and weights and scalars after some steps, the first of them watched."""
+    case, late = case_of(name), Moment(90, 100, watched=False)
+    result = {"gradients": gradients(case.build(), case.batches(0, share), late)}
+    objective, logs = case.build(), {}
+    updates = [
+        Update(phase, build_optimizer(groups, case.optim[phase]), case.optim[phase], objective.watched())
+        for phase, groups in objective.phases().items()
+    ]
     for step in range(STEPS):
-        moment = Moment(90 + step, 100, watched=False)
+        moment = Moment(90 + step, 100, watched=step == 0)
         for update in updates:
-            outcome = update.apply(objective.terms(update.phase, batches_of(step, share), moment), moment)
+            outcome = update.apply(objective.terms(update.phase, case.batches(step, share), moment), moment)
             logs |= {f"{step} {name}": float(value) for name, value in outcome.logs.items()}
         objective.after_step(moment)
     weights = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
@@ -96,8 +135,8 @@ def main(folder: Path) -> None:
     with process_group("cpu", timeout=120):
         rank, size = ranks()
         results = {
-            f"{case} {micros}": trained(config_of(changes), Share(rank, size, micros))
-            for case, changes in CASES.items()
+            f"{case} {micros}": trained(case, Share(rank, size, micros))
+            for case in (*CASES, "joint")
             for micros in (1, 2)
         }
         torch.save(results, folder / f"results-{rank}.pt")
