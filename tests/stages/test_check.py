@@ -36,6 +36,12 @@ def test_the_recipe_is_valid(tmp_path):
             {"evaluate_understanding": {"prompts": {"name": "given", "templates": ["an emoji"]}}},
             "every template must hold {}",
         ),
+        (
+            {"evaluate_understanding": {"prompts": {"name": "openai"}}},
+            "openai's are for ImageNet; take {name: data_set}",
+        ),
+        ({"evaluate_understanding": {"probes": {"resize": 8}}}, "resize 8 is below size 16"),
+        ({"evaluate_understanding": {"probes": {"size": 12}}}, "probes.size: 12 is no multiple of 8"),
         ({"reference": {"image_size": 32}}, "reference.image_size: 32, pretrain.tokenizer.image_size is 16"),
         ({"evaluate_reconstruction": {"split": "test"}}, "'test' is none of reference.splits, which has train, valid"),
         ({"evaluate_generator": {"split": "test"}}, "evaluate_generator.split: 'test' is none of reference.splits"),

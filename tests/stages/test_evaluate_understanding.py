@@ -21,6 +21,7 @@ from vtp.artefact import ArtefactError, load_tensors
 from vtp.config import ConfigError
 from vtp.data.dataset import ShardDataset
 from vtp.evaluation.linear_probe import draw_holdout
+from vtp.evaluation.sgd_probe import FeatureSet, SgdConfig, SgdProbe
 from vtp.layers.images import normalise
 from vtp.layers.preprocess import CentreView, Squash
 from vtp.models.base import Tokenizer
@@ -28,6 +29,7 @@ from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
 
 GOLDEN = ROOT / "tests" / "golden" / "vtp-tiny"
 TRAIN, CHUNK = 41, 8  # not divisible by ranks, batches or chunks
+HOLDOUT = 0.4
 AUGMENTED = {"probes": {"augment": {"scale_min": 0.3}}}
 ZERO_SHOT = {f"zero_shot_top{k}_{protocol}" for k in (1, 5) for protocol in ("squash", "centre")}
 SINGLE = {f"linear_probe_{name}" for name in ("bottleneck", "bottleneck_category", "last", "last_category")}
@@ -56,7 +58,10 @@ def made(tmp_path_factory):
 
 
 def params_of(**changes):
-    return merged(tiny_params()["evaluate_understanding"], {"batch_size": 4, "train_samples": TRAIN} | changes)
+    """Rates that make something of untrained features; many held-out images."""
+    probes = {"holdout": HOLDOUT, "multi": {"learning_rates": [1.0, 30.0, 1000.0]}}
+    small = merged(tiny_params()["evaluate_understanding"], {"batch_size": 4, "train_samples": TRAIN, "probes": probes})
+    return merged(small, changes)
 
 
 def here(made, folder, *, chunk=CHUNK, **changes):
@@ -248,6 +253,25 @@ def test_curves_hold_every_candidate(plain):
     assert figures(plain)["linear_probe_multi_best_on_val"] >= max(float(row["validation"]) for row in multi) - 1e-5
 
 
+def test_multi_is_the_probe_of_its_tables(made, plain):
+    """Trained on the kept features and labels, judged on the held-out and validation ones of the same images."""
+    train, validation = (ShardDataset(made / "shards", split).singles(TRAIN) for split in ("train", "validation"))
+    tables, config = [table_of(plain, name) for name in ("train", "validation")], params_of()["probes"]
+    labels, truth = (torch.from_numpy(singles.labels) for singles in (train, validation))
+    one, held = (
+        FeatureSet("multi, last 2", "multi", "tokens", 3 * 16, torch.arange(6), None),
+        draw_holdout(TRAIN, HOLDOUT, 0),
+    )
+    probe = SgdProbe([one], SgdConfig.parse(config["multi"], where="test"), seed=0, device="cpu")
+    for _ in range(config["multi"]["epochs"]):
+        probe.train(tables[0], labels, held)
+        of_held = probe.judge({name: table[held] for name, table in tables[0].items()}, labels[held])
+        probe.end_epoch(holdout=of_held, validation=probe.judge(tables[1], truth))
+    rows = [row for row in csv.reader((plain / "curves.csv").open()) if row[0] == one.name]
+    expected = [(one.name, *(f"{value:.6g}" for value in candidate[1:])) for candidate in probe.candidates("multi")]
+    assert [tuple(row) for row in rows] == expected
+
+
 def test_validation_labels_choose_nothing(made, plain, tmp_path, monkeypatch):
     """Other labels there: the same penalties and heads, also of the probes that SGD solves."""
     right, single = ShardDataset.singles, {"name": "sgd", "learning_rates": [0.1, 10.0], "epochs": 2, "batch_size": 16}
@@ -323,7 +347,7 @@ def test_reduced_precision(made, plain, tmp_path):
 
 def test_held_out_images_are_a_share_of_train(made, plain):
     state = load_tensors(plain / "scratch/folder/multi.safetensors")
-    held = int(draw_holdout(TRAIN, 0.1, 0).sum())
+    held = int(draw_holdout(TRAIN, HOLDOUT, 0).sum())
     counts = state["holdout"] * held
     torch.testing.assert_close(counts, counts.round())
     assert state["validation"].shape == (2, 4, len(params_of()["probes"]["multi"]["learning_rates"]))
