@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp.layers.flops import forward_flops
-from vtp.models.base import Tokenizer
+from vtp.models.base import Encoding, Tokenizer
 
 
 class Rate(NamedTuple):
@@ -46,7 +46,7 @@ def measure_speed(tokenizer: Tokenizer, images: Tensor, *, warmup: int, batches:
 
     The batch lies on the device already: reading and copying are not counted.
     """
-    encode = _rate(_Encoder(tokenizer), images, warmup, batches)
+    encode = _rate(Encoding(tokenizer), images, warmup, batches)
     decode = _rate(_Decoder(tokenizer), tokenizer.encode(images), warmup, batches)
     name = torch.cuda.get_device_name(images.device) if images.is_cuda else "cpu"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -74,19 +74,8 @@ def _clock(act: Callable[[], object], device: torch.device, warmup: int, batches
     return seconds, torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
 
 
-class _Encoder(nn.Module):
-    """The encoder as a module whose operations can be counted."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.tokenizer.encode(images)
-
-
 class _Decoder(nn.Module):
-    """The same for the decoder."""
+    """The decoder as a module whose operations can be counted, whatever it is made of."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()

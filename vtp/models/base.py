@@ -93,3 +93,14 @@ class Tokenizer(nn.Module, ABC):
             state.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
             state.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
         return state.hexdigest()
+
+
+class Encoding(nn.Module):
+    """A tokenizer's encoder as a module of its own, whose operations can be counted."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(images)

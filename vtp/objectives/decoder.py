@@ -19,7 +19,7 @@ from vtp.layers.block import Block, Blocks
 from vtp.layers.flops import FROZEN, TRAINING, forward_flops
 from vtp.layers.images import normalise
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
-from vtp.models.base import Tokenizer
+from vtp.models.base import Encoding, Tokenizer
 from vtp.objectives.adversary import Adversary, Rendering, plain_terms
 from vtp.objectives.pretrain import reconstruction_distance
 from vtp.step import Logs, Moment, ParameterGroup, StepCost, Term
@@ -112,7 +112,7 @@ class DecoderObjective(nn.Module):
         image = torch.empty(1, 3, tokenizer.image_size, tokenizer.image_size)
         latent = torch.empty(1, *tokenizer.latent_shape)
         of_decoder = forward_flops(self.decoder, latent)
-        flops = forward_flops(_Encoder(tokenizer), image) + TRAINING * of_decoder
+        flops = forward_flops(Encoding(tokenizer), image) + TRAINING * of_decoder
         flops += (1 + FROZEN) / 2 * forward_flops(perceptual.network, image, image)
         if self.adversary is not None:
             flops += self.adversary.step_flops(tokenizer.image_size)
@@ -158,14 +158,3 @@ class _Frozen(NamedTuple):
 
     tokenizer: Tokenizer
     perceptual: PerceptualDistance
-
-
-class _Encoder(nn.Module):
-    """The encoder as a module whose operations can be counted."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.tokenizer.encode(images)
