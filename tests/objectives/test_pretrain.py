@@ -409,10 +409,13 @@ def test_half_precision_is_near():
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
+def from_the_start():
+    return tiny_params()["tune_decoder"]["adversary"] | {"critic_start": 0.0, "start": 0.0}
+
+
 def test_joint_adversary_does_not_depend_on_micro_batches():
     """A GAN term from the start: gradients of encoder, decoder and critic in one pass and in two."""
-    adversary = tiny_params()["tune_decoder"]["adversary"] | {"critic_start": 0.0, "start": 0.0}
-    config = config_of({"adversary": adversary})
+    config = config_of({"adversary": from_the_start()})
     found = []
     for micros in (1, 2):
         objective = objective_of(config)

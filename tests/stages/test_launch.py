@@ -127,6 +127,15 @@ def test_an_error_of_a_rank_is_told(stage):
     assert "error: rank 0: batch.reconstruction 1 is not a multiple of the 2 ranks" in said
 
 
+@pytest.mark.slow
+def test_an_adversary_needs_whole_weights(stage):
+    adversary = tiny_params()["tune_decoder"]["adversary"]
+    process = stage(adversary=adversary).start(VTP_RANKS="2", VTP_PARALLEL="fsdp")
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "pretrain.adversary needs whole weights on every rank: unset VTP_PARALLEL" in said
+
+
 def test_commands(monkeypatch, tmp_path):
     job = tmp_path / "abc" / "job.json"
     assert not several(Runtime.of({"VTP_DEVICE": "cpu"}))

@@ -2,17 +2,20 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import merged, tiny_params, write_shards
+from tiny import ROOT, merged, tiny_params, write_params, write_shards
 from tuning import FEATURES, tokenizer_of
 
 from stages._runtime import Interrupted, Runtime, Work
 from stages.tune_decoder import TuneDecoder, channel_std, run
 from vtp import load_tokenizer
-from vtp.artefact import ArtefactError
+from vtp.artefact import ArtefactError, load_tensors
 from vtp.data.dataset import ShardDataset
 from vtp.layers.images import normalise
 
@@ -92,6 +95,31 @@ def test_resume_is_bit_identical(inputs, tmp_path, case):
             tune(inputs, tmp_path / "two", CASES[case], stop_after=stop, features=features, name=f"stopped-{number}")
     resumed = tune(inputs, tmp_path / "two", CASES[case], features=features)
     assert contents(resumed) == contents(through)
+
+
+@pytest.mark.slow
+def test_two_ranks_and_micro_batches(inputs, tmp_path):
+    """The real stage, asked to shard: weights stay whole, which the log says, and the decoder is that of one process."""
+    changes = CASES["features"] | {"batch_size": 8, "training": {"length": {"name": "samples", "samples": 8 * STEPS}}}
+    alone = tune(inputs, tmp_path, changes, name="alone")
+    (tmp_path / ".dvc").mkdir()
+    write_params(merged(tiny_params(), {"tune_decoder": changes}), tmp_path / "params.yaml")
+    flags = {"shards": inputs / "shards", "tokenizer": inputs / "tokenizer", "decoder": "decoder"}
+    flags |= {"metrics": "metrics.json", "curves": "curves.csv", "picture": "picture.png", "provenance": "p.json"}
+    arguments = [part for name, path in flags.items() for part in (f"--{name}", str(path))]
+    command = [sys.executable, "-m", "stages.tune_decoder", "params.yaml:tune_decoder", *arguments]
+    settings = {"VTP_DEVICE": "cpu", "VTP_RANKS": "2", "VTP_PARALLEL": "fsdp", "VTP_MICRO_BATCH": "2"}
+    environment = os.environ | settings | {"VTP_WORKERS": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ours, theirs = (load_tensors(folder / "decoder" / "decoder.safetensors") for folder in (tmp_path, alone))
+    first = dict(load_tokenizer(inputs / "tokenizer").pixel_decoder.named_parameters())
+    moved = sum((theirs[name] - first[name]).square().sum().item() for name in first) ** 0.5
+    apart = sum((theirs[name] - ours[name]).square().sum().item() for name in first) ** 0.5
+    assert apart < 1e-2 * moved
+    assert "these models stay whole on every rank" in next(tmp_path.glob(".scratch/**/run.log")).read_text()
 
 
 def test_what_it_leaves(inputs, tmp_path):
