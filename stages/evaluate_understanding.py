@@ -66,7 +66,8 @@ def run(
     tables = Tables(of_train, extraction.table("validation", validation, views))
     groupings = _groupings(images.manifest)
     probing = Probing(config.probes, extraction, train=train, validation=validation, groupings=groupings, work=work)
-    found = [probing.single(tables), probing.multi(tables)]
+    multi = probing.multi(tables)
+    found = [probing.single(tables), multi]  # what the first rank does alone comes last: nobody waits for it in between
     if not ranks().first:
         return
     table = {} if prompts is None else _zero_shot(config, model, prompts, tables, validation.labels)
