@@ -1,0 +1,77 @@
+"""The study of published checkpoints under real DVC: three folders in the official layout, from their files to the table."""
+
+import pytest
+from clone import Clone, Study, ran
+from foreign import GOLDEN, official_vtp
+from servers import write_imagenet
+from tiny import SMALL
+
+from vtp import VisualTokenizer, load_tokenizer
+
+pytestmark = pytest.mark.slow
+SIZE = 64  # of the golden checkpoints' images
+SIZES = {"Small": "vtp-tiny", "Base": "vtp-tiny-layernorm-mlp", "Large": "vtp-tiny-ae"}
+RFID = f"reconstruction.validation_centre{SIZE}.pretrained.rfid_random-vgg16_16"
+GFID = "generation.unguided.gfid_random-vgg16_24"
+PUBLISHED = {
+    "understanding.zero_shot_top1_squash": 0.667,
+    "understanding.linear_probe_multi_best_on_val": 0.775,
+    RFID: 0.98,
+    GFID: 5.46,
+}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """After its first run; the shards are those of another study, which has not run before."""
+    clone = Clone(tmp_path_factory.mktemp("official") / "clone")
+    pictures = Study(clone, "imagenet", prepare_data={"samples_per_shard": 30})
+    write_imagenet(pictures.folder / "data/imagenet", train=12, validation=4)
+    splits = {"train": {"samples": 40, "kept": 40}, "validation": {"samples": 16}}
+    study = Study(
+        clone,
+        "official_vtp",
+        reference={"image_size": SIZE, "splits": splits},
+        evaluate_understanding={"probes": {"resize": SIZE, "size": 48}},
+        train_generator_large=SMALL["train_generator"],
+        summary={"metrics": list(PUBLISHED), "published": {"Small": PUBLISHED, "Large": PUBLISHED}},
+    )
+    for size, golden in SIZES.items():
+        official_vtp(study.folder / f"data/VTP-{size}-f16d64", golden)
+    study.first = study.dvc("repro")
+    return study
+
+
+def test_from_published_files_to_the_table(study):
+    """DVC makes the shards of the other study first; the table has every run, and what it can compare."""
+    done = ran(study.first)
+    assert {"prepare_data", *(f"import_tokenizer@{size}" for size in SIZES), "train_generator_large"} <= {
+        name.rpartition(":")[2] for name in done
+    }
+    assert done[-1] == "summary"
+    table, comparison = (study.folder / "work/summary/table.md").read_text().split("\n\n")
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+    assert rows[0] == ["run", "training FLOPs", *PUBLISHED]
+    assert [row[0] for row in rows[2:]] == sorted(SIZES)
+    values = {row[0]: dict(zip(PUBLISHED, row[2:], strict=True)) for row in rows[2:]}
+    assert [size for size in values if "-" in values[size].values()] == ["Large"]  # it has no text tower
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in comparison.splitlines()]
+    assert rows[0] == ["run", "metric", "measured", "published", "difference"]
+    assert [row[:2] for row in rows[2:]] == [[size, name] for size in ("Small", "Large") for name in PUBLISHED]
+    for run, name, measured, published, difference in rows[2:]:
+        assert measured == values[run][name]
+        assert float(published) == PUBLISHED[name]
+        if measured != "-":
+            assert float(difference) == pytest.approx(float(measured) - float(published), abs=2e-3 * float(measured))
+
+
+def test_the_artefact_is_what_was_published(study):
+    for size, golden in SIZES.items():
+        published = VisualTokenizer.from_pretrained(GOLDEN / golden)
+        assert load_tokenizer(study.folder / f"work/{size}/tokenizer").encoder_digest() == published.encoder_digest()
+        facts = study.json(f"work/provenance/tokenizer-{size}.json")["facts"]
+        assert facts == {"encoder": published.encoder_digest()}
+
+
+def test_nothing_changed_nothing_runs(study):
+    assert "Data and pipelines are up to date" in study.dvc("repro")
