@@ -40,6 +40,15 @@ def test_encodes_means_and_decodes_as_the_library_does(convolutions, tmp_path):
         tokenizer.features(normalise(pixels))
 
 
+def test_takes_and_gives_pil_images(published):
+    from PIL import Image
+
+    tokenizer = load_tokenizer(published[1])
+    batch = tokenizer.preprocess(Image.new("RGB", (50, 40), (255, 0, 0)))
+    assert batch.shape == (1, 3, 32, 32)
+    assert tokenizer.to_pil(batch)[0].getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_artefact_is_equal_and_byte_stable(published, tmp_path):
     _, folder = published
     first = DiffusersVae.from_diffusers(folder, image_size=64)

@@ -8,12 +8,16 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from vtp.layers.images import from_pil, to_pil
 from vtp.models.vit import Features
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class LatentDecoder(nn.Module, ABC):
@@ -83,6 +87,15 @@ class Tokenizer(nn.Module, ABC):
     def mean_latent(self, features: Features) -> Tensor:
         """The mean over positions of the latents [B, d] that belong to `features`, without another pass."""
         raise ValueError(f"{type(self).__name__} has no features beside its latents")
+
+    def preprocess(self, image: "Image") -> Tensor:
+        """A PIL image, centre-cropped to the training size (as ADM does), as one normalised batch [1, 3, S, S]."""
+        return from_pil(image, self.image_size)[None]
+
+    @staticmethod
+    def to_pil(images: Tensor) -> "list[Image]":
+        """PIL images of a batch in ImageNet-normalised space, clamped and rounded to 8 bits."""
+        return to_pil(images)
 
     def encoder_digest(self) -> str:
         """SHA-256 of `encoder_state`: equal digests, equal latents. A decoder fits latents of its own digest alone."""

@@ -7,7 +7,7 @@ ways. What that layout has no key for stands under `vtp_pipeline` in `config.jso
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +24,11 @@ from vtp.artefact import (
     write_json,
 )
 from vtp.config import Config
-from vtp.layers.images import from_pil, to_pil
 from vtp.models.base import Tokenizer
 from vtp.models.decoder import DecoderConfig, PixelDecoder
 from vtp.models.hub import checkpoint_folder
 from vtp.models.text import CaptionTokenizer, TextConfig, build_text_tower
 from vtp.models.vit import Features, RopeDtype, VisionConfig, VisionTransformer
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 FORMAT_VERSION = 1
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -157,15 +153,6 @@ class VisualTokenizer(Tokenizer):
     def intermediate_features(self, images: Tensor, n: int) -> list[Features]:
         """Features after each of the last `n` blocks, normed; the last block comes last."""
         return self.trunk.intermediate(images, n)
-
-    def preprocess(self, image: "Image") -> Tensor:
-        """A PIL image, centre-cropped to the training size (as ADM does), as one normalised batch [1, 3, S, S]."""
-        return from_pil(image, self.config.image_size)[None]
-
-    @staticmethod
-    def to_pil(images: Tensor) -> "list[Image]":
-        """PIL images of a batch in ImageNet-normalised space, clamped and rounded to 8 bits."""
-        return to_pil(images)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the official layout; equal weights give equal bytes."""
