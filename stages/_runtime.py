@@ -146,6 +146,11 @@ class Work:
         """Whether this process was asked to stop, or the first rank finds that the run was."""
         return self.asked_to_stop or (ranks().first and (self.folder.parent / STOP).exists())
 
+    @property
+    def stop_seen(self) -> bool:
+        """The same on any rank. It asks the file system, so it is for work in large pieces, not for every step."""
+        return self.asked_to_stop or (self.folder.parent / STOP).exists()
+
     def record(self, **facts: float | str) -> None:
         """Facts about the run for its provenance, such as samples seen."""
         self.facts |= facts

@@ -1,48 +1,189 @@
-"""Encode the labelled training images once: sharded latents and their statistics per channel (paper 4.1)."""
+"""Encode the labelled images once: sharded latents, both ways round, and their statistics per channel (paper 4.1).
 
-from typing import Literal
+Each picture is decoded once, by worker processes, and mirrored on the device. A file is written while the next is
+encoded; ranks share whole files, and a killed run goes on with those that are missing.
+"""
 
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from stages._plan_generation import plan_caching
 from stages._runner import Input, Output, Work, main
 from vtp.config import Config
-from vtp.data.dataset import ShardDataset
-from vtp.data.latents import LatentWriter
+from vtp.data.dataset import ShardDataset, Singles
+from vtp.data.latents import LatentShard, finish_cache, missing_shards, plan_shards, write_shard
+from vtp.distributed import gather_objects, ranks
 from vtp.layers.images import normalise
+from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
+
+SPLITS = ("train", "validation")
+
+
+class StatisticsConfig(Config):
+    """What normalises the latents."""
+
+    images: int | None = Field(ge=2, description="training images behind mean and deviation; null: all")
+    seed: int = Field(description="of their choice")
 
 
 class CacheLatents(Config):
     """The section `cache_latents`."""
 
-    dtype: Literal["float32", "bfloat16"] = Field(description="of the stored latents")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="of the stored latents")
+    precision: Literal["float32", "bfloat16"] = Field(description="of the encoder's forward pass")
+    flips: bool = Field(description="store the latents of the mirrored images as well")
     batch_size: int = Field(ge=1, description="images per forward pass")
-    shard_size: int = Field(ge=1, description="latents per file")
+    shard_size: int = Field(ge=1, description="images per file")
+    statistics: StatisticsConfig
 
 
 @torch.inference_mode()
 def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Output, work: Work) -> None:
-    images = ShardDataset(shards, "train", cache=work.cache)
     model = load_tokenizer(tokenizer).to(work.device)
-    singles = images.singles()  # scenes have no class
-    writer = LatentWriter(work.folder / "latents", shard_size=config.shard_size)
-    with work.progress(total=len(singles.rows), description="encoding", unit="image") as bar:
-        for path, rows in writer.missing(len(singles.rows)):
-            parts = []
-            for first in range(rows.start, rows.stop, config.batch_size):
-                chosen = singles.rows[first : min(first + config.batch_size, rows.stop)]
-                pixels = images.images(chosen, model.image_size).to(work.device)
-                parts.append(model.encode(normalise(pixels)).cpu())
-                bar.update(len(chosen))
-            labels = torch.from_numpy(singles.labels[rows.start : rows.stop])
-            writer.write(path, torch.cat(parts).to(getattr(torch, config.dtype)), labels)
-            if work.stop_requested:
-                work.stop()
-    writer.finish(len(singles.rows), {"classes": images.manifest.classes, "encoder": model.encoder_digest()})
-    writer.folder.rename(latents)
-    work.record(samples=len(singles.rows))
+    splits = {name: _Split.of(ShardDataset(shards, name, cache=work.cache)) for name in SPLITS}
+    files = plan_shards({name: len(split.singles.rows) for name, split in splits.items()}, config.shard_size)
+    folder = work.folder / "latents"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = gather_objects(list(missing_shards(folder, files)))[0]  # as the first rank finds them
+    own, done = missing[ranks().rank :: ranks().size], _images(files) - _images(missing)
+    with (
+        work.progress(total=done + _images(own), description="encoding", unit="image", done=done) as bar,
+        _Writer(folder, splits) as writer,
+    ):
+        for shard, parts in _by_file(_batches(own, splits, model.image_size, config.batch_size), work):
+            encoded = []
+            for pictures in parts:
+                encoded.append(_encode(model, pictures.to(work.device), config))
+                bar.update(len(pictures))
+            writer.write(shard, {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]})
+            if work.stop_seen:
+                break
+    if any(gather_objects(work.stop_seen)) and any(missing_shards(folder, files)):
+        work.stop()
+    if not ranks().first:
+        return
+    description = {
+        "dtype": config.dtype,
+        "classes": splits["train"].images.manifest.classes,
+        "image_size": model.image_size,
+        "encoder": model.encoder_digest(),
+    }
+    finish_cache(folder, files, description, most=config.statistics.images, seed=config.statistics.seed)
+    folder.rename(latents)
+    work.record(samples=_images(files))
+
+
+class _Split(NamedTuple):
+    """The labelled samples of a split; scenes have no class."""
+
+    images: ShardDataset
+    singles: Singles
+
+    @classmethod
+    def of(cls, images: ShardDataset) -> "_Split":
+        return cls(images, images.singles())
+
+
+class _Batch(NamedTuple):
+    """Pictures of one forward pass, all of one file."""
+
+    shard: LatentShard
+    images: ShardDataset
+    rows: np.ndarray
+    size: int
+
+
+class _Batches(Dataset[Tensor]):
+    """Uint8 pictures [B, 3, S, S], decoded where they are asked for."""
+
+    def __init__(self, batches: Sequence[_Batch]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, index: int) -> Tensor:
+        batch = self.batches[index]
+        return batch.images.images(batch.rows, batch.size)
+
+
+def _batches(own: Sequence[LatentShard], splits: Mapping[str, _Split], size: int, count: int) -> _Batches:
+    found = []
+    for shard in own:
+        images, singles = splits[shard.split]
+        rows = singles.rows[shard.rows.start : shard.rows.stop]
+        found += [_Batch(shard, images, part, size) for part in np.split(rows, range(count, len(rows), count))]
+    return _Batches(found)
+
+
+def _by_file(batches: _Batches, work: Work) -> Iterator[tuple[LatentShard, Iterator[Tensor]]]:
+    """Files in turn, each with its pictures, which must be taken before the next."""
+    loader = iter(
+        DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(len(batches.batches)),
+            num_workers=work.workers,
+            prefetch_factor=4 if work.workers else None,
+            pin_memory=work.device != "cpu",
+        )
+    )
+    counts: dict[LatentShard, int] = {}
+    for batch in batches.batches:
+        counts[batch.shard] = counts.get(batch.shard, 0) + 1
+    for shard, count in counts.items():
+        yield shard, (next(loader) for _ in range(count))
+
+
+def _encode(model: Tokenizer, pictures: Tensor, config: CacheLatents) -> dict[str, Tensor]:
+    """Latents of pictures, and of their mirror images, as they are stored."""
+    images = normalise(pictures)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        found = {"latents": model.encode(images)}
+        if config.flips:
+            found["flipped"] = model.encode(images.flip(3))
+    return {name: latents.to(getattr(torch, config.dtype)).cpu() for name, latents in found.items()}
+
+
+class _Writer:
+    """Writes a file in a thread of its own; the next one waits for it, and errors surface there."""
+
+    def __init__(self, folder: Path, splits: Mapping[str, _Split]) -> None:
+        self._folder = folder
+        self._splits = splits
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="latents")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+        self._wait()
+
+    def write(self, shard: LatentShard, latents: Mapping[str, Tensor]) -> None:
+        """Begin to write a file."""
+        self._wait()
+        images, singles = self._splits[shard.split]
+        chosen = slice(shard.rows.start, shard.rows.stop)
+        tensors = {**latents, "labels": torch.from_numpy(singles.labels[chosen])}
+        self._writing = self._thread.submit(write_shard, self._folder, shard, tensors, images, singles.rows[chosen])
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+
+def _images(files: Sequence[LatentShard]) -> int:
+    return sum(len(shard.rows) for shard in files)
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, distributed=True, plan=plan_caching)

@@ -1,19 +1,29 @@
-"""Cached latents: sharded safetensors with labels, and the statistics that normalise them.
+"""Cached latents: sharded safetensors with labels, a table beside each, and the statistics that normalise them.
+
+    config.json               shape, type, classes, splits, and the digest of the encoder whose latents these are
+    statistics.safetensors    mean and standard deviation per channel
+    train-00000.safetensors   latents [n, d, h, w], those of the mirrored images [n, d, h, w] if any, labels [n]
+    train-00000.parquet       key, caption, label of each row
 
 Shards are memory-mapped once; a random minibatch touches only its own rows.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, write_json
+from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, whole_file, write_json
+from vtp.draws import numpy_draws
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:
+    from vtp.data.dataset import ShardDataset
+
+FORMAT_VERSION = 2
+CHUNK = 256  # latents that the statistics hold in float64 at a time
 
 
 class LatentStatistics(NamedTuple):
@@ -31,62 +41,119 @@ class LatentStatistics(NamedTuple):
         return latents * self.std.to(latents) + self.mean.to(latents)
 
 
-class LatentWriter:
-    """Writes shards of latents as they are encoded; shards that are already whole are kept."""
+class LatentShard(NamedTuple):
+    """A file of a cache that is being written: rows of a split's labelled samples."""
 
-    def __init__(self, folder: Path, *, shard_size: int) -> None:
-        self.folder = folder
-        self.shard_size = shard_size
-        folder.mkdir(parents=True, exist_ok=True)
+    split: str
+    number: int
+    rows: range
 
-    def missing(self, total: int) -> Iterable[tuple[Path, range]]:
-        """Path and rows of every shard that is not there yet."""
-        for number, first in enumerate(range(0, total, self.shard_size)):
-            path = self.folder / shard_name(number)
-            if not path.exists():
-                yield path, range(first, min(first + self.shard_size, total))
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.number:05d}.safetensors"
 
-    @staticmethod
-    def write(path: Path, latents: Tensor, labels: Tensor) -> None:
-        """One whole shard: latents [n, d, h, w], labels [n]."""
-        save_tensors(path, {"latents": latents, "labels": labels.to(torch.int64)})
+    def path(self, folder: Path) -> Path:
+        """Of the tensors; the table beside it ends in .parquet."""
+        return folder / self.name
 
-    def finish(self, total: int, description: Mapping[str, Any]) -> None:
-        """Statistics in float64 over all shards, and `config.json`."""
-        count, first, second = 0, torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-        names = [shard_name(number) for number in range(-(-total // self.shard_size))]
-        for name in names:
-            wide = load_tensors(self.folder / name)["latents"].double()
-            values = wide.transpose(0, 1).flatten(1)  # [d, n * h * w]
-            first = first + values.sum(1) if count else values.sum(1)
-            second = second + values.square().sum(1) if count else values.square().sum(1)
-            count += values.shape[1]
-        mean = first / count
-        std = (second / count - mean.square()).clamp_min(0).sqrt()
-        if not bool((std > 0).all()):
-            dead = int((std == 0).sum())
-            raise ArtefactError(f"{dead} latent channels are constant over the data set: the encoder has collapsed")
-        statistics = {"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}
-        save_tensors(self.folder / "statistics.safetensors", statistics)
-        config = {"format_version": FORMAT_VERSION, "samples": total, "shards": names, **description}
-        write_json(self.folder / "config.json", config)
+
+def plan_shards(counts: Mapping[str, int], shard_size: int) -> list[LatentShard]:
+    """All files of a cache with so many samples per split."""
+    return [
+        LatentShard(split, number, range(first, min(first + shard_size, count)))
+        for split, count in counts.items()
+        for number, first in enumerate(range(0, count, shard_size))
+    ]
+
+
+def missing_shards(folder: Path, shards: Sequence[LatentShard]) -> Iterator[LatentShard]:
+    """Those that are not written yet."""
+    return (shard for shard in shards if not shard.path(folder).exists())
+
+
+def write_shard(
+    folder: Path, shard: LatentShard, tensors: Mapping[str, Tensor], images: "ShardDataset", rows: np.ndarray
+) -> None:
+    """One whole file, `rows` of `images`. Its table comes first: a file whose tensors are there is complete."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = {
+        "key": [images.key(int(row)) for row in rows],
+        "caption": [images.caption(int(row)) for row in rows],
+        "label": tensors["labels"].numpy(),
+    }
+    with whole_file(shard.path(folder).with_suffix(".parquet")) as temporary:
+        pq.write_table(pa.table(table), temporary, compression="zstd")
+    save_tensors(shard.path(folder), tensors)
+
+
+def finish_cache(
+    folder: Path, shards: Sequence[LatentShard], description: Mapping[str, Any], *, most: int | None, seed: int
+) -> None:
+    """Write the statistics over `most` training images, both ways round (None: all), and `config.json`, which ends it.
+
+    Raises ArtefactError when a channel is constant.
+    """
+    training = [shard for shard in shards if shard.split == "train"]
+    mean, std, images = _statistics(folder, training, most, seed)
+    if not bool((std > 0).all()):
+        dead = int((std == 0).sum())
+        raise ArtefactError(f"{dead} latent channels are constant over the data set: the encoder has collapsed")
+    save_tensors(
+        folder / "statistics.safetensors",
+        {"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)},
+    )
+    splits: dict[str, dict[str, Any]] = {}
+    for shard in shards:
+        entry = splits.setdefault(shard.split, {"samples": 0, "shards": []})
+        entry["samples"] += len(shard.rows)
+        entry["shards"].append(shard.name)
+    write_json(
+        folder / "config.json",
+        {"format_version": FORMAT_VERSION, "splits": splits, "statistics_images": images, **description},
+    )
+
+
+def _statistics(folder: Path, shards: Sequence[LatentShard], most: int | None, seed: int) -> tuple[Tensor, Tensor, int]:
+    """Mean and standard deviation [d] in float64, and of how many images."""
+    total = sum(len(shard.rows) for shard in shards)
+    chosen = np.arange(total)
+    if most is not None and most < total:
+        chosen = np.sort(numpy_draws(seed, "latent statistics").permutation(total)[:most])
+    count, first, second = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for shard in shards:
+        rows = torch.from_numpy(chosen[(chosen >= shard.rows.start) & (chosen < shard.rows.stop)] - shard.rows.start)
+        tensors = load_tensors(shard.path(folder))
+        for latents in (tensors[name] for name in ("latents", "flipped") if name in tensors):
+            for part in rows.split(CHUNK):
+                values = latents[part].double().transpose(0, 1).flatten(1)  # [d, n h w]
+                first, second = first + values.sum(1), second + values.square().sum(1)
+                count += values.shape[1]
+    mean = first / count
+    return mean, (second / count - mean.square()).clamp_min(0).sqrt(), len(chosen)
 
 
 class LatentDataset:
-    """A folder of cached latents. Raises ArtefactError when it is incomplete."""
+    """A split of a folder of cached latents. Raises ArtefactError when it is incomplete."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, split: str = "train") -> None:
+        self.folder = folder
         self.config = read_json(folder / "config.json")
         if self.config.get("format_version") != FORMAT_VERSION:
             version = self.config.get("format_version")
             raise ArtefactError(f"{folder}: latents of format {version!r}, this code reads {FORMAT_VERSION}")
-        shards = [load_tensors(folder / name) for name in self.config["shards"]]
+        if split not in self.config["splits"]:
+            raise ArtefactError(f"{folder}: no split {split!r}; it has {', '.join(self.config['splits'])}")
+        entry = self.config["splits"][split]
+        shards = [load_tensors(folder / name) for name in entry["shards"]]
         self._latents = [shard["latents"] for shard in shards]
+        self._flipped = [shard["flipped"] for shard in shards if "flipped" in shard]
         self._starts = np.cumsum([0, *(len(latents) for latents in self._latents)])
         self.labels = torch.cat([shard["labels"] for shard in shards])
-        if len(self.labels) != self.config["samples"]:
+        if len(self.labels) != entry["samples"]:
             raise ArtefactError(
-                f"{folder}: {len(self.labels)} latents, config.json says {self.config['samples']}; cache them again"
+                f"{folder}: {len(self.labels)} latents, config.json says {entry['samples']}; cache them again"
             )
         self.statistics = LatentStatistics(**load_tensors(folder / "statistics.safetensors"))
 
@@ -104,14 +171,35 @@ class LatentDataset:
         """Names of the classes, in the order of the labels."""
         return self.config["classes"]
 
-    def rows(self, indices: np.ndarray) -> Tensor:
-        """Latents [n, d, h, w] in float32, as the tokenizer gave them."""
+    @property
+    def has_flips(self) -> bool:
+        """Whether the latents of mirrored images are there too."""
+        return bool(self._flipped)
+
+    @property
+    def encoder(self) -> str:
+        """Digest of the encoder whose latents these are."""
+        return self.config["encoder"]
+
+    def require_encoder(self, digest: str, who: str) -> None:
+        """Raises ArtefactError when these are not the latents of the encoder with that digest."""
+        if self.encoder != digest:
+            raise ArtefactError(
+                f"{self.folder} holds the latents of another encoder than that of {who}; run cache_latents again"
+            )
+
+    def rows(self, indices: np.ndarray, flips: np.ndarray | None = None) -> Tensor:
+        """Latents [n, d, h, w] in float32, as the tokenizer gave them; of the mirrored image where `flips` is true.
+
+        Raises ArtefactError when mirrored ones are asked for and were not cached.
+        """
+        if flips is not None and flips.any() and not self.has_flips:
+            raise ArtefactError(f"{self.folder}: no mirrored latents; set cache_latents.flips to true")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         offsets = indices - self._starts[shards]
-        rows = [self._latents[shard][offset] for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True)]
-        return torch.stack(rows).float()
-
-
-def shard_name(number: int) -> str:
-    """`latents-00000.safetensors`."""
-    return f"latents-{number:05d}.safetensors"
+        mirrored = np.zeros(len(indices), dtype=bool) if flips is None else flips
+        out = torch.empty(len(indices), *self.shape)
+        places = zip(shards.tolist(), offsets.tolist(), mirrored.tolist(), strict=True)
+        for row, (shard, offset, mirror) in enumerate(places):
+            out[row] = (self._flipped if mirror else self._latents)[shard][offset]
+        return out

@@ -1,0 +1,95 @@
+"""What the tests of latents and generators share: cached latents of a tiny tokenizer, and stages run in this process."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import merged, tiny_params, write_shards
+
+from stages._runtime import Runtime, Work
+from stages.cache_latents import CacheLatents
+from stages.cache_latents import run as cache_latents
+from stages.generate import Generate
+from stages.generate import run as generate
+from stages.pretrain import Pretrain
+from stages.train_generator import TrainGenerator
+from stages.train_generator import run as train_generator
+from vtp.models.tokenizer import VisualTokenizer
+
+NO_FID = {"watch": {"fid": None}}
+
+
+class QuietWork(Work):
+    """Without bars; asked to stop after so many units of progress."""
+
+    workers = property(lambda self: 0)
+    stop_after: int | None = None
+    done = 0
+
+    @property
+    def stop_requested(self):
+        return self.stop_after is not None and self.done >= self.stop_after
+
+    stop_seen = stop_requested
+
+    def progress(self, total, description, unit, done=0):
+        return nullcontext(self)
+
+    def update(self, count):
+        self.done += count
+
+    def set_postfix_str(self, text):
+        pass
+
+
+def work_in(root: Path, *, stop_after: int | None = None) -> QuietWork:
+    """A stage's scratch below `root`, which stays for the next start."""
+    work = QuietWork(root / "scratch" / "folder", root, Runtime(device="cpu"))
+    work.stop_after = stop_after
+    work.folder.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def write_inputs(root: Path) -> None:
+    """Shards and a tokenizer with its first weights."""
+    write_shards(root / "shards")
+    torch.manual_seed(0)
+    config = Pretrain.parse(tiny_params()["pretrain"], where="test")
+    VisualTokenizer(config.architecture).save_pretrained(root / "tokenizer")
+
+
+def cache(inputs: Path, root: Path, *, stop_after: int | None = None, **changes: Any) -> Path:
+    """The latents of `inputs` as the stage writes them in `root`."""
+    config = CacheLatents.parse(merged(tiny_params()["cache_latents"], changes), where="test")
+    paths = {"shards": inputs / "shards", "tokenizer": inputs / "tokenizer", "latents": root / "latents"}
+    cache_latents(config, **paths, work=work_in(root, stop_after=stop_after))
+    return root / "latents"
+
+
+def train(
+    inputs: Path,
+    root: Path,
+    changes: dict[str, Any],
+    *,
+    stop_after: int | None = None,
+    name: str = "out",
+    **given: Path,
+) -> Path:
+    """A generator trained on the latents of `inputs`; the folder of the outputs."""
+    config = TrainGenerator.parse(merged(tiny_params()["train_generator"], changes), where="test")
+    out = root / name
+    out.mkdir(parents=True, exist_ok=True)
+    files = {"metrics": "metrics.json", "curves": "curves.csv", "picture": "picture.png", "generator": "generator"}
+    paths = {"latents": inputs / "latents", "tokenizer": inputs / "tokenizer"} | given
+    paths |= {flag: out / file for flag, file in files.items()}
+    train_generator(config, **paths, work=work_in(root, stop_after=stop_after))
+    return out
+
+
+def draw(inputs: Path, root: Path, *, guide: Path | None = None, stop_after: int | None = None, **changes: Any) -> Path:
+    """Samples of the generator of `inputs`."""
+    config = Generate.parse(merged(tiny_params()["generate"], changes), where="test")
+    paths = {"latents": inputs / "latents", "generator": inputs / "generator", "samples": root / "samples"}
+    generate(config, **paths, guide=guide, work=work_in(root, stop_after=stop_after))
+    return root / "samples"

@@ -1,0 +1,153 @@
+"""The cache on tiny shards: one decode, equal latents in any batches, files that resume, and what is told."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from generating import cache, write_inputs
+from tiny import ROOT, tiny_params, write_params
+
+from stages._runtime import Interrupted
+from vtp import load_tokenizer
+from vtp.artefact import ArtefactError, digest, read_json, write_json
+from vtp.data.dataset import ShardDataset
+from vtp.data.latents import LatentDataset
+from vtp.layers.images import normalise
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    write_inputs(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def cached(inputs, tmp_path_factory):
+    return cache(inputs, tmp_path_factory.mktemp("cached"))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_rows_are_the_pictures_and_their_mirror_images(inputs, cached, split):
+    images, latents = ShardDataset(inputs / "shards", split), LatentDataset(cached, split)
+    singles = images.singles()
+    rows = np.arange(len(latents))
+    pixels = normalise(images.images(singles.rows, 16))
+    model = load_tokenizer(inputs / "tokenizer")
+    with torch.no_grad():
+        expected, mirrored = model.encode(pixels), model.encode(pixels.flip(3))
+    torch.testing.assert_close(latents.rows(rows), expected, atol=1e-5, rtol=1e-5)
+    flips = rows % 3 == 0
+    mixed = torch.where(torch.from_numpy(flips).view(-1, 1, 1, 1), mirrored, expected)
+    torch.testing.assert_close(latents.rows(rows, flips), mixed, atol=1e-5, rtol=1e-5)
+    np.testing.assert_array_equal(latents.labels.numpy(), singles.labels)
+    table = {"key": [], "caption": [], "label": []}
+    for path in sorted(cached.glob(f"{split}-*.parquet")):
+        table = {name: values + pq.read_table(path)[name].to_pylist() for name, values in table.items()}
+    assert table["key"] == [images.key(int(row)) for row in singles.rows]
+    assert table["caption"] == [images.caption(int(row)) for row in singles.rows]
+    assert table["label"] == latents.labels.tolist()
+
+
+@pytest.mark.parametrize("images", [None, 7])
+def test_statistics_are_those_of_the_named_images_both_ways_round(inputs, tmp_path, images):
+    latents = LatentDataset(cache(inputs, tmp_path, statistics={"images": images}))
+    rows = np.arange(len(latents))
+    if images is not None:
+        from vtp.draws import numpy_draws
+
+        rows = numpy_draws(0, "latent statistics").permutation(len(latents))[:images]
+    both = torch.cat([latents.rows(rows), latents.rows(rows, np.ones(len(rows), dtype=bool))]).double()
+    torch.testing.assert_close(latents.statistics.mean.double().flatten(), both.mean((0, 2, 3)), atol=1e-6, rtol=1e-5)
+    std = both.std((0, 2, 3), correction=0)
+    torch.testing.assert_close(latents.statistics.std.double().flatten(), std, atol=1e-6, rtol=1e-5)
+    assert read_json(latents.folder / "config.json")["statistics_images"] == len(rows)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 1e-2), ("float16", 1e-3)])
+def test_half_the_bytes(inputs, cached, tmp_path, dtype, tolerance):
+    small = LatentDataset(cache(inputs, tmp_path, dtype=dtype))
+    rows = np.arange(len(small))
+    torch.testing.assert_close(small.rows(rows), LatentDataset(cached).rows(rows), rtol=tolerance, atol=tolerance)
+    name = "train-00000.safetensors"
+    assert (small.folder / name).stat().st_size < 0.7 * (cached / name).stat().st_size
+
+
+def test_without_flips(inputs, cached, tmp_path):
+    plain = LatentDataset(cache(inputs, tmp_path, flips=False))
+    assert not plain.has_flips
+    rows = np.arange(len(plain))
+    assert torch.equal(plain.rows(rows), LatentDataset(cached).rows(rows))
+    with pytest.raises(ArtefactError, match="no mirrored latents"):
+        plain.rows(rows, np.ones(len(rows), dtype=bool))
+
+
+def test_a_stopped_run_goes_on_with_the_files_that_are_missing(inputs, cached, tmp_path):
+    with pytest.raises(Interrupted):
+        cache(inputs, tmp_path, stop_after=1)
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "scratch/folder/latents").iterdir()}
+    assert set(done) == {"train-00000.safetensors", "train-00000.parquet"}
+    latents = cache(inputs, tmp_path)
+    assert {name: (latents / name).stat().st_mtime_ns for name in done} == done
+    assert digest(latents) == digest(cached)
+
+
+def test_ranks_share_the_files(inputs, cached, tmp_path):
+    """Two real ones: every image once, equal bytes."""
+    (tmp_path / ".dvc").mkdir()
+    write_params({"cache_latents": tiny_params()["cache_latents"]}, tmp_path / "params.yaml")
+    command = [sys.executable, "-m", "stages.cache_latents", "params.yaml:cache_latents", "--latents", "latents"]
+    command += ["--shards", str(inputs / "shards"), "--tokenizer", str(inputs / "tokenizer")]
+    own = {"VTP_RANKS": "2", "VTP_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": ""}
+    environment = {name: value for name, value in (os.environ | own).items() if value}
+    done = subprocess.run(
+        [*command, "--provenance", "provenance.json"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob(".scratch/cache_latents/*/job.json"))  # ranks were started
+    assert json.loads((tmp_path / "provenance.json").read_text())["facts"]["samples"] == 72
+    ours, alone = LatentDataset(tmp_path / "latents"), LatentDataset(cached)
+    rows = np.arange(len(alone))
+    torch.testing.assert_close(ours.rows(rows), alone.rows(rows), atol=1e-6, rtol=0)
+    assert {path.name for path in ours.folder.iterdir()} == {path.name for path in cached.iterdir()}
+
+
+def test_a_folder_that_is_not_whole(cached, tmp_path):
+    import shutil
+
+    shutil.copytree(cached, tmp_path / "latents")
+    config = read_json(cached / "config.json")
+    config["splits"]["train"]["samples"] += 1
+    write_json(tmp_path / "latents/config.json", config)
+    with pytest.raises(ArtefactError, match=r"48 latents, config\.json says 49; cache them again"):
+        LatentDataset(tmp_path / "latents")
+    with pytest.raises(ArtefactError, match="no split 'test'; it has train, validation"):
+        LatentDataset(cached, "test")
+    with pytest.raises(
+        ArtefactError, match="holds the latents of another encoder than that of here; run cache_latents"
+    ):
+        LatentDataset(cached).require_encoder("another", "here")
+
+
+def test_a_collapsed_encoder_is_told(inputs, tmp_path):
+    """Before hours of training on nothing."""
+    model = load_tokenizer(inputs / "tokenizer")
+    with torch.no_grad():
+        model.trunk.feature_bottleneck.weight.zero_()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "shards").symlink_to(inputs / "shards")
+    model.save_pretrained(broken / "tokenizer")
+    with pytest.raises(ArtefactError, match="8 latent channels are constant .* the encoder has collapsed"):
+        cache(broken, tmp_path)
