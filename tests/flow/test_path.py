@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from vtp import LightningDiT
 from vtp.flow import draw_times, flow_matching_loss
-from vtp.flow.path import LogitNormal, Uniform, interpolate
+from vtp.flow.path import Auto, LogitNormal, Uniform, interpolate, times_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
 
@@ -31,6 +31,16 @@ def test_perfect_velocity_has_no_loss():
     assert loss.cosine.abs().max() < 1e-6
 
 
+def test_a_fresh_model_gets_a_gradient_of_ordinary_size():
+    """It predicts exactly zero, where a cosine has no direction."""
+    model = LightningDiT(LightningDiT.from_pretrained(GOLDEN).config)
+    x1, x0, labels = torch.randn(4, 16, 4, 4), torch.randn(4, 16, 4, 4), torch.zeros(4, dtype=torch.int64)
+    loss = flow_matching_loss(model, x1, labels, t=torch.rand(4), noise=x0)
+    assert torch.equal(loss.cosine, torch.ones(4))
+    loss.cosine.mean().backward()
+    assert 1e-2 < model.final_layer.linear.weight.grad.norm() < 1e2
+
+
 @pytest.mark.parametrize(
     ("mu", "sigma", "quantiles"),
     [(0.0, 1.0, (0.16, 0.5, 0.84)), (-0.75, 1.0, (0.08, 0.32, 0.71)), (-0.5, 1.25, (0.07, 0.38, 0.83))],
@@ -39,6 +49,16 @@ def test_times_have_the_published_quantiles(mu, sigma, quantiles):
     t = draw_times(LogitNormal(name="logit_normal", mu=mu, sigma=sigma), 200_000, torch.Generator().manual_seed(0))
     measured = torch.quantile(t, torch.tensor([0.05, 0.5, 0.95])).tolist()
     assert measured == pytest.approx(quantiles, abs=0.006)
+
+
+@pytest.mark.parametrize(("channels", "shift"), [(16, 1.0), (32, 1.41), (64, 2.0), (256, 4.0), (768, 6.93)])
+def test_automatic_times_shift_the_odds_of_noise_as_published(channels, shift):
+    """RAE's rule for 16 x 16 latents: (1 - t) / t grows by sqrt(numbers / 4096)."""
+    normal, uniform = torch.randn(1000, dtype=torch.float64), torch.rand(1000)
+    t = times_of(Auto(name="auto", sigma=1.0), normal, uniform, elements=channels * 256)
+    plain = times_of(LogitNormal(name="logit_normal", mu=0.0, sigma=1.0), normal, uniform, elements=1)
+    torch.testing.assert_close((1 - t) / t, (1 - plain) / plain * shift, rtol=4e-3, atol=0)
+    assert torch.equal(times_of(None, normal, uniform, elements=1), uniform)
 
 
 def test_uniform_times_have_uniform_quantiles():

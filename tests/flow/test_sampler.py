@@ -191,6 +191,7 @@ VALUES = {
     "guidance_scale": 1.0,
     "guidance_interval": [0.0, 1.0],  # YAML has lists only
     "guidance_channels": "all",
+    "guide": "null_class",
 }
 
 
@@ -201,6 +202,20 @@ def test_config_is_the_arguments_of_sample():
     noise = torch.ones(2, 4, 1, 1, dtype=torch.float64)
     drawn = sample(Recorder(), noise, torch.zeros(2, dtype=torch.int64), **config.arguments())
     assert torch.equal(drawn, draw(Recorder(), steps=5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "unguided"),
+        ({"guidance_scale": 1.5}, "cfg1p5"),
+        ({"guidance_scale": 10.0, "guidance_channels": 3}, "cfg10-3ch"),
+        ({"guidance_scale": 1.42, "guide": "generator"}, "auto1p42"),
+    ],
+)
+def test_guidance_has_a_name(changes, name):
+    """Without the points and underscores that part the names of metrics."""
+    assert SamplerConfig.model_validate(VALUES | changes).guidance == name
 
 
 @pytest.mark.parametrize(

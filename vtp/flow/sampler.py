@@ -11,13 +11,15 @@ from torch import Tensor
 from vtp.config import Config
 from vtp.flow.path import Velocity
 
-Solver = Literal["euler", "heun", "dopri5"]
-Channels = Literal["all"] | Annotated[int, Field(ge=1)]
-Derivative = Callable[[float, Tensor], Tensor]  # (t, x) -> dx/dt
-
 
 def _pair(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value  # YAML has lists only
+
+
+Solver = Literal["euler", "heun", "dopri5"]
+Channels = Literal["all"] | Annotated[int, Field(ge=1)]
+Interval = Annotated[tuple[float, float], BeforeValidator(_pair)]
+Derivative = Callable[[float, Tensor], Tensor]  # (t, x) -> dx/dt
 
 
 class SamplerConfig(Config):
@@ -27,10 +29,11 @@ class SamplerConfig(Config):
     steps: int = Field(ge=1, description="real steps; dopri5 chooses its own")
     timestep_shift: float = Field(ge=0, description="t' = s t / (1 + (s - 1) t); below 1 dwells on noise; 0 or 1: none")
     guidance_scale: float = Field(ge=0, description="1 is no guidance")
-    guidance_interval: Annotated[tuple[float, float], BeforeValidator(_pair)] = Field(
-        description="times between which guidance acts; 0 is noise"
-    )
+    guidance_interval: Interval = Field(description="times between which guidance acts; 0 is noise")
     guidance_channels: Channels = Field(description="`all`, or the first so many channels; 3 for published numbers")
+    guide: Literal["null_class", "generator"] = Field(
+        description="what guidance leads away from: the null class, or a weaker generator (autoguidance)"
+    )
 
     @model_validator(mode="after")
     def _interval_is_ordered(self) -> Self:
@@ -39,9 +42,18 @@ class SamplerConfig(Config):
             raise ValueError(f"guidance_interval must be 0 <= start < end <= 1, got [{start}, {end}]")
         return self
 
+    @property
+    def guidance(self) -> str:
+        """For names of metrics: `unguided`, or how and how much, such as `cfg2p5`, `cfg10-3ch`, `auto1p4`."""
+        if self.guidance_scale == 1:
+            return "unguided"
+        kind = "cfg" if self.guide == "null_class" else "auto"
+        channels = "" if self.guidance_channels == "all" else f"-{self.guidance_channels}ch"
+        return f"{kind}{self.guidance_scale:g}{channels}".replace(".", "p")
+
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `sample`."""
-        return {name: getattr(self, name) for name in type(self).model_fields}
+        """Keyword arguments of `sample`, but for its `guide_model`."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name != "guide"}
 
 
 def time_grid(steps: int, shift: float) -> Tensor:
