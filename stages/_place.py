@@ -1,7 +1,7 @@
 """Models on the device, as the environment says: recomputed, compiled, sharded."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -35,10 +35,7 @@ def place(objective: Placeable, work: Work) -> None:
     objective.to(work.device)
     if runtime.recompute:
         objective.recompute()
-    if runtime.compile if runtime.compile is not None else work.device == "cuda":
-        torch._dynamo.config.recompile_limit = 64  # a block sees a few shapes, with gradient and without
-        for module in objective.compiled_units():
-            module.compile(dynamic=False)
+    compile_units(objective.compiled_units(), work)
     if runtime.parallel == "fsdp" and ranks().size > 1:
         units = list(objective.sharded_units())
         if not units:
@@ -46,3 +43,12 @@ def place(objective: Placeable, work: Work) -> None:
                 "these models stay whole on every rank: they are small, and one layer's gradient is needed apart"
             )
         shard(units, work.device)
+
+
+def compile_units(modules: Iterable[nn.Module], work: Work) -> None:
+    """Compile modules one by one, where the environment says so."""
+    wanted = work.runtime.compile
+    if wanted if wanted is not None else work.device == "cuda":
+        torch._dynamo.config.recompile_limit = 64  # a block sees a few shapes, with gradient and without
+        for module in modules:
+            module.compile(dynamic=False)

@@ -1,26 +1,49 @@
 """Train a LightningDiT on cached latents by flow matching (paper 4.1)."""
 
+from pathlib import Path
+from typing import Annotated, Literal
+
 import torch
 from pydantic import Field
 
-from stages._runner import Input, Output, Work, main
+from stages._growth import FidReference, GeneratorLooks, GeneratorMilestones, GeneratorWatchConfig
+from stages._place import place
+from stages._plan_generation import plan_training
+from stages._runner import Input, OptionalInput, Output, Work, main
 from vtp.artefact import write_json
-from vtp.config import Config
-from vtp.data.batches import LatentBatches
+from vtp.config import Config, ConfigError
+from vtp.data.batches import LatentBatches, Share, count_micros
 from vtp.data.latents import LatentDataset
+from vtp.distributed import ranks
 from vtp.draws import address
-from vtp.models.lightningdit import LightningDiT, LightningDiTConfig
+from vtp.evaluation.features import build_features
+from vtp.evaluation.reference import Reference
+from vtp.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, Size, save_generator
+from vtp.models.loading import load_tokenizer
 from vtp.objectives.generation import GenerationObjective, GenerationObjectiveConfig
 from vtp.training.fit import Run, TrainingConfig, fit, plan
 from vtp.training.optim import OptimConfig
 
 
-class GeneratorConfig(Config):
-    """LightningDiT; latent size, channels and classes come from the latents."""
+class NamedSize(Config):
+    """A size of LightningDiT: S 33 M parameters, B 131 M, L 458 M, XL 675 M, 1p0B, 1p6B (64 channels, patch 1)."""
 
+    name: Literal["S", "B", "L", "XL", "1p0B", "1p6B"]
+
+
+class OwnSize(Config):
+    """Any other size."""
+
+    name: Literal["own"]
     hidden_size: int = Field(ge=1)
     depth: int = Field(ge=1)
     num_heads: int = Field(ge=1)
+
+
+class GeneratorConfig(Config):
+    """LightningDiT; latent size, channels and classes come from the latents."""
+
+    size: Annotated[NamedSize | OwnSize, Field(discriminator="name")]
     mlp_ratio: float = Field(gt=0)
     patch_size: int = Field(ge=1)
     use_qknorm: bool
@@ -29,39 +52,90 @@ class GeneratorConfig(Config):
     use_rmsnorm: bool
     wo_shift: bool
 
+    def architecture(self, shape: tuple[int, int, int], classes: int) -> LightningDiTConfig:
+        """For latents (d, h, w) of so many classes."""
+        channels, side, _ = shape
+        own = self.size
+        size = Size(own.depth, own.hidden_size, own.num_heads) if isinstance(own, OwnSize) else SIZES[own.name]
+        options = self.model_dump(exclude={"size"}) | size._asdict()
+        return LightningDiTConfig(input_size=side, in_channels=channels, num_classes=classes, **options)
+
 
 class TrainGenerator(Config):
     """The section `train_generator`."""
 
     seed: int
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="latents of a step over all devices")
     model: GeneratorConfig
     objective: GenerationObjectiveConfig
     optim: OptimConfig
     training: TrainingConfig
+    watch: GeneratorWatchConfig
 
 
-def run(
-    config: TrainGenerator, *, latents: Input, generator: Output, metrics: Output, curves: Output, work: Work
+def run(  # noqa: PLR0913 - inputs and outputs of the stage
+    config: TrainGenerator,
+    *,
+    latents: Input,
+    tokenizer: Input,
+    reference: OptionalInput = None,
+    generator: Output,
+    metrics: Output,
+    curves: Output,
+    picture: Output,
+    work: Work,
 ) -> None:
-    data = LatentDataset(latents)
-    channels, side, _ = data.shape
-    architecture = LightningDiTConfig(
-        input_size=side, in_channels=channels, num_classes=len(data.classes), **config.model.model_dump()
-    )
-    batches = LatentBatches(data, batch_size=config.batch_size, seed=config.seed)
+    data, validation = (LatentDataset(latents, split) for split in ("train", "validation"))
+    pixels = load_tokenizer(tokenizer).to(work.device)
+    data.require_encoder(pixels.encoder_digest(), str(tokenizer))
+    largest = work.runtime.micro_batch or config.batch_size
+    share = Share(*ranks(), count_micros(config.batch_size, ranks().size, largest))
+    batches = LatentBatches(data, batch_size=config.batch_size, seed=config.seed, share=share)
     torch.manual_seed(address(config.seed, "weights"))
-    model = LightningDiT(architecture)
-    objective = GenerationObjective(model, config.objective, seed=config.seed).to(work.device)
-    cost = objective.step_cost(batches[0])
+    model = LightningDiT(config.model.architecture(data.shape, len(data.classes)))
+    objective = GenerationObjective(model, config.objective)
+    cost = objective.step_cost(batches[0], batch_size=config.batch_size)
+    place(objective, work)
     length = plan(config.training.length, samples=config.batch_size, flops=cost.flops)
     work.record(**length._asdict())
-    fit(objective, batches, Run(length.steps, config.training, {"model": config.optim}, cost), host=work)
-    objective.average.save_pretrained(generator)
+    looks = GeneratorLooks(
+        objective,
+        validation,
+        pixels,
+        config.watch,
+        seed=config.seed,
+        folder=work.folder / "looks",
+        device=work.device,
+        reference=_reference(config, reference, pixels.image_size, work),
+    )
+    plan_of_run = Run(length.steps, config.training, {"model": config.optim}, cost, share.micros)
+    milestones = GeneratorMilestones(objective, config.watch.milestones, folder=work.folder / "milestones")
+    fit(objective, batches, plan_of_run, host=work, watchers=[looks, milestones])
+    states = {f"ema-{momentum:g}": objective.averaged(number) for number, momentum in enumerate(config.objective.ema)}
+    if not ranks().first:
+        return
+    result = states.pop(f"ema-{config.objective.ema[0]:g}")
+    save_generator(generator, model.config, result, encoder=data.encoder, others=states | milestones.kept())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    write_json(metrics, {"train_generator": length._asdict() | {"parameters": parameters}})
+    epochs = length.samples / len(data)
+    write_json(metrics, {"train_generator": length._asdict() | {"parameters": parameters, "epochs": epochs}})
     curves.write_bytes((work.folder / "curves.csv").read_bytes())
+    looks.picture(picture, steps=length.steps)
+
+
+def _reference(config: TrainGenerator, folder: Path | None, size: int, work: Work) -> FidReference | None:
+    """What the online distance compares with. Raises ConfigError when it is asked for and nothing is given."""
+    if config.watch.fid is None:
+        return None
+    if folder is None:
+        raise ConfigError(
+            "train_generator.watch.fid needs --reference work/reference on the command, and under its deps"
+        )
+    reference = Reference.load(folder)
+    reference.require_size(size)
+    extractor = build_features(reference.features, weights=work.weights, device=work.device)
+    return FidReference(extractor, reference.of("train").statistics)
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, distributed=True, plan=plan_training)

@@ -38,7 +38,7 @@ from vtp.data.views import (
     ssl_crops,
     ssl_views,
 )
-from vtp.draws import numpy_draws
+from vtp.draws import numpy_draws, torch_draws
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,10 +67,13 @@ class ImageBatch(NamedTuple):
 
 
 class LatentBatch(NamedTuple):
-    """Latents of one step, normalised per channel."""
+    """A micro-batch of a rank: latents, normalised per channel, with the draws that each sample is trained with."""
 
     latents: Tensor  # [B, d, h, w]
     labels: Tensor  # [B] int64
+    noise: Tensor  # [B, d, h, w], standard normal
+    normal: Tensor  # [B], standard normal, for the time
+    uniform: Tensor  # [B, 2] in [0, 1), for the time and for the label
 
 
 class BatchSizes(Config):
@@ -353,14 +356,26 @@ class ImageBatches(Dataset[ImageBatch]):
 
 
 class LatentBatches(Dataset[LatentBatch]):
-    """Normalised minibatches, a function of the step."""
+    """Micro-batches of this rank. What is drawn for a sample belongs to its place in the stream, and to nothing else."""
 
-    def __init__(self, latents: LatentDataset, *, batch_size: int, seed: int) -> None:
+    def __init__(self, latents: LatentDataset, *, batch_size: int, seed: int, share: Share) -> None:
         self.latents = latents
         self.batch_size = batch_size
         self.seed = seed
+        self.share = share
 
-    def __getitem__(self, step: int) -> LatentBatch:
-        drawn = sample_indices(step * self.batch_size, self.batch_size, len(self.latents), self.seed)
-        rows = self.latents.statistics.normalise(self.latents.rows(drawn))
-        return LatentBatch(rows, self.latents.labels[torch.from_numpy(drawn)])
+    def __getitem__(self, index: int) -> LatentBatch:
+        step, rows = self.share.of(self.batch_size, index)
+        first = step * self.batch_size + rows.start
+        drawn = sample_indices(first, len(rows), len(self.latents), self.seed)
+        samples = [self._draw(position) for position in range(first, first + len(rows))]
+        noise, normal, uniform = (torch.stack(values) for values in zip(*samples, strict=True))
+        flips = (uniform[:, 2] < 0.5).numpy() if self.latents.has_flips else None
+        latents = self.latents.statistics.normalise(self.latents.rows(drawn, flips))
+        return LatentBatch(latents, self.latents.labels[torch.from_numpy(drawn)], noise, normal, uniform[:, :2])
+
+    def _draw(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise, a normal and three uniform draws of a position of the stream."""
+        draws = torch_draws(self.seed, "flow", position)
+        noise = torch.randn(self.latents.shape, generator=draws)
+        return noise, torch.randn((), generator=draws), torch.rand(3, generator=draws)

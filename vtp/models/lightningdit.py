@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, whole_folder, write_json
 from vtp.config import Config
@@ -92,6 +93,8 @@ class LightningDiT(nn.Module):
     """Velocity of noisy latents: (x [B, C, H, W], t [B] in [0, 1], labels [B]) -> [B, C, H, W]."""
 
     pos_embed: nn.Parameter
+    encoder: str | None = None  # digest of the encoder whose latents it makes; None: the file does not say
+    recompute = False  # whether blocks compute their activations again in the backward pass instead of keeping them
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
@@ -116,7 +119,10 @@ class LightningDiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed  # [B, N, D]
         condition = self.t_embedder(t) + self.y_embedder(labels)  # [B, D]
         for block in self.blocks:
-            x = block(x, condition, self.feat_rope)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, condition, self.feat_rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, condition, self.feat_rope)
         x = self.final_layer(x, condition)  # [B, N, p * p * C]
         p = self.config.patch_size
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # [B, h, w, p, p, C]
@@ -124,10 +130,7 @@ class LightningDiT(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`; equal weights give equal bytes."""
-        with whole_folder(Path(folder)) as temporary:
-            pipeline = {"vtp_pipeline": {"format_version": FORMAT_VERSION}}
-            write_json(temporary / "config.json", self.config.model_dump() | pipeline)
-            save_tensors(temporary / "model.safetensors", self.state_dict())
+        save_generator(Path(folder), self.config, self.state_dict(), encoder=self.encoder)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
@@ -143,7 +146,9 @@ class LightningDiT(nn.Module):
                 names = ", ".join(path.name for path in found)
                 raise ArtefactError(f"{folder} holds several checkpoints ({names}); give the path of one")
             weights = found[0]
-        model = cls(_read_config(folder / "config.json"))
+        config, encoder = _read_config(folder / "config.json")
+        model = cls(config)
+        model.encoder = encoder
         tensors = _official_checkpoint(weights) if weights.suffix == ".pt" else load_tensors(weights)
         expected = model.state_dict()
         wrong = [f"missing {key}" for key in sorted(expected.keys() - tensors.keys())]
@@ -172,6 +177,27 @@ class LightningDiT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
+
+
+def save_generator(
+    folder: Path,
+    config: LightningDiTConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    encoder: str | None,
+    others: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Write a generator, given by its state dict and the digest of the encoder whose latents it learnt.
+
+    `others`, such as slower averages, become folders inside of it.
+    """
+    pipeline = {"format_version": FORMAT_VERSION} | ({"encoder": encoder} if encoder else {})
+    description = config.model_dump() | {"vtp_pipeline": pipeline}
+    with whole_folder(folder) as temporary:
+        for place, state in {".": weights, **(others or {})}.items():
+            (temporary / place).mkdir(exist_ok=True)
+            write_json(temporary / place / "config.json", description)
+            save_tensors(temporary / place / "model.safetensors", state)
 
 
 class LatentEmbed(nn.Module):
@@ -338,7 +364,8 @@ def _head_norm(config: LightningDiTConfig) -> nn.Module:
     return RMSNorm(dim, eps=1e-6) if config.use_rmsnorm else nn.LayerNorm(dim)
 
 
-def _read_config(path: Path) -> LightningDiTConfig:
+def _read_config(path: Path) -> tuple[LightningDiTConfig, str | None]:
+    """The architecture, and the digest of the encoder that belongs to it, if it is known."""
     values = dict(OFFICIAL_DEFAULTS) | read_json(path)
     pipeline = values.pop("vtp_pipeline", {"format_version": FORMAT_VERSION})
     if pipeline.get("format_version") != FORMAT_VERSION:
@@ -347,7 +374,7 @@ def _read_config(path: Path) -> LightningDiTConfig:
         raise ArtefactError(f"{path}: learn_sigma is not supported; no LightningDiT was published with it")
     for key in _TRAINING_ONLY:
         values.pop(key, None)
-    return LightningDiTConfig.parse(values, where=str(path))
+    return LightningDiTConfig.parse(values, where=str(path)), pipeline.get("encoder")
 
 
 def _official_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -1,15 +1,16 @@
 """Flow matching on cached latents with class conditions (paper 4.1, LightningDiT)."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated
 
 import torch
-from pydantic import Field
-from torch import nn
+from pydantic import Field, field_validator
+from torch import Tensor, nn
 
 from vtp.config import Config
 from vtp.data.batches import LatentBatch
-from vtp.draws import torch_draws
-from vtp.flow import TimeSamplingConfig, draw_times, flow_matching_loss
+from vtp.distributed import ranks, whole
+from vtp.flow import TimeSamplingConfig, flow_matching_loss, times_of
 from vtp.layers.average import frozen_copy, update_average, warm_momentum
 from vtp.layers.flops import TRAINING, forward_flops
 from vtp.models.lightningdit import LightningDiT
@@ -20,20 +21,34 @@ class GenerationObjectiveConfig(Config):
     """The loss of the generator."""
 
     times: TimeSamplingConfig
+    uniform_from: float = Field(ge=0, le=1, description="share of the run after which times are uniform; 1: never")
     cosine_weight: float = Field(ge=0, description="of the cosine between velocities, beside the squared error")
     label_dropout: float = Field(ge=0, lt=1, description="share of samples that train the null class")
-    ema: float = Field(ge=0, lt=1, description="momentum of the averaged weights, which are the result")
+    ema: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        min_length=1, description="momenta of averaged weights; the first is the result, the others lie beside it"
+    )
+
+    @field_validator("ema")
+    @classmethod
+    def _averages_differ(cls, ema: list[float]) -> list[float]:
+        if len(set(ema)) < len(ema):
+            raise ValueError(f"the same momentum twice: {ema}")
+        return ema
 
 
 class GenerationObjective(nn.Module):
-    """One phase."""
+    """One phase. A term is this rank's part of the loss of the global batch."""
 
-    def __init__(self, model: LightningDiT, config: GenerationObjectiveConfig, *, seed: int) -> None:
+    def __init__(self, model: LightningDiT, config: GenerationObjectiveConfig) -> None:
         super().__init__()
         self.config = config
-        self.seed = seed
         self.model = model
-        self.average = frozen_copy(model)
+        self.averages = [frozen_copy(model) for _ in config.ema]
+        self._averages = nn.ModuleList(self.averages)  # part of the state
+
+    def averaged(self, number: int) -> dict[str, Tensor]:
+        """State dict of averaged weights, whole; every rank must ask."""
+        return {name: whole(value) for name, value in self.averages[number].state_dict().items()}
 
     def phases(self) -> Mapping[str, Sequence[ParameterGroup]]:
         return {"model": [ParameterGroup(list(self.model.parameters()))]}
@@ -41,30 +56,46 @@ class GenerationObjective(nn.Module):
     def watched(self) -> Sequence[nn.Parameter]:
         return ()
 
-    def terms(self, phase: str, micros: Sequence[LatentBatch], moment: Moment) -> Iterator[Term]:
-        draws = torch_draws(self.seed, "flow", moment.step)
-        ((latents, labels),) = micros
-        count, device = latents.shape[0], latents.device
-        t = draw_times(self.config.times, count, draws).to(device)
-        noise = torch.randn(latents.shape, generator=draws).to(device)
-        dropped = (torch.rand(count, generator=draws) < self.config.label_dropout).to(device)
-        labels = torch.where(dropped, self.model.null_label, labels)
-        loss = flow_matching_loss(self.model, latents, labels, t=t, noise=noise)
-        mse, cosine = loss.mse.mean(), loss.cosine.mean()
-        parts = {"mse": mse.detach(), "cosine": cosine.detach()}
-        yield Term("flow", mse + self.config.cosine_weight * cosine, parts, (loss.mse,))
+    def compiled_units(self) -> Iterator[nn.Module]:
+        """What is compiled, one by one."""
+        for model in (self.model, *self.averages):
+            yield from model.blocks
 
-    def step_cost(self, batch: LatentBatch) -> StepCost:
-        """Training FLOPs of one step."""
-        count, _, height, width = batch.latents.shape
-        flops = TRAINING * forward_flops(self.model, batch.latents, torch.zeros(count), batch.labels)
-        return StepCost(flops, {"flow": count}, count * (height // self._patch) * (width // self._patch))
+    def recompute(self) -> None:
+        """Keep no activations inside of blocks; the backward pass computes them again."""
+        self.model.recompute = True
+
+    def sharded_units(self) -> Iterator[Sequence[nn.Module]]:
+        """What FSDP gathers together, parts first."""
+        for model in (self.model, *self.averages):
+            yield [*model.blocks, model]
+
+    def terms(self, phase: str, micros: Sequence[LatentBatch], moment: Moment) -> Iterator[Term]:
+        parts = len(micros) * ranks().size
+        for micro in micros:
+            t = self._times(micro, moment)
+            dropped = micro.uniform[:, 1] < self.config.label_dropout
+            labels = torch.where(dropped, self.model.null_label, micro.labels)
+            loss = flow_matching_loss(self.model, micro.latents, labels, t=t, noise=micro.noise)
+            mse, cosine = loss.mse.mean() / parts, loss.cosine.mean() / parts
+            logs = {"mse": mse.detach(), "cosine": cosine.detach()}
+            yield Term("flow", mse + self.config.cosine_weight * cosine, logs, (loss.mse,))
+
+    def step_cost(self, batch: LatentBatch, *, batch_size: int) -> StepCost:
+        """Training FLOPs of a step of `batch_size` samples like those of `batch`."""
+        latents = batch.latents[:1]
+        flops = TRAINING * forward_flops(self.model, latents, torch.zeros(1), batch.labels[:1])
+        tokens = latents[0, 0].numel() // self.model.config.patch_size**2
+        return StepCost(flops * batch_size, {"flow": batch_size}, batch_size * tokens)
 
     def after_step(self, moment: Moment) -> Logs:
         """Move the averaged weights."""
-        update_average(self.average, self.model, warm_momentum(self.config.ema, moment.step))
+        for average, momentum in zip(self.averages, self.config.ema, strict=True):
+            update_average(average, self.model, warm_momentum(momentum, moment.step))
         return {}
 
-    @property
-    def _patch(self) -> int:
-        return self.model.config.patch_size
+    def _times(self, micro: LatentBatch, moment: Moment) -> Tensor:
+        """Times [B]. The author of LightningDiT makes them uniform late in long runs (its issue 23)."""
+        late = moment.progress >= self.config.uniform_from
+        elements = micro.latents[0].numel()
+        return times_of(None if late else self.config.times, micro.normal, micro.uniform[:, 0], elements=elements)

@@ -1,0 +1,92 @@
+"""The objective on the official numbers: parts add up, dropped labels are the null class, averages follow."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import merged, tiny_params
+
+from stages._place import place
+from stages._runtime import Runtime, Work
+from vtp import LightningDiT
+from vtp.data.batches import LatentBatch
+from vtp.objectives.generation import GenerationObjective, GenerationObjectiveConfig
+from vtp.step import Moment
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
+NOW = Moment(0, 100, watched=False)
+
+
+def objective_of(**changes):
+    config = merged(tiny_params()["train_generator"]["objective"], {"label_dropout": 0.0} | changes)
+    model = LightningDiT.from_pretrained(GOLDEN).train()
+    return GenerationObjective(model, GenerationObjectiveConfig.parse(config, where="test"))
+
+
+def batch_of(rows=slice(None), uniform=0.5):
+    io = load_file(GOLDEN / "io.safetensors")
+    count = len(io["loss.x1"])
+    normal = (torch.logit(io["loss.t"]) + 0.5) / 1.25  # that the times are the official ones
+    draws = torch.full((count, 2), uniform)
+    batch = LatentBatch(io["loss.x1"], io["y"], io["loss.x0"], normal, draws)
+    return LatentBatch(*(tensor[rows] for tensor in batch))
+
+
+def test_loss_is_the_official_one():
+    io = load_file(GOLDEN / "io.safetensors")
+    (term,) = objective_of().terms("model", [batch_of()], NOW)
+    torch.testing.assert_close(term.loss, io["loss.mse"].mean() + io["loss.cos"].mean(), atol=1e-4, rtol=0)
+    assert {name: float(value) for name, value in term.parts.items()} == pytest.approx(
+        {"mse": float(io["loss.mse"].mean()), "cosine": float(io["loss.cos"].mean())}, abs=1e-4
+    )
+
+
+def test_micro_batches_add_up():
+    whole, parts = objective_of(), objective_of()
+    for objective, micros in ((whole, [batch_of()]), (parts, [batch_of(slice(0, 2)), batch_of(slice(2, 4))])):
+        for term in objective.terms("model", micros, NOW):
+            term.loss.backward()
+    for (name, ours), theirs in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_dropped_labels_train_the_null_class():
+    seen = []
+
+    class Recorder(LightningDiT):
+        def forward(self, x, t, labels):
+            seen.append(labels)
+            return super().forward(x, t, labels)
+
+    objective = objective_of(label_dropout=0.25)
+    objective.model.__class__ = Recorder
+    batch = batch_of()._replace(uniform=torch.tensor([[0.9, 0.1], [0.9, 0.3], [0.1, 0.24], [0.1, 0.26]]))
+    list(objective.terms("model", [batch], NOW))
+    null = objective.model.null_label
+    assert torch.equal(seen[0], torch.where(torch.tensor([True, False, True, False]), null, batch.labels))
+
+
+def test_averages_follow_at_their_own_pace():
+    objective = objective_of(ema=[0.5, 0.9])
+    with torch.no_grad():
+        objective.model.final_layer.linear.bias.fill_(1.0)
+    before = [float(average.final_layer.linear.bias[0]) for average in objective.averages]
+    objective.after_step(Moment(1000, 2000, watched=False))
+    after = [float(average.final_layer.linear.bias[0]) for average in objective.averages]
+    for momentum, old, new in zip((0.5, 0.9), before, after, strict=True):
+        assert new == pytest.approx(momentum * old + (1 - momentum))
+    assert objective.averaged(1)["final_layer.linear.bias"][0] == after[1]
+
+
+def test_recomputed_gradients_are_the_same():
+    plain, placed = objective_of(), objective_of()
+    place(placed, Work(Path(), Path(), Runtime.of({"VTP_DEVICE": "cpu", "VTP_RECOMPUTE": "true"})))
+    assert placed.model.recompute
+    for objective in (plain, placed):
+        for term in objective.terms("model", [batch_of()], NOW):
+            term.loss.backward()
+    for (name, ours), theirs in zip(plain.model.named_parameters(), placed.model.parameters(), strict=True):
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=0, rtol=0, msg=name)

@@ -1,0 +1,175 @@
+"""The stage on tiny latents: it stops and goes on exactly, ranks agree, looks tell what they say, averages are kept."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from generating import NO_FID, cache, train, work_in, write_inputs
+from tiny import ROOT, merged, tiny_params, write_params
+
+from stages._runtime import Interrupted
+from vtp import LightningDiT
+from vtp.artefact import ArtefactError, digest, load_tensors
+from vtp.config import ConfigError
+from vtp.data.latents import LatentDataset
+from vtp.draws import torch_draws
+from vtp.flow import flow_matching_loss
+
+STEPS = 12
+KEPT = {"objective": {"ema": [0.9, 0.5]}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    write_inputs(root)
+    cache(root, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    return train(inputs, tmp_path_factory.mktemp("trained"), NO_FID | KEPT)
+
+
+def rows(out):
+    with (out / "curves.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 9])
+def test_a_stopped_run_ends_with_the_same_bytes(inputs, trained, tmp_path, stop_after):
+    with pytest.raises(Interrupted):
+        train(inputs, tmp_path, NO_FID | KEPT, stop_after=stop_after, name="stopped")
+    out = train(inputs, tmp_path, NO_FID | KEPT)
+    assert digest(out / "generator") == digest(trained / "generator")
+    assert (out / "curves.csv").read_bytes() == (trained / "curves.csv").read_bytes()
+    assert (out / "picture.png").read_bytes() == (trained / "picture.png").read_bytes()
+
+
+def test_averages_and_milestones_lie_beside_the_result(trained):
+    assert sorted(path.name for path in (trained / "generator").iterdir() if path.is_dir()) == ["at-0.2", "ema-0.5"]
+    models = [LightningDiT.from_pretrained(trained / "generator" / place) for place in (".", "ema-0.5", "at-0.2")]
+    weights = [model.final_layer.linear.weight for model in models]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    facts = json.loads((trained / "metrics.json").read_text())["train_generator"]
+    assert (facts["steps"], facts["samples"], facts["epochs"]) == (STEPS, 96, 2)
+
+
+def test_validation_loss_is_that_of_the_result(inputs, trained):
+    """By hand: held-out latents at evenly spaced times, with noise of their own."""
+    model, data = LightningDiT.from_pretrained(trained / "generator"), LatentDataset(inputs / "latents", "validation")
+    count = 10
+    noise = [torch.randn(data.shape, generator=torch_draws(0, "looks/validation", index)) for index in range(count)]
+    latents = data.statistics.normalise(data.rows(np.arange(count)))
+    t = (torch.arange(count) + 0.5) / count
+    with torch.no_grad():
+        loss = flow_matching_loss(model, latents, data.labels[:count], t=t, noise=torch.stack(noise)).mse.mean()
+    looked = [row for row in rows(trained) if row["validation_mse"]]
+    assert [int(row["step"]) for row in looked] == [6, 12]
+    assert float(looked[-1]["validation_mse"]) == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_online_distance_needs_its_reference(inputs, tmp_path):
+    with pytest.raises(ConfigError, match="watch.fid needs --reference"):
+        train(inputs, tmp_path, {"watch": {"fid": {"samples": 4}}})
+
+
+def test_one_batch_is_learnt(inputs, tmp_path):
+    """From a loss of 2, that of the variance of noise and data, down."""
+    changes = {
+        "batch_size": 48,
+        "model": {"size": {"name": "own", "hidden_size": 64, "depth": 2, "num_heads": 2}},
+        "training": {"length": {"name": "samples", "samples": 48 * 150}, "log_every": 10},
+        "optim": {"lr": 3e-3},
+        "watch": {"fid": None, "looks": 1},
+    }
+    losses = [float(row["mse"]) for row in rows(train(inputs, tmp_path, changes))]
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(map(math.isfinite, losses))
+
+
+def test_late_times_are_uniform(inputs, tmp_path):
+    """With all of the run late, logit-normal times make no difference."""
+    late, plain, early = (
+        train(inputs, tmp_path / str(number), NO_FID | {"objective": objective})
+        for number, objective in enumerate(
+            ({"uniform_from": 0.0}, {"times": {"name": "uniform"}}, {"uniform_from": 0.5})
+        )
+    )
+    assert digest(late / "generator") == digest(plain / "generator")
+    halves = [[row["mse"] for row in rows(out)] for out in (late, early)]
+    assert halves[0][0] != halves[1][0]
+
+
+LAYOUTS = {
+    "replicated, micro-batches": {"VTP_MICRO_BATCH": "2"},
+    "sharded, recomputed": {"VTP_PARALLEL": "fsdp", "VTP_RECOMPUTE": "true"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_train_the_same_generator(inputs, tmp_path, layout):
+    """Two real ones, by the command line, with looks and a distance along the run."""
+    from stages.reference import ReferenceStatistics
+    from stages.reference import run as measure
+
+    reference = ReferenceStatistics.parse(tiny_params()["reference"], where="test")
+    measure(reference, shards=inputs / "shards", reference=tmp_path / "reference", work=work_in(tmp_path / "measured"))
+    changes = KEPT | {"watch": {"fid": {"samples": 12}}}
+    (tmp_path / ".dvc").mkdir()
+    write_params({"train_generator": merged(tiny_params()["train_generator"], changes)}, tmp_path / "params.yaml")
+    files = {"metrics": "metrics.json", "curves": "curves.csv", "picture": "picture.png", "generator": "generator"}
+    paths = {flag: str(inputs / flag) for flag in ("latents", "tokenizer")} | {"reference": "reference"} | files
+    command = [sys.executable, "-m", "stages.train_generator", "params.yaml:train_generator"]
+    command += [word for flag, path in (paths | {"provenance": "p.json"}).items() for word in (f"--{flag}", path)]
+    own = {"VTP_RANKS": "2", "VTP_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": ""}
+    environment = {name: value for name, value in (os.environ | own | LAYOUTS[layout]).items() if value}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob(".scratch/train_generator/*/job.json"))  # ranks were started
+    alone = train(inputs, tmp_path / "alone", changes, reference=tmp_path / "reference")
+    for ours, theirs in zip(rows(tmp_path), rows(alone), strict=True):
+        assert {name: float(value or 0) for name, value in ours.items()} == pytest.approx(
+            {name: float(value or 0) for name, value in theirs.items()}, rel=2e-3
+        )
+    for place in (".", "ema-0.5", "at-0.2"):
+        found, expected = (load_tensors(out / "generator" / place / "model.safetensors") for out in (tmp_path, alone))
+        for name, tensor in expected.items():
+            assert (found[name] - tensor).abs().max() <= 0.05 * 1e-3 * STEPS, name
+
+
+def test_latents_of_another_encoder(inputs, tmp_path):
+    from vtp import VisualTokenizer
+
+    other = VisualTokenizer.from_pretrained(inputs / "tokenizer")
+    with torch.no_grad():
+        other.trunk.feature_bottleneck.weight.mul_(1.1)
+    other.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "latents").symlink_to(inputs / "latents")
+    with pytest.raises(ArtefactError, match=r"latents of another encoder than that of .*tokenizer; run cache_latents"):
+        train(tmp_path, tmp_path / "training", NO_FID)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"ema": [0.9, 0.9]}}, "the same momentum twice"),
+        ({"watch": {"sampler": {"solver": "dopri5"}}}, "other steps on every rank"),
+        ({"model": {"size": {"name": "M"}}}, "size"),
+        ({"watch": {"milestones": [1.5]}}, "milestones"),
+    ],
+)
+def test_mistakes_are_told(inputs, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train(inputs, tmp_path, changes)
