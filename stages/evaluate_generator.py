@@ -1,22 +1,27 @@
 """Decode the sampled latents and compare them with real images: gFID, sFID, KID, IS, precision, recall.
 
-Beside every setting stands the baseline `noise`: Gaussian noise with the latents' own statistics, through the decoder.
-Pixels stream: decoded, looked at, forgotten. Names say which features, and of how many samples; those that end in
-`_adm` compare with a reference batch of ADM's evaluation.
+Beside the settings stands the baseline `noise`: Gaussian noise with the latents' own statistics, through the decoder.
+Pixels stream: decoded, looked at, forgotten. Names say which features, of how many samples, how guided and with which
+labels, as `gfid_inception_50k_cfg1p5_balanced`; those that end in `_adm` compare with a reference batch of ADM's
+evaluation.
 """
 
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from stages._export import ExportConfig, Writer, build_writer
+from stages._guidance import Guided, draw_guidance
 from stages._pictures import grid
+from stages._plan_evaluation import plan_comparison
 from stages._runner import Input, OptionalInput, OptionalOutput, Output, Work, main
-from vtp.artefact import load_tensors, read_json, write_json
+from stages._samples import Samples, SettingSamples
+from vtp.artefact import whole_file, write_json
 from vtp.config import Config, ConfigError
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.adm import AdmReference
@@ -31,8 +36,6 @@ from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
 
-SETTINGS = ("unguided", "guided", "noise")
-
 
 class KernelConfig(Config):
     """Random subsets behind the kernel distance; 100 of 1000 for published numbers."""
@@ -46,6 +49,9 @@ class EvaluateGenerator(Config):
     """The section `evaluate_generator`."""
 
     split: str = Field(min_length=1, description="of the reference: what the generator learnt")
+    counts: list[Annotated[int, Field(ge=2)]] = Field(
+        min_length=1, description="how many of the samples are compared, the first so many; published: 10000, 50000"
+    )
     batch_size: int = Field(ge=1)
     neighbours: int = Field(ge=1, description="k of precision and recall")
     kernel: KernelConfig | None = Field(description="of KID; null leaves it out")
@@ -81,53 +87,59 @@ def run(  # noqa: PLR0913 - one flag per path
     reference: Input,
     adm: OptionalInput = None,
     metrics: Output,
+    curves: Output,
     pictures: Output,
     export: OptionalOutput = None,
     work: Work,
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
     model = load_tokenizer(tokenizer, decoder).to(work.device)
-    known, description = Reference.load(reference), read_json(samples / "config.json")
+    drawn, known = Samples(samples), Reference.load(reference)
+    drawn.require_encoder(model.encoder_digest(), tokenizer)
     known.require_size(model.image_size)
     learnt = known.of(config.split)
     extractor = build_features(known.features, weights=work.weights, device=work.device)
-    _check(config, extractor, kept=len(learnt.features), count=description["samples"])
+    _check(config, extractor, kept=len(learnt.features), count=len(drawn))
     reals = [_Real("", learnt.statistics, learnt.spatial, learnt.features)]
     if adm is not None:
         reals.append(_official(adm, known, extractor, config.batch_size, work))
     if ranks().first:
         pictures.mkdir()
     table: dict[str, dict[str, float]] = {}
-    images = len(SETTINGS) * description["samples"]
+    images = len(drawn.settings) * len(drawn)
     with work.progress(total=images, description="decoding", unit="image") as bar:
-        for name in SETTINGS:
-            drawn = _Drawn(samples / f"{name}.safetensors", model, config, len(description["classes"]))
+        for name in drawn.settings:
+            decoding = _Decoding(drawn.of(name), model, config, len(drawn.config.classes))
             writer = None
             if export is not None:
                 writer = build_writer(config.export, export, name, image_size=model.image_size, scratch=work.folder)
-            found = drawn.features(extractor, writer, bar.update)
-            shown = drawn.shown()
+            found = decoding.features(extractor, writer, bar.update)
+            shown = decoding.shown()
             if ranks().first:
                 title = f"Samples by class: {name}"
-                grid(shown, description["classes"][: len(shown)], pictures / f"{name}.png", title=title)
-                table[name] = _inception_score(extractor, found, splits=config.inception_splits)
-                for real in reals:
-                    table[name] |= _compare(config, extractor, found, real)
+                grid(shown, drawn.config.classes[: len(shown)], pictures / f"{name}.png", title=title)
+                end = f"{drawn.guidance(name)}_{drawn.config.labels}"
+                table[name] = {
+                    figure: value
+                    for features in found
+                    for figure, value in _figures(config, extractor, features, reals, end).items()
+                }
     if ranks().first:
         write_json(metrics, {"generation": table})
+        rows = _write_curves(curves, drawn, table)
+        draw_guidance(rows, pictures / "guidance.png")
     work.record(samples=images)
 
 
-class _Drawn:
+class _Decoding:
     """The samples of one setting; ranks share whole batches of them, so that rounding does not depend on their number."""
 
-    def __init__(self, path: Path, model: Tokenizer, config: EvaluateGenerator, classes: int) -> None:
-        tensors = load_tensors(path)  # mapped, not read
-        self._latents, self.labels = tensors["latents"], tensors["labels"]
+    def __init__(self, samples: SettingSamples, model: Tokenizer, config: EvaluateGenerator, classes: int) -> None:
+        self._samples = samples
         self._model = model
-        self._batch_size = config.batch_size
+        self._config = config
         self._wanted = [
-            (self.labels == label).nonzero()[: config.pictures_per_class, 0]
+            (samples.labels == label).nonzero()[: config.pictures_per_class, 0]
             for label in range(min(config.pictured_classes, classes))
         ]
         self._pictured = torch.cat(self._wanted)  # indices
@@ -135,24 +147,28 @@ class _Drawn:
 
     def features(
         self, extractor: FeatureExtractor, writer: Writer | None, report: Callable[[int], object]
-    ) -> FeatureSet:
-        """Of all samples, on every rank; pixels go to `writer` and to the pictures on their way."""
-        found, told = FeatureSet.of(extractor), 0
-        batches = torch.arange(len(self.labels)).split(self._batch_size)
+    ) -> list[FeatureSet]:
+        """Of the first samples, one set per count, on every rank; pixels go to `writer` and to the pictures on their way."""
+        found, told, labels = [FeatureSet.of(extractor) for _ in self._config.counts], 0, self._samples.labels
+        batches = torch.arange(len(labels)).split(self._config.batch_size)
         for number in own_rows(len(batches)):
             indices = batches[number]
-            images = to_uint8(self._model.decode(self._latents[indices].to(extractor.device)))
-            found.update(extractor(images), keep=len(images))
+            first, latents = int(indices[0]), self._samples.latents(int(indices[0]), len(indices))
+            images = to_uint8(self._model.decode(latents.to(extractor.device)))
+            extracted = extractor(images)
+            for features, count in zip(found, self._config.counts, strict=True):
+                if first < count:
+                    features.update(extracted.first(count - first), keep=count - first)
             if writer is not None:
-                writer.add(int(indices[0]), images)
+                writer.add(first, images)
             here = torch.isin(indices, self._pictured)
             self._seen.append((indices[here], images.cpu()[here]))
             report(len(images) * ranks().size)
             told += len(images) * ranks().size
-        report(len(self.labels) - told)
+        report(len(labels) - told)
         if writer is not None:
-            writer.finish(self.labels)
-        return found.over_ranks()
+            writer.finish(labels)
+        return [features.over_ranks() for features in found]
 
     def shown(self) -> list[Tensor]:
         """The pictured samples [n, 3, S, S] uint8 of every pictured class."""
@@ -167,10 +183,15 @@ def _check(config: EvaluateGenerator, extractor: FeatureExtractor, *, kept: int,
             f"evaluate_generator compares {config.compared} features or more with those of real images, and the "
             f"reference keeps {kept} of {config.split}; raise reference.splits.{config.split}.kept"
         )
-    if count < max(config.compared, config.inception_splits if extractor.has_logits else 0):
+    if count < max(config.counts):
         raise ConfigError(
-            f"{count} samples are too few for evaluate_generator's subsets, neighbours or splits; raise "
-            "generate.samples, or lower these"
+            f"evaluate_generator.counts asks for {max(config.counts)} samples, there are {count}; raise generate.samples, "
+            "or lower it"
+        )
+    if min(config.counts) < max(config.compared, config.inception_splits if extractor.has_logits else 0):
+        raise ConfigError(
+            f"{min(config.counts)} samples are too few for evaluate_generator's subsets, neighbours or splits; raise "
+            "evaluate_generator.counts, or lower these"
         )
 
 
@@ -192,10 +213,20 @@ def _official(path: Path, known: Reference, extractor: FeatureExtractor, batch_s
     return _Real("_adm", batch.statistics, batch.spatial, found.over_ranks().features)
 
 
-def _compare(
-    config: EvaluateGenerator, extractor: FeatureExtractor, found: FeatureSet, real: _Real
+def _figures(
+    config: EvaluateGenerator, extractor: FeatureExtractor, found: FeatureSet, reals: list[_Real], end: str
 ) -> dict[str, float]:
-    end = f"{extractor.name}_{count_name(found.count)}{real.suffix}"
+    """All figures of a set of samples, by name; `end` says how they were drawn."""
+    end = f"{extractor.name}_{count_name(found.count)}_{end}"
+    table = _inception_score(extractor, found, end, splits=config.inception_splits)
+    for real in reals:
+        table |= _compare(config, extractor, found, real, end + real.suffix)
+    return table
+
+
+def _compare(
+    config: EvaluateGenerator, extractor: FeatureExtractor, found: FeatureSet, real: _Real, end: str
+) -> dict[str, float]:
     drawn, features = found.features.to(extractor.device), real.features[: found.count].to(extractor.device)
     manifold = precision_recall(features, drawn, neighbours=config.neighbours)
     table = {f"gfid_{end}": frechet_distance(found.statistics, real.statistics)}
@@ -207,12 +238,24 @@ def _compare(
     return table | {f"precision_{end}": manifold.precision, f"recall_{end}": manifold.recall}
 
 
-def _inception_score(extractor: FeatureExtractor, found: FeatureSet, *, splits: int) -> dict[str, float]:
+def _inception_score(extractor: FeatureExtractor, found: FeatureSet, end: str, *, splits: int) -> dict[str, float]:
     if not extractor.has_logits:
         return {}
-    score = inception_score(extractor.logits(found.features), splits=splits)
-    return {f"is_{extractor.name}_{count_name(found.count)}": score.mean}
+    return {f"is_{end}": inception_score(extractor.logits(found.features), splits=splits).mean}
+
+
+def _write_curves(path: Path, samples: Samples, table: Mapping[str, Mapping[str, float]]) -> list[Guided]:
+    """A row per setting, its guidance beside its figures, whose names need not tell of it here."""
+    rows = []
+    for name, sampler in samples.config.settings.items():
+        end = f"_{sampler.guidance}_{samples.config.labels}"
+        rows.append(Guided(name, sampler, {figure.replace(end, ""): value for figure, value in table[name].items()}))
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0].cells()), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row.cells() for row in rows)
+    return rows
 
 
 if __name__ == "__main__":
-    main(run, distributed=True)
+    main(run, distributed=True, plan=plan_comparison)

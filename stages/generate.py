@@ -1,60 +1,182 @@
-"""Draw latent samples with and without guidance; `evaluate_generator` decodes them.
+"""Draw latent samples, with and without guidance; `evaluate_generator` decodes them.
 
-A sample is a function of (seed, index): its noise and its label do not depend on the batch it is drawn in.
+A sample is a function of (seed, index): its noise and its label do not depend on ranks, batches or order. Files of
+samples are shared by ranks, and a killed run goes on with those that are missing. (dopri5 chooses its steps for a whole
+batch, so its samples agree within its tolerance only.)
 """
 
+from contextlib import AbstractContextManager
+from itertools import product
+from typing import Literal, NamedTuple, Self
+
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from stages._runner import Input, Output, Work, main
-from vtp.artefact import save_tensors, write_json
-from vtp.config import Config
-from vtp.data.latents import LatentDataset
-from vtp.draws import torch_draws
+from stages._place import compile_units
+from stages._plan_generation import plan_sampling
+from stages._runner import Input, OptionalInput, Output, Work, main
+from stages._samples import FORMAT_VERSION, NOISE, Labels, SamplesArtefact, SettingName, draw_labels, draw_noise
+from vtp.artefact import save_tensors
+from vtp.config import Config, ConfigError
+from vtp.data.latents import LatentDataset, missing_shards
+from vtp.distributed import gather_objects, ranks
 from vtp.flow import SamplerConfig, sample
+from vtp.flow.sampler import Interval
 from vtp.models.lightningdit import LightningDiT
+
+
+class Sweep(Config):
+    """One setting at many strengths of guidance: all combinations, each a setting of its own."""
+
+    base: SettingName = Field(description="the setting whose scale, interval and shift are replaced")
+    scales: list[float] = Field(min_length=1)
+    intervals: list[Interval] = Field(min_length=1)
+    shifts: list[float] = Field(min_length=1)
+
+    def settings(self, base: SamplerConfig) -> dict[str, SamplerConfig]:
+        """By names that say what varies."""
+        found = {}
+        for scale, (start, end), shift in product(self.scales, self.intervals, self.shifts):
+            name = f"w{scale:g}_t{start:g}-{end:g}_s{shift:g}".replace(".", "p")
+            changed = {"guidance_scale": scale, "guidance_interval": (start, end), "timestep_shift": shift}
+            found[name] = SamplerConfig.parse(base.model_dump() | changed, where="generate.sweep")
+        return found
 
 
 class Generate(Config):
     """The section `generate`."""
 
     seed: int
-    samples: int = Field(ge=1, description="per setting; labels are balanced over the classes")
-    batch_size: int = Field(ge=1)
-    unguided: SamplerConfig
-    guided: SamplerConfig
+    samples: int = Field(ge=1, description="per setting")
+    labels: Labels = Field(description="balanced: classes in turn; random: each by chance")
+    batch_size: int = Field(ge=1, description="of every forward pass; a short batch is filled up")
+    shard_size: int = Field(ge=1, description="samples per file")
+    precision: Literal["float32", "bfloat16"] = Field(description="of the generator; states are float32")
+    settings: dict[SettingName, SamplerConfig] = Field(min_length=1, description="ways to draw, by name")
+    sweep: Sweep | None = Field(description="one of the settings at many strengths; or null")
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
+        if NOISE in self.settings:
+            raise ValueError(f"settings: {NOISE!r} is the name of the baseline; choose another")
+        if self.sweep is not None:
+            if self.sweep.base not in self.settings:
+                raise ValueError(f"sweep.base: {self.sweep.base!r} is none of settings: {', '.join(self.settings)}")
+            self.sweep.settings(self.settings[self.sweep.base])
+        return self
+
+    @property
+    def all_settings(self) -> dict[str, SamplerConfig]:
+        """Those of the sweep too."""
+        swept = self.sweep.settings(self.settings[self.sweep.base]) if self.sweep else {}
+        return self.settings | swept
 
 
-@torch.inference_mode()
-def run(config: Generate, *, latents: Input, generator: Input, samples: Output, work: Work) -> None:
+@torch.no_grad()
+def run(
+    config: Generate, *, latents: Input, generator: Input, guide: OptionalInput = None, samples: Output, work: Work
+) -> None:
     data = LatentDataset(latents)
-    model = LightningDiT.from_pretrained(generator).to(work.device).eval()
-    labels = torch.arange(config.samples) % len(data.classes)
-    samples.mkdir()
-    settings = {"unguided": config.unguided, "guided": config.guided}
-    with work.progress(total=len(settings) * config.samples, description="sampling", unit="sample") as bar:
-        for name, sampler in settings.items():
-            parts = []
-            for indices in torch.arange(config.samples).split(config.batch_size):
-                noise = torch.stack([sample_noise(config.seed, index, data.shape) for index in indices.tolist()])
-                drawn = sample(model, noise.to(work.device), labels[indices].to(work.device), **sampler.arguments())
-                parts.append(data.statistics.denormalise(drawn).cpu())
-                bar.update(len(indices))
-            save_tensors(samples / f"{name}.safetensors", {"latents": torch.cat(parts), "labels": labels})
-    noise = torch.stack([sample_noise(config.seed, index, data.shape) for index in range(config.samples)])
-    baseline = {"latents": data.statistics.denormalise(noise), "labels": labels}
-    save_tensors(samples / "noise.safetensors", baseline)  # Gaussian noise with the latents' statistics
-    write_json(
-        samples / "config.json", {"format_version": 1, "classes": data.classes, **config.model_dump(mode="json")}
+    drawing = _Drawing.of(config, data, _load(generator, data, work), _guide(config, guide, data, work), work)
+    artefact = SamplesArtefact(
+        format_version=FORMAT_VERSION,
+        encoder=data.encoder,
+        classes=data.classes,
+        samples=config.samples,
+        shard_size=config.shard_size,
+        labels=config.labels,
+        settings=config.all_settings,
     )
-    work.record(samples=len(settings) * config.samples)
+    folder, files = work.folder / "samples", artefact.shards
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = gather_objects(list(missing_shards(folder, files)))[0]  # as the first rank finds them
+    total, own = sum(len(shard.rows) for shard in files), missing[ranks().rank :: ranks().size]
+    left = sum(len(shard.rows) for shard in missing)
+    with work.progress(total=total, description="sampling", unit="sample", done=total - left) as bar:
+        for shard in own:
+            parts = []
+            for first in range(shard.rows.start, shard.rows.stop, config.batch_size):
+                rows = range(first, min(first + config.batch_size, shard.rows.stop))
+                parts.append(drawing.draw(shard.split, rows))
+                bar.update(len(rows) * ranks().size)
+            labels = draw_labels(config.labels, config.seed, shard.rows, len(data.classes))
+            save_tensors(shard.path(folder), {"latents": torch.cat(parts), "labels": labels})
+            if work.stop_seen:
+                break
+    if any(gather_objects(work.stop_seen)) and any(missing_shards(folder, files)):
+        work.stop()
+    if ranks().first:
+        artefact.write(folder)
+        folder.rename(samples)
+        work.record(samples=total)
 
 
-def sample_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
-    """The noise that sample `index` starts from."""
-    return torch.randn(shape, generator=torch_draws(seed, "noise", index))
+class _Drawing(NamedTuple):
+    """What draws samples."""
+
+    config: Generate
+    settings: dict[str, SamplerConfig]
+    data: LatentDataset
+    model: LightningDiT
+    guide: LightningDiT | None
+    device: str
+
+    @classmethod
+    def of(
+        cls, config: Generate, data: LatentDataset, model: LightningDiT, guide: LightningDiT | None, work: Work
+    ) -> "_Drawing":
+        return cls(config, config.all_settings, data, model, guide, work.device)
+
+    def draw(self, setting: str, rows: range) -> Tensor:
+        """The latents [n, d, h, w] of these samples, in the tokenizer's own scale, on the CPU."""
+        noise = torch.stack([draw_noise(self.config.seed, index, self.data.shape) for index in rows])
+        if setting == NOISE:
+            return self.data.statistics.denormalise(noise)
+        labels = draw_labels(self.config.labels, self.config.seed, rows, len(self.data.classes))
+        # Always full batches: nothing is compiled for a second size, and a sample is computed alike in all of them.
+        filled = torch.arange(self.config.batch_size) % len(rows)
+        sampler = self.settings[setting]
+        guide = self.guide if sampler.guide == "generator" else None
+        with self._precision():
+            drawn = sample(
+                self.model,
+                noise[filled].to(self.device),
+                labels[filled].to(self.device),
+                guide_model=guide,
+                **sampler.arguments(),
+            )
+        return self.data.statistics.denormalise(drawn[: len(rows)].float()).cpu()
+
+    def _precision(self) -> AbstractContextManager[object]:
+        device = torch.device(self.device).type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+
+def _load(folder: Input, data: LatentDataset, work: Work) -> LightningDiT:
+    model = LightningDiT.from_pretrained(folder)
+    if model.encoder is not None:
+        data.require_encoder(model.encoder, str(folder))
+    compile_units(model.blocks, work)
+    return model.to(work.device).eval()
+
+
+def _guide(config: Generate, folder: OptionalInput, data: LatentDataset, work: Work) -> LightningDiT | None:
+    """The weaker generator. Raises ConfigError when one is asked for and not given, or the other way round."""
+    wanted = [name for name, sampler in config.all_settings.items() if sampler.guide == "generator"]
+    if wanted and folder is None:
+        raise ConfigError(
+            f"generate.settings.{wanted[0]}.guide is `generator`: give the weaker one by --guide FOLDER on the command, "
+            "and under its deps"
+        )
+    if folder is None:
+        return None
+    if not wanted:
+        raise ConfigError(
+            f"--guide {folder}: no setting has `guide: generator`; choose it for one, or leave --guide out"
+        )
+    return _load(folder, data, work)
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, distributed=True, plan=plan_sampling)

@@ -1,5 +1,6 @@
 """The stage on real samples: ranks and batches do not matter, figures are those of the pixels, mistakes are told."""
 
+import csv
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ from tiny import ROOT, merged, tiny_params, write_params, write_shards
 
 import stages.evaluate_generator as stage
 import stages.reference
+from stages._guidance import Guided, draw_guidance
 from stages._runtime import Runtime, Work
-from vtp.artefact import ArtefactError, load_tensors, save_tensors, write_json
+from stages._samples import FORMAT_VERSION, NOISE, Samples, SamplesArtefact
+from vtp.artefact import ArtefactError, save_tensors
 from vtp.config import ConfigError
 from vtp.data.dataset import ShardDataset
 from vtp.evaluation.features import build_features
@@ -25,6 +28,7 @@ from vtp.evaluation.inception_score import inception_score
 from vtp.evaluation.kernel_distance import kernel_distance
 from vtp.evaluation.manifold import precision_recall
 from vtp.evaluation.reference import Reference
+from vtp.flow import SamplerConfig
 from vtp.layers.images import normalise, to_uint8
 from vtp.models.loading import load_tokenizer
 from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
@@ -33,6 +37,9 @@ COUNT = 31  # samples; not divisible by ranks or batches
 CLASSES = ["cat", "dog", "owl", "bat", "pig", "ant"]
 INPUTS = ("tokenizer", "samples", "reference")
 NAMES = ("gfid", "sfid", "kid", "precision", "recall")
+SAMPLERS = {name: SamplerConfig.parse(v, where="test") for name, v in tiny_params()["generate"]["settings"].items()}
+ENDS = {"unguided": "unguided_balanced", "guided": "cfg2_balanced", NOISE: "noise_balanced"}  # of names, by setting
+SHARD = 13  # samples of a file
 
 
 class QuietWork(Work):
@@ -88,28 +95,48 @@ def made(tmp_path_factory):
     tokenizer.save_pretrained(root / "tokenizer")
     with torch.no_grad():
         latents = tokenizer.encode(images)
-    (root / "samples").mkdir()
-    labels = torch.arange(COUNT) % len(CLASSES)
-    for number, name in enumerate(stage.SETTINGS):
-        tensors = {"latents": latents + 0.3 * number * latents.std() * torch.randn_like(latents), "labels": labels}
-        save_tensors(root / "samples" / f"{name}.safetensors", tensors)
-    write_json(root / "samples" / "config.json", {"format_version": 1, "classes": CLASSES, "samples": COUNT})
+    drawn = {
+        name: latents + 0.3 * number * latents.std() * torch.randn_like(latents) for number, name in enumerate(ENDS)
+    }
+    write_samples(root / "samples", drawn, tokenizer.encoder_digest())
     return root
 
 
+def write_samples(folder, drawn, encoder):
+    """Latents by setting, as `generate` writes them."""
+    samplers = {name: SAMPLERS[name] for name in drawn if name != NOISE}
+    artefact = SamplesArtefact(
+        format_version=FORMAT_VERSION,
+        encoder=encoder,
+        classes=CLASSES,
+        samples=len(next(iter(drawn.values()))),
+        shard_size=SHARD,
+        labels="balanced",
+        settings=samplers,
+    )
+    folder.mkdir()
+    for shard in artefact.shards:
+        rows = slice(shard.rows.start, shard.rows.stop)
+        latents = drawn[shard.split] if shard.split in drawn else torch.randn_like(drawn["guided"])
+        labels = torch.arange(len(latents)) % len(CLASSES)
+        save_tensors(shard.path(folder), {"latents": latents[rows].clone(), "labels": labels[rows].clone()})
+    artefact.write(folder)
+
+
 def params_of(**changes):
-    return merged(tiny_params()["evaluate_generator"], {"batch_size": 8} | changes)
+    return merged(tiny_params()["evaluate_generator"], {"batch_size": 8, "counts": [COUNT]} | changes)
 
 
-def evaluate(made, folder, *, inputs=None, **changes):
+def evaluate(made, folder, *, inputs=None, least=3 * COUNT, **changes):
     """Run the stage here; its outputs by flag."""
     folder.mkdir(exist_ok=True)
-    outputs = {"metrics": folder / "metrics.json", "pictures": folder / "pictures", "export": folder / "export"}
+    files = {"metrics": "metrics.json", "curves": "curves.csv", "pictures": "pictures", "export": "export"}
+    outputs = {flag: folder / file for flag, file in files.items()}
     given = {flag: made / flag for flag in INPUTS} | (inputs or {})
     config = stage.EvaluateGenerator.parse(params_of(**changes), where="test")
     work = work_in(folder)
     stage.run(config, **given, **outputs, work=work)
-    assert work.counted >= 3 * COUNT
+    assert work.counted >= least
     return outputs
 
 
@@ -121,14 +148,17 @@ def outputs(made):
 def decoded(made, name):
     model = load_tokenizer(made / "tokenizer")
     with torch.no_grad():
-        return to_uint8(model.decode(load_tensors(made / "samples" / f"{name}.safetensors")["latents"]))
+        return to_uint8(model.decode(Samples(made / "samples").of(name).latents(0, COUNT)))
 
 
 def rows(path):
-    """Figures by name, of every setting."""
+    """Figures of every setting, by names without what says how it was drawn, which they all have."""
     table = json.loads(path.read_text())["generation"]
-    assert list(table) == list(stage.SETTINGS)
-    return list(table.values())
+    assert list(table) == list(ENDS)
+    assert all(name.endswith(ENDS[setting]) for setting, row in table.items() for name in row)
+    return [
+        {name.removesuffix(f"_{ENDS[setting]}"): value for name, value in row.items()} for setting, row in table.items()
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
@@ -150,7 +180,7 @@ def test_figures_are_those_of_the_pixels(made, outputs):
     """By hand, from the exported samples, all at once."""
     extractor = build_features(Reference.load(made / "reference").features, weights=made, device="cpu")
     real = Reference.load(made / "reference").of("train")
-    for name, row in zip(stage.SETTINGS, rows(outputs["metrics"]), strict=True):
+    for name, row in zip(ENDS, rows(outputs["metrics"]), strict=True):
         with np.load(outputs["export"] / f"{name}.npz") as batch:
             found = extractor(torch.from_numpy(batch["arr_0"]).permute(0, 3, 1, 2))
         manifold = precision_recall(real.features[:COUNT], found.pooled)
@@ -170,18 +200,57 @@ def test_without_what_is_not_asked_for(made, outputs, tmp_path):
     """No kernel, no export."""
     config = stage.EvaluateGenerator.parse(params_of(kernel=None), where="test")
     given = {flag: made / flag for flag in INPUTS}
-    stage.run(
-        config, **given, metrics=tmp_path / "metrics.json", pictures=tmp_path / "pictures", work=work_in(tmp_path)
+    files = {"metrics": "metrics.json", "curves": "curves.csv", "pictures": "pictures"}
+    stage.run(config, **given, **{flag: tmp_path / file for flag, file in files.items()}, work=work_in(tmp_path))
+    kernel = f"kid_random-vgg16_{COUNT}"
+    for ours, theirs in zip(rows(tmp_path / "metrics.json"), rows(outputs["metrics"]), strict=True):
+        assert theirs == ours | {kernel: theirs[kernel]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.csv", "metrics.json", "pictures", "scratch"]
+
+
+def test_several_numbers_of_samples(made, outputs, tmp_path):
+    """Those of the first ones are the figures of a folder that holds no others."""
+    both = evaluate(made, tmp_path / "both", counts=[22, COUNT], kernel={"subset_size": 15})
+    few = evaluate(made, tmp_path / "few", counts=[22], kernel={"subset_size": 15})
+    for together, alone, many in zip(*(rows(out["metrics"]) for out in (both, few, outputs)), strict=True):
+        assert set(together) == {f"{name}_random-vgg16_{count}" for name in NAMES for count in (22, COUNT)}
+        assert alone.items() <= together.items()
+        assert together[f"gfid_random-vgg16_{COUNT}"] == many[f"gfid_random-vgg16_{COUNT}"]
+    latents = {name: Samples(made / "samples").of(name).latents(0, 22) for name in ENDS}
+    write_samples(tmp_path / "samples", latents, load_tokenizer(made / "tokenizer").encoder_digest())
+    inputs = {"samples": tmp_path / "samples"}
+    fewer = evaluate(made, tmp_path / "fewer", counts=[22], kernel={"subset_size": 15}, inputs=inputs, least=66)
+    for ours, theirs in zip(rows(few["metrics"]), rows(fewer["metrics"]), strict=True):
+        assert ours == pytest.approx(theirs, rel=5e-3)
+
+
+def test_a_row_per_setting_and_a_picture_of_guidance(made, outputs, tmp_path):
+    """The table says how each was drawn; the picture comes where two scales can be compared."""
+    with outputs["curves"].open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["setting"] for row in table] == ["unguided", "guided"]
+    assert [float(row["guidance_scale"]) for row in table] == [1, 2]
+    for row, figures in zip(table, rows(outputs["metrics"])[:2], strict=True):
+        assert float(row[f"gfid_random-vgg16_{COUNT}"]) == figures[f"gfid_random-vgg16_{COUNT}"]
+    assert not (outputs["pictures"] / "guidance.png").exists()  # they differ in their intervals too
+    sampler = SAMPLERS["guided"].model_copy(update={"guidance_scale": 3.0})
+    guided = [
+        Guided(
+            name, SAMPLERS["guided"].model_copy(update={"guidance_scale": scale}), {"gfid_x_5": scale, "kid_x_5": 0.0}
+        )
+        for name, scale in (("b", 2.0), ("a", 1.0), ("c", 4.0))
+    ]
+    draw_guidance(
+        [*guided, Guided("d", sampler.model_copy(update={"timestep_shift": 1.0}), {"gfid_x_5": 2.0})],
+        tmp_path / "guidance.png",
     )
-    ours, theirs = (json.loads(p.read_text())["generation"] for p in (tmp_path / "metrics.json", outputs["metrics"]))
-    for name in stage.SETTINGS:
-        assert theirs[name] == ours[name] | {f"kid_random-vgg16_{COUNT}": theirs[name][f"kid_random-vgg16_{COUNT}"]}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "pictures", "scratch"]
+    with Image.open(tmp_path / "guidance.png") as picture:
+        assert picture.width > picture.height
 
 
 def test_exported_samples_are_the_pixels(made, outputs, tmp_path):
     pngs = evaluate(made, tmp_path, export={"name": "png"})["export"]
-    for name in stage.SETTINGS:
+    for name in ENDS:
         pixels = decoded(made, name).permute(0, 2, 3, 1).numpy().astype(int)
         with np.load(outputs["export"] / f"{name}.npz", allow_pickle=False) as batch:
             assert np.abs(batch["arr_0"] - pixels).max() <= 1
@@ -213,7 +282,7 @@ def test_two_ranks_are_one_process(made, tmp_path, batch_size):
     command = [sys.executable, "-m", "stages.evaluate_generator", "params.yaml:evaluate_generator"]
     for flag in INPUTS:
         command += [f"--{flag}", str(made / flag)]
-    command += ["--metrics", "metrics.json", "--pictures", "pictures", "--export", "export"]
+    command += ["--metrics", "metrics.json", "--curves", "curves.csv", "--pictures", "pictures", "--export", "export"]
     own = {"VTP_RANKS": "2", "VTP_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": ""}
     environment = {name: value for name, value in (os.environ | own).items() if value}
     command += ["--provenance", "provenance.json"]
@@ -226,7 +295,7 @@ def test_two_ranks_are_one_process(made, tmp_path, batch_size):
     for ours, theirs in zip(rows(tmp_path / "metrics.json"), rows(alone["metrics"]), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
     # Whole batches are shared, so every image is computed with the same others: equal bytes at equal threads.
-    for name in stage.SETTINGS:
+    for name in ENDS:
         for file in (f"pictures/{name}.png", f"export/{name}.npz"):
             assert (tmp_path / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
 
@@ -261,34 +330,33 @@ def write_adm(path, real, images):
     np.savez(path, **arrays)
 
 
-def test_against_an_adm_batch(made, inception, tmp_path, monkeypatch):
+def test_against_an_adm_batch(made, inception, tmp_path):
     """One with the statistics and images of our reference gives the same figures under names of their own."""
     real = Reference.load(inception / "reference").of("train")
     images = ShardDataset(made / "shards", "train").images(real.rows, 16)
     write_adm(tmp_path / "adm.npz", real, images)
     (tmp_path / "inception.pth").symlink_to(inception / "inception.pth")
-    monkeypatch.setattr(stage, "SETTINGS", ("guided",))  # Inception is slow here
-    (tmp_path / "samples").mkdir()
-    tensors = {name: few[:16].clone() for name, few in load_tensors(made / "samples" / "guided.safetensors").items()}
-    save_tensors(tmp_path / "samples" / "guided.safetensors", tensors)
-    write_json(tmp_path / "samples" / "config.json", {"classes": CLASSES, "samples": 16})
-    config = params_of(kernel={"subsets": 2, "subset_size": 10, "seed": 0}, inception_splits=2)
+    encoder = load_tokenizer(made / "tokenizer").encoder_digest()
+    write_samples(tmp_path / "samples", {"guided": Samples(made / "samples").of("guided").latents(0, 16)}, encoder)
+    config = params_of(counts=[16], kernel={"subsets": 2, "subset_size": 10, "seed": 0}, inception_splits=2)
     inputs = {"tokenizer": made / "tokenizer", "samples": tmp_path / "samples", "adm": tmp_path / "adm.npz"}
     stage.run(
         stage.EvaluateGenerator.parse(config, where="test"),
         **inputs,
         reference=inception / "reference",
         metrics=tmp_path / "metrics.json",
+        curves=tmp_path / "curves.csv",
         pictures=tmp_path / "pictures",
         work=work_in(tmp_path),
     )
     row = json.loads((tmp_path / "metrics.json").read_text())["generation"]["guided"]
-    assert set(row) == {"is_inception_16", *(f"{n}_inception_16{end}" for n in NAMES for end in ("", "_adm"))}
+    end = f"inception_16_{ENDS['guided']}"
+    assert set(row) == {f"is_{end}", *(f"{n}_{end}{adm}" for n in NAMES for adm in ("", "_adm"))}
     for name in NAMES:
-        assert row[f"{name}_inception_16_adm"] == pytest.approx(row[f"{name}_inception_16"], rel=1e-4, abs=1e-6)
+        assert row[f"{name}_{end}_adm"] == pytest.approx(row[f"{name}_{end}"], rel=1e-4, abs=1e-6)
     extractor = build_features(Reference.load(inception / "reference").features, weights=inception, device="cpu")
     logits = extractor.logits(extractor(decoded(made, "guided")[:16]).pooled)
-    assert row["is_inception_16"] == pytest.approx(inception_score(logits, splits=2).mean, rel=1e-3)
+    assert row[f"is_{end}"] == pytest.approx(inception_score(logits, splits=2).mean, rel=1e-3)
     write_adm(tmp_path / "adm.npz", real, images[:, :, :8, :8])
     with pytest.raises(ConfigError, match=r"adm\.npz: images of 8 pixels, the samples have 16"):
         stage.run(
@@ -296,6 +364,7 @@ def test_against_an_adm_batch(made, inception, tmp_path, monkeypatch):
             **inputs,
             reference=inception / "reference",
             metrics=tmp_path / "metrics.json",
+            curves=tmp_path / "curves.csv",
             pictures=tmp_path / "pictures2",
             work=work_in(tmp_path),
         )
@@ -315,13 +384,20 @@ def test_adm_batches_are_for_inception(made, tmp_path):
         ({"split": "validation"}, r"keeps 0 of validation; raise reference\.splits\.validation\.kept"),
         ({"kernel": {"subset_size": 36}}, r"compares 36 features .* keeps 35 of train; raise reference\.splits\.train"),
         ({"neighbours": 35}, "compares 36 features"),
-        ({"kernel": {"subset_size": 32}}, r"31 samples are too few .* raise generate\.samples"),
+        ({"kernel": {"subset_size": 32}}, r"31 samples are too few .* raise evaluate_generator\.counts"),
+        ({"counts": [COUNT + 1]}, r"counts asks for 32 samples, there are 31; raise generate\.samples"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_decoded(made, tmp_path, changes, message):
     with pytest.raises((ConfigError, ArtefactError), match=message):
         evaluate(made, tmp_path, **changes)
     assert not (tmp_path / "pictures").exists()
+
+
+def test_samples_of_another_encoder(made, tmp_path):
+    write_samples(tmp_path / "samples", {"guided": torch.randn(COUNT, 8, 2, 2)}, "another")
+    with pytest.raises(ArtefactError, match=r"samples in the latent space of another encoder than that of .*tokenizer"):
+        evaluate(made, tmp_path / "out", inputs={"samples": tmp_path / "samples"})
 
 
 def test_a_reference_of_another_size(made, tmp_path):

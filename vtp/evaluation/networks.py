@@ -36,6 +36,10 @@ class Extracted(NamedTuple):
     pooled: Tensor  # [B, D]
     spatial: Tensor | None  # [B, S], where things are (sFID); None where the network has none
 
+    def first(self, count: int) -> "Extracted":
+        """Those of the first images."""
+        return Extracted(self.pooled[:count], None if self.spatial is None else self.spatial[:count])
+
 
 class RandomVgg(nn.Module):
     """The last stage averaged over space; spatial: seven channels of the third, averaged onto 8 x 8 places."""

@@ -1,0 +1,125 @@
+"""Sampled latents: what `generate` writes and `evaluate_generator` reads.
+
+    config.json                    encoder of the latents, classes, and how each setting was drawn
+    <setting>-00000.safetensors    latents [n, d, h, w] in the tokenizer's own scale, labels [n]
+
+The setting `noise` is where all others begin: Gaussian noise with the latents' own statistics, a baseline.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vtp.artefact import ArtefactError, load_tensors, read_json, write_json
+from vtp.config import Config, ConfigError
+from vtp.data.latents import LatentShard, plan_shards
+from vtp.draws import torch_draws
+from vtp.flow import SamplerConfig
+
+FORMAT_VERSION = 2
+NOISE = "noise"
+SettingName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files
+Labels = Literal["balanced", "random"]
+
+
+class SamplesArtefact(Config):
+    """`config.json` of a folder of samples."""
+
+    format_version: Literal[2]
+    encoder: str  # digest of that whose latents these are
+    classes: list[str]
+    samples: int = Field(ge=1)  # per setting
+    shard_size: int = Field(ge=1)
+    labels: Labels
+    settings: dict[SettingName, SamplerConfig]
+
+    @property
+    def shards(self) -> list[LatentShard]:
+        """All files."""
+        return plan_shards(dict.fromkeys((*self.settings, NOISE), self.samples), self.shard_size)
+
+    def write(self, folder: Path) -> None:
+        """Which ends a folder of samples."""
+        write_json(folder / "config.json", self.model_dump(mode="json"))
+
+
+class Samples:
+    """A folder of samples. Raises ArtefactError when it is another folder or incomplete."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        values = read_json(folder / "config.json")
+        if values.get("format_version") != FORMAT_VERSION:
+            raise ArtefactError(
+                f"{folder}: samples of format {values.get('format_version')!r}, this code reads {FORMAT_VERSION}; is this "
+                "the right folder? If so, run the stage generate again"
+            )
+        try:
+            self.config = SamplesArtefact.parse(values, where=str(folder / "config.json"))
+        except ConfigError as error:
+            raise ArtefactError(f"{error}; run the stage generate again") from None
+
+    def __len__(self) -> int:
+        """Of each setting."""
+        return self.config.samples
+
+    @property
+    def settings(self) -> list[str]:
+        """Names, the baseline among them."""
+        return [*self.config.settings, NOISE]
+
+    def guidance(self, setting: str) -> str:
+        """How a setting was guided, for names of metrics."""
+        return NOISE if setting == NOISE else self.config.settings[setting].guidance
+
+    def require_encoder(self, digest: str, who: Path) -> None:
+        """Raises ArtefactError when another encoder than that with `digest` gave the latents that were learnt."""
+        if self.config.encoder != digest:
+            raise ArtefactError(
+                f"{self.folder}: samples in the latent space of another encoder than that of {who}; give the tokenizer "
+                "whose latents were cached, or run cache_latents and what follows again"
+            )
+
+    def of(self, setting: str) -> "SettingSamples":
+        """The samples of one setting."""
+        return SettingSamples(self, [shard for shard in self.config.shards if shard.split == setting])
+
+
+class SettingSamples:
+    """Latents and labels of one setting; files are mapped, not read."""
+
+    def __init__(self, samples: Samples, shards: list[LatentShard]) -> None:
+        tensors = [load_tensors(shard.path(samples.folder)) for shard in shards]
+        self._latents = [each["latents"] for each in tensors]
+        self.labels = torch.cat([each["labels"] for each in tensors])  # [N]
+        self._shard_size = samples.config.shard_size
+        if len(self.labels) != len(samples):
+            raise ArtefactError(
+                f"{samples.folder}: {len(self.labels)} samples of {shards[0].split}, config.json says {len(samples)}; "
+                "run the stage generate again"
+            )
+
+    def latents(self, first: int, count: int) -> Tensor:
+        """[count, d, h, w] float32, those from `first` on."""
+        parts = []
+        while count:
+            shard, start = divmod(first, self._shard_size)
+            parts.append(self._latents[shard][start : start + count].float())
+            first, count = first + len(parts[-1]), count - len(parts[-1])
+        return torch.cat(parts)
+
+
+def draw_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
+    """What sample `index` starts from: a function of (seed, index)."""
+    return torch.randn(shape, generator=torch_draws(seed, "noise", index))
+
+
+def draw_labels(mode: Labels, seed: int, rows: range, classes: int) -> Tensor:
+    """Classes of the samples `rows`: in turn, so that all are as frequent, or each by chance."""
+    if mode == "balanced":
+        return torch.arange(rows.start, rows.stop) % classes
+    drawn = [torch.randint(classes, (), generator=torch_draws(seed, "label", index)) for index in rows]
+    return torch.stack(drawn)

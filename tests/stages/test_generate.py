@@ -1,0 +1,212 @@
+"""Sampling: what a sample depends on, files that resume, ranks, guidance by another generator, and what is told."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from generating import NO_FID, cache, draw, train, write_inputs
+from tiny import ROOT, merged, tiny_params, write_params
+
+from stages._runtime import Interrupted
+from stages._samples import NOISE, Samples, draw_labels, draw_noise
+from stages.generate import Generate
+from vtp import LightningDiT
+from vtp.artefact import ArtefactError, digest, read_json, write_json
+from vtp.config import ConfigError
+from vtp.data.latents import LatentDataset
+
+COUNT = 24
+SETTINGS = {"unguided": {"solver": "heun"}, "guided": {}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the ranks have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A generator of some steps, and the one of its first steps beside it."""
+    root = tmp_path_factory.mktemp("inputs")
+    write_inputs(root)
+    cache(root, root)
+    longer = {"length": {"name": "samples", "samples": 1600}, "log_every": 20}
+    out = train(root, root / "training", NO_FID | {"optim": {"lr": 1e-2}, "training": longer})
+    (out / "generator").rename(root / "generator")
+    return root
+
+
+@pytest.fixture(scope="module")
+def drawn(inputs, tmp_path_factory):
+    return Samples(draw(inputs, tmp_path_factory.mktemp("drawn"), settings=SETTINGS))
+
+
+def latents(samples, setting, first=0, count=COUNT):
+    return samples.of(setting).latents(first, count)
+
+
+def test_settings_differ_and_start_from_the_same_noise(inputs, drawn):
+    data = LatentDataset(inputs / "latents")
+    noise = torch.stack([draw_noise(0, index, data.shape) for index in range(COUNT)])
+    torch.testing.assert_close(latents(drawn, NOISE), data.statistics.denormalise(noise))
+    assert not torch.allclose(latents(drawn, "guided"), latents(drawn, "unguided"), atol=1e-3)
+    assert drawn.settings == ["unguided", "guided", NOISE]
+    assert [drawn.guidance(name) for name in drawn.settings] == ["unguided", "cfg2", NOISE]
+    assert torch.equal(drawn.of("guided").labels, torch.arange(COUNT) % 6)
+    assert torch.equal(latents(drawn, "guided")[17:22], latents(drawn, "guided", 17, 5))  # over the end of a file
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_a_sample_does_not_depend_on_its_batch(inputs, drawn, tmp_path, batch_size):
+    other = Samples(draw(inputs, tmp_path, settings=SETTINGS, batch_size=batch_size))
+    assert torch.equal(latents(other, NOISE), latents(drawn, NOISE))  # the noise, bit for bit
+    for setting in SETTINGS:
+        torch.testing.assert_close(latents(other, setting), latents(drawn, setting), atol=1e-4, rtol=0)
+        assert torch.equal(other.of(setting).labels, drawn.of(setting).labels)
+
+
+@pytest.mark.parametrize("labels", ["balanced", "random"])
+def test_more_samples_begin_with_the_same(inputs, tmp_path, labels):
+    few, many = (
+        Samples(draw(inputs, tmp_path / str(count), samples=count, labels=labels, batch_size=8, shard_size=16))
+        for count in (11, 24)
+    )
+    assert torch.equal(latents(few, "guided", 0, 11), latents(many, "guided", 0, 11))
+    assert torch.equal(few.of("guided").labels, many.of("guided").labels[:11])
+
+
+def test_labels_by_chance():
+    drawn = draw_labels("random", 0, range(3000), 6)
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts.min() > 400
+    assert len(set(counts.tolist())) > 1
+    assert torch.equal(drawn[100:200], draw_labels("random", 0, range(100, 200), 6))
+    assert not torch.equal(drawn, draw_labels("random", 1, range(3000), 6))
+
+
+def test_a_stopped_run_goes_on_with_the_files_that_are_missing(inputs, drawn, tmp_path):
+    with pytest.raises(Interrupted):
+        draw(inputs, tmp_path, settings=SETTINGS, stop_after=1)
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "scratch/folder/samples").iterdir()}
+    assert set(done) == {"unguided-00000.safetensors"}
+    samples = draw(inputs, tmp_path, settings=SETTINGS)
+    assert {name: (samples / name).stat().st_mtime_ns for name in done} == done
+    assert digest(samples) == digest(drawn.folder)
+
+
+def test_ranks_draw_the_same_bytes(inputs, drawn, tmp_path):
+    """Two real ones, by the command line."""
+    (tmp_path / ".dvc").mkdir()
+    write_params({"generate": merged(tiny_params()["generate"], {"settings": SETTINGS})}, tmp_path / "params.yaml")
+    command = [sys.executable, "-m", "stages.generate", "params.yaml:generate", "--samples", "samples"]
+    command += ["--latents", str(inputs / "latents"), "--generator", str(inputs / "generator")]
+    own = {"VTP_RANKS": "2", "VTP_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": ""}
+    environment = {name: value for name, value in (os.environ | own).items() if value}
+    done = subprocess.run(
+        [*command, "--provenance", "provenance.json"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob(".scratch/generate/*/job.json"))  # ranks were started
+    assert json.loads((tmp_path / "provenance.json").read_text())["facts"]["samples"] == 3 * COUNT
+    assert digest(tmp_path / "samples") == digest(drawn.folder)
+
+
+def test_guided_by_an_earlier_generator(inputs, drawn, tmp_path):
+    """Scale 1 is the generator itself, scale 0 the other one."""
+    settings = {"unguided": SETTINGS["unguided"], "guided": {"guide": "generator", "guidance_interval": [0.0, 1.0]}}
+    early = inputs / "generator" / "at-0.2"
+    samples = Samples(draw(inputs, tmp_path, guide=early, settings=settings))
+    assert samples.guidance("guided") == "auto2"
+    assert not torch.allclose(latents(samples, "guided"), latents(drawn, "guided"), atol=1e-3)
+    settings["guided"]["guidance_scale"] = 0.0
+    weak = Samples(draw(inputs, tmp_path / "weak", guide=early, settings=settings))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "latents").symlink_to(inputs / "latents")
+    (alone / "generator").symlink_to(early)
+    plain = Samples(draw(alone, alone / "out", settings={"unguided": {"solver": "euler"}}))
+    torch.testing.assert_close(latents(weak, "guided"), latents(plain, "unguided"), atol=1e-5, rtol=1e-5)
+
+
+def test_a_sweep_is_all_combinations(inputs, tmp_path):
+    sweep = {"base": "guided", "scales": [1.0, 2.5], "intervals": [[0.0, 1.0], [0.25, 0.75]], "shifts": [0.5, 1.0]}
+    samples = Samples(draw(inputs, tmp_path, sweep=sweep, samples=4))
+    assert len(samples.settings) == 2 + 8 + 1
+    plain, guided = (latents(samples, f"w{scale}_t0-1_s0p5", 0, 4) for scale in ("1", "2p5"))
+    assert torch.equal(plain, latents(samples, "w1_t0p25-0p75_s0p5", 0, 4))
+    assert torch.equal(plain, latents(samples, "unguided", 0, 4))
+    assert not torch.allclose(guided, plain, atol=1e-3)
+    assert not torch.allclose(guided, latents(samples, "w2p5_t0p25-0p75_s0p5", 0, 4), atol=1e-4)
+
+
+def test_half_precision_is_near(inputs, drawn, tmp_path):
+    other = Samples(draw(inputs, tmp_path, settings=SETTINGS, precision="bfloat16"))
+    assert latents(other, "guided").dtype == torch.float32
+    assert not torch.equal(latents(other, "guided"), latents(drawn, "guided"))
+    torch.testing.assert_close(latents(other, "guided"), latents(drawn, "guided"), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"guided": {"guide": "generator"}}}, r"guided\.guide is `generator`: .* by --guide FOLDER"),
+        ({"sweep": {"base": "guide", "scales": [1.0], "intervals": [[0.0, 1.0]], "shifts": [1.0]}}, "none of settings"),
+        ({"sweep": {"base": "guided", "scales": [1.0], "intervals": [[1.0, 0.0]], "shifts": [1.0]}}, "start < end"),
+        ({"settings": {"guided": {"guidance_channels": 9}}}, "guidance_channels is 9, the latents have 8"),
+    ],
+)
+def test_mistakes_are_told(inputs, tmp_path, changes, message):
+    with pytest.raises((ConfigError, ValueError), match=message):
+        draw(inputs, tmp_path, **changes)
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_guide_that_nothing_asks_for(inputs, tmp_path):
+    with pytest.raises(ConfigError, match="no setting has `guide: generator`"):
+        draw(inputs, tmp_path, guide=inputs / "generator")
+
+
+def test_the_baseline_keeps_its_name():
+    values = tiny_params()["generate"]
+    values["settings"] = {NOISE: values["settings"]["guided"]}
+    with pytest.raises(ConfigError, match="'noise' is the name of the baseline"):
+        Generate.parse(values, where="test")
+
+
+def test_a_generator_of_other_latents(inputs, tmp_path):
+    other = LightningDiT.from_pretrained(inputs / "generator")
+    other.encoder = "another"
+    other.save_pretrained(tmp_path / "generator")
+    (tmp_path / "latents").symlink_to(inputs / "latents")
+    with pytest.raises(ArtefactError, match=r"holds the latents of another encoder than that of .*generator"):
+        draw(tmp_path, tmp_path / "out")
+
+
+def test_a_folder_that_is_not_whole(drawn, tmp_path):
+    import shutil
+
+    shutil.copytree(drawn.folder, tmp_path / "samples")
+    values = read_json(drawn.folder / "config.json")
+    write_json(tmp_path / "samples/config.json", values | {"samples": COUNT - 1})
+    with pytest.raises(
+        ArtefactError, match=r"24 samples of guided, config\.json says 23; run the stage generate again"
+    ):
+        Samples(tmp_path / "samples").of("guided")
+    write_json(tmp_path / "samples/config.json", values | {"format_version": 1})
+    with pytest.raises(ArtefactError, match="samples of format 1, this code reads 2"):
+        Samples(tmp_path / "samples")
+    with pytest.raises(ArtefactError, match="latent space of another encoder"):
+        drawn.require_encoder("another", tmp_path)
