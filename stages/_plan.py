@@ -1,112 +1,156 @@
-"""`python -m stages.pretrain --plan`: what a run takes, before anything is bought or allocated.
+"""`python -m stages.<stage> --plan`: what a run takes, before anything is bought or allocated.
 
-Parameters and FLOPs come from shapes. Activation memory is counted by running one sample through the real modules
-with tensors that have shapes and no contents, and adding up what autograd would keep.
+What the plans of all stages share: options, what the parameters tell of inputs that do not exist yet, memory, and rows on
+the terminal. Parameters and FLOPs come from shapes. Activation memory is counted by running one sample through the real
+modules with tensors that have shapes and no contents, and adding up what autograd would keep.
 """
 
 import argparse
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vtp.models.heads import DinoHead
-from vtp.models.tokenizer import VisualTokenizer
-from vtp.objectives.cost import items, paper_flops, pretrain_cost
-from vtp.training.fit import plan
+from vtp.config import ConfigError, load, read_yaml, split_address
 
 if TYPE_CHECKING:
-    from stages.pretrain import Pretrain
+    from vtp.models.tokenizer import TokenizerConfig
 
 FLOAT = 4  # bytes
 GIGA = 1e9
+PEAKS = {"bfloat16": 9.89e14, "float32": 6.7e13}  # FLOP/s of an H100, dense, float32 without TF32
+IMAGENET = {"images": 1_281_167, "validation_images": 50_000, "classes": 1000}
 
 
-def print_plan(config: "Pretrain", arguments: list[str]) -> None:
-    """Print parameters, FLOPs, memory, time and disk of the run that `config` describes."""
-    options = _options(arguments)
-    with torch.device("meta"):
-        model = VisualTokenizer(config.architecture)
-        heads = _heads(config)
-    active = config.active
-    blocks = active.reconstruction // options.gpus
-    if active.reconstruction % options.gpus:
-        raise ValueError(f"{active.reconstruction} blocks (batch.reconstruction) do not split over {options.gpus} GPUs")
-    cost = pretrain_cost(config.architecture, config.data, config.objective, active)
-    length = plan(config.training.length, samples=active.pool, flops=cost.flops)
+class Split(NamedTuple):
+    """Sizes of a split."""
 
-    _title("parameters")
-    counts = {name: _count(part) for name, part in model.named_children()}
-    for name, count in (counts | {"ssl heads": _count(heads)}).items():
-        _row(name, f"{count / 1e6:,.1f} M")
-    autoencoder = counts["trunk"] + counts["pixel_decoder"]
-    _row("encoder and decoder", f"{autoencoder / 1e6:,.1f} M")
-    _row("their FLOPs as in table 1", f"{paper_flops(autoencoder) / GIGA:,.1f} G (2 x parameters x 256 tokens)")
-
-    _title(f"FLOPs of a step: {active.clip:,} clip, {active.ssl:,} ssl, {active.reconstruction:,} reconstruction")
-    for item in items(config.architecture, config.data, config.objective, active):
-        _row(item.name, f"{item.forward:.3e} forward, {item.training:.3e} training ({item.training / cost.flops:.1%})")
-    _row("per sample", f"{cost.flops / active.pool / GIGA:,.1f} G training")
-    _row("run", f"{length.flops:.3e} in {length.steps:,} steps, {length.samples:,} samples seen")
-
-    _title(f"memory per GPU, {options.gpus} GPUs")
-    trained = _count(model) + _count(heads)
-    teacher = counts["trunk"] + _count(heads) if active.ssl else 0
-    split = options.gpus if options.fsdp else 1
-    static = {"weights": trained, "gradients": trained, "optimiser": 2 * trained, "teacher": teacher}
-    for name, count in static.items():
-        _row(name, f"{count * FLOAT / split / GIGA:,.2f} GB")
-    micros = max(1, -(-active.pool // options.gpus // (options.micro_batch or active.pool)))
-    per_objective = activations(config, model)
-    share = blocks / micros / active.reconstruction  # of the global batch, in one pass
-    peak = 0.0
-    for name, count in {name: count for name, count in active._asdict().items() if count}.items():
-        size = count * share * per_objective[name]
-        peak = max(peak, size)
-        _row(f"activations, {name}", f"{size / GIGA:,.2f} GB for {count * share:,.0f} images in one pass")
-    _row("largest sum", f"{(sum(static.values()) * FLOAT / split + peak) / GIGA:,.2f} GB without workspace")
-    if micros > 1:
-        _row("micro-batches", f"{micros} per step and GPU; clip and ssl features are computed twice")
-
-    _title("time and disk")
-    seconds = length.flops / (options.peak * options.utilisation * options.gpus)
-    _row("GPU hours", f"{seconds * options.gpus / 3600:,.0f} at {options.utilisation:.0%} of {options.peak:.3g} FLOP/s")
-    _row("wall clock", f"{seconds / 3600:,.1f} h, {seconds / length.steps:.2f} s a step")
-    _row("images per second", f"{length.samples / seconds:,.0f} from storage")
-    checkpoint = (3 * trained + teacher) * FLOAT / GIGA
-    _row("checkpoint", f"{checkpoint:,.1f} GB, and {options.checkpoints_kept} are kept")
-    _row("training state, tokenizer", f"{checkpoint:,.1f} GB, {_count(model) * FLOAT / GIGA:,.1f} GB")
+    samples: int
+    labelled: int  # of which have a class
 
 
-def activations(config: "Pretrain", model: VisualTokenizer) -> dict[str, float]:
-    """Bytes that autograd keeps per sample of each objective, without recomputing."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+class Inputs(NamedTuple):
+    """What a stage behind pre-training reads, as far as a plan needs it."""
 
-    views = config.data.ssl_views
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model.to_empty(device="cpu")
+    tokenizer: "TokenizerConfig"
+    splits: Mapping[str, Split]
+    classes: int
 
-        def clip(count: int) -> list[Tensor]:
-            assert config.architecture.text is not None
-            tokens = torch.zeros(count, config.architecture.text.context_length, dtype=torch.int64)
-            return [model.encode_image(_images(count, config.data.clip_view.size)), model.encode_text(tokens)]
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(d, h, w)."""
+        return self.tokenizer.vision.feature_bottleneck, self.tokenizer.grid_size, self.tokenizer.grid_size
 
-        def ssl(count: int) -> list[Tensor]:
-            seen = model.trunk(_images(2 * count, views.global_size))
-            return [*seen, *model.trunk(_images(views.local_views * count, views.local_size))]
+    @property
+    def latent_numbers(self) -> int:
+        """Numbers of a latent."""
+        channels, height, width = self.latent_shape
+        return channels * height * width
 
-        def reconstruction(count: int) -> list[Tensor]:
-            return [model.decode(model.encode(_images(count, config.tokenizer.image_size)))]
+    @property
+    def encoder_flops(self) -> float:
+        """Of the latents of one image."""
+        from vtp.objectives.cost import encoder_flops
 
-        passes: dict[str, Callable[[int], list[Tensor]]] = {"reconstruction": reconstruction}
-        if config.active.clip:
-            passes["clip"] = clip
-        if config.active.ssl and views.local_views:
-            passes["ssl"] = ssl
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bfloat16"):
-            # The difference of two counts leaves out what does not grow with the batch, such as cast weights.
-            return {name: (_kept(forward, 4) - _kept(forward, 2)) / 2 for name, forward in passes.items()}
+        return encoder_flops(self.tokenizer.vision, self.tokenizer.image_size, bottleneck=True)
+
+    @property
+    def decoder_flops(self) -> float:
+        """Of one image."""
+        from vtp.objectives.cost import decoder_flops
+
+        return decoder_flops(self.tokenizer.decoder, self.tokenizer.vision, self.tokenizer.image_size)
+
+    def split(self, name: str) -> Split:
+        """Raises ConfigError for a split whose size nothing tells."""
+        if name not in self.splits:
+            raise ConfigError(f"a plan knows the sizes of {', '.join(self.splits)}, and not of the split {name!r}")
+        return self.splits[name]
+
+
+def options_for(stage: str) -> argparse.ArgumentParser:
+    """Options of all plans."""
+    parser = argparse.ArgumentParser(f"python -m stages.{stage} --plan", description="What a run would take.")
+    default = f"params.yaml:{stage}"
+    parser.add_argument("address", metavar="FILE:SECTION", nargs="?", default=default, help=f"default: {default}")
+    parser.add_argument("--gpus", type=int, default=1, help="devices in all")
+    peaks = ", ".join(f"{peak:g} in {precision}" for precision, peak in PEAKS.items())
+    parser.add_argument("--peak", type=float, help=f"FLOP/s of a device; an H100, dense: {peaks}")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached")
+    return parser
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Those of stages that train."""
+    parser.add_argument("--micro-batch", type=int, help="most samples of a GPU in one pass")
+    parser.add_argument("--fsdp", action="store_true", help="weights and moments sharded over the GPUs")
+    parser.add_argument("--checkpoints-kept", type=int, default=2)
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Those of stages behind pre-training; what is not given comes from the sections of the same file."""
+    parser.add_argument("--tokenizer", metavar="FILE:SECTION", help="parameters of pretrain; default: FILE:pretrain")
+    parser.add_argument("--images", type=int, help="labelled training images; default: prepare_data's, or ImageNet's")
+    parser.add_argument("--validation-images", type=int, help="those of validation, likewise")
+    parser.add_argument("--classes", type=int, help="likewise")
+
+
+def inputs_of(options: argparse.Namespace) -> Inputs:
+    """Tokenizer, images and classes that the options and the parameter file tell of. Raises ConfigError."""
+    from stages.prepare_data import PrepareData
+    from stages.pretrain import Pretrain
+    from vtp.data.compose import EmbeddedConfig
+
+    file, _ = split_address(options.address)
+    sections = read_yaml(file)
+    if options.tokenizer is None and "pretrain" not in sections:
+        raise ConfigError(
+            f"{file}: no section 'pretrain', whose tokenizer a plan takes; name one by --tokenizer FILE:SECTION, such as "
+            "pipelines/vtp/params.L.yaml:pretrain"
+        )
+    tokenizer = load(options.tokenizer or f"{file}:pretrain", Pretrain).architecture
+    train, validation = (Split(IMAGENET[name], IMAGENET[name]) for name in ("images", "validation_images"))
+    classes = IMAGENET["classes"]
+    if "prepare_data" in sections:
+        source = load(f"{file}:prepare_data", PrepareData).source
+        if isinstance(source, EmbeddedConfig):
+            train, validation = (
+                Split(count, round(count * (1 - source.scene_fraction)))  # scenes have no class
+                for count in (source.train_samples, source.validation_samples)
+            )
+            classes = source.classes
+    if options.images is not None:
+        train = Split(options.images, options.images)
+    if options.validation_images is not None:
+        validation = Split(options.validation_images, options.validation_images)
+    return Inputs(tokenizer, {"train": train, "validation": validation}, options.classes or classes)
+
+
+def beside(options: argparse.Namespace, section: str) -> str:
+    """The address of another section of the same file."""
+    return f"{split_address(options.address)[0]}:{section}"
+
+
+def share_of(options: argparse.Namespace, count: int, *, named: str) -> tuple[int, int]:
+    """Samples of a GPU in one pass, and passes per step. Raises ConfigError where they do not split."""
+    if count % options.gpus:
+        raise ConfigError(f"{count} samples ({named}) do not split over {options.gpus} GPUs")
+    own = count // options.gpus
+    passes = -(-own // (options.micro_batch or own))
+    return -(-own // passes), passes
+
+
+def growth(forward: Callable[[int], list[Tensor]]) -> float:
+    """Bytes per sample that autograd keeps, without recomputing, under the FakeTensorMode of the caller."""
+    # The difference of two counts leaves out what does not grow with the batch, such as cast weights.
+    return (_kept(forward, 4) - _kept(forward, 2)) / 2
+
+
+def half(precision: str) -> AbstractContextManager[object]:
+    """The autocast that a training run has."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def _kept(forward: Callable[[int], list[Tensor]], count: int) -> int:
@@ -123,37 +167,31 @@ def _kept(forward: Callable[[int], list[Tensor]], count: int) -> int:
     return sum(sizes.values())
 
 
-def _images(count: int, size: int) -> Tensor:
-    return torch.empty(count, 3, size, size)
-
-
-def _heads(config: "Pretrain") -> nn.Module:
-    heads = nn.ModuleList()
-    if config.active.ssl:
-        ssl = config.objective.ssl
-        width = ssl.width(config.tokenizer.vision)
-        heads.extend(DinoHead(width, head) for head in (ssl.head, ssl.patch_head) if head is not None)
-    return heads
-
-
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m stages.pretrain --plan", description=print_plan.__doc__)
-    parser.add_argument("--gpus", type=int, default=1, help="devices in all")
-    parser.add_argument("--micro-batch", type=int, help="most images of a GPU in one pass")
-    parser.add_argument("--fsdp", action="store_true", help="weights and moments sharded over the GPUs")
-    parser.add_argument("--peak", type=float, default=9.89e14, help="FLOP/s of a device; an H100, bfloat16, dense")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that training reaches")
-    parser.add_argument("--checkpoints-kept", type=int, default=2)
-    return parser.parse_args(arguments)
-
-
-def _count(module: nn.Module) -> int:
+def count_of(module: nn.Module) -> int:
+    """Parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _title(text: str) -> None:
+def title(text: str) -> None:
+    """Of some rows."""
     print(f"\n{text}")
 
 
-def _row(name: str, value: str) -> None:
+def row(name: str, value: str) -> None:
+    """One figure."""
     print(f"  {name:36}{value}")
+
+
+def print_time(options: argparse.Namespace, flops: float, *, precision: str) -> float:
+    """GPU hours and the time on the wall, whose seconds are returned."""
+    peak = options.peak or PEAKS[precision]
+    seconds = flops / (peak * options.utilisation * options.gpus)
+    hours = seconds * options.gpus / 3600
+    row("GPU hours", f"{rounded(hours)} at {options.utilisation:.0%} of {peak:.3g} FLOP/s")
+    row("wall clock", f"{rounded(seconds / 3600)} h on {options.gpus} GPUs")
+    return seconds
+
+
+def rounded(value: float) -> str:
+    """Three digits, all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

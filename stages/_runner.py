@@ -45,18 +45,18 @@ class StageError(Exception):
     """The stage cannot start; the message says why and what to do."""
 
 
-def main(run: Callable[..., None], *, distributed: bool = False, plan: Callable[..., None] | None = None) -> None:
+def main(
+    run: Callable[..., None], *, distributed: bool = False, plan: Callable[[list[str]], None] | None = None
+) -> None:
     """Run a stage from the command line, and exit with its status.
 
-    A `distributed` stage runs on every device that there is. `plan` answers `--plan` instead of a run: it takes the
-    parameters and the rest of the command line.
+    A `distributed` stage runs on every device that there is. `plan` answers `--plan` instead of a run: it takes the rest
+    of the command line, and reads other sections of the parameter file than the stage's own.
     """
     arguments = sys.argv[1:]
     try:
         if plan is not None and "--plan" in arguments:
-            address = next((a for a in arguments if ":" in a and not a.startswith("-")), "")
-            address = address or f"params.yaml:{stage_name(run)}"
-            plan(load(address, config_class(run)), [a for a in arguments if a not in ("--plan", address)])
+            plan([argument for argument in arguments if argument != "--plan"])
             status = 0
         else:
             status = _run(run, arguments, distributed=distributed)

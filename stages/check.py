@@ -1,7 +1,8 @@
 """Validate all parameters before any stage works, and digest the code of every stage.
 
 Every other stage depends on the constant file that this one writes last, so a typo anywhere in `params.yaml` stops
-`dvc repro` within seconds and leaves every artefact in place. `--schema` prints the JSON schema of `params.yaml`.
+`dvc repro` within seconds and leaves every artefact in place. `--schema` prints the JSON schema of `params.yaml`;
+`--preset` writes presets into it (`stages._presets`).
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from stages._closure import code_digest
+from stages._presets import apply_presets
 from stages._runner import BAD_PARAMETERS, config_class
 from vtp.artefact import whole_file, whole_folder
 from vtp.config import Config, ConfigError, read_yaml, split_address
@@ -81,17 +83,26 @@ def disagreements(configs: dict[str, Any]) -> list[str]:
     if understanding and pretrain and (side := understanding.probes.size) % pretrain.tokenizer.vision.patch_size:
         patch = pretrain.tokenizer.vision.patch_size
         found.append(f"evaluate_understanding.probes.size: {side} is no multiple of {patch}, the encoder's patch_size")
-    if reference and pretrain and reference.image_size != (side := pretrain.tokenizer.image_size):
+    generate, judged = configs.get("generate"), configs.get("evaluate_generator")
+    if generate and judged and max(judged.counts) > generate.samples:
+        found.append(f"evaluate_generator.counts: {max(judged.counts)}, generate.samples is {generate.samples}")
+    return found + (_of_reference(configs, reference) if reference else [])
+
+
+def _of_reference(configs: dict[str, Any], reference: Any) -> list[str]:  # noqa: ANN401 - records by name
+    """What is wrong between the statistics of real images and who reads them."""
+    found, pretrain = [], configs.get("pretrain")
+    if pretrain and reference.image_size != (side := pretrain.tokenizer.image_size):
         found.append(f"reference.image_size: {reference.image_size}, pretrain.tokenizer.image_size is {side}")
     imported = configs.get("import_tokenizer")
     side = imported and getattr(imported.source, "image_size", None)  # VTP's own stands in its folder
-    if reference and side and reference.image_size != side:
+    if side and reference.image_size != side:
         found.append(f"reference.image_size: {reference.image_size}, import_tokenizer.source.image_size is {side}")
     for name in ("evaluate_reconstruction", "evaluate_generator"):
-        if reference and (reads := configs.get(name)) and reads.split not in reference.splits:
+        if (reads := configs.get(name)) and reads.split not in reference.splits:
             splits = ", ".join(reference.splits)
             found.append(f"{name}.split: {reads.split!r} is none of reference.splits, which has {splits}")
-    if reference and (generator := configs.get("evaluate_generator")) and generator.split in reference.splits:
+    if (generator := configs.get("evaluate_generator")) and generator.split in reference.splits:
         kept = reference.splits[generator.split].kept
         if kept < generator.compared:
             found.append(
@@ -126,8 +137,15 @@ def main() -> None:
     parser.add_argument("--valid", type=Path, help="written when all is well")
     parser.add_argument("--code", type=Path, help="folder for one code digest per stage")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of the parameters and exit")
+    parser.add_argument(
+        "--preset", type=Path, nargs="+", help="write presets into the parameters, print changes and exit"
+    )
     arguments = parser.parse_args()
-    sections = [use for use in uses(arguments.params.parent / "dvc.yaml") if use.file == arguments.params]
+    stages = uses(arguments.params.parent / "dvc.yaml")
+    sections = [use for use in stages if use.file == arguments.params]
+    if arguments.preset:
+        # Those of any file that can take the place of the one in dvc.yaml.
+        sys.exit(_apply(arguments.params, arguments.preset, stages))
     if arguments.schema:
         json.dump(schema(sections), sys.stdout, indent=2)
         sys.stdout.write("\n")
@@ -137,13 +155,28 @@ def main() -> None:
     except ConfigError as error:
         found = [str(error)]
     if found:
-        sys.stderr.write("".join(f"error: {problem}\n" for message in found for problem in message.splitlines()))
+        _complain(found)
         sys.exit(BAD_PARAMETERS)
     with whole_folder(arguments.code) as temporary:
         for use in sections:
             (temporary / f"{use.module}.txt").write_text(code_digest(f"stages.{use.module}") + "\n")
     with whole_file(arguments.valid) as temporary:
         temporary.write_text("valid\n")
+
+
+def _apply(params: Path, presets: list[Path], sections: list[Use]) -> int:
+    """Write presets into a parameter file; the exit status."""
+    try:
+        changes = apply_presets(params, presets, check=lambda path: problems(path, sections))
+    except ConfigError as error:
+        _complain([str(error)])
+        return BAD_PARAMETERS
+    sys.stdout.write("".join(f"{change}\n" for change in changes) or f"{params} has these values already\n")
+    return 0
+
+
+def _complain(found: list[str]) -> None:
+    sys.stderr.write("".join(f"error: {problem}\n" for message in found for problem in message.splitlines()))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def test_the_recipe_is_valid(tmp_path):
         ({"generate": {"samples": 0}}, "generate.samples: Input should be greater than or equal to 1 (given: 0)"),
         ({"train_generator": {"optim": {"lr": -1.0}}}, "train_generator.optim.lr: Input should be greater than 0"),
         ({"pretrain": {"data": {"batch": {"ssl": 99}}}}, "ssl 99 is not a multiple of reconstruction 2"),
-        ({"generate": {"guided": {"guidance_interval": [0.9, 0.1]}}}, "start < end"),
+        ({"generate": {"settings": {"guided": {"guidance_interval": [0.9, 0.1]}}}}, "start < end"),
+        ({"generate": {"samples": 23}}, "evaluate_generator.counts: 24, generate.samples is 23"),
         ({"reference": {"features": {"name": "dino"}}}, "known are random_vgg16, inception, dinov2, clip"),
         ({"pretrain": {"tokenizer": {"image_size": 32}}}, "image_size"),
         (
