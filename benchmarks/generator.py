@@ -1,0 +1,249 @@
+"""Images per second of training a generator, against a plain loop that follows LightningDiT's, in one run.
+
+    python -m benchmarks.generator                                   # the reference recipe
+    VTP_COMPILE=1 python -m benchmarks.generator                     # the same, compiled
+    python -m benchmarks.generator --size XL --batch 128             # on a GPU, the share of one of eight; B alike
+
+`ours` is the step as `fit` runs it: LatentBatches through its loader, the objective, the update, the averages, as the
+environment says (VTP_COMPILE, VTP_RECOMPUTE, VTP_MICRO_BATCH, VTP_WORKERS). `plain` is benchmarks/_reference_generator.py:
+one `safe_open` per sample, nothing fused, the average in a Python loop, `.item()` at every step. Where ours is compiled
+there is a third row, the plain loop with its blocks compiled, as the reference has it on GPUs. All have the same
+architecture, latents, batch, precision (bfloat16 on a GPU, float32 on a CPU) and number of workers.
+
+Rounds alternate, so that a busy machine slows all alike; medians are compared. A round begins with a new loader, and its
+clock with the first batch; memory is the largest of a first round of each.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks._reference_generator import (
+    Caches,
+    PlainTraining,
+    ReferenceLatents,
+    endless,
+    reference_precision,
+    write_caches,
+)
+from stages._place import place
+from stages._runtime import Runtime, Work
+from stages.train_generator import GeneratorConfig, TrainGenerator
+from vtp.config import load
+from vtp.data.batches import LatentBatch, LatentBatches, Share, count_micros
+from vtp.data.latents import LatentDataset
+from vtp.data.loader import micro_batches
+from vtp.models.lightningdit import SIZES, LightningDiT
+from vtp.objectives.generation import GenerationObjective
+from vtp.step import Moment
+from vtp.training.fit import in_precision
+from vtp.training.optim import build_optimizer
+from vtp.training.throughput import memory_bytes, peak_flops
+from vtp.training.update import Update
+
+RUN = 100_000  # steps, for the schedules
+OWN_SHAPE, PAPER_SHAPE = (16, 8, 8), (64, 16, 16)
+OWN_CLASSES, PAPER_CLASSES = 32, 1000
+
+Round = Callable[[int], float]  # seconds of so many steps
+
+
+class Bench(NamedTuple):
+    """What all kinds of step have in common."""
+
+    config: TrainGenerator
+    caches: Caches
+    work: Work
+    precision: str
+
+    def model(self) -> LightningDiT:
+        """The generator with its first weights."""
+        torch.manual_seed(0)
+        data = LatentDataset(self.caches.ours)
+        return LightningDiT(self.config.model.architecture(data.shape, len(data.classes)))
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _options()
+    runtime = Runtime.of(os.environ)
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        bench = prepare(options, Work(Path(temporary) / "folder", Path.cwd(), runtime))
+        rounds = {"ours": ours(bench)}
+        if not options.only_ours:
+            rounds["plain"] = plain(bench, compiled=False)
+        if not options.only_ours and is_compiled(bench.work):
+            rounds["plain, blocks compiled"] = plain(bench, compiled=True)
+        memory = {name: _first(run, options.warmup, bench.work.device) for name, run in rounds.items()}
+        times: dict[str, list[float]] = {name: [] for name in rounds}
+        for _ in range(options.rounds):
+            for name, run in rounds.items():
+                times[name].append(run(options.steps) / options.steps)
+        _print(bench, {name: statistics.median(values) for name, values in times.items()}, memory)
+        if options.profile:
+            _profile(rounds["ours"])
+
+
+def prepare(options: argparse.Namespace, work: Work) -> Bench:
+    """The section with what the command changes, and random latents of the size's shape."""
+    config = load(options.address, TrainGenerator)
+    model, batch = config.model.model_dump(mode="json"), options.batch or config.batch_size
+    if options.size != "own":
+        model["size"] = {"name": options.size}
+    config = config.model_copy(
+        update={"model": GeneratorConfig.parse(model, where=f"--size {options.size}"), "batch_size": batch}
+    )
+    shape, classes = (OWN_SHAPE, OWN_CLASSES) if options.size == "own" else (PAPER_SHAPE, PAPER_CLASSES)
+    precision = "bfloat16" if work.device == "cuda" else "float32"
+    caches = write_caches(
+        work.folder / "latents", shape, count=options.latents, classes=classes, dtype=precision, files=8
+    )
+    return Bench(config, caches, work, precision)
+
+
+def is_compiled(work: Work) -> bool:
+    """As stages/_place.py decides."""
+    wanted = work.runtime.compile
+    return work.device == "cuda" if wanted is None else wanted
+
+
+def ours(bench: Bench) -> Round:
+    """Our step, as `fit` runs it."""
+    config, work = bench.config, bench.work
+    objective = GenerationObjective(bench.model(), config.objective)
+    place(objective, work)
+    optimizer = build_optimizer(objective.phases()["model"], config.optim)
+    update = Update("model", optimizer, config.optim, objective.watched())
+    largest = work.runtime.micro_batch or config.batch_size
+    share = Share(0, 1, count_micros(config.batch_size, 1, largest))
+    batches = LatentBatches(LatentDataset(bench.caches.ours), batch_size=config.batch_size, seed=0, share=share)
+    numbers = count()
+
+    def step(micros: list[LatentBatch]) -> None:
+        moment = Moment(next(numbers), RUN, watched=False)
+        terms = in_precision(objective.terms("model", micros, moment), work.device, bench.precision)
+        assert update.apply(terms, moment, wishes=(False, False)).finite
+        objective.after_step(moment)
+
+    def run(steps: int) -> float:
+        stream = micro_batches(batches, range((steps + 1) * share.micros), work)
+        grouped = ([next(stream) for _ in range(share.micros)] for _ in range(steps + 1))
+        seconds = _clocked(grouped, step, steps, work.device)
+        stream.close()
+        return seconds
+
+    return run
+
+
+def plain(bench: Bench, *, compiled: bool) -> Round:
+    """The reference's loop."""
+    config, work = bench.config, bench.work
+    model = bench.model().to(work.device)
+    training = PlainTraining(model, config, device=work.device, precision=bench.precision)
+    if compiled:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    latents = ReferenceLatents(bench.caches.reference)
+    latents.statistics = LatentDataset(bench.caches.ours).statistics
+
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        training(*batch)
+
+    def run(steps: int) -> float:
+        loader = DataLoader(
+            latents,
+            config.batch_size,
+            shuffle=True,
+            num_workers=work.workers,
+            drop_last=True,
+            pin_memory=work.device != "cpu",
+        )
+        with reference_precision():
+            return _clocked(endless(loader), step, steps, work.device)
+
+    return run
+
+
+def _clocked(batches: Iterator, step: Callable, steps: int, device: str) -> float:
+    """Seconds of the steps after the first, with the reading of their batches."""
+    step(next(batches))
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step(next(batches))
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _first(run: Round, steps: int, device: str) -> int:
+    """Bytes at the peak of a round that is not timed."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run(steps)
+    return memory_bytes(device)
+
+
+def _print(bench: Bench, seconds: dict[str, float], memory: dict[str, int]) -> None:
+    work, batch, model = bench.work, bench.config.batch_size, bench.model()
+    batches = LatentBatches(LatentDataset(bench.caches.ours), batch_size=batch, seed=0, share=Share(0, 1, batch))
+    cost = GenerationObjective(model, bench.config.objective).step_cost(batches[0], batch_size=batch)
+    device = torch.cuda.get_device_name() if work.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    peak = work.peak_flops or peak_flops(work.device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{device}, {work.workers} workers, torch {torch.__version__}, {bench.precision}", end=", ")
+    print("compiled" if is_compiled(work) else "not compiled")
+    print(
+        f"{parameters / 1e6:.1f} M parameters, latents {model.config.in_channels} x {model.config.input_size}², "
+        f"batch {batch}, {cost.flops / 1e9:,.1f} GFLOP a step"
+    )
+    for name, value in seconds.items():
+        line = f"{name:24}{value * 1e3:9.1f} ms {batch / value:9.1f} images/s {cost.flops / value / 1e12:8.3f} TFLOP/s"
+        line += f", {cost.flops / value / peak:.1%} of peak" if peak else ""
+        line += f", {memory[name] / 1e9:.2f} GB" if work.device == "cuda" else ""  # a process has one peak
+        print(line if name == "ours" else f"{line}   ours is {value / seconds['ours']:.2f}x")
+
+
+def _profile(run: Round) -> None:
+    """Where a step of ours spends its time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if torch.cuda.is_available() else [ProfilerActivity.CPU]
+    with profile(activities=kinds) as profiler:
+        run(3)
+    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.generator", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("address", nargs="?", default="params.yaml:train_generator", metavar="FILE:SECTION")
+    parser.add_argument("--size", default="own", choices=("own", *SIZES), help="own: the section's, on small latents")
+    parser.add_argument("--batch", type=int, help="latents of a step; the section's, if not given")
+    parser.add_argument("--latents", type=int, default=4096, help="images of the cache; 0.2 MB each for a named size")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before the clock")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="per round and kind")
+    parser.add_argument("--only-ours", action="store_true", help="skip the reference")
+    parser.add_argument("--profile", action="store_true", help="print where our step spends its time")
+    parser.add_argument("--folder", type=Path, help="for temporary files")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
