@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from stages._pictures import curves
+from stages._published import HEAD, TABLE_2, own_row
 from stages._runner import Input, Output, Work, main
 from vtp.artefact import read_json
 from vtp.config import Config
@@ -41,6 +42,7 @@ class Section(NamedTuple):
     heading: str
     metrics: dict[str, Any]  # nested; numbers, and texts that say what they were measured with
     pictures: Sequence[Path]
+    rows: Sequence[Sequence[str | float | None]] = ()  # of a table, the head first
 
 
 def run(  # noqa: PLR0913 - one flag per file that the page shows
@@ -54,6 +56,7 @@ def run(  # noqa: PLR0913 - one flag per file that the page shows
     decoder_looks: Input,
     train_generator: Input,
     generator_curves: Input,
+    generator_looks: Input,
     reconstruction: Input,
     reconstructions: Input,
     diagnostics: Input,
@@ -67,17 +70,26 @@ def run(  # noqa: PLR0913 - one flag per file that the page shows
     tables = {"pretrain": pretrain_curves, "decoder": decoder_curves, "generator": generator_curves}
     report.mkdir()
     curves({name: _columns(path) for name, path in tables.items()}, report / "curves.png")
-    reconstructed = read_json(reconstruction)
+    reconstructed, understood = read_json(reconstruction), read_json(understanding)
     of_latents = {"latents": reconstructed.pop("latents")}
+    trained, generated = read_json(train_generator), read_json(generation)
+    decoders = next(iter(reconstructed["reconstruction"].values()))  # by name; the last is that of the samples
+    own = own_row(
+        reconstruction=list(decoders.values())[-1],
+        understanding=understood["understanding"],
+        generator=trained["train_generator"],
+        generation=generated["generation"],
+    )
     sections = [
         Section("Pre-training", read_json(pretrain), [looks]),
-        Section("Understanding", read_json(understanding), []),
+        Section("Understanding", understood, []),
         Section("Decoder tuning", read_json(tune_decoder), [decoder_looks]),
         Section("Reconstruction", reconstructed, [reconstructions / f"{name}.png" for name in RECONSTRUCTIONS]),
         Section("Latents", of_latents, [diagnostics / "latents.png"]),
         Section("Speed", read_json(speed), []),
-        Section("Training of the generator", read_json(train_generator), []),
-        Section("Generation", read_json(generation), sorted(samples.glob("*.png"))),
+        Section("Training of the generator", trained, [generator_looks]),
+        Section("Generation", generated, sorted(samples.glob("*.png"))),
+        Section("Beside the paper's table 2 (ImageNet 256 x 256, Inception, 50k)", {}, [], [HEAD, own, *TABLE_2]),
         Section("Curves", {}, [report / "curves.png"]),
     ]
     everything = {name: values for section in sections for name, values in section.metrics.items()}
@@ -118,6 +130,7 @@ def _page(title: str, sections: Sequence[Section]) -> str:
     body = "".join(
         f"<h2>{html.escape(section.heading)}</h2>"
         + "".join(_tables(values, name) for name, values in section.metrics.items())
+        + _rows(section.rows)
         + "".join(map(_figure, section.pictures))
         for section in sections
     )
@@ -145,6 +158,15 @@ def _table(name: str, columns: dict[str, dict[str, Any]]) -> str:
         for row in rows
     )
     return f"<table><tr>{head}{body}</table>"
+
+
+def _rows(rows: Sequence[Sequence[str | float | None]]) -> str:
+    """A table as it is given, its head first."""
+    if not rows:
+        return ""
+    head, *body = [["-" if value is None else html.escape(_number(value)) for value in row] for row in rows]
+    lines = "".join("<tr><td>" + "<td>".join(row) for row in body)
+    return f"<table><tr><th>{'<th>'.join(head)}{lines}</table>"
 
 
 def _cell(column: dict[str, Any], row: str) -> str:

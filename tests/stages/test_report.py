@@ -5,8 +5,10 @@ import torch
 from PIL import Image
 
 from stages._pictures import Panel, grid, panels
+from stages._published import HEAD, TABLE_2, own_row
 from stages.report import Section, _page, flatten
 
+FIGURES = [("gfid", 2.6), ("is", 197.0), ("precision", 0.79), ("recall", 0.62)]
 METRICS = {
     "device": "cpu",
     "plain": 3,
@@ -48,3 +50,26 @@ def test_panels_are_the_same_bytes_again(tmp_path):
     for name in ("first", "second"):
         panels(drawn, tmp_path / f"{name}.png")
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+
+
+def test_a_run_has_a_row_in_the_papers_table():
+    """Its best settings, of most samples; the baseline is none; what was not measured stays empty."""
+    generation = {
+        "unguided": {
+            f"{n}_inception_{count}_unguided_random": value for count in ("10k", "50k") for n, value in FIGURES
+        },
+        "weak": {"gfid_inception_50k_cfg1p2_random": 2.0, "is_inception_50k_cfg1p2_random": 250.0},
+        "strong": {"gfid_inception_50k_cfg4_random": 9.0},
+        "noise": {"gfid_inception_50k_noise_random": 0.1},
+    }
+    generation["unguided"]["gfid_inception_10k_unguided_random"] = 1.0
+    row = own_row(
+        reconstruction={"psnr": 30.0, "rfid_inception_50k": 0.4},
+        understanding={"zero_shot_top1_squash": 0.75},
+        generator={"parameters": 675_000_000, "epochs": 80.0},
+        generation=generation,
+    )
+    name, *cells = row
+    assert name == "this run (inception, 50k samples); unguided; guided: weak"
+    assert cells == [0.4, 75.0, None, "675M", 80.0, 2.6, 197.0, 0.79, 0.62, 2.0, 250.0, None, None]
+    assert all(len(line) == len(HEAD) for line in (row, *TABLE_2))
