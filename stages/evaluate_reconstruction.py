@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages._comparison import Comparison, write_diagnostics
+from stages._plan_evaluation import plan_reconstruction
 from stages._runner import Input, OptionalInput, Output, Work, main
 from vtp.artefact import write_json
 from vtp.config import Config
@@ -170,4 +171,4 @@ def _noise_curves(comparison: Comparison, config: NoiseConfig, std: Tensor, work
 
 
 if __name__ == "__main__":
-    main(run, distributed=True)
+    main(run, distributed=True, plan=plan_reconstruction)

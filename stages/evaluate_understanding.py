@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stages._extraction import Extraction, Labelled, Views
+from stages._plan_evaluation import plan_understanding
 from stages._probing import ProbesConfig, Probing, Row, Tables
 from stages._runner import Input, Output, Work, main
 from vtp.artefact import ArtefactError, write_json
@@ -131,4 +132,4 @@ def _write(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(run, distributed=True)
+    main(run, distributed=True, plan=plan_understanding)

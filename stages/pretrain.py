@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from stages._adversary import AdversaryConfig, build_adversary
 from stages._place import place
-from stages._plan import print_plan
+from stages._plan_pretrain import plan_pretraining
 from stages._runner import Inputs, OptionalInput, Output, Work, main
 from stages._watch import Looks, Milestones, WatchConfig
 from vtp.artefact import write_json
@@ -165,4 +165,4 @@ def build_batches(config: Pretrain, stream: Stream, share: Share, *, colour_late
 
 
 if __name__ == "__main__":
-    main(run, distributed=True, plan=print_plan)
+    main(run, distributed=True, plan=plan_pretraining)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from stages._plan_evaluation import plan_reference
 from stages._runner import Input, Output, Work, main
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config
@@ -97,4 +98,4 @@ def _grow(
 
 
 if __name__ == "__main__":
-    main(run, distributed=True)
+    main(run, distributed=True, plan=plan_reference)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stages._adversary import AdversaryConfig, build_adversary
 from stages._place import place
+from stages._plan_decoder import plan_tuning
 from stages._runner import Input, OptionalInput, Output, Work, main
 from stages._tuning import DecoderLooks, DecoderWatchConfig
 from vtp.artefact import write_json
@@ -121,4 +122,4 @@ def channel_std(model: Tokenizer, images: ShardDataset, samples: int, batch_size
 
 
 if __name__ == "__main__":
-    main(run, distributed=True)
+    main(run, distributed=True, plan=plan_tuning)

@@ -82,15 +82,17 @@ class Clone:
 
 
 class Study:
-    """A folder of pipelines/ in a clone, at tiny size."""
+    """A folder of pipelines/ in a clone, at tiny size; sections `without` are small by `changes` alone."""
 
-    def __init__(self, clone: Clone, name: str, **changes) -> None:
+    def __init__(self, clone: Clone, name: str, *, without=(), **changes) -> None:
         self.clone = clone
         self.name = name
         self.folder = clone.folder / "pipelines" / name
         values = read_yaml(self.folder / "params.yaml")
         small = {
-            section: change for section, change in SMALL.items() if section in values and section != "prepare_data"
+            section: change
+            for section, change in SMALL.items()
+            if section in values and section not in ("prepare_data", *without)
         }
         self.values = merged(merged(values, small), changes)
         write_params(self.values, self.folder / "params.yaml")

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from clone import WEIGHTS, Clone, kill, ran
+from clone import WEIGHTS, Clone, Study, kill, ran
 from ruamel.yaml import YAML
 from tiny import wait_for, write_params
 
@@ -70,7 +70,7 @@ def test_a_comment_runs_nothing_but_check(clone, finished):
 
 
 def test_sampling_parameters_rerun_sampling(clone, finished):
-    clone.write({"generate": {"guided": {"guidance_scale": 3.0}}})
+    clone.write({"generate": {"settings": {"guided": {"guidance_scale": 3.0}}}})
     again = ran(clone.repro())
     # Where equal bytes come out, as a generator this small may give, DVC stops early.
     assert again[:2] == ["check", "generate"]
@@ -86,6 +86,25 @@ def test_decoder_parameters_leave_latents_and_generator(clone, finished):
     assert set(again[2:]) == {"evaluate_reconstruction", "evaluate_generator", "report"}
     clone.write({})
     clone.repro()
+
+
+def test_guidance_is_swept_without_training(clone, finished):
+    """The study of pipelines/guidance draws from the generator that is there."""
+    sweep = {"base": "guided", "scales": [1.0, 2.0], "intervals": [[0.0, 1.0]], "shifts": [0.5]}
+    small = {"samples": 24, "batch_size": 12, "sweep": sweep, "settings": {"guided": {"steps": 2}}}
+    study = Study(clone, "guidance", without=["generate"], generate=small, generate_auto=small)
+    assert {name.rpartition(":")[2] for name in ran(study.dvc("repro"))} == {
+        "check",
+        "generate",
+        "generate_auto",
+        "evaluate_generator@samples",
+        "evaluate_generator@auto",
+    }
+    figures = study.json("metrics/auto.json")["generation"]
+    assert set(figures) == {"guided", "w1_t0-1_s0p5", "w2_t0-1_s0p5", "noise"}
+    assert "gfid_random-vgg16_24_auto2_balanced" in figures["w2_t0-1_s0p5"]
+    assert (study.folder / "plots/samples/guidance.png").exists()
+    assert clone.weights("train_generator") == finished["train_generator"]
 
 
 def test_autoencoder_experiment(clone, finished):
@@ -123,7 +142,7 @@ def test_autoencoder_experiment(clone, finished):
             0,
             "prepare_data.samples_per_shard: Input should be greater than or equal to 1",
         ),
-        ("cache_latents", "dtype", "float8", "Input should be 'float32' or 'bfloat16' (given: 'float8')"),
+        ("cache_latents", "dtype", "float8", "Input should be 'float32', 'bfloat16' or 'float16' (given: 'float8')"),
     ],
 )
 def test_typos_stop_everything_and_lose_nothing(clone, finished, section, key, value, said):

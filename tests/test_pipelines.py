@@ -9,7 +9,6 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from stages._plan import print_plan
 from stages._runner import path_flags, stage_name
 from stages.check import problems, schema, uses
 from stages.pretrain import Pretrain
@@ -120,7 +119,8 @@ def test_the_official_study_prints_the_authors_figures():
         "Base": [0.732, 0.81, 0.74, 3.88],
         "Large": [0.782, 0.857, 0.36, 2.81],
     }
-    names = ["zero_shot_top1_squash", "linear_probe_multi_best_on_val", "rfid_inception_50k", "gfid_inception_50k"]
+    names = ["zero_shot_top1_squash", "linear_probe_multi_best_on_val", "rfid_inception_50k"]
+    names.append("gfid_inception_50k_unguided_balanced")
     for figures in paper["summary"]["published"].values():
         assert list(figures) == paper["summary"]["metrics"]
         assert [name.rpartition(".")[2] for name in figures] == names
@@ -166,18 +166,6 @@ def test_reference_sets_are_the_papers(name, parameters, flops):
     assert config.active == (16384, 4096, 2048)
     assert config.training.length.samples == 1.1e9
     assert config.objective.weights.model_dump() == {"reconstruction": 0.1, "clip": 1.0, "ssl": 1.0}
-
-
-def test_plan_of_vtp_l(capsys):
-    """The plan of a run on 256 devices; its cost is what a count by another route gave (1,049 GFLOP a sample)."""
-    config = load(f"{ROOT}/pipelines/vtp/params.L.yaml:pretrain", Pretrain)
-    print_plan(config, ["--gpus", "256", "--micro-batch", "64"])
-    said = capsys.readouterr().out
-    per_sample = float(said.split("per sample")[1].split()[0].replace(",", ""))
-    assert per_sample == pytest.approx(1049, rel=0.02)
-    assert "activations, clip" in said
-    with pytest.raises(ValueError, match="do not split over 3 GPUs"):
-        print_plan(config, ["--gpus", "3"])
 
 
 def test_schema_is_current():

@@ -45,13 +45,25 @@ SMALL: dict[str, Any] = {
         "training": {"length": {"name": "samples", "samples": 48}, "log_every": 2},
         "watch": {"looks": 2, "samples": 6, "pictures": 3, "batch_size": 4},
     },
-    "cache_latents": {"batch_size": 16, "shard_size": 20},
+    "cache_latents": {"batch_size": 16, "shard_size": 20, "flips": True, "statistics": {"images": 40}},
     "train_generator": {
         "batch_size": 8,
-        "model": {"hidden_size": 16, "depth": 1, "num_heads": 2},
+        "model": {"size": {"name": "own", "hidden_size": 16, "depth": 1, "num_heads": 2}},
         "training": {"length": {"name": "samples", "samples": 96}, "log_every": 2},
+        "watch": {
+            "looks": 2,
+            "validation": 10,
+            "pictures": 3,
+            "sampler": {"steps": 2},
+            "batch_size": 8,
+        },
     },
-    "generate": {"samples": 24, "batch_size": 10, "unguided": {"steps": 2}, "guided": {"steps": 2}},
+    "generate": {
+        "samples": 24,
+        "batch_size": 10,
+        "shard_size": 20,
+        "settings": {"unguided": {"steps": 2}, "guided": {"steps": 2}},
+    },
     "evaluate_understanding": {
         "batch_size": 16,
         "train_samples": 40,
@@ -69,6 +81,7 @@ SMALL: dict[str, Any] = {
         "speed": {"warmup": 0, "batches": 1},
     },
     "evaluate_generator": {
+        "counts": [24],
         "batch_size": 20,
         "kernel": {"subsets": 3, "subset_size": 20},
         "pictures_per_class": 2,
@@ -79,7 +92,10 @@ SMALL: dict[str, Any] = {
 
 def tiny_params(params: Path = ROOT / "params.yaml") -> dict[str, Any]:
     """All sections of `params` at tiny size."""
-    return merged(deepcopy(_sections(params)), SMALL)
+    values = merged(deepcopy(_sections(params)), SMALL)
+    if values["train_generator"]["watch"]["fid"]:  # only where the stage is given a reference
+        values["train_generator"]["watch"]["fid"] = {"samples": 12}
+    return values
 
 
 @lru_cache
