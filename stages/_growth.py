@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from stages._album import Album
 from stages._pictures import grid
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config
@@ -79,13 +80,12 @@ class GeneratorLooks:
         self._tokenizer = tokenizer
         self._config = config
         self._seed = seed
-        self._folder = folder
+        self._album = Album(folder, config.looks)
         self._device = device
         self._reference = reference
 
     def due(self, moment: Moment) -> bool:
-        done, looks = moment.step + 1, self._config.looks
-        return done * looks // moment.steps > moment.step * looks // moment.steps
+        return self._album.due(moment)
 
     @torch.no_grad()
     def look(self, moment: Moment) -> Logs:
@@ -95,7 +95,7 @@ class GeneratorLooks:
         if self._config.pictures:
             pixels = gather_rows(torch.cat([part.cpu() for part in self._draw(self._config.pictures)]))
             if ranks().first:
-                save_tensors(self._folder / f"step-{moment.step + 1:09d}.safetensors", {"images": pixels})
+                self._album.keep(moment, pixels)
         if self._config.fid is not None and self._reference is not None:
             extractor, real = self._reference
             count = self._config.fid.samples
@@ -108,10 +108,8 @@ class GeneratorLooks:
 
     def picture(self, path: Path, *, steps: int) -> None:
         """The same noise at every look, as one PNG."""
-        moments = [Moment(step, steps, watched=False) for step in range(steps)]
-        done = [moment.step + 1 for moment in moments if self.due(moment)]
-        rows = [load_tensors(self._folder / f"step-{step:09d}.safetensors")["images"] for step in done]
-        grid(rows, [f"step {step}" for step in done], path, title="samples of the same noise along the run")
+        rows = self._album.rows(steps)
+        grid(list(rows.values()), list(rows), path, title="samples of the same noise along the run")
 
     def _validation_loss(self) -> float:
         """Mean squared error of the velocity, at times that are evenly spaced over the samples."""

@@ -184,12 +184,17 @@ def row(name: str, value: str) -> None:
 
 def print_time(options: argparse.Namespace, flops: float, *, precision: str) -> float:
     """GPU hours and the time on the wall, whose seconds are returned."""
-    peak = options.peak or PEAKS[precision]
+    peak = peak_of(options, precision)
     seconds = flops / (peak * options.utilisation * options.gpus)
     hours = seconds * options.gpus / 3600
     row("GPU hours", f"{rounded(hours)} at {options.utilisation:.0%} of {peak:.3g} FLOP/s")
     row("wall clock", f"{rounded(seconds / 3600)} h on {options.gpus} GPUs")
     return seconds
+
+
+def peak_of(options: argparse.Namespace, precision: str) -> float:
+    """FLOP/s of a device."""
+    return options.peak or PEAKS[precision]
 
 
 def rounded(value: float) -> str:

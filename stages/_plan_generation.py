@@ -1,6 +1,5 @@
 """The plans of caching latents, of training a generator on them, and of sampling."""
 
-import argparse
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -139,7 +138,7 @@ def plan_sampling(arguments: list[str]) -> None:
             continue
         of_sample = sum(asked) * forward
         flops += of_sample * config.samples
-        hours = of_sample * config.samples / (_peak(options, config.precision) * options.utilisation * 3600)
+        hours = of_sample * config.samples / (_plan.peak_of(options, config.precision) * options.utilisation * 3600)
         weak = f" and {asked.weak} of its guide" if asked.weak else ""
         row(name, f"{asked.own} evaluations{weak}, {rounded(of_sample / 1e12)} T a sample, {rounded(hours)} GPU hours")
     if any(sampler.guide == "generator" and sampler.guidance_scale != 1 for sampler in config.all_settings.values()):
@@ -197,7 +196,3 @@ def _print_looks(config: "TrainGenerator", inputs: Inputs, forward: float) -> No
 
 def _bytes_of(dtype: str) -> int:
     return getattr(torch, dtype).itemsize
-
-
-def _peak(options: argparse.Namespace, precision: str) -> float:
-    return options.peak or _plan.PEAKS[precision]

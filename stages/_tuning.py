@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from stages._album import Album
 from stages._pictures import UNINFORMED, grid
-from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
 from vtp.distributed import gather_rows, own_rows, ranks
@@ -47,31 +47,26 @@ class DecoderLooks:
         self._images = images
         self._config = config
         self._perceptual = perceptual
-        self._folder = folder
+        self._album = Album(folder, config.looks)
         self._device = device
         self._shown = images.images(range(min(config.pictures, len(images))), tokenizer.image_size)
         self._before = self._figures(tokenizer.pixel_decoder)
         self._first = self._render(tokenizer.pixel_decoder)
 
     def due(self, moment: Moment) -> bool:
-        done, looks = moment.step + 1, self._config.looks
-        return done * looks // moment.steps > moment.step * looks // moment.steps
+        return self._album.due(moment)
 
     @torch.no_grad()
     def look(self, moment: Moment) -> Logs:
         if ranks().first:
-            pixels = self._render(self._average)
-            save_tensors(self._folder / f"step-{moment.step + 1:09d}.safetensors", {"images": pixels})
+            self._album.keep(moment, self._render(self._average))
         before = {f"{name}{UNINFORMED}": value for name, value in self._before.items()}
         return self._figures(self._average) | before
 
     def picture(self, path: Path, *, steps: int) -> None:
         """Originals over the decoder as it came and the averaged one at every look, as one PNG."""
-        moments = [Moment(step, steps, watched=False) for step in range(steps)]
-        done = [moment.step + 1 for moment in moments if self.due(moment)]
-        rows = [load_tensors(self._folder / f"step-{step:09d}.safetensors")["images"] for step in done]
-        names = ["original", "before", *(f"step {step}" for step in done)]
-        grid([self._shown, self._first, *rows], names, path, title="reconstructions while the decoder is tuned")
+        rows = {"original": self._shown, "before": self._first, **self._album.rows(steps)}
+        grid(list(rows.values()), list(rows), path, title="reconstructions while the decoder is tuned")
 
     @torch.no_grad()
     def _render(self, decoder: nn.Module) -> Tensor:

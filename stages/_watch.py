@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stages._album import Album
 from stages._pictures import grid
-from vtp.artefact import load_tensors, save_tensors, write_json
+from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
 from vtp.distributed import ranks
@@ -56,7 +57,7 @@ class Looks:
     ) -> None:
         self._objective = objective
         self._config = config
-        self._folder = folder
+        self._album = Album(folder, config.looks)
         self._device = device
         side = objective.tokenizer.config.image_size
         self._images = validation.images(range(min(config.pictures, len(validation))), side)
@@ -68,8 +69,7 @@ class Looks:
             )
 
     def due(self, moment: Moment) -> bool:
-        done, looks = moment.step + 1, self._config.looks
-        return done * looks // moment.steps > moment.step * looks // moment.steps
+        return self._album.due(moment)
 
     @torch.no_grad()
     def look(self, moment: Moment) -> Logs:
@@ -77,17 +77,13 @@ class Looks:
             tokenizer = self._objective.tokenizer
             pixels = to_uint8(tokenizer.decode(tokenizer.encode(normalise(self._images.to(self._device)))))
             if ranks().first:
-                save_tensors(self._folder / f"step-{moment.step + 1:09d}.safetensors", {"images": pixels.cpu()})
+                self._album.keep(moment, pixels.cpu())
         return self._knn() if self._probe is not None else {}
 
     def picture(self, path: Path, *, steps: int) -> None:
         """Originals over the reconstructions of every look, as one PNG."""
-        looks = [
-            Moment(step, steps, watched=False) for step in range(steps) if self.due(Moment(step, steps, watched=False))
-        ]
-        rows = [load_tensors(self._folder / f"step-{m.step + 1:09d}.safetensors")["images"] for m in looks]
-        names = [f"step {moment.step + 1}" for moment in looks]
-        grid([self._images, *rows], ["original", *names], path, title="reconstructions along the run")
+        rows = {"original": self._images, **self._album.rows(steps)}
+        grid(list(rows.values()), list(rows), path, title="reconstructions along the run")
 
     def _knn(self) -> dict[str, float]:
         assert self._probe is not None

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from stages._plan_generation import plan_caching
 from stages._runner import Input, Output, Work, main
+from stages._shared_files import SharedFiles, row_count
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset, Singles
-from vtp.data.latents import LatentShard, finish_cache, missing_shards, plan_shards, write_shard
-from vtp.distributed import gather_objects, ranks
+from vtp.data.latents import LatentShard, finish_cache, plan_shards, write_shard
+from vtp.distributed import ranks
 from vtp.layers.images import normalise
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
@@ -51,15 +52,13 @@ def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Outpu
     model = load_tokenizer(tokenizer).to(work.device)
     splits = {name: _Split.of(ShardDataset(shards, name, cache=work.cache)) for name in SPLITS}
     files = plan_shards({name: len(split.singles.rows) for name, split in splits.items()}, config.shard_size)
-    folder = work.folder / "latents"
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = gather_objects(list(missing_shards(folder, files)))[0]  # as the first rank finds them
-    own, done = missing[ranks().rank :: ranks().size], _images(files) - _images(missing)
+    shared = SharedFiles(work.folder / "latents", files)
+    total = shared.done + row_count(shared.own)
     with (
-        work.progress(total=done + _images(own), description="encoding", unit="image", done=done) as bar,
-        _Writer(folder, splits) as writer,
+        work.progress(total=total, description="encoding", unit="image", done=shared.done) as bar,
+        _Writer(shared.folder, splits) as writer,
     ):
-        for shard, parts in _by_file(_batches(own, splits, model.image_size, config.batch_size), work):
+        for shard, parts in _by_file(_batches(shared.own, splits, model.image_size, config.batch_size), work):
             encoded = []
             for pictures in parts:
                 encoded.append(_encode(model, pictures.to(work.device), config))
@@ -67,8 +66,7 @@ def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Outpu
             writer.write(shard, {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]})
             if work.stop_seen:
                 break
-    if any(gather_objects(work.stop_seen)) and any(missing_shards(folder, files)):
-        work.stop()
+    shared.end(work)
     if not ranks().first:
         return
     description = {
@@ -77,9 +75,9 @@ def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Outpu
         "image_size": model.image_size,
         "encoder": model.encoder_digest(),
     }
-    finish_cache(folder, files, description, most=config.statistics.images, seed=config.statistics.seed)
-    folder.rename(latents)
-    work.record(samples=_images(files))
+    finish_cache(shared.folder, files, description, most=config.statistics.images, seed=config.statistics.seed)
+    shared.folder.rename(latents)
+    work.record(samples=shared.total)
 
 
 class _Split(NamedTuple):
@@ -179,10 +177,6 @@ class _Writer:
         if self._writing is not None:
             self._writing.result()
             self._writing = None
-
-
-def _images(files: Sequence[LatentShard]) -> int:
-    return sum(len(shard.rows) for shard in files)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from stages._place import compile_units
 from stages._plan_generation import plan_sampling
 from stages._runner import Input, OptionalInput, Output, Work, main
 from stages._samples import FORMAT_VERSION, NOISE, Labels, SamplesArtefact, SettingName, draw_labels, draw_noise
+from stages._shared_files import SharedFiles
 from vtp.artefact import save_tensors
 from vtp.config import Config, ConfigError
-from vtp.data.latents import LatentDataset, missing_shards
-from vtp.distributed import gather_objects, ranks
+from vtp.data.latents import LatentDataset
+from vtp.distributed import ranks
 from vtp.flow import SamplerConfig, sample
 from vtp.flow.sampler import Interval
 from vtp.models.lightningdit import LightningDiT
@@ -78,7 +79,8 @@ def run(
     config: Generate, *, latents: Input, generator: Input, guide: OptionalInput = None, samples: Output, work: Work
 ) -> None:
     data = LatentDataset(latents)
-    drawing = _Drawing.of(config, data, _load(generator, data, work), _guide(config, guide, data, work), work)
+    model, weak = _load(generator, data, work), _guide(config, guide, data, work)
+    drawing = _Drawing(config, config.all_settings, data, model, weak, work.device)
     artefact = SamplesArtefact(
         format_version=FORMAT_VERSION,
         encoder=data.encoder,
@@ -86,30 +88,25 @@ def run(
         samples=config.samples,
         shard_size=config.shard_size,
         labels=config.labels,
-        settings=config.all_settings,
+        settings=drawing.settings,
     )
-    folder, files = work.folder / "samples", artefact.shards
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = gather_objects(list(missing_shards(folder, files)))[0]  # as the first rank finds them
-    total, own = sum(len(shard.rows) for shard in files), missing[ranks().rank :: ranks().size]
-    left = sum(len(shard.rows) for shard in missing)
-    with work.progress(total=total, description="sampling", unit="sample", done=total - left) as bar:
-        for shard in own:
+    shared = SharedFiles(work.folder / "samples", artefact.shards)
+    with work.progress(total=shared.total, description="sampling", unit="sample", done=shared.done) as bar:
+        for shard in shared.own:
             parts = []
             for first in range(shard.rows.start, shard.rows.stop, config.batch_size):
                 rows = range(first, min(first + config.batch_size, shard.rows.stop))
                 parts.append(drawing.draw(shard.split, rows))
                 bar.update(len(rows) * ranks().size)
             labels = draw_labels(config.labels, config.seed, shard.rows, len(data.classes))
-            save_tensors(shard.path(folder), {"latents": torch.cat(parts), "labels": labels})
+            save_tensors(shard.path(shared.folder), {"latents": torch.cat(parts), "labels": labels})
             if work.stop_seen:
                 break
-    if any(gather_objects(work.stop_seen)) and any(missing_shards(folder, files)):
-        work.stop()
+    shared.end(work)
     if ranks().first:
-        artefact.write(folder)
-        folder.rename(samples)
-        work.record(samples=total)
+        artefact.write(shared.folder)
+        shared.folder.rename(samples)
+        work.record(samples=shared.total)
 
 
 class _Drawing(NamedTuple):
@@ -121,12 +118,6 @@ class _Drawing(NamedTuple):
     model: LightningDiT
     guide: LightningDiT | None
     device: str
-
-    @classmethod
-    def of(
-        cls, config: Generate, data: LatentDataset, model: LightningDiT, guide: LightningDiT | None, work: Work
-    ) -> "_Drawing":
-        return cls(config, config.all_settings, data, model, guide, work.device)
 
     def draw(self, setting: str, rows: range) -> Tensor:
         """The latents [n, d, h, w] of these samples, in the tokenizer's own scale, on the CPU."""
