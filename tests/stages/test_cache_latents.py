@@ -1,16 +1,14 @@
 """The cache on tiny shards: one decode, equal latents in any batches, files that resume, and what is told."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from generating import cache, write_inputs
-from tiny import ROOT, tiny_params, write_params
+from launching import on_two_ranks
+from tiny import tiny_params
 
 from stages._runtime import Interrupted
 from vtp import load_tokenizer
@@ -99,23 +97,8 @@ def test_a_stopped_run_goes_on_with_the_files_that_are_missing(inputs, cached, t
 
 def test_ranks_share_the_files(inputs, cached, tmp_path):
     """Two real ones: every image once, equal bytes."""
-    (tmp_path / ".dvc").mkdir()
-    write_params({"cache_latents": tiny_params()["cache_latents"]}, tmp_path / "params.yaml")
-    command = [sys.executable, "-m", "stages.cache_latents", "params.yaml:cache_latents", "--latents", "latents"]
-    command += ["--shards", str(inputs / "shards"), "--tokenizer", str(inputs / "tokenizer")]
-    own = {"VTP_RANKS": "2", "VTP_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": ""}
-    environment = {name: value for name, value in (os.environ | own).items() if value}
-    done = subprocess.run(
-        [*command, "--provenance", "provenance.json"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob(".scratch/cache_latents/*/job.json"))  # ranks were started
+    paths = {"shards": inputs / "shards", "tokenizer": inputs / "tokenizer", "latents": "latents"}
+    on_two_ranks(tmp_path, "cache_latents", tiny_params()["cache_latents"], paths)
     assert json.loads((tmp_path / "provenance.json").read_text())["facts"]["samples"] == 72
     ours, alone = LatentDataset(tmp_path / "latents"), LatentDataset(cached)
     rows = np.arange(len(alone))

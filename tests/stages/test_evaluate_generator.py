@@ -3,16 +3,14 @@
 import csv
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from launching import on_two_ranks
 from PIL import Image
-from tiny import ROOT, merged, tiny_params, write_params, write_shards
+from tiny import merged, tiny_params, write_shards
 
 import stages.evaluate_generator as stage
 import stages.reference
@@ -60,13 +58,7 @@ def work_in(folder):
     return work
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the ranks have."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_reference(root, folder, **changes):
@@ -277,20 +269,9 @@ def test_pictured_samples_are_of_their_class(made, monkeypatch, tmp_path):
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_two_ranks_are_one_process(made, tmp_path, batch_size):
     """Two real ones, by the command line. 31 samples in batches of 64: the first has nothing to do, and writes."""
-    (tmp_path / ".dvc").mkdir()
-    write_params({"evaluate_generator": params_of(batch_size=batch_size)}, tmp_path / "params.yaml")
-    command = [sys.executable, "-m", "stages.evaluate_generator", "params.yaml:evaluate_generator"]
-    for flag in INPUTS:
-        command += [f"--{flag}", str(made / flag)]
-    command += ["--metrics", "metrics.json", "--curves", "curves.csv", "--pictures", "pictures", "--export", "export"]
-    own = {"VTP_RANKS": "2", "VTP_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": ""}
-    environment = {name: value for name, value in (os.environ | own).items() if value}
-    command += ["--provenance", "provenance.json"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob(".scratch/evaluate_generator/*/job.json"))  # ranks were started
+    files = {"metrics": "metrics.json", "curves": "curves.csv", "pictures": "pictures", "export": "export"}
+    paths = {flag: made / flag for flag in INPUTS} | files
+    on_two_ranks(tmp_path, "evaluate_generator", params_of(batch_size=batch_size), paths)
     alone = evaluate(made, tmp_path / "alone", batch_size=batch_size)
     for ours, theirs in zip(rows(tmp_path / "metrics.json"), rows(alone["metrics"]), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)

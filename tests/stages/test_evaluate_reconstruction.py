@@ -3,17 +3,15 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from launching import on_two_ranks
 from PIL import Image
-from tiny import ROOT, merged, tiny_params, write_params, write_shards
+from tiny import merged, tiny_params, write_shards
 from torch import nn
 
 import stages.evaluate_reconstruction as stage
@@ -55,13 +53,7 @@ def work_in(folder):
     return work
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the ranks have, so that bytes can be compared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -130,21 +122,8 @@ def test_any_batch_size(made, outputs, tmp_path, batch_size):
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_two_ranks_are_one_process(made, outputs, tmp_path, batch_size):
     """Two real ones, by the command line. 31 images in batches of 64: one of them has nothing to do."""
-    (tmp_path / ".dvc").mkdir()
-    write_params({"evaluate_reconstruction": params_of(batch_size=batch_size)}, tmp_path / "params.yaml")
-    command = [sys.executable, "-m", "stages.evaluate_reconstruction", "params.yaml:evaluate_reconstruction"]
-    for flag in ("shards", "tokenizer", "decoder", "reference"):
-        command += [f"--{flag}", str(made / flag)]
-    for flag, name in OUTPUTS.items():
-        command += [f"--{flag}", name]
-    own = {"VTP_RANKS": "2", "VTP_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": ""}
-    environment = {name: value for name, value in (os.environ | own).items() if value}
-    command += ["--provenance", "provenance.json"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob(".scratch/evaluate_reconstruction/*/job.json"))  # ranks were started
+    paths = {flag: made / flag for flag in ("shards", "tokenizer", "decoder", "reference")} | OUTPUTS
+    on_two_ranks(tmp_path, "evaluate_reconstruction", params_of(batch_size=batch_size), paths)
     together = {flag: tmp_path / name for flag, name in OUTPUTS.items()}
     same(together, outputs)
     alone = evaluate(made, tmp_path / "alone", batch_size=batch_size)

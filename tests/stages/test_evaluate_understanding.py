@@ -36,13 +36,7 @@ SINGLE = {f"linear_probe_{name}" for name in ("bottleneck", "bottleneck_category
 MULTI = {f"linear_probe_multi{which}" for which in ("", "_category", "_best_on_val", "_category_best_on_val")}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As other processes here have, so that bytes can be compared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

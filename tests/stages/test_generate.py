@@ -1,14 +1,12 @@
 """Sampling: what a sample depends on, files that resume, ranks, guidance by another generator, and what is told."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from generating import NO_FID, cache, draw, train, write_inputs
-from tiny import ROOT, merged, tiny_params, write_params
+from launching import on_two_ranks
+from tiny import merged, tiny_params
 
 from stages._runtime import Interrupted
 from stages._samples import NOISE, Samples, draw_labels, draw_noise
@@ -22,13 +20,7 @@ COUNT = 24
 SETTINGS = {"unguided": {"solver": "heun"}, "guided": {}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the ranks have."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -103,23 +95,9 @@ def test_a_stopped_run_goes_on_with_the_files_that_are_missing(inputs, drawn, tm
 
 def test_ranks_draw_the_same_bytes(inputs, drawn, tmp_path):
     """Two real ones, by the command line."""
-    (tmp_path / ".dvc").mkdir()
-    write_params({"generate": merged(tiny_params()["generate"], {"settings": SETTINGS})}, tmp_path / "params.yaml")
-    command = [sys.executable, "-m", "stages.generate", "params.yaml:generate", "--samples", "samples"]
-    command += ["--latents", str(inputs / "latents"), "--generator", str(inputs / "generator")]
-    own = {"VTP_RANKS": "2", "VTP_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": ""}
-    environment = {name: value for name, value in (os.environ | own).items() if value}
-    done = subprocess.run(
-        [*command, "--provenance", "provenance.json"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob(".scratch/generate/*/job.json"))  # ranks were started
+    params = merged(tiny_params()["generate"], {"settings": SETTINGS})
+    paths = {"latents": inputs / "latents", "generator": inputs / "generator", "samples": "samples"}
+    on_two_ranks(tmp_path, "generate", params, paths)
     assert json.loads((tmp_path / "provenance.json").read_text())["facts"]["samples"] == 3 * COUNT
     assert digest(tmp_path / "samples") == digest(drawn.folder)
 

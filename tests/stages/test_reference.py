@@ -1,15 +1,13 @@
 """The artefact of real images: ranks, batches and interruptions do not matter, it knows its data, mistakes are told."""
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, merged, tiny_params, write_params, write_shards
+from launching import on_two_ranks
+from tiny import merged, tiny_params, write_shards
 
 import stages.reference as stage
 from stages._runtime import Interrupted, Runtime, Work
@@ -108,17 +106,8 @@ def test_equal_runs_write_equal_bytes(shards, reference, tmp_path):
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_two_ranks_are_one_process(shards, tmp_path, batch_size):
     """Two real ones, by the command line. 37 images in batches of 64: one of them has nothing to do."""
-    (tmp_path / ".dvc").mkdir()
-    write_params({"reference": params_of(batch_size=batch_size)}, tmp_path / "params.yaml")
-    command = [sys.executable, "-m", "stages.reference", "params.yaml:reference", "--shards", str(shards)]
-    command += ["--reference", "reference", "--provenance", "provenance.json"]
-    own = {"VTP_RANKS": "2", "VTP_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": ""}
-    environment = {name: value for name, value in (os.environ | own).items() if value}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob(".scratch/reference/*/job.json"))  # ranks were started
+    paths = {"shards": shards, "reference": "reference"}
+    on_two_ranks(tmp_path, "reference", params_of(batch_size=batch_size), paths)
     assert json.loads((tmp_path / "provenance.json").read_text())["facts"] == {"images": 69}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have

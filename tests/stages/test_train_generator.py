@@ -3,15 +3,13 @@
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from generating import NO_FID, cache, train, work_in, write_inputs
-from tiny import ROOT, merged, tiny_params, write_params
+from launching import on_two_ranks
+from tiny import merged, tiny_params
 
 from stages._runtime import Interrupted
 from vtp import LightningDiT
@@ -125,19 +123,11 @@ def test_ranks_train_the_same_generator(inputs, tmp_path, layout):
     reference = ReferenceStatistics.parse(tiny_params()["reference"], where="test")
     measure(reference, shards=inputs / "shards", reference=tmp_path / "reference", work=work_in(tmp_path / "measured"))
     changes = KEPT | {"watch": {"fid": {"samples": 12}}}
-    (tmp_path / ".dvc").mkdir()
-    write_params({"train_generator": merged(tiny_params()["train_generator"], changes)}, tmp_path / "params.yaml")
     files = {"metrics": "metrics.json", "curves": "curves.csv", "picture": "picture.png", "generator": "generator"}
-    paths = {flag: str(inputs / flag) for flag in ("latents", "tokenizer")} | {"reference": "reference"} | files
-    command = [sys.executable, "-m", "stages.train_generator", "params.yaml:train_generator"]
-    command += [word for flag, path in (paths | {"provenance": "p.json"}).items() for word in (f"--{flag}", path)]
-    own = {"VTP_RANKS": "2", "VTP_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": ""}
-    environment = {name: value for name, value in (os.environ | own | LAYOUTS[layout]).items() if value}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    paths = {flag: inputs / flag for flag in ("latents", "tokenizer")} | {"reference": "reference"} | files
+    on_two_ranks(
+        tmp_path, "train_generator", merged(tiny_params()["train_generator"], changes), paths, **LAYOUTS[layout]
     )
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob(".scratch/train_generator/*/job.json"))  # ranks were started
     alone = train(inputs, tmp_path / "alone", changes, reference=tmp_path / "reference")
     for ours, theirs in zip(rows(tmp_path), rows(alone), strict=True):
         assert {name: float(value or 0) for name, value in ours.items()} == pytest.approx(

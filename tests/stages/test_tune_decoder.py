@@ -5,14 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
+from generating import QuietWork
 from tiny import ROOT, merged, tiny_params, write_params, write_shards
 from tuning import FEATURES, tokenizer_of
 
-from stages._runtime import Interrupted, Runtime, Work
+from stages._runtime import Interrupted, Runtime
 from stages.tune_decoder import TuneDecoder, channel_std, run
 from vtp import load_tokenizer
 from vtp.artefact import ArtefactError, load_tensors
@@ -28,27 +28,6 @@ CASES = {
         "view": {"name": "random_crop", "scale_min": 0.5},
     },
 }
-
-
-class QuietWork(Work):
-    """Without bars; asked to stop after so many steps."""
-
-    workers = property(lambda self: 0)
-    stop_after: int | None = None
-    done = 0
-
-    @property
-    def stop_requested(self):
-        return self.stop_after is not None and self.done >= self.stop_after
-
-    def progress(self, total, description, unit, done=0):
-        return nullcontext(self)
-
-    def update(self, count):
-        self.done += count
-
-    def set_postfix_str(self, text):
-        pass
 
 
 @pytest.fixture(scope="module")
