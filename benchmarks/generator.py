@@ -10,16 +10,19 @@ one `safe_open` per sample, nothing fused, the average in a Python loop, `.item(
 there is a third row, the plain loop with its blocks compiled, as the reference has it on GPUs. All have the same
 architecture, latents, batch, precision (bfloat16 on a GPU, float32 on a CPU) and number of workers.
 
-Rounds alternate, so that a busy machine slows all alike; medians are compared. A round begins with a new loader, and its
-clock with the first batch; memory is the largest of a first round of each.
+On a CPU rounds alternate, so that a busy machine slows all alike. On a GPU one kind runs after the other, so that each
+has the memory for itself; a reference that does not fit is left out with a word. Medians are compared. A round begins
+with a new loader, and its clock with the first batch; memory is the largest of a first round of each.
 """
 
 import argparse
+import gc
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -73,25 +76,50 @@ class Bench(NamedTuple):
         return LightningDiT(self.config.model.architecture(data.shape, len(data.classes)))
 
 
+class Measured(NamedTuple):
+    """Of one kind of step."""
+
+    seconds: float
+    memory: int  # bytes
+
+
 def main() -> None:
     """Measure and print."""
     options = _options()
     runtime = Runtime.of(os.environ)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         bench = prepare(options, Work(Path(temporary) / "folder", Path.cwd(), runtime))
-        rounds = {"ours": ours(bench)}
+        kinds = {"ours": partial(ours, bench)}
         if not options.only_ours:
-            rounds["plain"] = plain(bench, compiled=False)
+            kinds["plain"] = partial(plain, bench, compiled=False)
         if not options.only_ours and is_compiled(bench.work):
-            rounds["plain, blocks compiled"] = plain(bench, compiled=True)
-        memory = {name: _first(run, options.warmup, bench.work.device) for name, run in rounds.items()}
-        times: dict[str, list[float]] = {name: [] for name in rounds}
-        for _ in range(options.rounds):
-            for name, run in rounds.items():
-                times[name].append(run(options.steps) / options.steps)
-        _print(bench, {name: statistics.median(values) for name, values in times.items()}, memory)
-        if options.profile:
-            _profile(rounds["ours"])
+            kinds["plain, blocks compiled"] = partial(plain, bench, compiled=True)
+        together = [list(kinds)] if bench.work.device == "cpu" else [[name] for name in kinds]
+        measured: dict[str, Measured] = {}
+        for names in together:
+            try:
+                measured |= measure({name: kinds[name] for name in names}, options, bench.work.device)
+            except torch.OutOfMemoryError:
+                if "ours" in names:
+                    raise
+                print(f"{', '.join(names)}: does not fit the device's memory at this batch; left out", flush=True)
+            if bench.work.device == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+        _print(bench, measured)
+
+
+def measure(kinds: dict[str, Callable[[], Round]], options: argparse.Namespace, device: str) -> dict[str, Measured]:
+    """Rounds of several kinds, in turn."""
+    rounds = {name: build() for name, build in kinds.items()}
+    memory = {name: _first(run, options.warmup, device) for name, run in rounds.items()}
+    times: dict[str, list[float]] = {name: [] for name in rounds}
+    for _ in range(options.rounds):
+        for name, run in rounds.items():
+            times[name].append(run(options.steps) / options.steps)
+    if options.profile and "ours" in rounds:
+        _profile(rounds["ours"])
+    return {name: Measured(statistics.median(values), memory[name]) for name, values in times.items()}
 
 
 def prepare(options: argparse.Namespace, work: Work) -> Bench:
@@ -193,7 +221,7 @@ def _first(run: Round, steps: int, device: str) -> int:
     return memory_bytes(device)
 
 
-def _print(bench: Bench, seconds: dict[str, float], memory: dict[str, int]) -> None:
+def _print(bench: Bench, measured: dict[str, Measured]) -> None:
     work, batch, model = bench.work, bench.config.batch_size, bench.model()
     batches = LatentBatches(LatentDataset(bench.caches.ours), batch_size=batch, seed=0, share=Share(0, 1, batch))
     cost = GenerationObjective(model, bench.config.objective).step_cost(batches[0], batch_size=batch)
@@ -206,11 +234,11 @@ def _print(bench: Bench, seconds: dict[str, float], memory: dict[str, int]) -> N
         f"{parameters / 1e6:.1f} M parameters, latents {model.config.in_channels} x {model.config.input_size}², "
         f"batch {batch}, {cost.flops / 1e9:,.1f} GFLOP a step"
     )
-    for name, value in seconds.items():
+    for name, (value, memory) in measured.items():
         line = f"{name:24}{value * 1e3:9.1f} ms {batch / value:9.1f} images/s {cost.flops / value / 1e12:8.3f} TFLOP/s"
         line += f", {cost.flops / value / peak:.1%} of peak" if peak else ""
-        line += f", {memory[name] / 1e9:.2f} GB" if work.device == "cuda" else ""  # a process has one peak
-        print(line if name == "ours" else f"{line}   ours is {value / seconds['ours']:.2f}x")
+        line += f", {memory / 1e9:.2f} GB" if work.device == "cuda" else ""  # a process has one peak
+        print(line if name == "ours" else f"{line}   ours is {value / measured['ours'].seconds:.2f}x")
 
 
 def _profile(run: Round) -> None:

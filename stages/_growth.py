@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages._album import Album
 from stages._pictures import grid
+from stages._runtime import Work
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config
 from vtp.data.latents import LatentDataset
@@ -71,17 +72,18 @@ class GeneratorLooks:
         config: GeneratorWatchConfig,
         *,
         seed: int,
-        folder: Path,
-        device: str,
+        precision: str,
         reference: FidReference | None,
+        work: Work,
     ) -> None:
         self._model = objective.averages[0]
         self._validation = validation
         self._tokenizer = tokenizer
         self._config = config
         self._seed = seed
-        self._album = Album(folder, config.looks)
-        self._device = device
+        self._album = Album(work.folder / "looks", config.looks)
+        self._device = work.device
+        self._precision = precision
         self._reference = reference
 
     def due(self, moment: Moment) -> bool:
@@ -121,7 +123,9 @@ class GeneratorLooks:
             noise = self._noise("validation", indices)
             t = torch.from_numpy((rows + 0.5) / count).float().to(self._device)
             labels = self._validation.labels[torch.from_numpy(rows)].to(self._device)
-            losses.append(flow_matching_loss(self._model, latents, labels, t=t, noise=noise).mse[:kept].cpu())
+            with self._reduced():
+                loss = flow_matching_loss(self._model, latents, labels, t=t, noise=noise)
+            losses.append(loss.mse[:kept].cpu())
         return float(gather_rows(torch.cat(losses)).double().mean())
 
     def _draw(self, count: int) -> Iterator[Tensor]:
@@ -129,8 +133,14 @@ class GeneratorLooks:
         classes = len(self._validation.classes)
         for indices, kept in _even(count, self._config.batch_size):
             labels = torch.tensor([index % classes for index in indices], device=self._device)
-            drawn = sample(self._model, self._noise("samples", indices), labels, **self._config.sampler.arguments())
+            noise = self._noise("samples", indices)
+            with self._reduced():
+                drawn = sample(self._model, noise, labels, **self._config.sampler.arguments())
             yield to_uint8(self._tokenizer.decode(self._validation.statistics.denormalise(drawn)))[:kept]
+
+    def _reduced(self) -> torch.autocast:
+        """The precision of the training."""
+        return torch.autocast(self._device, torch.bfloat16, enabled=self._precision == "bfloat16")
 
     def _noise(self, purpose: str, indices: Sequence[int]) -> Tensor:
         shape = self._validation.shape

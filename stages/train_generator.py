@@ -78,6 +78,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     *,
     latents: Input,
     tokenizer: Input,
+    decoder: OptionalInput = None,
     reference: OptionalInput = None,
     generator: Output,
     metrics: Output,
@@ -86,7 +87,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     work: Work,
 ) -> None:
     data, validation = (LatentDataset(latents, split) for split in ("train", "validation"))
-    pixels = load_tokenizer(tokenizer).to(work.device)
+    pixels = load_tokenizer(tokenizer, decoder).to(work.device)
     data.require_encoder(pixels.encoder_digest(), str(tokenizer))
     largest = work.runtime.micro_batch or config.batch_size
     share = Share(*ranks(), count_micros(config.batch_size, ranks().size, largest))
@@ -104,9 +105,9 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
         pixels,
         config.watch,
         seed=config.seed,
-        folder=work.folder / "looks",
-        device=work.device,
+        precision=config.training.precision,
         reference=_reference(config, reference, pixels.image_size, work),
+        work=work,
     )
     plan_of_run = Run(length.steps, config.training, {"model": config.optim}, cost, share.micros)
     milestones = GeneratorMilestones(objective, config.watch.milestones, folder=work.folder / "milestones")
