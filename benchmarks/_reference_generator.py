@@ -3,7 +3,7 @@
 Latents are read one by one, each by opening its file; the training loop averages weights parameter by parameter in
 Python, draws its times with scipy on the CPU, and asks for the loss at every step; the sampler computes both branches
 whatever the interval, few samples at a time. The network is ours without compilation: its modules are written plainly,
-one operation after the other, as those of the reference are. (On a GPU the reference compiles its blocks by decorators;
+one operation after the other, as those of the reference are. (On a GPU the reference compiles its layers by decorators;
 benchmarks/generator.py shows that as a row of its own.)
 """
 

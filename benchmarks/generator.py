@@ -7,7 +7,7 @@
 `ours` is the step as `fit` runs it: LatentBatches through its loader, the objective, the update, the averages, as the
 environment says (VTP_COMPILE, VTP_RECOMPUTE, VTP_MICRO_BATCH, VTP_WORKERS). `plain` is benchmarks/_reference_generator.py:
 one `safe_open` per sample, nothing fused, the average in a Python loop, `.item()` at every step. Where ours is compiled
-there is a third row, the plain loop with its blocks compiled, as the reference has it on GPUs. All have the same
+there is a third row, the plain loop with its layers compiled, as the reference has it on GPUs. All have the same
 architecture, latents, batch, precision (bfloat16 on a GPU, float32 on a CPU) and number of workers.
 
 On a CPU rounds alternate, so that a busy machine slows all alike. On a GPU one kind runs after the other, so that each
@@ -93,12 +93,15 @@ def main() -> None:
         if not options.only_ours:
             kinds["plain"] = partial(plain, bench, compiled=False)
         if not options.only_ours and is_compiled(bench.work):
-            kinds["plain, blocks compiled"] = partial(plain, bench, compiled=True)
+            kinds["plain, compiled"] = partial(plain, bench, compiled=True)
         together = [list(kinds)] if bench.work.device == "cpu" else [[name] for name in kinds]
+        flops = _print_head(bench)
         measured: dict[str, Measured] = {}
         for names in together:
             try:
-                measured |= measure({name: kinds[name] for name in names}, options, bench.work.device)
+                found = measure({name: kinds[name] for name in names}, options, bench.work.device)
+                measured |= found
+                _print(found, measured["ours"], bench, flops)
             except torch.OutOfMemoryError:
                 if "ours" in names:
                     raise
@@ -106,7 +109,6 @@ def main() -> None:
             if bench.work.device == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
-        _print(bench, measured)
 
 
 def measure(kinds: dict[str, Callable[[], Round]], options: argparse.Namespace, device: str) -> dict[str, Measured]:
@@ -179,8 +181,8 @@ def plain(bench: Bench, *, compiled: bool) -> Round:
     model = bench.model().to(work.device)
     training = PlainTraining(model, config, device=work.device, precision=bench.precision)
     if compiled:
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        for unit in model.compiled_units:
+            unit.compile(dynamic=False)
     latents = ReferenceLatents(bench.caches.reference)
     latents.statistics = LatentDataset(bench.caches.ours).statistics
 
@@ -221,24 +223,31 @@ def _first(run: Round, steps: int, device: str) -> int:
     return memory_bytes(device)
 
 
-def _print(bench: Bench, measured: dict[str, Measured]) -> None:
+def _print_head(bench: Bench) -> float:
+    """What is measured; returns the FLOPs of a step."""
     work, batch, model = bench.work, bench.config.batch_size, bench.model()
     batches = LatentBatches(LatentDataset(bench.caches.ours), batch_size=batch, seed=0, share=Share(0, 1, batch))
     cost = GenerationObjective(model, bench.config.objective).step_cost(batches[0], batch_size=batch)
     device = torch.cuda.get_device_name() if work.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    peak = work.peak_flops or peak_flops(work.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{device}, {work.workers} workers, torch {torch.__version__}, {bench.precision}", end=", ")
     print("compiled" if is_compiled(work) else "not compiled")
     print(
         f"{parameters / 1e6:.1f} M parameters, latents {model.config.in_channels} x {model.config.input_size}², "
-        f"batch {batch}, {cost.flops / 1e9:,.1f} GFLOP a step"
+        f"batch {batch}, {cost.flops / 1e9:,.1f} GFLOP a step",
+        flush=True,
     )
+    return cost.flops
+
+
+def _print(measured: dict[str, Measured], ours: Measured, bench: Bench, flops: float) -> None:
+    work, batch = bench.work, bench.config.batch_size
+    peak = work.peak_flops or peak_flops(work.device)
     for name, (value, memory) in measured.items():
-        line = f"{name:24}{value * 1e3:9.1f} ms {batch / value:9.1f} images/s {cost.flops / value / 1e12:8.3f} TFLOP/s"
-        line += f", {cost.flops / value / peak:.1%} of peak" if peak else ""
+        line = f"{name:24}{value * 1e3:9.1f} ms {batch / value:9.1f} images/s {flops / value / 1e12:8.3f} TFLOP/s"
+        line += f", {flops / value / peak:.1%} of peak" if peak else ""
         line += f", {memory / 1e9:.2f} GB" if work.device == "cuda" else ""  # a process has one peak
-        print(line if name == "ours" else f"{line}   ours is {value / measured['ours'].seconds:.2f}x")
+        print(line if name == "ours" else f"{line}   ours is {value / ours.seconds:.2f}x", flush=True)
 
 
 def _profile(run: Round) -> None:

@@ -60,8 +60,8 @@ def main() -> None:
         model = _trained(bench.model()).to(work.device).eval()
         if is_compiled(work):
             torch._dynamo.config.recompile_limit = 64  # three shapes, under autocast and not
-            for block in model.blocks:
-                block.compile(dynamic=False)
+            for unit in model.compiled_units:
+                unit.compile(dynamic=False)
         torch.manual_seed(1)
         shape = (model.config.in_channels, model.config.input_size, model.config.input_size)
         labels = torch.arange(options.batch) % model.config.num_classes

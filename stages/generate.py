@@ -148,7 +148,7 @@ def _load(folder: Input, data: LatentDataset, work: Work) -> LightningDiT:
     model = LightningDiT.from_pretrained(folder)
     if model.encoder is not None:
         data.require_encoder(model.encoder, str(folder))
-    compile_units(model.blocks, work)
+    compile_units(model.compiled_units, work)
     return model.to(work.device).eval()
 
 

@@ -15,9 +15,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def normalise(images: Tensor) -> Tensor:
     """Images [..., 3, H, W] in [0, 1], or uint8, to ImageNet-normalised float32."""
-    scaled = images.float() / 255 if images.dtype == torch.uint8 else images
-    mean, std = _statistics(scaled)
-    return (scaled - mean) / std
+    if images.dtype == torch.uint8:
+        scaled = images.float()  # our own copy: worked on in place, for memory is what takes the time
+        mean, std = _statistics(scaled)
+        return scaled.div_(255).sub_(mean).div_(std)
+    mean, std = _statistics(images)
+    return (images - mean) / std
 
 
 def denormalise(images: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ both ways. The forward pass is pure: whoever trains replaces dropped labels by `
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple, Self
@@ -113,6 +113,11 @@ class LightningDiT(nn.Module):
     def null_label(self) -> int:
         """The label that stands for no class."""
         return self.config.num_classes
+
+    @property
+    def compiled_units(self) -> Sequence[nn.Module]:
+        """What torch.compile takes one by one, so that equal blocks are compiled once."""
+        return [*self.blocks, self.final_layer]
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         side = x.shape[-1] // self.config.patch_size

@@ -59,7 +59,7 @@ class GenerationObjective(nn.Module):
     def compiled_units(self) -> Iterator[nn.Module]:
         """What is compiled, one by one."""
         for model in (self.model, *self.averages):
-            yield from model.blocks
+            yield from model.compiled_units
 
     def recompute(self) -> None:
         """Keep no activations inside of blocks; the backward pass computes them again."""
