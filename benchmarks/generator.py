@@ -39,6 +39,7 @@ from benchmarks._reference_generator import (
     reference_precision,
     write_caches,
 )
+from stages._memory import keep_freed_memory
 from stages._place import place
 from stages._runtime import Runtime, Work
 from stages.train_generator import GeneratorConfig, TrainGenerator
@@ -87,6 +88,7 @@ def main() -> None:
     """Measure and print."""
     options = _options()
     runtime = Runtime.of(os.environ)
+    keep_freed_memory(runtime)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         bench = prepare(options, Work(Path(temporary) / "folder", Path.cwd(), runtime))
         kinds = {"ours": partial(ours, bench)}

@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, default_collate
 from benchmarks._pictures import write_pictures
 from benchmarks._reference_generator import ReferenceLatents, reference_precision, write_caches, write_reference_file
 from stages import cache_latents
+from stages._memory import keep_freed_memory
 from stages._runtime import Runtime, Work
 from stages.pretrain import Pretrain
 from vtp.config import load
@@ -69,6 +70,7 @@ def main() -> None:
     """Measure and print."""
     options = _options()
     runtime = Runtime.of(os.environ)
+    keep_freed_memory(runtime)
     workers = max(2, runtime.cores if runtime.workers is None else runtime.workers)
     runtime = runtime.model_copy(update={"workers": workers})
     work = Work(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), runtime)

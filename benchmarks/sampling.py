@@ -33,6 +33,7 @@ from benchmarks._reference_generator import (
     reference_precision,
 )
 from benchmarks.generator import is_compiled, prepare
+from stages._memory import keep_freed_memory
 from stages._runtime import Runtime, Work
 from vtp.flow import sample
 from vtp.layers.flops import forward_flops
@@ -53,9 +54,10 @@ class Start(NamedTuple):
 
 def main() -> None:
     """Measure and print."""
-    options = _options()
+    options, runtime = _options(), Runtime.of(os.environ)
+    keep_freed_memory(runtime)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        work = Work(Path(temporary) / "folder", Path.cwd(), Runtime.of(os.environ))
+        work = Work(Path(temporary) / "folder", Path.cwd(), runtime)
         bench = prepare(options, work)
         model = _trained(bench.model()).to(work.device).eval()
         if is_compiled(work):

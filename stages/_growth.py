@@ -12,11 +12,11 @@ from torch import Tensor
 from stages._album import Album
 from stages._pictures import grid
 from stages._runtime import Work
+from stages._samples import draw_noise
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config
 from vtp.data.latents import LatentDataset
 from vtp.distributed import gather_rows, own_rows, ranks
-from vtp.draws import torch_draws
 from vtp.evaluation.features import FeatureExtractor, count_name
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.flow import SamplerConfig, flow_matching_loss, sample
@@ -143,9 +143,8 @@ class GeneratorLooks:
         return torch.autocast(self._device, torch.bfloat16, enabled=self._precision == "bfloat16")
 
     def _noise(self, purpose: str, indices: Sequence[int]) -> Tensor:
-        shape = self._validation.shape
-        draws = [torch.randn(shape, generator=torch_draws(self._seed, f"looks/{purpose}", i)) for i in indices]
-        return torch.stack(draws).to(self._device)
+        noise = draw_noise(self._seed, indices, self._validation.shape, purpose=f"looks/{purpose}")
+        return noise.to(self._device)
 
 
 def _even(count: int, size: int) -> Iterator[tuple[list[int], int]]:

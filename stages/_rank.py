@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from stages._launch import Job, follow_parent
+from stages._memory import keep_freed_memory
 from stages._runner import config_class
 from stages._runtime import Interrupted, Runtime, Work
 from vtp.artefact import write_json
@@ -24,6 +25,7 @@ def main() -> None:
     logging.basicConfig(filename=path.parent / "run.log", level=logging.INFO, format="%(asctime)s %(message)s")
     job, rank = Job.load(path), int(os.environ["RANK"])
     runtime = Runtime.of(os.environ)
+    keep_freed_memory(runtime)
     try:
         run = import_module(f"stages.{job.stage}").run
         config = config_class(run).parse(job.config, where=f"{path}:config")

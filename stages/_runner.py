@@ -26,6 +26,7 @@ from typing import Annotated, NamedTuple, get_type_hints
 from stages._closure import code_digest
 from stages._digests import Digests
 from stages._launch import Job, run_ranks, several
+from stages._memory import keep_freed_memory
 from stages._runtime import STOP, Interrupted, Runtime, Work
 from stages._scratch import Scratch, prune
 from vtp.artefact import remove, write_json
@@ -102,6 +103,8 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
         else:
             work = Work(scratch.folder, root, runtime)
             body = _Body(run, config, inputs, {name: scratch.output(name, path) for name, path in outputs.items()})
+            if distributed:  # others allocate little at once, or not by torch
+                keep_freed_memory(runtime)
             status = _work(body, work, scratch, several=distributed and several(runtime))
             if status:
                 return status

@@ -6,6 +6,7 @@
 The setting `noise` is where all others begin: Gaussian noise with the latents' own statistics, a baseline.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -112,9 +113,9 @@ class SettingSamples:
         return torch.cat(parts)
 
 
-def draw_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
-    """What sample `index` starts from: a function of (seed, index)."""
-    return torch.randn(shape, generator=torch_draws(seed, "noise", index))
+def draw_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int], *, purpose: str = "noise") -> Tensor:
+    """What these samples start from, [n, d, h, w]; each is a function of (seed, purpose, index)."""
+    return torch.stack([torch.randn(shape, generator=torch_draws(seed, purpose, index)) for index in indices])
 
 
 def draw_labels(mode: Labels, seed: int, rows: range, classes: int) -> Tensor:

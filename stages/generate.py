@@ -121,7 +121,7 @@ class _Drawing(NamedTuple):
 
     def draw(self, setting: str, rows: range) -> Tensor:
         """The latents [n, d, h, w] of these samples, in the tokenizer's own scale, on the CPU."""
-        noise = torch.stack([draw_noise(self.config.seed, index, self.data.shape) for index in rows])
+        noise = draw_noise(self.config.seed, rows, self.data.shape)
         if setting == NOISE:
             return self.data.statistics.denormalise(noise)
         labels = draw_labels(self.config.labels, self.config.seed, rows, len(self.data.classes))

@@ -46,7 +46,7 @@ def latents(samples, setting, first=0, count=COUNT):
 
 def test_settings_differ_and_start_from_the_same_noise(inputs, drawn):
     data = LatentDataset(inputs / "latents")
-    noise = torch.stack([draw_noise(0, index, data.shape) for index in range(COUNT)])
+    noise = draw_noise(0, range(COUNT), data.shape)
     torch.testing.assert_close(latents(drawn, NOISE), data.statistics.denormalise(noise))
     assert not torch.allclose(latents(drawn, "guided"), latents(drawn, "unguided"), atol=1e-3)
     assert drawn.settings == ["unguided", "guided", NOISE]

@@ -12,15 +12,20 @@ from launching import on_two_ranks
 from tiny import merged, tiny_params
 
 from stages._runtime import Interrupted
-from vtp import LightningDiT
+from stages.reference import ReferenceStatistics
+from stages.reference import run as measure
+from vtp import LightningDiT, VisualTokenizer
 from vtp.artefact import ArtefactError, digest, load_tensors
 from vtp.config import ConfigError
 from vtp.data.latents import LatentDataset
 from vtp.draws import torch_draws
 from vtp.flow import flow_matching_loss
+from vtp.models.loading import save_decoder
 
 STEPS = 12
 KEPT = {"objective": {"ema": [0.9, 0.5]}}
+WATCHED = {"watch": {"fid": {"samples": 12}}}
+DISTANCE = "gfid_random-vgg16_12_unguided_balanced"
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +34,14 @@ def inputs(tmp_path_factory):
     write_inputs(root)
     cache(root, root)
     return root
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, inputs):
+    root = tmp_path_factory.mktemp("reference")
+    config = ReferenceStatistics.parse(tiny_params()["reference"], where="test")
+    measure(config, shards=inputs / "shards", reference=root / "reference", work=work_in(root))
+    return root / "reference"
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +93,25 @@ def test_online_distance_needs_its_reference(inputs, tmp_path):
         train(inputs, tmp_path, {"watch": {"fid": {"samples": 4}}})
 
 
+def test_looks_go_through_the_decoder_that_is_given(inputs, reference, tmp_path):
+    """It changes what is seen and measured, and nothing that is trained."""
+    tokenizer = VisualTokenizer.from_pretrained(inputs / "tokenizer")
+    torch.nn.init.ones_([*tokenizer.pixel_decoder.parameters()][-1])
+    save_decoder(tokenizer, tmp_path / "decoder")
+    own = train(inputs, tmp_path / "own", WATCHED, reference=reference)
+    tuned = train(inputs, tmp_path / "tuned", WATCHED, reference=reference, decoder=tmp_path / "decoder")
+    assert digest(own / "generator") == digest(tuned / "generator")
+    assert (own / "picture.png").read_bytes() != (tuned / "picture.png").read_bytes()
+    for before, after in zip(rows(own), rows(tuned), strict=True):
+        assert {name for name in before if before[name] != after[name]} == ({DISTANCE} if before[DISTANCE] else set())
+
+
+def test_a_decoder_of_other_latents(inputs, tmp_path):
+    save_decoder(another_tokenizer(inputs), tmp_path / "decoder")
+    with pytest.raises(ArtefactError, match=r"decoder decodes the latents of another encoder .* tune a decoder for"):
+        train(inputs, tmp_path, NO_FID, decoder=tmp_path / "decoder")
+
+
 def test_one_batch_is_learnt(inputs, tmp_path):
     """From a loss of 2, that of the variance of noise and data, down."""
     changes = {
@@ -115,20 +147,15 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_train_the_same_generator(inputs, tmp_path, layout):
+def test_ranks_train_the_same_generator(inputs, reference, tmp_path, layout):
     """Two real ones, by the command line, with looks and a distance along the run."""
-    from stages.reference import ReferenceStatistics
-    from stages.reference import run as measure
-
-    reference = ReferenceStatistics.parse(tiny_params()["reference"], where="test")
-    measure(reference, shards=inputs / "shards", reference=tmp_path / "reference", work=work_in(tmp_path / "measured"))
-    changes = KEPT | {"watch": {"fid": {"samples": 12}}}
+    changes = KEPT | WATCHED
     files = {"metrics": "metrics.json", "curves": "curves.csv", "picture": "picture.png", "generator": "generator"}
-    paths = {flag: inputs / flag for flag in ("latents", "tokenizer")} | {"reference": "reference"} | files
+    paths = {flag: inputs / flag for flag in ("latents", "tokenizer")} | {"reference": reference} | files
     on_two_ranks(
         tmp_path, "train_generator", merged(tiny_params()["train_generator"], changes), paths, **LAYOUTS[layout]
     )
-    alone = train(inputs, tmp_path / "alone", changes, reference=tmp_path / "reference")
+    alone = train(inputs, tmp_path / "alone", changes, reference=reference)
     for ours, theirs in zip(rows(tmp_path), rows(alone), strict=True):
         assert {name: float(value or 0) for name, value in ours.items()} == pytest.approx(
             {name: float(value or 0) for name, value in theirs.items()}, rel=2e-3
@@ -139,13 +166,15 @@ def test_ranks_train_the_same_generator(inputs, tmp_path, layout):
             assert (found[name] - tensor).abs().max() <= 0.05 * 1e-3 * STEPS, name
 
 
-def test_latents_of_another_encoder(inputs, tmp_path):
-    from vtp import VisualTokenizer
-
+def another_tokenizer(inputs):
     other = VisualTokenizer.from_pretrained(inputs / "tokenizer")
     with torch.no_grad():
         other.trunk.feature_bottleneck.weight.mul_(1.1)
-    other.save_pretrained(tmp_path / "tokenizer")
+    return other
+
+
+def test_latents_of_another_encoder(inputs, tmp_path):
+    another_tokenizer(inputs).save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "latents").symlink_to(inputs / "latents")
     with pytest.raises(ArtefactError, match=r"latents of another encoder than that of .*tokenizer; run cache_latents"):
         train(tmp_path, tmp_path / "training", NO_FID)
