@@ -27,7 +27,7 @@ from vtp.step import Logs, Moment
 
 
 class FidConfig(Config):
-    """A Fréchet distance at every look: unguided samples of the averaged weights against the reference."""
+    """A Fréchet distance at every look: samples of the averaged weights against the reference."""
 
     samples: int = Field(ge=2)
 
@@ -42,7 +42,7 @@ class GeneratorWatchConfig(Config):
     pictures: int = Field(ge=0, description="samples of fixed seeds that are drawn and decoded")
     sampler: SamplerConfig = Field(description="of the pictures and of the Fréchet distance")
     batch_size: int = Field(ge=1, description="of all that is computed here")
-    fid: FidConfig | None = Field(description="null for none; needs --reference")
+    fid: FidConfig | None = Field(description="null for none; needs --reference, and wants a tuned --decoder")
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         description="shares of the run at which the averaged weights are kept, to guide or to compare"
     )

@@ -17,8 +17,6 @@ from stages.train_generator import TrainGenerator
 from stages.train_generator import run as train_generator
 from vtp.models.tokenizer import VisualTokenizer
 
-NO_FID = {"watch": {"fid": None}}
-
 
 class QuietWork(Work):
     """Without bars; asked to stop after so many units of progress."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from generating import NO_FID, cache, draw, train, write_inputs
+from generating import cache, draw, train, write_inputs
 from launching import on_two_ranks
 from tiny import merged, tiny_params
 
@@ -30,7 +30,7 @@ def inputs(tmp_path_factory):
     write_inputs(root)
     cache(root, root)
     longer = {"length": {"name": "samples", "samples": 1600}, "log_every": 20}
-    out = train(root, root / "training", NO_FID | {"optim": {"lr": 1e-2}, "training": longer})
+    out = train(root, root / "training", {"optim": {"lr": 1e-2}, "training": longer})
     (out / "generator").rename(root / "generator")
     return root
 

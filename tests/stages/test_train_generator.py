@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from generating import NO_FID, cache, train, work_in, write_inputs
+from generating import cache, train, work_in, write_inputs
 from launching import on_two_ranks
 from tiny import merged, tiny_params
 
@@ -46,7 +46,7 @@ def reference(tmp_path_factory, inputs):
 
 @pytest.fixture(scope="module")
 def trained(inputs, tmp_path_factory):
-    return train(inputs, tmp_path_factory.mktemp("trained"), NO_FID | KEPT)
+    return train(inputs, tmp_path_factory.mktemp("trained"), KEPT)
 
 
 def rows(out):
@@ -57,8 +57,8 @@ def rows(out):
 @pytest.mark.parametrize("stop_after", [1, 5, 9])
 def test_a_stopped_run_ends_with_the_same_bytes(inputs, trained, tmp_path, stop_after):
     with pytest.raises(Interrupted):
-        train(inputs, tmp_path, NO_FID | KEPT, stop_after=stop_after, name="stopped")
-    out = train(inputs, tmp_path, NO_FID | KEPT)
+        train(inputs, tmp_path, KEPT, stop_after=stop_after, name="stopped")
+    out = train(inputs, tmp_path, KEPT)
     assert digest(out / "generator") == digest(trained / "generator")
     assert (out / "curves.csv").read_bytes() == (trained / "curves.csv").read_bytes()
     assert (out / "picture.png").read_bytes() == (trained / "picture.png").read_bytes()
@@ -109,7 +109,7 @@ def test_looks_go_through_the_decoder_that_is_given(inputs, reference, tmp_path)
 def test_a_decoder_of_other_latents(inputs, tmp_path):
     save_decoder(another_tokenizer(inputs), tmp_path / "decoder")
     with pytest.raises(ArtefactError, match=r"decoder decodes the latents of another encoder .* tune a decoder for"):
-        train(inputs, tmp_path, NO_FID, decoder=tmp_path / "decoder")
+        train(inputs, tmp_path, {}, decoder=tmp_path / "decoder")
 
 
 def test_one_batch_is_learnt(inputs, tmp_path):
@@ -119,7 +119,7 @@ def test_one_batch_is_learnt(inputs, tmp_path):
         "model": {"size": {"name": "own", "hidden_size": 64, "depth": 2, "num_heads": 2}},
         "training": {"length": {"name": "samples", "samples": 48 * 150}, "log_every": 10},
         "optim": {"lr": 3e-3},
-        "watch": {"fid": None, "looks": 1},
+        "watch": {"looks": 1},
     }
     losses = [float(row["mse"]) for row in rows(train(inputs, tmp_path, changes))]
     assert losses[0] > 1.5
@@ -130,7 +130,7 @@ def test_one_batch_is_learnt(inputs, tmp_path):
 def test_late_times_are_uniform(inputs, tmp_path):
     """With all of the run late, logit-normal times make no difference."""
     late, plain, early = (
-        train(inputs, tmp_path / str(number), NO_FID | {"objective": objective})
+        train(inputs, tmp_path / str(number), {"objective": objective})
         for number, objective in enumerate(
             ({"uniform_from": 0.0}, {"times": {"name": "uniform"}}, {"uniform_from": 0.5})
         )
@@ -177,7 +177,7 @@ def test_latents_of_another_encoder(inputs, tmp_path):
     another_tokenizer(inputs).save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "latents").symlink_to(inputs / "latents")
     with pytest.raises(ArtefactError, match=r"latents of another encoder than that of .*tokenizer; run cache_latents"):
-        train(tmp_path, tmp_path / "training", NO_FID)
+        train(tmp_path, tmp_path / "training", {})
 
 
 @pytest.mark.parametrize(
