@@ -25,7 +25,6 @@ from torchvision.transforms import v2
 
 from benchmarks._pictures import stream_of, write_pictures
 from benchmarks.pretrain import _divided, _move, joint
-from stages._memory import keep_freed_memory
 from stages._runtime import Runtime, Work
 from stages.pretrain import Pretrain, build_batches
 from vtp.config import load
@@ -175,9 +174,7 @@ class TorchvisionViews:
 
 
 def _waiting(config: Pretrain, stream: Stream, steps: int) -> None:
-    runtime = Runtime.of(os.environ)
-    keep_freed_memory(runtime)
-    work = Work(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), runtime)
+    work = Work(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), Runtime.of(os.environ))
     torch.set_num_threads(max(1, work.processes))
     batches = build_batches(config, stream, Share(0, 1, 1), colour_later=work.device != "cpu")
     loaded = micro_batches(batches, range(steps + 2), work)

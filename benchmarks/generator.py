@@ -10,20 +10,22 @@ one `safe_open` per sample, nothing fused, the average in a Python loop, `.item(
 there is a third row, the plain loop with its layers compiled, as the reference has it on GPUs. All have the same
 architecture, latents, batch, precision (bfloat16 on a GPU, float32 on a CPU) and number of workers.
 
-On a CPU rounds alternate, so that a busy machine slows all alike. On a GPU one kind runs after the other, so that each
-has the memory for itself; a reference that does not fit is left out with a word. Medians are compared. A round begins
-with a new loader, and its clock with the first batch; memory is the largest of a first round of each.
+Every kind has a process of its own, and ours the memory settings of a stage. On a CPU their rounds alternate, so that a
+busy machine slows all alike. On a GPU one kind runs after the other, so that each has the memory for itself; a reference
+that does not fit is left out with a word. Medians are compared. A round begins with a new loader, and its clock with the
+first batch.
 """
 
 import argparse
-import gc
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import suppress
 from itertools import count
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,49 +83,90 @@ class Measured(NamedTuple):
     """Of one kind of step."""
 
     seconds: float
-    memory: int  # bytes
+    memory: int  # bytes at its peak
+
+
+class Kind:
+    """One kind of step in a process of its own, which does a round when it is told to."""
+
+    def __init__(self, name: str, bench: Bench, options: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(name, bench, options, there))
+        self._process.start()
+        there.close()
+        self._times: list[float] = []
+
+    def round(self, steps: int) -> None:
+        """Raises OutOfMemoryError when it does not fit the device; EOFError when the process died."""
+        self._here.send(steps)
+        answer = self._here.recv()
+        if answer is None:
+            raise torch.OutOfMemoryError
+        seconds, self._memory = answer
+        self._times.append(seconds)
+
+    @property
+    def measured(self) -> Measured:
+        """The median of all rounds but the first, which warmed up."""
+        return Measured(statistics.median(self._times[1:]), self._memory)
+
+    def end(self) -> None:
+        """Let the process end."""
+        self._here.close()
+        self._process.join()
 
 
 def main() -> None:
     """Measure and print."""
     options = _options()
-    runtime = Runtime.of(os.environ)
-    keep_freed_memory(runtime)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        bench = prepare(options, Work(Path(temporary) / "folder", Path.cwd(), runtime))
-        kinds = {"ours": partial(ours, bench)}
+        bench = prepare(options, Work(Path(temporary) / "folder", Path.cwd(), Runtime.of(os.environ)))
+        names = ["ours"]
         if not options.only_ours:
-            kinds["plain"] = partial(plain, bench, compiled=False)
-        if not options.only_ours and is_compiled(bench.work):
-            kinds["plain, compiled"] = partial(plain, bench, compiled=True)
-        together = [list(kinds)] if bench.work.device == "cpu" else [[name] for name in kinds]
+            names += ["plain", "plain, compiled"] if is_compiled(bench.work) else ["plain"]
         flops = _print_head(bench)
         measured: dict[str, Measured] = {}
-        for names in together:
+        for together in [names] if bench.work.device == "cpu" else [[name] for name in names]:
             try:
-                found = measure({name: kinds[name] for name in names}, options, bench.work.device)
+                found = measure(together, bench, options)
                 measured |= found
                 _print(found, measured["ours"], bench, flops)
             except torch.OutOfMemoryError:
-                if "ours" in names:
+                if "ours" in together:
                     raise
-                print(f"{', '.join(names)}: does not fit the device's memory at this batch; left out", flush=True)
-            if bench.work.device == "cuda":
-                gc.collect()
-                torch.cuda.empty_cache()
+                print(f"{', '.join(together)}: does not fit the device's memory at this batch; left out", flush=True)
 
 
-def measure(kinds: dict[str, Callable[[], Round]], options: argparse.Namespace, device: str) -> dict[str, Measured]:
+def measure(names: list[str], bench: Bench, options: argparse.Namespace) -> dict[str, Measured]:
     """Rounds of several kinds, in turn."""
-    rounds = {name: build() for name, build in kinds.items()}
-    memory = {name: _first(run, options.warmup, device) for name, run in rounds.items()}
-    times: dict[str, list[float]] = {name: [] for name in rounds}
-    for _ in range(options.rounds):
-        for name, run in rounds.items():
-            times[name].append(run(options.steps) / options.steps)
-    if options.profile and "ours" in rounds:
-        _profile(rounds["ours"])
-    return {name: Measured(statistics.median(values), memory[name]) for name, values in times.items()}
+    kinds = {name: Kind(name, bench, options) for name in names}
+    try:
+        for steps in (options.warmup, *[options.steps] * options.rounds):
+            for kind in kinds.values():
+                kind.round(steps)
+        return {name: kind.measured for name, kind in kinds.items()}
+    finally:
+        for kind in kinds.values():
+            kind.end()
+
+
+def _serve(name: str, bench: Bench, options: argparse.Namespace, orders: Connection) -> None:
+    """What the process of a kind does: seconds of a step, and its memory, for every round that is asked for."""
+    if name == "ours":
+        keep_freed_memory(bench.work.runtime)
+    with suppress(EOFError):  # no more orders
+        run = ours(bench) if name == "ours" else plain(bench, compiled=name == "plain, compiled")
+        while True:
+            steps = orders.recv()
+            try:
+                seconds = run(steps) / steps
+            except torch.OutOfMemoryError:
+                orders.send(None)
+                return
+            orders.send((seconds, memory_bytes(bench.work.device)))
+    if options.profile and name == "ours":
+        _profile(run)
 
 
 def prepare(options: argparse.Namespace, work: Work) -> Bench:
@@ -217,14 +260,6 @@ def _clocked(batches: Iterator, step: Callable, steps: int, device: str) -> floa
     return time.perf_counter() - start
 
 
-def _first(run: Round, steps: int, device: str) -> int:
-    """Bytes at the peak of a round that is not timed."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    run(steps)
-    return memory_bytes(device)
-
-
 def _print_head(bench: Bench) -> float:
     """What is measured; returns the FLOPs of a step."""
     work, batch, model = bench.work, bench.config.batch_size, bench.model()
@@ -248,7 +283,7 @@ def _print(measured: dict[str, Measured], ours: Measured, bench: Bench, flops: f
     for name, (value, memory) in measured.items():
         line = f"{name:24}{value * 1e3:9.1f} ms {batch / value:9.1f} images/s {flops / value / 1e12:8.3f} TFLOP/s"
         line += f", {flops / value / peak:.1%} of peak" if peak else ""
-        line += f", {memory / 1e9:.2f} GB" if work.device == "cuda" else ""  # a process has one peak
+        line += f", {memory / 1e9:.2f} GB"
         print(line if name == "ours" else f"{line}   ours is {value / ours.seconds:.2f}x", flush=True)
 
 

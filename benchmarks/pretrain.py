@@ -21,7 +21,6 @@ from torch import nn
 
 from benchmarks._pictures import stream_of, write_pictures
 from benchmarks._plain import PlainSsl, adamw, contrast, reconstruct
-from stages._memory import keep_freed_memory
 from stages._runtime import Runtime, Work
 from stages.pretrain import Pretrain, build_batches, build_objective, place
 from vtp.config import load
@@ -44,7 +43,6 @@ def main() -> None:
     options = _options()
     config = _divided(load(options.address, Pretrain), options.divide)
     runtime = Runtime.of(os.environ)
-    keep_freed_memory(runtime)
     work = Work(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), runtime)
     size = config.active.pool // config.active.reconstruction
     largest = max(1, (runtime.micro_batch or config.active.pool) // size)

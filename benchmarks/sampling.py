@@ -10,7 +10,8 @@ interval. The reference computes both branches at every step, in float32 (TF32 o
 compiled, as the environment says (VTP_COMPILE), so is the reference, which has it by decorators.
 
 Weights are random; none is zero, as it is in a new generator. Both start from the same noise at first, and the largest
-deviation is printed: in float32 it is rounding. Rounds alternate; medians are compared. Decoding is no part of it.
+deviation is printed: in float32 it is rounding. Rounds alternate in one process, with the memory settings of a stage;
+medians are compared. Decoding is no part of it.
 """
 
 import argparse
