@@ -155,8 +155,8 @@ def _serve(name: str, bench: Bench, options: argparse.Namespace, orders: Connect
     """What the process of a kind does: seconds of a step, and its memory, for every round that is asked for."""
     if name == "ours":
         keep_freed_memory(bench.work.runtime)
+    run = ours(bench) if name == "ours" else plain(bench, compiled=name == "plain, compiled")
     with suppress(EOFError):  # no more orders
-        run = ours(bench) if name == "ours" else plain(bench, compiled=name == "plain, compiled")
         while True:
             steps = orders.recv()
             try:
