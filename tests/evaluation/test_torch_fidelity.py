@@ -104,7 +104,8 @@ def test_all_metrics_agree(reference, ours):
         "precision": manifold.precision,
         "recall": manifold.recall,
     }
-    assert found == pytest.approx({name: reference[name] for name in found}, rel=1e-4)
+    # Its kernels are in float32, and a kernel distance is what is left of means near 1.
+    assert found == pytest.approx({name: reference[name] for name in found}, rel=1e-4, abs=5e-7)
     assert 0 < found["recall"] < 1
     assert found["frechet_inception_distance"] > 1e-3
 
