@@ -142,7 +142,7 @@ def test_late_times_are_uniform(inputs, tmp_path):
 
 LAYOUTS = {
     "replicated, micro-batches": {"VTP_MICRO_BATCH": "2"},
-    "sharded, recomputed": {"VTP_PARALLEL": "fsdp", "VTP_RECOMPUTE": "true"},
+    "sharded, recomputed, compiled": {"VTP_PARALLEL": "fsdp", "VTP_RECOMPUTE": "true", "VTP_COMPILE": "true"},
 }
 
 
