@@ -80,7 +80,7 @@ class Bench(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of one kind of step."""
+    """Of one kind of step, in a round or over all."""
 
     seconds: float
     memory: int  # bytes at its peak
@@ -95,7 +95,7 @@ class Kind:
         self._process = context.Process(target=_serve, args=(name, bench, options, there))
         self._process.start()
         there.close()
-        self._times: list[float] = []
+        self._rounds: list[Measured] = []
 
     def round(self, steps: int) -> None:
         """Raises OutOfMemoryError when it does not fit the device; EOFError when the process died."""
@@ -103,17 +103,18 @@ class Kind:
         answer = self._here.recv()
         if answer is None:
             raise torch.OutOfMemoryError
-        seconds, self._memory = answer
-        self._times.append(seconds)
+        self._rounds.append(answer)
 
     @property
     def measured(self) -> Measured:
         """The median of all rounds but the first, which warmed up."""
-        return Measured(statistics.median(self._times[1:]), self._memory)
+        times = [each.seconds for each in self._rounds[1:]]
+        return Measured(statistics.median(times), self._rounds[-1].memory)
 
     def end(self) -> None:
         """Let the process end."""
-        self._here.close()
+        with suppress(BrokenPipeError):  # it has ended by itself
+            self._here.send(None)
         self._process.join()
 
 
@@ -155,17 +156,15 @@ def _serve(name: str, bench: Bench, options: argparse.Namespace, orders: Connect
     """What the process of a kind does: seconds of a step, and its memory, for every round that is asked for."""
     if name == "ours":
         keep_freed_memory(bench.work.runtime)
-    run = ours(bench) if name == "ours" else plain(bench, compiled=name == "plain, compiled")
-    with suppress(EOFError):  # no more orders
-        while True:
-            steps = orders.recv()
-            try:
-                seconds = run(steps) / steps
-            except torch.OutOfMemoryError:
-                orders.send(None)
-                return
-            orders.send((seconds, memory_bytes(bench.work.device)))
-    if options.profile and name == "ours":
+    run: Round | None = None
+    try:
+        for steps in iter(orders.recv, None):
+            run = run or (ours(bench) if name == "ours" else plain(bench, compiled=name == "plain, compiled"))
+            orders.send(Measured(run(steps) / steps, memory_bytes(bench.work.device)))
+    except torch.OutOfMemoryError:
+        orders.send(None)
+        return
+    if run is not None and options.profile and name == "ours":
         _profile(run)
 
 
@@ -283,7 +282,7 @@ def _print(measured: dict[str, Measured], ours: Measured, bench: Bench, flops: f
     for name, (value, memory) in measured.items():
         line = f"{name:24}{value * 1e3:9.1f} ms {batch / value:9.1f} images/s {flops / value / 1e12:8.3f} TFLOP/s"
         line += f", {flops / value / peak:.1%} of peak" if peak else ""
-        line += f", {memory / 1e9:.2f} GB"
+        line += f", {memory / 1e9:.2f} GB" if work.device == "cuda" else ""  # the kernel counts the parent's before
         print(line if name == "ours" else f"{line}   ours is {value / ours.seconds:.2f}x", flush=True)
 
 
