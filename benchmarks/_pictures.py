@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from vtp.data.dataset import ShardDataset
-from vtp.data.shards import FORMAT_VERSION, Manifest, Record, describe_split, write_shard
+from vtp.data.shards import FORMAT_VERSION, Manifest, SampleRecord, describe_split, write_shard
 from vtp.data.stream import Stream, StreamConfig
 
 DIFFERENT = 16  # pictures; their files are repeated
@@ -21,7 +21,7 @@ def write_pictures(folder: Path, *, side: int, count: int, shards: int = 4) -> P
     for shard in range(shards):
         numbers = range(shard * count // shards, (shard + 1) * count // shards)
         records = [
-            Record(
+            SampleRecord(
                 key=f"p{number:06d}",
                 image=files[number % DIFFERENT],
                 extension="jpg",

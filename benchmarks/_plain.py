@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.pretrain import Pretrain
-from vtp.data.batches import PretrainBatch
+from vtp.data.pretrain_batches import PretrainBatch
 from vtp.layers.images import denormalise, normalise
 from vtp.models.heads import DinoHead
 from vtp.models.tokenizer import VisualTokenizer

@@ -25,12 +25,12 @@ from torchvision.transforms import v2
 
 from benchmarks._pictures import stream_of, write_pictures
 from benchmarks.pretrain import _divided, _move, joint
-from stages._runtime import Runtime, Work
 from stages.pretrain import Pretrain, build_batches
+from stages.runner.environment import LocalHost, Runtime
 from vtp.config import load
-from vtp.data.batches import Share
+from vtp.data.batches import RankSlice
 from vtp.data.decode import decode_rgb
-from vtp.data.loader import micro_batches
+from vtp.data.loader import load_batches
 from vtp.data.masking import draw_masks
 from vtp.data.stream import Stream
 from vtp.data.views import SslViewsConfig, clip_batch, recolour, ssl_views
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _loaders(config: Pretrain, stream: Stream, shards: Path, seconds: float) -> None:
-    pool, alone = config.active.pool, Share(0, 1, 1)
+    pool, alone = config.active.pool, RankSlice(0, 1, 1)
     ours, later = (build_batches(config, stream, alone, colour_later=flag) for flag in (False, True))
     steps, theirs = iter(range(10**9)), PlainLoader(config, shards)
     rates = _rates(
@@ -130,11 +130,11 @@ class PlainLoader:
         active, data = self.config.active, self.config.data
         side = data.ssl_views.global_size // self.config.tokenizer.vision.patch_size
         images, captions, views = [], [], []
-        for place in range(active.pool):
+        for parallelize in range(active.pool):
             image, caption = next(self._samples)
             images.append(self._clip(image))
             captions.append(caption)
-            if place < active.ssl:
+            if parallelize < active.ssl:
                 views.append(self._views(image))
         stacked = [torch.stack(view) for view in zip(*views, strict=True)]
         masks = draw_masks(2 * active.ssl, side, side, data.masks, numpy_draws(0, "masks"))
@@ -174,12 +174,12 @@ class TorchvisionViews:
 
 
 def _waiting(config: Pretrain, stream: Stream, steps: int) -> None:
-    work = Work(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), Runtime.of(os.environ))
-    torch.set_num_threads(max(1, work.processes))
-    batches = build_batches(config, stream, Share(0, 1, 1), colour_later=work.device != "cpu")
-    loaded = micro_batches(batches, range(steps + 2), work)
-    micros = [next(loaded)]
-    step = joint(config, [_move(micros[0], work.device)], work)
+    host = LocalHost(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), Runtime.of(os.environ))
+    torch.set_num_threads(max(1, host.processes))
+    batches = build_batches(config, stream, RankSlice(0, 1, 1), colour_later=host.device != "cpu")
+    loaded = load_batches(batches, range(steps + 2), host)
+    micro_batches = [next(loaded)]
+    step = joint(config, [_move(micro_batches[0], host.device)], host)
     step()
     next(loaded)
     waited, start = 0.0, time.perf_counter()
@@ -190,7 +190,7 @@ def _waiting(config: Pretrain, stream: Stream, steps: int) -> None:
         step()
     seconds = time.perf_counter() - start
     rate = steps * config.active.pool / seconds
-    print(f"training with {work.workers} workers: {rate:,.1f} images/s, {waited / seconds:.1%} of the time waiting")
+    print(f"training with {host.workers} workers: {rate:,.1f} images/s, {waited / seconds:.1%} of the time waiting")
 
 
 def _rates(functions: dict[str, Callable[[], object]], images: int, seconds: float) -> dict[str, float]:

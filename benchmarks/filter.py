@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages._runtime import Runtime, Work
 from stages.filter import Filter, run
-from vtp.data.rows import order_of
+from stages.runner.environment import LocalHost, Runtime
+from vtp.curation.rows import order_of
 
 SPAN = 1 << 19  # rows of a file that is written
 PATTERN = r"(?i)\b(stock photo|free shipping|click here)\b"
@@ -106,10 +106,10 @@ def ours(folder: Path, out: Path, rows: int) -> None:
         "rows_per_part": 100_000,
         "max_unreadable": 0.0,
     }
-    work = Work(out / "scratch" / "folder", out, Runtime.of(os.environ))
-    work.folder.mkdir(parents=True)
+    host = LocalHost(out / "scratch" / "folder", out, Runtime.of(os.environ))
+    host.folder.mkdir(parents=True)
     paths = {name: out / name for name in ("selection", "funnel", "examples")}
-    run(Filter.parse(section, where="benchmark"), rows=folder, **paths, work=work)
+    run(Filter.parse(section, where="benchmark"), rows=folder, **paths, host=host)
 
 
 def reference(folder: Path, out: Path, rows: int) -> None:

@@ -41,19 +41,18 @@ from benchmarks._reference_generator import (
     reference_precision,
     write_caches,
 )
-from stages._memory import keep_freed_memory
-from stages._place import place
-from stages._runtime import Runtime, Work
+from stages.runner.environment import LocalHost, Runtime, keep_freed_memory
 from stages.train_generator import GeneratorConfig, TrainGenerator
 from vtp.config import load
-from vtp.data.batches import LatentBatch, LatentBatches, Share, count_micros
+from vtp.data.batches import LatentBatch, LatentBatches, RankSlice, count_micro_batches
 from vtp.data.latents import LatentDataset
-from vtp.data.loader import micro_batches
+from vtp.data.loader import load_batches
 from vtp.models.lightningdit import SIZES, LightningDiT
 from vtp.objectives.generation import GenerationObjective
-from vtp.step import Moment
+from vtp.step import StepContext
 from vtp.training.fit import in_precision
 from vtp.training.optim import build_optimizer
+from vtp.training.parallelize import parallelize
 from vtp.training.throughput import memory_bytes, peak_flops
 from vtp.training.update import Update
 
@@ -69,7 +68,7 @@ class Bench(NamedTuple):
 
     config: TrainGenerator
     caches: Caches
-    work: Work
+    host: LocalHost
     precision: str
 
     def model(self) -> LightningDiT:
@@ -122,13 +121,13 @@ def main() -> None:
     """Measure and print."""
     options = _options()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        bench = prepare(options, Work(Path(temporary) / "folder", Path.cwd(), Runtime.of(os.environ)))
+        bench = prepare(options, LocalHost(Path(temporary) / "folder", Path.cwd(), Runtime.of(os.environ)))
         names = ["ours"]
         if not options.only_ours:
-            names += ["plain", "plain, compiled"] if is_compiled(bench.work) else ["plain"]
+            names += ["plain", "plain, compiled"] if bench.host.compiles else ["plain"]
         flops = _print_head(bench)
         measured: dict[str, Measured] = {}
-        for together in [names] if bench.work.device == "cpu" else [[name] for name in names]:
+        for together in [names] if bench.host.device == "cpu" else [[name] for name in names]:
             try:
                 found = measure(together, bench, options)
                 measured |= found
@@ -155,12 +154,12 @@ def measure(names: list[str], bench: Bench, options: argparse.Namespace) -> dict
 def _serve(name: str, bench: Bench, options: argparse.Namespace, orders: Connection) -> None:
     """What the process of a kind does: seconds of a step, and its memory, for every round that is asked for."""
     if name == "ours":
-        keep_freed_memory(bench.work.runtime)
+        keep_freed_memory(bench.host.runtime)
     run: Round | None = None
     try:
         for steps in iter(orders.recv, None):
             run = run or (ours(bench) if name == "ours" else plain(bench, compiled=name == "plain, compiled"))
-            orders.send(Measured(run(steps) / steps, memory_bytes(bench.work.device)))
+            orders.send(Measured(run(steps) / steps, memory_bytes(bench.host.device)))
     except torch.OutOfMemoryError:
         orders.send(None)
         return
@@ -168,7 +167,7 @@ def _serve(name: str, bench: Bench, options: argparse.Namespace, orders: Connect
         _profile(run)
 
 
-def prepare(options: argparse.Namespace, work: Work) -> Bench:
+def prepare(options: argparse.Namespace, host: LocalHost) -> Bench:
     """The section with what the command changes, and random latents of the size's shape."""
     config = load(options.address, TrainGenerator)
     model, batch = config.model.model_dump(mode="json"), options.batch or config.batch_size
@@ -178,41 +177,37 @@ def prepare(options: argparse.Namespace, work: Work) -> Bench:
         update={"model": GeneratorConfig.parse(model, where=f"--size {options.size}"), "batch_size": batch}
     )
     shape, classes = (OWN_SHAPE, OWN_CLASSES) if options.size == "own" else (PAPER_SHAPE, PAPER_CLASSES)
-    precision = "bfloat16" if work.device == "cuda" else "float32"
+    precision = "bfloat16" if host.device == "cuda" else "float32"
     caches = write_caches(
-        work.folder / "latents", shape, count=options.latents, classes=classes, dtype=precision, files=8
+        host.folder / "latents", shape, count=options.latents, classes=classes, dtype=precision, files=8
     )
-    return Bench(config, caches, work, precision)
-
-
-def is_compiled(work: Work) -> bool:
-    """As stages/_place.py decides."""
-    wanted = work.runtime.compile
-    return work.device == "cuda" if wanted is None else wanted
+    return Bench(config, caches, host, precision)
 
 
 def ours(bench: Bench) -> Round:
     """Our step, as `fit` runs it."""
-    config, work = bench.config, bench.work
+    config, host = bench.config, bench.host
     objective = GenerationObjective(bench.model(), config.objective)
-    place(objective, work)
+    parallelize(objective, host)
     optimizer = build_optimizer(objective.phases()["model"], config.optim)
-    update = Update("model", optimizer, config.optim, objective.watched())
-    largest = work.runtime.micro_batch or config.batch_size
-    share = Share(0, 1, count_micros(config.batch_size, 1, largest))
-    batches = LatentBatches(LatentDataset(bench.caches.ours), batch_size=config.batch_size, seed=0, share=share)
+    update = Update("model", optimizer, config.optim, objective.shared_parameters())
+    largest = host.micro_batch or config.batch_size
+    rank_slice = RankSlice(0, 1, count_micro_batches(config.batch_size, 1, largest))
+    batches = LatentBatches(
+        LatentDataset(bench.caches.ours), batch_size=config.batch_size, seed=0, rank_slice=rank_slice
+    )
     numbers = count()
 
-    def step(micros: list[LatentBatch]) -> None:
-        moment = Moment(next(numbers), RUN, watched=False)
-        terms = in_precision(objective.terms("model", micros, moment), work.device, bench.precision)
-        assert update.apply(terms, moment, wishes=(False, False)).finite
-        objective.after_step(moment)
+    def step(micro_batches: list[LatentBatch]) -> None:
+        context = StepContext(next(numbers), RUN, log_step=False)
+        terms = in_precision(objective.terms("model", micro_batches, context), host.device, bench.precision)
+        assert update.apply(terms, context).finite
+        objective.after_step(context)
 
     def run(steps: int) -> float:
-        stream = micro_batches(batches, range((steps + 1) * share.micros), work)
-        grouped = ([next(stream) for _ in range(share.micros)] for _ in range(steps + 1))
-        seconds = _clocked(grouped, step, steps, work.device)
+        stream = load_batches(batches, range((steps + 1) * rank_slice.micro_batches), host)
+        grouped = ([next(stream) for _ in range(rank_slice.micro_batches)] for _ in range(steps + 1))
+        seconds = _clocked(grouped, step, steps, host.device)
         stream.close()
         return seconds
 
@@ -221,9 +216,9 @@ def ours(bench: Bench) -> Round:
 
 def plain(bench: Bench, *, compiled: bool) -> Round:
     """The reference's loop."""
-    config, work = bench.config, bench.work
-    model = bench.model().to(work.device)
-    training = PlainTraining(model, config, device=work.device, precision=bench.precision)
+    config, host = bench.config, bench.host
+    model = bench.model().to(host.device)
+    training = PlainTraining(model, config, device=host.device, precision=bench.precision)
     if compiled:
         for unit in model.compiled_units:
             unit.compile(dynamic=False)
@@ -238,12 +233,12 @@ def plain(bench: Bench, *, compiled: bool) -> Round:
             latents,
             config.batch_size,
             shuffle=True,
-            num_workers=work.workers,
+            num_workers=host.workers,
             drop_last=True,
-            pin_memory=work.device != "cpu",
+            pin_memory=host.device != "cpu",
         )
         with reference_precision():
-            return _clocked(endless(loader), step, steps, work.device)
+            return _clocked(endless(loader), step, steps, host.device)
 
     return run
 
@@ -261,13 +256,15 @@ def _clocked(batches: Iterator, step: Callable, steps: int, device: str) -> floa
 
 def _print_head(bench: Bench) -> float:
     """What is measured; returns the FLOPs of a step."""
-    work, batch, model = bench.work, bench.config.batch_size, bench.model()
-    batches = LatentBatches(LatentDataset(bench.caches.ours), batch_size=batch, seed=0, share=Share(0, 1, batch))
+    host, batch, model = bench.host, bench.config.batch_size, bench.model()
+    batches = LatentBatches(
+        LatentDataset(bench.caches.ours), batch_size=batch, seed=0, rank_slice=RankSlice(0, 1, batch)
+    )
     cost = GenerationObjective(model, bench.config.objective).step_cost(batches[0], batch_size=batch)
-    device = torch.cuda.get_device_name() if work.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    device = torch.cuda.get_device_name() if host.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{device}, {work.workers} workers, torch {torch.__version__}, {bench.precision}", end=", ")
-    print("compiled" if is_compiled(work) else "not compiled")
+    print(f"{device}, {host.workers} workers, torch {torch.__version__}, {bench.precision}", end=", ")
+    print("compiled" if host.compiles else "not compiled")
     print(
         f"{parameters / 1e6:.1f} M parameters, latents {model.config.in_channels} x {model.config.input_size}², "
         f"batch {batch}, {cost.flops / 1e9:,.1f} GFLOP a step",
@@ -277,12 +274,12 @@ def _print_head(bench: Bench) -> float:
 
 
 def _print(measured: dict[str, Measured], ours: Measured, bench: Bench, flops: float) -> None:
-    work, batch = bench.work, bench.config.batch_size
-    peak = work.peak_flops or peak_flops(work.device)
+    host, batch = bench.host, bench.config.batch_size
+    peak = host.peak_flops or peak_flops(host.device)
     for name, (value, memory) in measured.items():
         line = f"{name:24}{value * 1e3:9.1f} ms {batch / value:9.1f} images/s {flops / value / 1e12:8.3f} TFLOP/s"
         line += f", {flops / value / peak:.1%} of peak" if peak else ""
-        line += f", {memory / 1e9:.2f} GB" if work.device == "cuda" else ""  # the kernel counts the parent's before
+        line += f", {memory / 1e9:.2f} GB" if host.device == "cuda" else ""  # the kernel counts the parent's before
         print(line if name == "ours" else f"{line}   ours is {value / ours.seconds:.2f}x", flush=True)
 
 

@@ -39,9 +39,8 @@ from torch.utils.data import DataLoader, default_collate
 from benchmarks._pictures import write_pictures
 from benchmarks._reference_generator import ReferenceLatents, reference_precision, write_caches, write_reference_file
 from stages import cache_latents
-from stages._memory import keep_freed_memory
-from stages._runtime import Runtime, Work
 from stages.pretrain import Pretrain
+from stages.runner.environment import LocalHost, Runtime, keep_freed_memory
 from vtp.config import load
 from vtp.data.dataset import ShardDataset
 from vtp.data.latents import LatentDataset
@@ -73,17 +72,17 @@ def main() -> None:
     keep_freed_memory(runtime)
     workers = max(2, runtime.cores if runtime.workers is None else runtime.workers)
     runtime = runtime.model_copy(update={"workers": workers})
-    work = Work(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), runtime)
-    device = torch.cuda.get_device_name() if work.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{device}, {work.workers} workers, torch {torch.__version__}", flush=True)
+    host = LocalHost(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), runtime)
+    device = torch.cuda.get_device_name() if host.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{device}, {host.workers} workers, torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         if options.only != "reading":
-            caching(Path(temporary), work, options)
+            caching(Path(temporary), host, options)
         if options.only != "caching":
             reading(Path(temporary), options)
 
 
-def caching(folder: Path, work: Work, options: argparse.Namespace) -> None:
+def caching(folder: Path, host: LocalHost, options: argparse.Namespace) -> None:
     """Images per second of both procedures, for each tokenizer."""
     pictures, few = (_pictures(folder / f"pictures-{count}", options.side, count) for count in (options.count, WARMUP))
     recipe = load(options.address, Pretrain).architecture
@@ -95,18 +94,18 @@ def caching(folder: Path, work: Work, options: argparse.Namespace) -> None:
         ours = partial(_ours, dtype=options.dtype, batch_size=options.batch_size)
         procedures = {"ours": ours, "reference": _reference}
         for procedure in procedures.values():
-            procedure(few, here / "tokenizer", here / "warmup", work)
+            procedure(few, here / "tokenizer", here / "warmup", host)
         times: dict[str, list[float]] = {name: [] for name in procedures}
         for number in range(options.rounds):
             for of, procedure in procedures.items():
                 start = time.perf_counter()
-                procedure(pictures, here / "tokenizer", here / f"{of}-{number}", work)
+                procedure(pictures, here / "tokenizer", here / f"{of}-{number}", host)
                 times[of].append(time.perf_counter() - start)
                 shutil.rmtree(here / f"{of}-{number}")
         print(f" {name}: {model.image_size} px to {model.latent_shape}")
-        told = f"encoder in {_precision(work)}, latents in {options.dtype}"
+        told = f"encoder in {_precision(host)}, latents in {options.dtype}"
         _print(times, pictures.count, told, "encoder and latents in float32")
-        decoding, encoding = _parts(pictures, model.to(work.device), work.device)
+        decoding, encoding = _parts(pictures, model.to(host.device), host.device)
         print(
             f"  {decoding * 1e3:.2f} ms to decode and crop a picture in one process, {encoding * 1e3:.2f} ms to encode it "
             f"both ways round in float32: to decode once saves at most {1 + decoding / (decoding + encoding):.2f}x",
@@ -122,30 +121,30 @@ def _thin(recipe: TokenizerConfig) -> TokenizerConfig:
     return recipe.model_copy(update={"image_size": 256, "vision": vision, "decoder": decoder, "text": None})
 
 
-def _precision(work: Work) -> str:
-    return "bfloat16" if work.device == "cuda" else "float32"
+def _precision(host: LocalHost) -> str:
+    return "bfloat16" if host.device == "cuda" else "float32"
 
 
-def _ours(pictures: Pictures, tokenizer: Path, target: Path, work: Work, *, dtype: str, batch_size: int) -> None:
+def _ours(pictures: Pictures, tokenizer: Path, target: Path, host: LocalHost, *, dtype: str, batch_size: int) -> None:
     """The stage."""
-    values = {"dtype": dtype, "precision": _precision(work), "flips": True}
+    values = {"dtype": dtype, "precision": _precision(host), "horizontal_flips": True}
     values |= {"batch_size": batch_size, "shard_size": 10_000}
     values |= {"statistics": {"images": _measured(pictures.count), "seed": 0}}
     config = cache_latents.CacheLatents.parse(values, where="benchmarks.latents")
     target.mkdir(exist_ok=True)
-    own = Work(target / "folder", Path.cwd(), work.runtime)
-    cache_latents.run(config, shards=pictures.shards, tokenizer=tokenizer, latents=target / "latents", work=own)
+    own = LocalHost(target / "folder", Path.cwd(), host.runtime)
+    cache_latents.run(config, shards=pictures.shards, tokenizer=tokenizer, latents=target / "latents", host=own)
 
 
 @torch.no_grad()
-def _reference(pictures: Pictures, tokenizer: Path, target: Path, work: Work) -> None:
+def _reference(pictures: Pictures, tokenizer: Path, target: Path, host: LocalHost) -> None:
     """Two loaders side by side, each with half as many workers as ours has."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, ToTensor
 
     target = target / "reference"
     target.mkdir(parents=True)
-    model = load_tokenizer(tokenizer).to(work.device)
+    model = load_tokenizer(tokenizer).to(host.device)
     loaders = []
     for probability in (0.0, 1.0):
         square, mirror = partial(centre_crop, size=model.image_size), RandomHorizontalFlip(probability)
@@ -154,8 +153,8 @@ def _reference(pictures: Pictures, tokenizer: Path, target: Path, work: Work) ->
             DataLoader(
                 ImageFolder(str(pictures.folder), transform),
                 batch_size=REFERENCE_BATCH,
-                num_workers=work.workers // 2,
-                pin_memory=work.device != "cpu",
+                num_workers=host.workers // 2,
+                pin_memory=host.device != "cpu",
             )
         )
     held: dict[str, list[Tensor]] = {"latents": [], "latents_flip": [], "labels": []}
@@ -172,7 +171,7 @@ def _reference(pictures: Pictures, tokenizer: Path, target: Path, work: Work) ->
     for batches in zip(*loaders, strict=True):
         for name, (images, _) in zip(("latents", "latents_flip"), batches, strict=True):
             with reference_precision():
-                held[name].append(model.encode(images.to(work.device)).cpu())
+                held[name].append(model.encode(images.to(host.device)).cpu())
         held["labels"].append(batches[0][1])
         if len(held["labels"]) == REFERENCE_FILE // REFERENCE_BATCH:
             write()

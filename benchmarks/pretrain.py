@@ -21,15 +21,16 @@ from torch import nn
 
 from benchmarks._pictures import stream_of, write_pictures
 from benchmarks._plain import PlainSsl, adamw, contrast, reconstruct
-from stages._runtime import Runtime, Work
-from stages.pretrain import Pretrain, build_batches, build_objective, place
+from stages.pretrain import Pretrain, build_batches, build_objective, parallelize
+from stages.runner.environment import LocalHost, Runtime
 from vtp.config import load
-from vtp.data.batches import PretrainBatch, Share, count_micros
+from vtp.data.batches import RankSlice, count_micro_batches
+from vtp.data.pretrain_batches import PretrainBatch
 from vtp.layers.images import normalise
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.cost import pretrain_cost
-from vtp.step import Moment
+from vtp.step import StepContext
 from vtp.training.fit import in_precision
 from vtp.training.optim import build_optimizer
 from vtp.training.throughput import memory_bytes, peak_flops
@@ -43,52 +44,56 @@ def main() -> None:
     options = _options()
     config = _divided(load(options.address, Pretrain), options.divide)
     runtime = Runtime.of(os.environ)
-    work = Work(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), runtime)
+    host = LocalHost(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), runtime)
     size = config.active.pool // config.active.reconstruction
     largest = max(1, (runtime.micro_batch or config.active.pool) // size)
-    share = Share(0, 1, count_micros(config.active.reconstruction, 1, largest))
+    rank_slice = RankSlice(0, 1, count_micro_batches(config.active.reconstruction, 1, largest))
     shards = write_pictures(
         Path(tempfile.mkdtemp()) / "shards", side=2 * config.tokenizer.image_size, count=config.active.pool
     )
-    batches = build_batches(config, stream_of(shards, config.data.stream), share)
-    micros = [_move(batches[index], work.device) for index in range(share.micros)]
-    whole = PretrainBatch(*map(torch.cat, zip(*micros, strict=True))) if share.micros > 1 else micros[0]
-    steps = {"joint": joint(config, micros, work)}
+    batches = build_batches(config, stream_of(shards, config.data.stream), rank_slice)
+    micro_batches = [_move(batches[index], host.device) for index in range(rank_slice.micro_batches)]
+    whole = (
+        PretrainBatch(*map(torch.cat, zip(*micro_batches, strict=True)))
+        if rank_slice.micro_batches > 1
+        else micro_batches[0]
+    )
+    steps = {"joint": joint(config, micro_batches, host)}
     if not options.only_joint:
-        steps["plain"] = plain(config, whole, work)
-        for name, part in separate(config, whole, work).items():
+        steps["plain"] = plain(config, whole, host)
+        for name, part in separate(config, whole, host).items():
             steps[name] = part
-    seconds = _measure(steps, work.device, options)
+    seconds = _measure(steps, host.device, options)
     if "plain" in seconds:
         seconds["separate"] = sum(seconds[name] for name in steps if name.startswith("separate:"))
-    _print(config, seconds, work)
+    _print(config, seconds, host)
 
 
-def joint(config: Pretrain, micros: list[PretrainBatch], work: Work) -> Step:
+def joint(config: Pretrain, micro_batches: list[PretrainBatch], host: LocalHost) -> Step:
     """Our step, as `fit` runs it."""
-    objective = build_objective(config, work)
-    place(objective, work)
+    objective = build_objective(config, host)
+    parallelize(objective, host)
     optimizer = build_optimizer(objective.phases()["model"], config.optim)
-    update = Update("model", optimizer, config.optim, objective.watched())
-    moment = Moment(1, 2, watched=False)
+    update = Update("model", optimizer, config.optim, objective.shared_parameters())
+    context = StepContext(1, 2, log_step=False)
 
     def step() -> None:
-        terms = in_precision(objective.terms("model", micros, moment), work.device, config.training.precision)
-        assert update.apply(terms, moment, wishes=(False, False)).finite
-        objective.after_step(moment)
+        terms = in_precision(objective.terms("model", micro_batches, context), host.device, config.training.precision)
+        assert update.apply(terms, context).finite
+        objective.after_step(context)
 
     return step
 
 
-def plain(config: Pretrain, batch: PretrainBatch, work: Work) -> Step:
+def plain(config: Pretrain, batch: PretrainBatch, host: LocalHost) -> Step:
     """The same step, written naively."""
-    tokenizer, perceptual = _models(config, work)
-    ssl = PlainSsl(tokenizer, config).to(work.device)
+    tokenizer, perceptual = _models(config, host)
+    ssl = PlainSsl(tokenizer, config).to(host.device)
     optimizer = adamw([tokenizer, ssl.head], config)
     weights = config.objective.weights
 
     def step() -> None:
-        with _precision(config, work):
+        with _precision(config, host):
             image = tokenizer.encode_image(normalise(batch.clip_images))
             clip = contrast(image, tokenizer.encode_text(batch.tokens), tokenizer.logit_scale.exp())
             of_ssl = ssl(tokenizer.trunk, batch)
@@ -104,7 +109,7 @@ def plain(config: Pretrain, batch: PretrainBatch, work: Work) -> Step:
     return step
 
 
-def separate(config: Pretrain, batch: PretrainBatch, work: Work) -> dict[str, Step]:
+def separate(config: Pretrain, batch: PretrainBatch, host: LocalHost) -> dict[str, Step]:
     """Three trainings that share nothing."""
     from open_clip.loss import ClipLoss
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -123,26 +128,26 @@ def separate(config: Pretrain, batch: PretrainBatch, work: Work) -> dict[str, St
         CLIPTextCfg(
             text.context_length, text.vocab_size, width=text.embed_dim, heads=text.num_heads, layers=text.depth
         ),
-    ).to(work.device)
+    ).to(host.device)
     contrastive, of_clip = ClipLoss(), adamw([clip], config)
-    tokenizer, perceptual = _models(config, work)
+    tokenizer, perceptual = _models(config, host)
     of_autoencoder = adamw([tokenizer.trunk, tokenizer.pixel_decoder], config)
-    student, _ = _models(config, work)
-    ssl = PlainSsl(student, config).to(work.device)
+    student, _ = _models(config, host)
+    ssl = PlainSsl(student, config).to(host.device)
     of_ssl = adamw([student.trunk, ssl.head], config)
 
     def clip_step() -> None:
-        with _precision(config, work):
+        with _precision(config, host):
             loss = contrastive(*clip(normalise(batch.clip_images), batch.tokens))
         _apply(loss, of_clip)
 
     def reconstruction_step() -> None:
-        with _precision(config, work):
+        with _precision(config, host):
             loss = reconstruct(tokenizer, perceptual, normalise(batch.rec_images))
         _apply(loss, of_autoencoder)
 
     def ssl_step() -> None:
-        with _precision(config, work):
+        with _precision(config, host):
             loss = ssl(student.trunk, batch)
         _apply(loss, of_ssl)
         ssl.follow(student.trunk, 0.99)
@@ -161,13 +166,13 @@ def _apply(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     loss.item()
 
 
-def _models(config: Pretrain, work: Work) -> tuple[VisualTokenizer, nn.Module]:
-    perceptual = build_perceptual(config.objective.reconstruction.perceptual, weights=work.weights)
-    return VisualTokenizer(config.architecture).to(work.device), perceptual.to(work.device)
+def _models(config: Pretrain, host: LocalHost) -> tuple[VisualTokenizer, nn.Module]:
+    perceptual = build_perceptual(config.objective.reconstruction.perceptual, weights=host.weights)
+    return VisualTokenizer(config.architecture).to(host.device), perceptual.to(host.device)
 
 
-def _precision(config: Pretrain, work: Work) -> torch.autocast:
-    return torch.autocast(work.device, torch.bfloat16, enabled=config.training.precision == "bfloat16")
+def _precision(config: Pretrain, host: LocalHost) -> torch.autocast:
+    return torch.autocast(host.device, torch.bfloat16, enabled=config.training.precision == "bfloat16")
 
 
 def _measure(steps: dict[str, Step], device: str, options: argparse.Namespace) -> dict[str, float]:
@@ -187,12 +192,12 @@ def _measure(steps: dict[str, Step], device: str, options: argparse.Namespace) -
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _print(config: Pretrain, seconds: dict[str, float], work: Work) -> None:
+def _print(config: Pretrain, seconds: dict[str, float], host: LocalHost) -> None:
     cost = pretrain_cost(config.architecture, config.data, config.objective, config.active)
-    device = torch.cuda.get_device_name() if work.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    peak = work.peak_flops or peak_flops(work.device)
+    device = torch.cuda.get_device_name() if host.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    peak = host.peak_flops or peak_flops(host.device)
     print(f"{device}, torch {torch.__version__}, {config.training.precision}, batch {config.active}")
-    print(f"{cost.flops / 1e9:,.1f} GFLOP a step; peak memory {memory_bytes(work.device) / 1e9:.2f} GB")
+    print(f"{cost.flops / 1e9:,.1f} GFLOP a step; peak memory {memory_bytes(host.device) / 1e9:.2f} GB")
     for name, value in seconds.items():
         line = f"{name:26}{value * 1e3:10.1f} ms {config.active.pool / value:10.1f} images/s"
         if name in ("joint", "plain"):

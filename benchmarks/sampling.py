@@ -33,9 +33,8 @@ from benchmarks._reference_generator import (
     plain_sample,
     reference_precision,
 )
-from benchmarks.generator import is_compiled, prepare
-from stages._memory import keep_freed_memory
-from stages._runtime import Runtime, Work
+from benchmarks.generator import prepare
+from stages.runner.environment import LocalHost, Runtime, keep_freed_memory
 from vtp.flow import sample
 from vtp.layers.flops import forward_flops
 from vtp.models.lightningdit import SIZES, LightningDiT
@@ -58,33 +57,33 @@ def main() -> None:
     options, runtime = _options(), Runtime.of(os.environ)
     keep_freed_memory(runtime)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        work = Work(Path(temporary) / "folder", Path.cwd(), runtime)
-        bench = prepare(options, work)
-        model = _trained(bench.model()).to(work.device).eval()
-        if is_compiled(work):
+        host = LocalHost(Path(temporary) / "folder", Path.cwd(), runtime)
+        bench = prepare(options, host)
+        model = _trained(bench.model()).to(host.device).eval()
+        if host.compiles:
             torch._dynamo.config.recompile_limit = 64  # three shapes, under autocast and not
             for unit in model.compiled_units:
                 unit.compile(dynamic=False)
         torch.manual_seed(1)
         shape = (model.config.in_channels, model.config.input_size, model.config.input_size)
         labels = torch.arange(options.batch) % model.config.num_classes
-        start = Start(torch.randn(options.batch, *shape).to(work.device), labels.to(work.device))
+        start = Start(torch.randn(options.batch, *shape).to(host.device), labels.to(host.device))
         few = start.first(options.reference_samples)
         samplers = {
             "ours": lambda: ours(model, start, options, precision=bench.precision),
             "reference": lambda: reference(model, few, options),
         }
         counts = {"ours": len(start.labels), "reference": len(few.labels)}
-        first = {name: _peak(draw, work.device) for name, draw in samplers.items()}
+        first = {name: _peak(draw, host.device) for name, draw in samplers.items()}
         exact = ours(model, few, options, precision="float32")
         times: dict[str, list[float]] = {name: [] for name in samplers}
         for _ in range(options.rounds):
             for name, draw in samplers.items():
                 begun = time.perf_counter()
                 draw()
-                _wait(work.device)
+                _wait(host.device)
                 times[name].append((time.perf_counter() - begun) / counts[name])
-        print(f"{_device(work)}, torch {torch.__version__}, {'compiled' if is_compiled(work) else 'not compiled'}")
+        print(f"{_device(host)}, torch {torch.__version__}, {'compiled' if host.compiles else 'not compiled'}")
         _print({name: statistics.median(values) for name, values in times.items()}, first, model, options)
         drawn = first["reference"].samples
         off = {"float32": exact, bench.precision: first["ours"].samples[: len(drawn)]}
@@ -168,8 +167,8 @@ def _times(options: argparse.Namespace) -> list[float]:
     return time_grid(options.steps, options.shift)[:-1].tolist()
 
 
-def _device(work: Work) -> str:
-    return torch.cuda.get_device_name() if work.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+def _device(host: LocalHost) -> str:
+    return torch.cuda.get_device_name() if host.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
 def _wait(device: str) -> None:

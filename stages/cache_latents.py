@@ -1,6 +1,7 @@
-"""Encode the labelled images once: sharded latents, both ways round, and their statistics per channel (paper 4.1).
+"""Encode the labelled images once: sharded latents, of horizontal flips too, and their statistics per
+channel (paper 4.1).
 
-Each picture is decoded once, by worker processes, and mirrored on the device. A file is written while the next is
+Each picture is decoded once, by worker processes, and flipped on the device. A file is written while the next is
 encoded; ranks share whole files, and a killed run goes on with those that are missing.
 """
 
@@ -15,13 +16,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stages._plan_generation import plan_caching
-from stages._runner import Input, Output, Work, main
-from stages._shared_files import SharedFiles, row_count
+from stages.runner.run import Input, Output, main
 from vtp.config import Config
-from vtp.data.dataset import ShardDataset, Singles
-from vtp.data.latents import LatentShard, finish_cache, plan_shards, write_shard
+from vtp.data.dataset import LabelledSamples, ShardDataset
+from vtp.data.latents import LatentShard, finish_cache, plan_shards, write_latent_shard
+from vtp.data.remote import ShardCache
+from vtp.data.shared_files import SharedFiles, row_count
 from vtp.distributed import ranks
+from vtp.host import Host
 from vtp.layers.images import normalise
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
@@ -41,32 +43,32 @@ class CacheLatents(Config):
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="of the stored latents")
     precision: Literal["float32", "bfloat16"] = Field(description="of the encoder's forward pass")
-    flips: bool = Field(description="store the latents of the mirrored images as well")
+    horizontal_flips: bool = Field(description="store the latents of horizontally flipped images as well")
     batch_size: int = Field(ge=1, description="images per forward pass")
     shard_size: int = Field(ge=1, description="images per file")
     statistics: StatisticsConfig
 
 
 @torch.inference_mode()
-def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Output, work: Work) -> None:
-    model = load_tokenizer(tokenizer).to(work.device)
-    splits = {name: _Split.of(ShardDataset(shards, name, cache=work.cache)) for name in SPLITS}
+def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Output, host: Host) -> None:
+    model = load_tokenizer(tokenizer).to(host.device)
+    splits = {name: _SplitImages.of(ShardDataset(shards, name, cache=ShardCache.of(host))) for name in SPLITS}
     files = plan_shards({name: len(split.singles.rows) for name, split in splits.items()}, config.shard_size)
-    shared = SharedFiles(work.folder / "latents", files)
+    shared = SharedFiles(host.folder / "latents", files)
     total = shared.done + row_count(shared.own)
     with (
-        work.progress(total=total, description="encoding", unit="image", done=shared.done) as bar,
-        _Writer(shared.folder, splits) as writer,
+        host.progress(total=total, description="encoding", unit="image", done=shared.done) as bar,
+        _LatentWriter(shared.folder, splits) as writer,
     ):
-        for shard, parts in _by_file(_batches(shared.own, splits, model.image_size, config.batch_size), work):
+        for shard, parts in _by_file(_batches(shared.own, splits, model.image_size, config.batch_size), host):
             encoded = []
             for pictures in parts:
-                encoded.append(_encode(model, pictures.to(work.device), config))
+                encoded.append(_encode(model, pictures.to(host.device), config))
                 bar.update(len(pictures))
             writer.write(shard, {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]})
-            if work.stop_seen:
+            if host.stop_seen:
                 break
-    shared.end(work)
+    shared.end(host)
     if not ranks().first:
         return
     description = {
@@ -77,21 +79,21 @@ def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Outpu
     }
     finish_cache(shared.folder, files, description, most=config.statistics.images, seed=config.statistics.seed)
     shared.folder.rename(latents)
-    work.record(samples=shared.total)
+    host.record(samples=shared.total)
 
 
-class _Split(NamedTuple):
+class _SplitImages(NamedTuple):
     """The labelled samples of a split; scenes have no class."""
 
     images: ShardDataset
-    singles: Singles
+    singles: LabelledSamples
 
     @classmethod
-    def of(cls, images: ShardDataset) -> "_Split":
+    def of(cls, images: ShardDataset) -> "_SplitImages":
         return cls(images, images.singles())
 
 
-class _Batch(NamedTuple):
+class _FileBatch(NamedTuple):
     """Pictures of one forward pass, all of one file."""
 
     shard: LatentShard
@@ -100,10 +102,10 @@ class _Batch(NamedTuple):
     size: int
 
 
-class _Batches(Dataset[Tensor]):
+class _FileBatches(Dataset[Tensor]):
     """Uint8 pictures [B, 3, S, S], decoded where they are asked for."""
 
-    def __init__(self, batches: Sequence[_Batch]) -> None:
+    def __init__(self, batches: Sequence[_FileBatch]) -> None:
         self.batches = batches
 
     def __getitem__(self, index: int) -> Tensor:
@@ -111,25 +113,25 @@ class _Batches(Dataset[Tensor]):
         return batch.images.images(batch.rows, batch.size)
 
 
-def _batches(own: Sequence[LatentShard], splits: Mapping[str, _Split], size: int, count: int) -> _Batches:
+def _batches(own: Sequence[LatentShard], splits: Mapping[str, _SplitImages], size: int, count: int) -> _FileBatches:
     found = []
     for shard in own:
         images, singles = splits[shard.split]
         rows = singles.rows[shard.rows.start : shard.rows.stop]
-        found += [_Batch(shard, images, part, size) for part in np.split(rows, range(count, len(rows), count))]
-    return _Batches(found)
+        found += [_FileBatch(shard, images, part, size) for part in np.split(rows, range(count, len(rows), count))]
+    return _FileBatches(found)
 
 
-def _by_file(batches: _Batches, work: Work) -> Iterator[tuple[LatentShard, Iterator[Tensor]]]:
+def _by_file(batches: _FileBatches, host: Host) -> Iterator[tuple[LatentShard, Iterator[Tensor]]]:
     """Files in turn, each with its pictures, which must be taken before the next."""
     loader = iter(
         DataLoader(
             batches,
             batch_size=None,
             sampler=range(len(batches.batches)),
-            num_workers=work.workers,
-            prefetch_factor=4 if work.workers else None,
-            pin_memory=work.device != "cpu",
+            num_workers=host.workers,
+            prefetch_factor=4 if host.workers else None,
+            pin_memory=host.device != "cpu",
         )
     )
     counts: dict[LatentShard, int] = {}
@@ -140,25 +142,25 @@ def _by_file(batches: _Batches, work: Work) -> Iterator[tuple[LatentShard, Itera
 
 
 def _encode(model: Tokenizer, pictures: Tensor, config: CacheLatents) -> dict[str, Tensor]:
-    """Latents of pictures, and of their mirror images, as they are stored."""
+    """Latents of pictures, and of their horizontal flips, as they are stored."""
     images = normalise(pictures)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         found = {"latents": model.encode(images)}
-        if config.flips:
+        if config.horizontal_flips:
             found["flipped"] = model.encode(images.flip(3))
     return {name: latents.to(getattr(torch, config.dtype)).cpu() for name, latents in found.items()}
 
 
-class _Writer:
+class _LatentWriter:
     """Writes a file in a thread of its own; the next one waits for it, and errors surface there."""
 
-    def __init__(self, folder: Path, splits: Mapping[str, _Split]) -> None:
+    def __init__(self, folder: Path, splits: Mapping[str, _SplitImages]) -> None:
         self._folder = folder
         self._splits = splits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="latents")
         self._writing: Future[None] | None = None
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "_LatentWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -171,7 +173,9 @@ class _Writer:
         images, singles = self._splits[shard.split]
         chosen = slice(shard.rows.start, shard.rows.stop)
         tensors = {**latents, "labels": torch.from_numpy(singles.labels[chosen])}
-        self._writing = self._thread.submit(write_shard, self._folder, shard, tensors, images, singles.rows[chosen])
+        self._writing = self._thread.submit(
+            write_latent_shard, self._folder, shard, tensors, images, singles.rows[chosen]
+        )
 
     def _wait(self) -> None:
         if self._writing is not None:
@@ -180,4 +184,4 @@ class _Writer:
 
 
 if __name__ == "__main__":
-    main(run, distributed=True, plan=plan_caching)
+    main(run, distributed=True)

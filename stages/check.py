@@ -2,7 +2,7 @@
 
 Every other stage depends on the constant file that this one writes last, so a typo anywhere in `params.yaml` stops
 `dvc repro` within seconds and leaves every artefact in place. `--schema` prints the JSON schema of `params.yaml`;
-`--preset` writes presets into it (`stages._presets`).
+`--preset` writes presets into it (`stages.runner.overlays`).
 """
 
 import argparse
@@ -17,9 +17,9 @@ from typing import Any
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from stages._closure import code_digest
-from stages._presets import apply_presets
-from stages._runner import BAD_PARAMETERS, config_class
+from stages.runner.fingerprint import code_digest
+from stages.runner.overlays import apply_presets
+from stages.runner.run import BAD_PARAMETERS, config_class
 from vtp.artefact import whole_file, whole_folder
 from vtp.config import Config, ConfigError, read_yaml, split_address
 

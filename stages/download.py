@@ -1,4 +1,4 @@
-"""Fetch the pictures of a selection with img2dataset, behind a guard, into a store that outlives the list.
+"""Fetch the pictures of a selection with img2dataset, behind a proxy, into a store that outlives the list.
 
 A run fetches what the store does not know. It may be killed at any moment: whole shards stay, the rest is fetched by the
 next run. A longer list costs its new rows, and failed rows are tried again when `retry_failed` grants them one more attempt.
@@ -13,19 +13,20 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages._fetch import FetchJob, SparkJob
-from stages._fetching import Live, Round, guards
-from stages._runner import Input, Output, Work, main
-from stages._scratch import Scratch
+from stages.runner.run import Input, Output, main
+from stages.runner.scratch import Scratch
 from vtp.artefact import remove
 from vtp.config import Config, ConfigError
-from vtp.data.fetching.fetched import Report, write_pool
-from vtp.data.fetching.intake import HASHED, PLAIN, Terms, list_missing, recover
-from vtp.data.fetching.policy import Policy
-from vtp.data.fetching.store import Store
+from vtp.curation.download.deliveries import HASHED, PLAIN, Terms, list_missing, recover
+from vtp.curation.download.policy import Policy
+from vtp.curation.download.pool import DownloadReport, write_pool
+from vtp.curation.download.session import Live, Round, proxies
+from vtp.curation.download.store import Store
+from vtp.curation.download.worker import FetchJob, SparkJob
+from vtp.host import Host
 
 LARGEST_PIXELS = 89_000_000  # Pillow's own limit
-PROCESSES_PER_GUARD = 4
+PROCESSES_PER_PROXY = 4
 
 
 class NoResize(Config):
@@ -72,16 +73,16 @@ class Spark(Config):
     master: str = Field(min_length=1, description="URL of the cluster; local[N] for N cores of this machine")
     threads: int = Field(ge=1, description="of each task")
     conf: dict[str, str] = Field(description="Spark's own settings")
-    guard: str | None = Field(
-        description="HOST:PORT of `python -m vtp.data.fetching.guard` on every node; null: on this machine"
+    proxy: str | None = Field(
+        description="HOST:PORT of `python -m vtp.curation.download.egress_proxy` on every node; null: on this machine"
     )
 
     @model_validator(mode="after")
-    def _nodes_have_a_guard(self) -> Self:
-        if self.guard is None and not self.master.startswith("local"):
+    def _nodes_have_a_proxy(self) -> Self:
+        if self.proxy is None and not self.master.startswith("local"):
             raise ValueError(
-                f"{self.master} has other machines, and guard is null: start `python -m vtp.data.fetching.guard "
-                "params.yaml:download --listen 127.0.0.1:3128` on every node and give guard: 127.0.0.1:3128"
+                f"{self.master} has other machines, and proxy is null: start `python -m vtp.curation.download.egress_proxy "
+                "params.yaml:download --listen 127.0.0.1:3128` on every node and give proxy: 127.0.0.1:3128"
             )
         return self
 
@@ -122,22 +123,22 @@ class DownloadError(ValueError):
     """The download cannot be finished; the message says why, and what is kept."""
 
 
-def run(config: Download, *, selection: Input, pool: Output, report: Output, errors: Output, work: Work) -> None:
+def run(config: Download, *, selection: Input, pool: Output, report: Output, errors: Output, host: Host) -> None:
     require_packages(config, sys.version_info[:2])
-    folder = Path(work.runtime.pool) if work.runtime.pool else work.folder.parents[1]
+    folder = host.download_store or host.folder.parents[1]
     lock = Scratch((folder / f"store-{config.identity}").absolute())
     with lock.locked():
         store = Store(lock.root)
-        fetch_missing(config, selection, store, work, lock=lock.lock_descriptor)
+        fetch_missing(config, selection, store, host, lock=lock.lock_descriptor)
         result = write_pool(selection, store, pool, verify=config.verify_sha256)
-    work.record(rows=result.rows, success=result.successes, tars=len(result.tars))
+    host.record(rows=result.rows, success=result.successes, tars=len(result.tars))
     if result.share < config.min_success:
         raise DownloadError(too_few(result, config))
     result.save(report)
     result.save_errors(errors)
 
 
-def fetch_missing(config: Download, selection: Path, store: Store, work: Work, *, lock: int) -> None:
+def fetch_missing(config: Download, selection: Path, store: Store, host: Host, *, lock: int) -> None:
     """Bring the store to know every row of the selection.
 
     Raises DownloadError for an empty selection, and when img2dataset gets nowhere; OSError when the disk is full.
@@ -150,41 +151,41 @@ def fetch_missing(config: Download, selection: Path, store: Store, work: Work, *
         raise DownloadError(f"{selection}: no rows; the filter before it let none pass")
     if not missing:
         return
-    given, count = plan_guards(config)
+    given, count = planned_proxies(config)
     with (
-        work.progress(total=missing, description="fetching", unit="image") as bar,
-        guards(config.policy, given=given, count=count, folder=work.folder) as guard,
+        host.progress(total=missing, description="fetching", unit="image") as bar,
+        proxies(config.policy, given=given, count=count, folder=host.folder) as proxy,
     ):
-        live = Live(bar, work.folder / "progress.csv")
+        live = Live(bar, host.folder / "progress.csv")
         while missing:
-            job = job_of(config, delivery, guard.address)
-            this = Round(job, delivery, work.folder.parent / "fetch.log", lock)
+            job = job_of(config, delivery, proxy.address)
+            this = Round(job, delivery, host.folder.parent / "fetch.log", lock)
             try:
-                adopted = this.run(store, guards=guard, note=live.note, stopped=lambda: work.stop_requested)
+                adopted = this.run(store, proxies=proxy, note=live.note, stopped=lambda: host.stop_requested)
             finally:
                 remove(delivery)
                 live.log()
-            if work.stop_requested:
-                work.stop()
-            if not adopted or guard.gone:
-                raise DownloadError(told(this, gone=guard.gone))
+            if host.stop_requested:
+                host.stop()
+            if not adopted or proxy.gone:
+                raise DownloadError(no_progress(this, gone=proxy.gone))
             delivery = incoming / store.next_delivery()
             _, missing = list_missing(selection, store, delivery, config.terms)
-            bar.total += missing  # failures that are tried again
+            bar.total = (bar.total or 0) + missing  # failures that are tried again
 
 
-def job_of(config: Download, delivery: Path, guard: str) -> FetchJob:
+def job_of(config: Download, delivery: Path, proxy: str) -> FetchJob:
     """What img2dataset is asked to do with the lists of a delivery."""
-    resize, encoding, crew = config.resize, config.encoding, config.distributor
+    resize, encoding, distributor = config.resize, config.encoding, config.distributor
     kinds = [kind for kind in (PLAIN, HASHED) if (delivery / kind).exists()]
     return FetchJob(
         deliveries=[str(delivery / kind) for kind in kinds],
         hashed=[kind == HASHED for kind in kinds],
-        guard=guard,
+        proxy=proxy,
         deadline=config.policy.deadline,
         retries=config.retries,
-        processes=crew.processes if isinstance(crew, Multiprocessing) else 1,
-        threads=crew.threads,
+        processes=distributor.processes if isinstance(distributor, Multiprocessing) else 1,
+        threads=distributor.threads,
         rows_per_shard=config.rows_per_shard,
         resize_mode=resize.name,
         image_size=resize.size if isinstance(resize, Resize) else 1,
@@ -194,17 +195,17 @@ def job_of(config: Download, delivery: Path, guard: str) -> FetchJob:
         max_pixels=config.max_pixels,
         user_agent_token=config.user_agent_token,
         opt_out=config.respect_opt_out,
-        distributor=crew.name,
-        spark=SparkJob(master=crew.master, conf=crew.conf) if isinstance(crew, Spark) else None,
+        distributor=distributor.name,
+        spark=SparkJob(master=distributor.master, conf=distributor.conf) if isinstance(distributor, Spark) else None,
     )
 
 
-def plan_guards(config: Download) -> tuple[str | None, int]:
-    """The address of guards that run already, and how many to start otherwise."""
-    crew = config.distributor
-    if isinstance(crew, Spark):
-        return crew.guard, 1
-    return None, max(1, crew.processes // PROCESSES_PER_GUARD)
+def planned_proxies(config: Download) -> tuple[str | None, int]:
+    """The address of proxies that run already, and how many to start otherwise."""
+    distributor = config.distributor
+    if isinstance(distributor, Spark):
+        return distributor.proxy, 1
+    return None, max(1, distributor.processes // PROCESSES_PER_PROXY)
 
 
 def require_packages(config: Download, version: tuple[int, int]) -> None:
@@ -222,14 +223,14 @@ def require_packages(config: Download, version: tuple[int, int]) -> None:
                 raise ConfigError(f"{package} is not installed here: pip install -e '.[{extra}]'")
 
 
-def told(this: Round, *, gone: bool) -> str:
+def no_progress(this: Round, *, gone: bool) -> str:
     """Why a round got nowhere."""
-    what = "the guard ended" if gone else "img2dataset ended without finishing a shard"
+    what = "the proxy ended" if gone else "img2dataset ended without finishing a shard"
     lines = "\n".join(this.tail().strip().splitlines()[-8:])
     return f"{what}; finished shards are kept, start again. The end of {this.log}:\n{lines}"
 
 
-def too_few(result: Report, config: Download) -> str:
+def too_few(result: DownloadReport, config: Download) -> str:
     """The table of causes, and what can be done."""
     lines = [f"  {rows:>9,} {cause}, such as {result.examples[cause][0]}" for cause, rows in result.table()]
     return "\n".join(

@@ -15,16 +15,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stages._export import ExportConfig, Writer, build_writer
-from stages._guidance import Guided, draw_guidance
-from stages._pictures import grid
-from stages._plan_evaluation import plan_comparison
-from stages._runner import Input, OptionalInput, OptionalOutput, Output, Work, main
-from stages._samples import Samples, SettingSamples
+from stages.figures.drawing import grid
+from stages.figures.guidance import Guided, draw_guidance
+from stages.runner.run import Input, OptionalInput, OptionalOutput, Output, main
 from vtp.artefact import whole_file, write_json
 from vtp.config import Config, ConfigError
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.adm import AdmReference
+from vtp.evaluation.export import ExportConfig, SampleWriter, build_writer
 from vtp.evaluation.feature_set import FeatureSet
 from vtp.evaluation.features import FeatureExtractor, build_features, count_name
 from vtp.evaluation.frechet import Gaussian, frechet_distance
@@ -32,6 +30,8 @@ from vtp.evaluation.inception_score import inception_score
 from vtp.evaluation.kernel_distance import kernel_distance
 from vtp.evaluation.manifold import precision_recall
 from vtp.evaluation.reference import Reference
+from vtp.evaluation.samples import Samples, SettingSamples
+from vtp.host import Host
 from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
@@ -90,29 +90,29 @@ def run(  # noqa: PLR0913 - one flag per path
     curves: Output,
     pictures: Output,
     export: OptionalOutput = None,
-    work: Work,
+    host: Host,
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
-    model = load_tokenizer(tokenizer, decoder).to(work.device)
+    model = load_tokenizer(tokenizer, decoder).to(host.device)
     drawn, known = Samples(samples), Reference.load(reference)
     drawn.require_encoder(model.encoder_digest(), tokenizer)
     known.require_size(model.image_size)
     learnt = known.of(config.split)
-    extractor = build_features(known.features, weights=work.weights, device=work.device)
+    extractor = build_features(known.features, weights=host.weights, device=host.device)
     _check(config, extractor, kept=len(learnt.features), count=len(drawn))
     reals = [_Real("", learnt.statistics, learnt.spatial, learnt.features)]
     if adm is not None:
-        reals.append(_official(adm, known, extractor, config.batch_size, work))
+        reals.append(_official(adm, known, extractor, config.batch_size, host))
     if ranks().first:
         pictures.mkdir()
     table: dict[str, dict[str, float]] = {}
     images = len(drawn.settings) * len(drawn)
-    with work.progress(total=images, description="decoding", unit="image") as bar:
+    with host.progress(total=images, description="decoding", unit="image") as bar:
         for name in drawn.settings:
             decoding = _Decoding(drawn.of(name), model, config, len(drawn.config.classes))
             writer = None
             if export is not None:
-                writer = build_writer(config.export, export, name, image_size=model.image_size, scratch=work.folder)
+                writer = build_writer(config.export, export, name, image_size=model.image_size, scratch=host.folder)
             found = decoding.features(extractor, writer, bar.update)
             shown = decoding.shown()
             if ranks().first:
@@ -128,7 +128,7 @@ def run(  # noqa: PLR0913 - one flag per path
         write_json(metrics, {"generation": table})
         rows = _write_curves(curves, drawn, table)
         draw_guidance(rows, pictures / "guidance.png")
-    work.record(samples=images)
+    host.record(samples=images)
 
 
 class _Decoding:
@@ -146,10 +146,10 @@ class _Decoding:
         self._seen = [(torch.empty(0, dtype=torch.long), torch.empty(0, 3, *[model.image_size] * 2, dtype=torch.uint8))]
 
     def features(
-        self, extractor: FeatureExtractor, writer: Writer | None, report: Callable[[int], object]
+        self, extractor: FeatureExtractor, writer: SampleWriter | None, report: Callable[[int], object]
     ) -> list[FeatureSet]:
         """Of the first samples, one set per count, on every rank; pixels go to `writer` and to the pictures on their way."""
-        found, told, labels = [FeatureSet.of(extractor) for _ in self._config.counts], 0, self._samples.labels
+        found, reported, labels = [FeatureSet.of(extractor) for _ in self._config.counts], 0, self._samples.labels
         batches = torch.arange(len(labels)).split(self._config.batch_size)
         for number in own_rows(len(batches)):
             indices = batches[number]
@@ -164,8 +164,8 @@ class _Decoding:
             here = torch.isin(indices, self._pictured)
             self._seen.append((indices[here], images.cpu()[here]))
             report(len(images) * ranks().size)
-            told += len(images) * ranks().size
-        report(len(labels) - told)
+            reported += len(images) * ranks().size
+        report(len(labels) - reported)
         if writer is not None:
             writer.finish(labels)
         return [features.over_ranks() for features in found]
@@ -195,7 +195,7 @@ def _check(config: EvaluateGenerator, extractor: FeatureExtractor, *, kept: int,
         )
 
 
-def _official(path: Path, known: Reference, extractor: FeatureExtractor, batch_size: int, work: Work) -> _Real:
+def _official(path: Path, known: Reference, extractor: FeatureExtractor, batch_size: int, host: Host) -> _Real:
     """A reference batch of ADM's evaluation; its images pass through our network."""
     if extractor.name != "inception":
         raise ConfigError(
@@ -206,7 +206,7 @@ def _official(path: Path, known: Reference, extractor: FeatureExtractor, batch_s
     if batch.image_size != known.image_size:
         raise ConfigError(f"--adm {path}: images of {batch.image_size} pixels, the samples have {known.image_size}")
     found, numbers = FeatureSet.of(extractor), own_rows(-(-batch.count // batch_size))
-    with work.progress(total=batch.count, description="ADM's images", unit="image") as bar:
+    with host.progress(total=batch.count, description="ADM's images", unit="image") as bar:
         for images in batch.images(batch_size, numbers):
             found.update(extractor(images), keep=len(images))
             bar.update(len(images) * ranks().size)
@@ -258,4 +258,4 @@ def _write_curves(path: Path, samples: Samples, table: Mapping[str, Mapping[str,
 
 
 if __name__ == "__main__":
-    main(run, distributed=True, plan=plan_comparison)
+    main(run, distributed=True)

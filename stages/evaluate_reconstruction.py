@@ -12,25 +12,26 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stages._comparison import Comparison, write_diagnostics
-from stages._plan_evaluation import plan_reconstruction
-from stages._runner import Input, OptionalInput, Output, Work, main
+from stages.figures.reconstructions import Comparison, write_diagnostics
+from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
+from vtp.data.remote import ShardCache
 from vtp.distributed import gather_rows, ranks
 from vtp.evaluation.features import FeatureExtractor, build_features, count_name
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
-from vtp.evaluation.latents import LatentNoise, LatentStatistics
+from vtp.evaluation.latents import LatentAccumulator, LatentNoise
 from vtp.evaluation.reconstruction import Quality, psnr, quality
 from vtp.evaluation.reference import Reference
 from vtp.evaluation.speed import measure_speed
+from vtp.host import Host
 from vtp.layers.images import normalise
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance, build_perceptual
 from vtp.models.loading import load_tokenizer
 
 
-class NoiseConfig(Config):
+class NoiseRobustnessConfig(Config):
     """PSNR of what is decoded from latents with noise."""
 
     seed: int
@@ -58,7 +59,7 @@ class EvaluateReconstruction(Config):
     perceptual: PerceptualConfig = Field(description="the distance under LPIPS's formula")
     batch_size: int = Field(ge=1)
     pictures: int = Field(ge=1, description="images in each of the comparisons")
-    noise: NoiseConfig
+    noise: NoiseRobustnessConfig
     speed: SpeedConfig
 
 
@@ -75,24 +76,24 @@ def run(  # noqa: PLR0913 - one flag per output
     pictures: Output,
     diagnostics: Output,
     speed: Output,
-    work: Work,
+    host: Host,
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
-    models = {"pretrained": load_tokenizer(tokenizer).to(work.device)}
+    models = {"pretrained": load_tokenizer(tokenizer).to(host.device)}
     if decoder is not None:
-        models["tuned"] = load_tokenizer(tokenizer, decoder).to(work.device)
-    data = ShardDataset(shards, config.split, cache=work.cache)
+        models["tuned"] = load_tokenizer(tokenizer, decoder).to(host.device)
+    data = ShardDataset(shards, config.split, cache=ShardCache.of(host))
     statistics = Reference.load(reference)
     size = models["pretrained"].image_size
     statistics.require(data, size)
     real = statistics.of(config.split)
-    comparison = Comparison(data, real.rows, models, batch_size=config.batch_size, device=work.device)
-    extractor = build_features(statistics.features, weights=work.weights, device=work.device)
-    perceptual = build_perceptual(config.perceptual, weights=work.weights).to(work.device)
+    comparison = Comparison(data, real.rows, models, batch_size=config.batch_size, device=host.device)
+    extractor = build_features(statistics.features, weights=host.weights, device=host.device)
+    perceptual = build_perceptual(config.perceptual, weights=host.weights).to(host.device)
 
-    measured = _measure(comparison, extractor, perceptual, work)
+    measured = _measure(comparison, extractor, perceptual, host)
     latents = measured.latents.diagnostics()
-    noisy = _noise_curves(comparison, config.noise, latents.std, work)
+    noisy = _noise_curves(comparison, config.noise, latents.std, host)
     if not ranks().first:
         return
 
@@ -123,18 +124,18 @@ class _Measured(NamedTuple):
 
     quality: Tensor  # [N, models, 3] float64, as in Quality, in the order of the images
     features: dict[str, GaussianStatistics]  # of the reconstructions, by decoder
-    latents: LatentStatistics
+    latents: LatentAccumulator
 
 
 def _measure(
-    comparison: Comparison, extractor: FeatureExtractor, perceptual: PerceptualDistance, work: Work
+    comparison: Comparison, extractor: FeatureExtractor, perceptual: PerceptualDistance, host: Host
 ) -> _Measured:
     """One pass over this rank's images, then all ranks together."""
     features = {name: GaussianStatistics(extractor.dim) for name in comparison.models}
-    latents = LatentStatistics(comparison.latent_shape)
+    latents = LatentAccumulator(comparison.latent_shape)
     values = [torch.empty(0, len(comparison.models), len(Quality._fields), dtype=torch.float64)]
     batches = comparison.own_batches()
-    with work.progress(total=sum(map(len, batches)), description="reconstructing", unit="image") as bar:
+    with host.progress(total=sum(map(len, batches)), description="reconstructing", unit="image") as bar:
         for rows in batches:
             originals = comparison.originals(rows)
             encoded = comparison.encode(originals)
@@ -149,12 +150,14 @@ def _measure(
     return _Measured(gather_rows(torch.cat(values)), together, latents.over_ranks())
 
 
-def _noise_curves(comparison: Comparison, config: NoiseConfig, std: Tensor, work: Work) -> dict[str, list[float]]:
+def _noise_curves(
+    comparison: Comparison, config: NoiseRobustnessConfig, std: Tensor, host: Host
+) -> dict[str, list[float]]:
     """Mean PSNR at every level, by decoder, against the original images."""
     noise = LatentNoise(config.seed, std)
     values = [torch.empty(0, len(comparison.models), len(config.levels), dtype=torch.float64)]
     batches = comparison.own_batches(config.samples)
-    with work.progress(total=sum(map(len, batches)), description="noise on latents", unit="image") as bar:
+    with host.progress(total=sum(map(len, batches)), description="noise on latents", unit="image") as bar:
         for rows in batches:
             originals = comparison.originals(rows)
             encoded = comparison.encode(originals)
@@ -171,4 +174,4 @@ def _noise_curves(comparison: Comparison, config: NoiseConfig, std: Tensor, work
 
 
 if __name__ == "__main__":
-    main(run, distributed=True, plan=plan_reconstruction)
+    main(run, distributed=True)

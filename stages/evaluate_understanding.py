@@ -1,10 +1,10 @@
-"""What the representation understands: zero-shot classification, linear probes, nearest neighbours (paper 4.2).
+"""Evaluate representation quality: zero-shot classification, linear probes, k-NN (paper 4.2).
 
-Three linear probes, `bottleneck`, `last` and `multi` (`stages._probing`), because their confusion is the most asked question
-about these figures. What is chosen is chosen on held-out training samples; `linear_probe_multi_best_on_val` is the official
-way: the best head and epoch on the validation images that it reports. `_category` says that categories were told apart.
-A tokenizer has the figures that its kind can have: without text tower no zero-shot, without features those of the bottleneck
-alone. A decoder is no input: a new one redoes none of this.
+Three linear probes, `bottleneck`, `last` and `multi` (`vtp.evaluation.probes`), because their confusion is the most
+asked question about these figures. All are chosen on held-out training samples; `linear_probe_multi_best_on_val` is the
+official way: the best head and epoch on the validation images that it reports. `_category` marks probes of categories.
+A tokenizer has the figures that its kind can have: without text tower no zero-shot, without features those of the
+bottleneck alone. A decoder is no input: a new one redoes none of this.
 """
 
 import csv
@@ -15,16 +15,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stages._extraction import Extraction, Labelled, Views
-from stages._plan_evaluation import plan_understanding
-from stages._probing import ProbesConfig, Probing, Row, Tables
-from stages._runner import Input, Output, Work, main
+from stages.runner.run import Input, Output, main
 from vtp.artefact import ArtefactError, write_json
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
+from vtp.data.remote import ShardCache
 from vtp.data.shards import Manifest
 from vtp.distributed import ranks
+from vtp.evaluation.extraction import Extraction, LabelledSplit, Views
+from vtp.evaluation.probes import ProbesConfig, Probing, Row, Tables
 from vtp.evaluation.zero_shot import Prompts, PromptsConfig, build_classifier, prompts_of, top_k_accuracy
+from vtp.host import Host
 from vtp.layers.preprocess import CentreView, Squash
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
@@ -49,16 +50,16 @@ class EvaluateUnderstanding(Config):
 
 @torch.no_grad()
 def run(
-    config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metrics: Output, curves: Output, work: Work
+    config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metrics: Output, curves: Output, host: Host
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
-    model = load_tokenizer(tokenizer).to(work.device)
-    images = ShardDataset(shards, "train", cache=work.cache)
+    model = load_tokenizer(tokenizer).to(host.device)
+    images = ShardDataset(shards, "train", cache=ShardCache.of(host))
     prompts = _prompts(config, model, images.manifest)  # refused before anything is computed
     train = _labelled(images, config.train_samples)
-    validation = _labelled(ShardDataset(shards, "validation", cache=work.cache))
+    validation = _labelled(ShardDataset(shards, "validation", cache=ShardCache.of(host)))
     blocks, view = max(config.probes.blocks), config.probes.view
-    extraction = Extraction(model, blocks=blocks, batch_size=config.batch_size, precision=config.precision, work=work)
+    extraction = Extraction(model, blocks=blocks, batch_size=config.batch_size, precision=config.precision, host=host)
     size, asked = model.image_size, config.protocols if prompts else ()
     views = Views(
         view, Squash(size) if "squash" in asked else None, CentreView(size, size) if "centre" in asked else None
@@ -66,7 +67,7 @@ def run(
     of_train = extraction.table("train", train, Views(view))
     tables = Tables(of_train, extraction.table("validation", validation, views))
     groupings = _groupings(images.manifest)
-    probing = Probing(config.probes, extraction, train=train, validation=validation, groupings=groupings, work=work)
+    probing = Probing(config.probes, extraction, train=train, validation=validation, groupings=groupings, host=host)
     multi = probing.multi(tables)
     found = [probing.single(tables), multi]  # what the first rank does alone comes last: nobody waits for it in between
     if not ranks().first:
@@ -74,18 +75,18 @@ def run(
     table = {} if prompts is None else _zero_shot(config, model, prompts, tables, validation.labels)
     for probes in found:
         table |= probes.accuracies
-        work.record(**probes.chosen)
+        host.record(**probes.chosen)
     table |= probing.neighbours(tables, config.neighbours)
     write_json(metrics, {"understanding": table | {"chance": 1 / len(images.manifest.classes)}})
     _write([row for probes in found for row in probes.rows], curves)
-    work.record(train_samples=len(train.rows), validation_samples=len(validation.rows))
+    host.record(train_samples=len(train.rows), validation_samples=len(validation.rows))
 
 
-def _labelled(images: ShardDataset, most: int | None = None) -> Labelled:
+def _labelled(images: ShardDataset, most: int | None = None) -> LabelledSplit:
     singles = images.singles(most)
     if not len(singles.rows):
         raise ArtefactError(f"{images.folder}: no sample has a class, so nothing can be probed; give the source labels")
-    return Labelled(images, singles.rows, torch.from_numpy(singles.labels))
+    return LabelledSplit(images, singles.rows, torch.from_numpy(singles.labels))
 
 
 def _groupings(manifest: Manifest) -> dict[str, Tensor]:
@@ -132,4 +133,4 @@ def _write(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(run, distributed=True, plan=plan_understanding)
+    main(run, distributed=True)

@@ -1,21 +1,23 @@
 """Choose rows of metadata, before the download, or pictures of a pool, after it, by an ordered list of rules."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from stages._funnel import tell_funnel
-from stages._runner import Input, OptionalInput, Output, Work, main
+from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import whole_file, write_json
 from vtp.config import Config, ConfigError
-from vtp.data.filtering.columns import ColumnsConfig, PoolColumns, open_source
-from vtp.data.filtering.external import Pace, Workforce
-from vtp.data.filtering.hash_list import prepare
-from vtp.data.filtering.row_rules import prepared_list
-from vtp.data.filtering.rules import ClipScore, Downloaded, HashList, ImageRule, Rule, TokenizerModel, needs
-from vtp.data.filtering.sieve import Sieve
+from vtp.curation.filter.columns import ColumnsConfig, PoolColumns, open_metadata
+from vtp.curation.filter.engine import FilterEngine
+from vtp.curation.filter.hash_list import prepare
+from vtp.curation.filter.row_rules import prepared_list
+from vtp.curation.filter.rules import ClipScore, Downloaded, HashList, ImageRule, Rule, TokenizerModel, needs
+from vtp.curation.filter.spill import begin_process
 from vtp.evaluation.clip_score import build_scorer, check_model
+from vtp.host import Host
+from vtp.processes import WorkerPool
 
 
 class Filter(Config):
@@ -41,39 +43,33 @@ def run(
     selection: Output,
     funnel: Output,
     examples: Output,
-    work: Work,
+    host: Host,
 ) -> None:
-    _check_inputs(config, tokenizer, lists, work)
+    _check_inputs(config, tokenizer, lists, host)
     wanted = [need for rule in config.rules for need in needs(rule)]
-    source = open_source(rows, config.columns, wanted, config.keep_columns)
-    _prepare_lists(config, lists, work.folder / "lists")
+    source = open_metadata(rows, config.columns, wanted, config.keep_columns)
+    _prepare_lists(config, lists, host.folder / "lists")
 
-    def stop_if_asked() -> None:
-        if work.stop_requested:
-            work.stop()
-
-    with Workforce(work.processes) as workforce:
-        sieve = Sieve(
-            source, config.rules, work.folder, pool=rows, workforce=workforce, pace=Pace(work.progress, stop_if_asked)
-        )
-        result = sieve.run(
-            work.folder / "selection",
+    with WorkerPool(host.processes, begin_process) as workers:
+        engine = FilterEngine(source, config.rules, host.folder, pool=rows, workers=workers, host=host)
+        result = engine.run(
+            host.folder / "selection",
             rows_per_part=config.rows_per_part,
             max_unreadable=config.max_unreadable,
             build_scorer=lambda rule: build_scorer(
-                rule.model, weights=work.weights, tokenizer=tokenizer, device=work.device
+                rule.model, weights=host.weights, tokenizer=tokenizer, device=host.device
             ),
-            threads=work.processes,
+            threads=host.processes,
         )
-    (work.folder / "selection").rename(selection)
+    (host.folder / "selection").rename(selection)
     write_json(funnel, result.metrics())
     with whole_file(examples) as temporary:
         temporary.write_text(result.markdown(), encoding="utf-8")
-    work.record(rows_in=result.rows_in, rows_out=result.rows_out)
-    tell_funnel(result)
+    host.record(rows_in=result.rows_in, rows_out=result.rows_out)
+    sys.stderr.write(f"{result.table()}\n")  # beside the bars
 
 
-def _check_inputs(config: Filter, tokenizer: Path | None, lists: Path | None, work: Work) -> None:
+def _check_inputs(config: Filter, tokenizer: Path | None, lists: Path | None, host: Host) -> None:
     """All that rules need besides rows is there, before the long work."""
     for rule in config.rules:
         if isinstance(rule, Downloaded | ImageRule) and not isinstance(config.columns, PoolColumns):
@@ -83,7 +79,7 @@ def _check_inputs(config: Filter, tokenizer: Path | None, lists: Path | None, wo
         if isinstance(rule, ClipScore):
             if isinstance(rule.model, TokenizerModel) and tokenizer is None:
                 raise ConfigError("rule clip_score scores with a tokenizer: give the command --tokenizer FOLDER")
-            check_model(rule.model, weights=work.weights, tokenizer=tokenizer)
+            check_model(rule.model, weights=host.weights, tokenizer=tokenizer)
 
 
 def _prepare_lists(config: Filter, lists: Path | None, folder: Path) -> None:

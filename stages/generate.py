@@ -13,18 +13,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stages._place import compile_units
-from stages._plan_generation import plan_sampling
-from stages._runner import Input, OptionalInput, Output, Work, main
-from stages._samples import FORMAT_VERSION, NOISE, Labels, SamplesArtefact, SettingName, draw_labels, draw_noise
-from stages._shared_files import SharedFiles
+from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import save_tensors
 from vtp.config import Config, ConfigError
 from vtp.data.latents import LatentDataset
+from vtp.data.shared_files import SharedFiles
 from vtp.distributed import ranks
+from vtp.evaluation.samples import FORMAT_VERSION, NOISE, Labels, SamplesArtefact, SettingName, draw_labels, draw_noise
 from vtp.flow import SamplerConfig, sample
 from vtp.flow.sampler import Interval
+from vtp.host import Host
 from vtp.models.lightningdit import LightningDiT
+from vtp.training.parallelize import compile_units
 
 
 class Sweep(Config):
@@ -76,11 +76,11 @@ class Generate(Config):
 
 @torch.no_grad()
 def run(
-    config: Generate, *, latents: Input, generator: Input, guide: OptionalInput = None, samples: Output, work: Work
+    config: Generate, *, latents: Input, generator: Input, guide: OptionalInput = None, samples: Output, host: Host
 ) -> None:
     data = LatentDataset(latents)
-    model, weak = _load(generator, data, work), _guide(config, guide, data, work)
-    drawing = _Drawing(config, config.all_settings, data, model, weak, work.device)
+    model, weak = _load(generator, data, host), _guide(config, guide, data, host)
+    drawing = _Drawing(config, config.all_settings, data, model, weak, host.device)
     artefact = SamplesArtefact(
         format_version=FORMAT_VERSION,
         encoder=data.encoder,
@@ -90,8 +90,8 @@ def run(
         labels=config.labels,
         settings=drawing.settings,
     )
-    shared = SharedFiles(work.folder / "samples", artefact.shards)
-    with work.progress(total=shared.total, description="sampling", unit="sample", done=shared.done) as bar:
+    shared = SharedFiles(host.folder / "samples", artefact.shards)
+    with host.progress(total=shared.total, description="sampling", unit="sample", done=shared.done) as bar:
         for shard in shared.own:
             parts = []
             for first in range(shard.rows.start, shard.rows.stop, config.batch_size):
@@ -100,13 +100,13 @@ def run(
                 bar.update(len(rows) * ranks().size)
             labels = draw_labels(config.labels, config.seed, shard.rows, len(data.classes))
             save_tensors(shard.path(shared.folder), {"latents": torch.cat(parts), "labels": labels})
-            if work.stop_seen:
+            if host.stop_seen:
                 break
-    shared.end(work)
+    shared.end(host)
     if ranks().first:
         artefact.write(shared.folder)
         shared.folder.rename(samples)
-        work.record(samples=shared.total)
+        host.record(samples=shared.total)
 
 
 class _Drawing(NamedTuple):
@@ -144,15 +144,15 @@ class _Drawing(NamedTuple):
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
 
-def _load(folder: Input, data: LatentDataset, work: Work) -> LightningDiT:
+def _load(folder: Input, data: LatentDataset, host: Host) -> LightningDiT:
     model = LightningDiT.from_pretrained(folder)
     if model.encoder is not None:
         data.require_encoder(model.encoder, str(folder))
-    compile_units(model.compiled_units, work)
-    return model.to(work.device).eval()
+    compile_units(model.compiled_units, host)
+    return model.to(host.device).eval()
 
 
-def _guide(config: Generate, folder: OptionalInput, data: LatentDataset, work: Work) -> LightningDiT | None:
+def _guide(config: Generate, folder: OptionalInput, data: LatentDataset, host: Host) -> LightningDiT | None:
     """The weaker generator. Raises ConfigError when one is asked for and not given, or the other way round."""
     wanted = [name for name, sampler in config.all_settings.items() if sampler.guide == "generator"]
     if wanted and folder is None:
@@ -166,8 +166,8 @@ def _guide(config: Generate, folder: OptionalInput, data: LatentDataset, work: W
         raise ConfigError(
             f"--guide {folder}: no setting has `guide: generator`; choose it for one, or leave --guide out"
         )
-    return _load(folder, data, work)
+    return _load(folder, data, host)
 
 
 if __name__ == "__main__":
-    main(run, distributed=True, plan=plan_sampling)
+    main(run, distributed=True)

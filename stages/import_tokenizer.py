@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from stages._runner import Input, OptionalInput, Output, Work, main
+from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import ArtefactError, verified_weights
 from vtp.config import Config
 from vtp.draws import address
+from vtp.host import Host
 from vtp.models.diffusers_vae import DiffusersVae
 from vtp.models.frozen_backbone import BackboneConfig, FrozenBackbone, load_backbone
 from vtp.models.tokenizer import VisualTokenizer
@@ -48,19 +49,19 @@ class ImportTokenizer(Config):
     source: Annotated[VtpSource | AutoencoderKlSource | BackboneSource, Field(discriminator="name")]
 
 
-def run(config: ImportTokenizer, *, source: OptionalInput = None, tokenizer: Output, work: Work) -> None:
-    model = _read(config.source, source, work)
+def run(config: ImportTokenizer, *, source: OptionalInput = None, tokenizer: Output, host: Host) -> None:
+    model = _read(config.source, source, host)
     model.save_pretrained(tokenizer)
-    work.record(encoder=model.encoder_digest())
+    host.record(encoder=model.encoder_digest())
 
 
 def _read(
-    config: VtpSource | AutoencoderKlSource | BackboneSource, folder: Input | None, work: Work
+    config: VtpSource | AutoencoderKlSource | BackboneSource, folder: Input | None, host: Host
 ) -> VisualTokenizer | DiffusersVae | FrozenBackbone:
     if isinstance(config, BackboneSource):
         if folder is not None:
             raise ArtefactError(f"a backbone reads weights/{config.weights} alone; take --source {folder} away")
-        return _backbone(config, work)
+        return _backbone(config, host)
     if folder is None:
         raise ArtefactError(f"import_tokenizer.source is {config.name}: give its folder with --source")
     if isinstance(config, VtpSource):
@@ -68,12 +69,12 @@ def _read(
     return DiffusersVae.from_diffusers(folder, image_size=config.image_size)
 
 
-def _backbone(config: BackboneSource, work: Work) -> FrozenBackbone:
+def _backbone(config: BackboneSource, host: Host) -> FrozenBackbone:
     with torch.device("meta"):  # names and sizes are wrong more often than weights, and these are quicker to check
         FrozenBackbone(_plain(config))
     what = f"the weights of timm's {config.model}"
     path = verified_weights(
-        work.weights / config.weights, config.sha256, what, instead="name another file in params.yaml"
+        host.weights / config.weights, config.sha256, what, instead="name another file in params.yaml"
     )
     model = FrozenBackbone(_plain(config))
     load_backbone(model.backbone, config.model, path)

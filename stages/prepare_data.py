@@ -1,11 +1,12 @@
 """Turn a source of pictures into WebDataset shards and their manifest."""
 
-from stages._runner import OptionalInput, Output, Work, main
-from vtp.data.compose import EmbeddedConfig
-from vtp.data.ingest.crew import Stopped
-from vtp.data.ingest.encode import CentreCrop, ImageConfig
-from vtp.data.ingest.ingest import Ingest, IngestConfig
-from vtp.data.ingest.sources import Inputs, SourceConfig, open_source
+from stages.runner.run import OptionalInput, Output, main
+from vtp.curation.ingest.compose import EmbeddedConfig
+from vtp.curation.ingest.encode import CentreCrop, ImageConfig
+from vtp.curation.ingest.ingest import Ingest, IngestConfig
+from vtp.curation.ingest.shard_workers import Stopped
+from vtp.curation.ingest.sources import SourceConfig, SourceFolders, open_pictures
+from vtp.host import Host
 
 
 class PrepareData(IngestConfig):
@@ -23,23 +24,23 @@ class PrepareData(IngestConfig):
 
 
 def run(
-    config: PrepareData, *, source: OptionalInput = None, selection: OptionalInput = None, shards: Output, work: Work
+    config: PrepareData, *, source: OptionalInput = None, selection: OptionalInput = None, shards: Output, host: Host
 ) -> None:
     """`source`: folder of the pictures. `selection`: rows of a pool, sorted by the hashes of their keys."""
 
     def stop() -> bool:
-        return work.stop_requested
+        return host.stop_requested
 
     try:
-        opened = open_source(config.source, config.image, Inputs(source, selection), work.folder, stop)
-        ingest = Ingest(opened.pictures, config, work.folder / "shards", work.folder / "state")
-        with work.progress(total=ingest.total, description="shards", unit="image", done=ingest.done) as bar:
-            manifest = ingest.run(processes=work.processes, progress=bar.update, stop=stop)
+        opened = open_pictures(config.source, config.image, SourceFolders(source, selection), host.folder, stop)
+        ingest = Ingest(opened.pictures, config, host.folder / "shards", host.folder / "state")
+        with host.progress(total=ingest.total, description="shards", unit="image", done=ingest.done) as bar:
+            manifest = ingest.run(processes=host.processes, progress=bar.update, stop=stop)
     except Stopped:
-        work.stop()
-    (work.folder / "shards").rename(shards)
+        host.stop()
+    (host.folder / "shards").rename(shards)
     samples = {name: split.samples for name, split in manifest.splits.items()}
-    work.record(unreadable=ingest.rejected, **samples, **opened.facts)
+    host.record(unreadable=ingest.rejected, **samples, **opened.facts)
 
 
 if __name__ == "__main__":

@@ -6,28 +6,30 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from stages._adversary import AdversaryConfig, build_adversary
-from stages._place import place
-from stages._plan_pretrain import plan_pretraining
-from stages._runner import Inputs, OptionalInput, Output, Work, main
-from stages._watch import Looks, Milestones, WatchConfig
+from stages.monitors.tokenizer import TokenizerMilestones, TokenizerMonitor, TokenizerMonitorConfig
+from stages.runner.run import Inputs, OptionalInput, Output, main
 from vtp.artefact import write_json
 from vtp.config import Config, ConfigError
-from vtp.data.batches import ActiveBatch, PretrainBatches, PretrainDataConfig, Share, count_micros
+from vtp.data.batches import RankSlice, count_micro_batches
 from vtp.data.dataset import ShardDataset
+from vtp.data.pretrain_batches import ActiveBatch, PretrainBatches, PretrainDataConfig
+from vtp.data.remote import ShardCache
 from vtp.data.stream import Stream
 from vtp.distributed import ranks
 from vtp.draws import address
+from vtp.host import Host
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.text import CaptionTokenizer
 from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
+from vtp.objectives.adversary import DISCRIMINATOR, AdversaryConfig, build_adversary
 from vtp.objectives.cost import pretrain_cost
 from vtp.objectives.pretrain import PretrainObjective, PretrainObjectiveConfig
+from vtp.objectives.pretrain_state import export_tokenizer, load_pretrain_state, save_pretrain_state
 from vtp.objectives.rates import RatesConfig
-from vtp.objectives.start import save_exported, save_training_state, start_from
-from vtp.training.fit import Run, TrainingConfig, fit, plan
+from vtp.step import OptimConfig, StepCost
+from vtp.training.fit import Run, TrainingConfig, fit, run_length
 from vtp.training.log import gradient_figures
-from vtp.training.optim import OptimConfig
+from vtp.training.parallelize import parallelize
 
 
 class Pretrain(Config):
@@ -41,7 +43,7 @@ class Pretrain(Config):
     rates: RatesConfig
     adversary: AdversaryConfig | None = Field(description="a GAN term from the start; null, as in the paper: none")
     training: TrainingConfig
-    watch: WatchConfig
+    monitor: TokenizerMonitorConfig
     export: Literal["student", "teacher"] = Field(description="whose weights the tokenizer gets")
 
     @model_validator(mode="after")
@@ -63,8 +65,8 @@ class Pretrain(Config):
         active = self.active
         if self.data.subsets == "disjoint" and active.ssl and active.pool == active.ssl:
             raise ValueError("data.subsets is disjoint, and no image is left beside those of self-supervision")
-        critic = self.adversary.discriminator if self.adversary else None
-        if critic is not None and critic.name == "features" and critic.network.name == "tokenizer":
+        discriminator = self.adversary.discriminator if self.adversary else None
+        if discriminator is not None and discriminator.name == "features" and discriminator.network.name == "tokenizer":
             raise ValueError("adversary.discriminator reads the encoder, which is in training; choose patch, or timm")
         return self
 
@@ -87,69 +89,83 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     config: Pretrain,
     *,
     shards: Inputs,
-    start: OptionalInput = None,
+    init_from: OptionalInput = None,
     tokenizer: Output,
     state: Output,
     milestones: Output,
     metrics: Output,
     curves: Output,
     picture: Output,
-    work: Work,
+    host: Host,
 ) -> None:
-    blocks, size = config.active.reconstruction, config.active.pool // config.active.reconstruction
-    largest = max(1, (work.runtime.micro_batch or config.active.pool) // size)
-    share = Share(*ranks(), count_micros(blocks, ranks().size, largest))
-    if config.adversary is not None and work.runtime.parallel == "fsdp" and ranks().size > 1:
-        raise ConfigError("pretrain.adversary needs whole weights on every rank: unset VTP_PARALLEL, or set it to ddp")
-    objective = build_objective(config, work)
-    moments = start_from(objective, start) if start is not None else {}
-    place(objective, work)
-    cost = pretrain_cost(config.architecture, config.data, config.objective, config.active)
-    if objective.adversary is not None:
-        adversarial = objective.adversary.step_flops(config.tokenizer.image_size) * config.active.reconstruction
-        cost = cost._replace(flops=cost.flops + adversarial)
-    length = plan(config.training.length, samples=config.active.pool, flops=cost.flops)
-    work.record(**length._asdict())
-    train, validation = (ShardDataset(shards[0], split, cache=work.cache) for split in ("train", "validation"))
-    looks = Looks(objective, train, validation, config.watch, folder=work.folder / "looks", device=work.device)
-    exports = Milestones(
-        objective,
-        config.watch.milestones,
-        step_flops=cost.flops,
-        folder=work.folder / "milestones",
-        weights=config.export,
+    rank_slice = slice_of(config, host)
+    objective = build_objective(config, host)
+    optimizer_state = load_pretrain_state(objective, init_from) if init_from is not None else {}
+    parallelize(objective, host)
+    cost = step_cost(config, objective)
+    length = run_length(config.training.length, samples=config.active.pool, flops=cost.flops)
+    host.record(**length._asdict())
+
+    train, validation = (ShardDataset(shards[0], split, cache=ShardCache.of(host)) for split in ("train", "validation"))
+    others = [ShardDataset(folder, "train", cache=ShardCache.of(host)) for folder in shards[1:]]
+    stream = Stream([train, *others], config.data.stream, seed=config.seed)
+    batches = build_batches(config, stream, rank_slice, colour_later=host.device != "cpu")
+    monitor = TokenizerMonitor(objective, train, validation, config.monitor, host=host)
+    exports = TokenizerMilestones(
+        objective, config.monitor.milestones, step_flops=cost.flops, weights=config.export, host=host
     )
-    sources = [train, *(ShardDataset(folder, "train", cache=work.cache) for folder in shards[1:])]
-    stream = Stream(sources, config.data.stream, seed=config.seed)
-    batches = build_batches(config, stream, share, colour_later=work.device != "cpu")
-    optim = {"model": config.optim} | ({"critic": config.adversary.optim} if config.adversary else {})
-    plan_of_run = Run(length.steps, config.training, optim, cost, share.micros)
-    moments = fit(objective, batches, plan_of_run, host=work, watchers=[looks, exports], moments=moments)
-    save_training_state(objective, moments, state)
-    save_exported(objective, tokenizer, weights=config.export)
+
+    optim = {"model": config.optim} | ({DISCRIMINATOR: config.adversary.optim} if config.adversary else {})
+    training = Run(length.steps, config.training, optim, cost, rank_slice.micro_batches)
+    optimizer_state = fit(
+        objective, batches, training, host=host, monitors=[monitor, exports], optimizer_state=optimizer_state
+    )
+
+    save_pretrain_state(objective, optimizer_state, state)
+    export_tokenizer(objective, tokenizer, weights=config.export)
     if ranks().first:
         parameters = sum(parameter.numel() for parameter in objective.tokenizer.parameters())
-        figures = {"parameters": parameters} | gradient_figures(work.folder / "curves.csv", "model")
+        figures = {"parameters": parameters} | gradient_figures(host.folder / "curves.csv", "model")
         write_json(metrics, {"pretrain": length._asdict() | figures})
-        curves.write_bytes((work.folder / "curves.csv").read_bytes())
-        looks.picture(picture, steps=length.steps)
+        curves.write_bytes((host.folder / "curves.csv").read_bytes())
+        monitor.draw(picture, steps=length.steps)
         exports.publish(milestones)
 
 
-def build_objective(config: Pretrain, work: Work) -> PretrainObjective:
+def slice_of(config: Pretrain, host: Host) -> RankSlice:
+    """What this rank takes of every step. Raises ConfigError or ValueError for what no rank could do."""
+    if config.adversary is not None and host.parallel == "fsdp" and ranks().size > 1:
+        raise ConfigError("pretrain.adversary needs whole weights on every rank: unset VTP_PARALLEL, or set it to ddp")
+    blocks, size = config.active.reconstruction, config.active.pool // config.active.reconstruction
+    largest = max(1, (host.micro_batch or config.active.pool) // size)
+    return RankSlice(*ranks(), count_micro_batches(blocks, ranks().size, largest))
+
+
+def build_objective(config: Pretrain, host: Host) -> PretrainObjective:
     """The models with their first weights, equal on all ranks."""
     torch.manual_seed(address(config.seed, "weights"))
     model = VisualTokenizer(config.architecture)
-    perceptual = build_perceptual(config.objective.reconstruction.perceptual, weights=work.weights).to(work.device)
+    perceptual = build_perceptual(config.objective.reconstruction.perceptual, weights=host.weights).to(host.device)
     adversary = None
     if config.adversary is not None:
-        adversary = build_adversary(config.adversary, work, seed=config.seed, tokenizer=model, features=None)
+        adversary = build_adversary(config.adversary, host, seed=config.seed, tokenizer=model, features=None)
     return PretrainObjective(
         model, config.objective, config.rates, perceptual=perceptual, seed=config.seed, adversary=adversary
     )
 
 
-def build_batches(config: Pretrain, stream: Stream, share: Share, *, colour_later: bool = False) -> PretrainBatches:
+def step_cost(config: Pretrain, objective: PretrainObjective) -> StepCost:
+    """Of a global step, the adversary included."""
+    cost = pretrain_cost(config.architecture, config.data, config.objective, config.active)
+    if objective.adversary is None:
+        return cost
+    adversarial = objective.adversary.step_flops(config.tokenizer.image_size) * config.active.reconstruction
+    return cost._replace(flops=cost.flops + adversarial)
+
+
+def build_batches(
+    config: Pretrain, stream: Stream, rank_slice: RankSlice, *, colour_later: bool = False
+) -> PretrainBatches:
     """A rank's micro-batches."""
     text = config.architecture.text
     return PretrainBatches(
@@ -159,10 +175,10 @@ def build_batches(config: Pretrain, stream: Stream, share: Share, *, colour_late
         image_size=config.tokenizer.image_size,
         patch_size=config.tokenizer.vision.patch_size,
         tokenize=CaptionTokenizer(text) if text else None,
-        share=share,
+        rank_slice=rank_slice,
         colour_later=colour_later,
     )
 
 
 if __name__ == "__main__":
-    main(run, distributed=True, plan=plan_pretraining)
+    main(run, distributed=True)

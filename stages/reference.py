@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from stages._plan_evaluation import plan_reference
-from stages._runner import Input, Output, Work, main
+from stages.runner.run import Input, Output, main
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
+from vtp.data.remote import ShardCache
 from vtp.distributed import own_rows, ranks, total
 from vtp.evaluation.feature_set import FeatureSet
 from vtp.evaluation.features import FeatureExtractor, FeaturesConfig, build_features
 from vtp.evaluation.reference import Chosen, SplitConfig, SplitName, choose, save_reference
+from vtp.host import Host
 
 BATCHES = 16  # of a rank, between two looks at what all ranks have: a stop and a checkpoint are possible there
 
@@ -35,39 +36,42 @@ class ReferenceStatistics(Config):
     splits: dict[SplitName, SplitConfig] = Field(min_length=1)
 
 
-class _Split(NamedTuple):
+class _ReferenceSplit(NamedTuple):
     chosen: Chosen
     found: FeatureSet  # of the first images, all ranks together
     state: Path  # where `found` is kept while it grows
 
 
 @torch.inference_mode()
-def run(config: ReferenceStatistics, *, shards: Input, reference: Output, work: Work) -> None:
+def run(config: ReferenceStatistics, *, shards: Input, reference: Output, host: Host) -> None:
     torch.backends.cudnn.allow_tf32 = False  # features are those of float32 convolutions
-    extractor = build_features(config.features, weights=work.weights, device=work.device)
-    splits: dict[str, _Split] = {}
+    extractor = build_features(config.features, weights=host.weights, device=host.device)
+    splits: dict[str, _ReferenceSplit] = {}
     for name, wanted in config.splits.items():
-        chosen, state = choose(ShardDataset(shards, name, cache=work.cache), wanted), work.folder / f"{name}.partial"
+        chosen, state = (
+            choose(ShardDataset(shards, name, cache=ShardCache.of(host)), wanted),
+            host.folder / f"{name}.partial",
+        )
         found = FeatureSet.of(extractor)
         if state.exists():
             found = FeatureSet.of_tensors(load_tensors(state), where=str(state))
-        splits[name] = _Split(chosen, found, state)
+        splits[name] = _ReferenceSplit(chosen, found, state)
     images = sum(len(split.chosen.rows) for split in splits.values())
     done = sum(split.found.count for split in splits.values())
-    with work.progress(total=images, description="features", unit="image", done=done) as bar:
+    with host.progress(total=images, description="features", unit="image", done=done) as bar:
         for split in splits.values():
-            _grow(split, extractor, config, work, bar.update)
+            _grow(split, extractor, config, host, bar.update)
     if ranks().first:
         found = {name: (split.chosen, split.found) for name, split in splits.items()}
         save_reference(reference, found, features=config.features, image_size=config.image_size)
-    work.record(images=images)
+    host.record(images=images)
 
 
 def _grow(
-    split: _Split,
+    split: _ReferenceSplit,
     extractor: FeatureExtractor,
     config: ReferenceStatistics,
-    work: Work,
+    host: Host,
     report: Callable[[int], object],
 ) -> None:
     """Add the images that are missing to `split.found`, some batches of every rank at a time."""
@@ -79,23 +83,23 @@ def _grow(
     for start in range(0, len(batches), at_once):
         chunk = batches[start : start + at_once]
         first = split.found.count + int(sum(map(len, chunk[: own_rows(len(chunk)).start])))
-        part, told = FeatureSet.of(extractor), 0
+        part, reported = FeatureSet.of(extractor), 0
         for number in own_rows(len(chunk)):
             pixels = split.chosen.images.images(chunk[number], config.image_size)
             part.update(extractor(pixels), keep=split.chosen.config.kept - first)
             first += len(pixels)
             report(len(pixels) * ranks().size)
-            told += len(pixels) * ranks().size
-        report(sum(map(len, chunk)) - told)
+            reported += len(pixels) * ranks().size
+        report(sum(map(len, chunk)) - reported)
         split.found.merge(part.over_ranks())
-        stop = bool(total(torch.tensor(int(work.stop_requested))))
+        stop = bool(total(torch.tensor(int(host.stop_requested))))
         over = split.found.count == len(rows)
-        if ranks().first and (stop or over or time.monotonic() - saved > work.checkpoint_seconds):
+        if ranks().first and (stop or over or time.monotonic() - saved > host.checkpoint_seconds):
             save_tensors(split.state, split.found.tensors())
             saved = time.monotonic()
         if stop:
-            work.stop()
+            host.stop()
 
 
 if __name__ == "__main__":
-    main(run, distributed=True, plan=plan_reference)
+    main(run, distributed=True)

@@ -1,4 +1,4 @@
-"""One page that tells how the run went: per part of the recipe its figures and pictures, and the training curves.
+"""One page on how the run went: per part of the recipe its figures and pictures, and the training curves.
 
 `report.html` needs no other file and no network; `metrics.md` holds all figures under their full names.
 """
@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from stages._pictures import curves
-from stages._published import HEAD, TABLE_2, own_row
-from stages._runner import Input, Output, Work, main
+from stages.figures.drawing import curves
+from stages.figures.paper_table import HEAD, TABLE_2, own_row
+from stages.figures.tables import flatten, markdown, number
+from stages.runner.run import Input, Output, main
 from vtp.artefact import read_json
 from vtp.config import Config
+from vtp.host import Host
 
 RECONSTRUCTIONS = ("first", "worst", "median", "best")
 STYLE = """
@@ -50,13 +52,13 @@ def run(  # noqa: PLR0913 - one flag per file that the page shows
     *,
     pretrain: Input,
     pretrain_curves: Input,
-    looks: Input,
+    pretrain_pictures: Input,
     tune_decoder: Input,
     decoder_curves: Input,
-    decoder_looks: Input,
+    decoder_pictures: Input,
     train_generator: Input,
     generator_curves: Input,
-    generator_looks: Input,
+    generator_pictures: Input,
     reconstruction: Input,
     reconstructions: Input,
     diagnostics: Input,
@@ -65,7 +67,7 @@ def run(  # noqa: PLR0913 - one flag per file that the page shows
     generation: Input,
     samples: Input,
     report: Output,
-    work: Work,
+    host: Host,
 ) -> None:
     tables = {"pretrain": pretrain_curves, "decoder": decoder_curves, "generator": generator_curves}
     report.mkdir()
@@ -81,48 +83,29 @@ def run(  # noqa: PLR0913 - one flag per file that the page shows
         generation=generated["generation"],
     )
     sections = [
-        Section("Pre-training", read_json(pretrain), [looks]),
+        Section("Pre-training", read_json(pretrain), [pretrain_pictures]),
         Section("Understanding", understood, []),
-        Section("Decoder tuning", read_json(tune_decoder), [decoder_looks]),
+        Section("Decoder tuning", read_json(tune_decoder), [decoder_pictures]),
         Section("Reconstruction", reconstructed, [reconstructions / f"{name}.png" for name in RECONSTRUCTIONS]),
         Section("Latents", of_latents, [diagnostics / "latents.png"]),
         Section("Speed", read_json(speed), []),
-        Section("Training of the generator", trained, [generator_looks]),
+        Section("Training of the generator", trained, [generator_pictures]),
         Section("Generation", generated, sorted(samples.glob("*.png"))),
         Section("Beside the paper's table 2 (ImageNet 256 x 256, Inception, 50k)", {}, [], [HEAD, own, *TABLE_2]),
         Section("Curves", {}, [report / "curves.png"]),
     ]
     everything = {name: values for section in sections for name, values in section.metrics.items()}
-    (report / "metrics.md").write_text(_markdown(flatten(everything)), encoding="utf-8")
+    (report / "metrics.md").write_text(
+        markdown(["metric", "value"], [[name, number(value)] for name, value in flatten(everything).items()]),
+        encoding="utf-8",
+    )
     (report / "report.html").write_text(_page(config.title, sections), encoding="utf-8")
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested metrics as one table, names joined by dots; texts are left out."""
-    flat: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        elif not isinstance(value, str):
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _columns(path: Path) -> dict[str, list[float]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]} if rows else {}
-
-
-def _number(value: float | str) -> str:
-    if isinstance(value, float):
-        return f"{value:.3e}" if abs(value) >= 1e6 else f"{value:.4g}"
-    return str(value)
-
-
-def _markdown(flat: dict[str, float]) -> str:
-    rows = [f"| {name} | {_number(value)} |" for name, value in flat.items()]
-    return "\n".join(["| metric | value |", "|---|---|", *rows]) + "\n"
 
 
 def _page(title: str, sections: Sequence[Section]) -> str:
@@ -164,13 +147,13 @@ def _rows(rows: Sequence[Sequence[str | float | None]]) -> str:
     """A table as it is given, its head first."""
     if not rows:
         return ""
-    head, *body = [["-" if value is None else html.escape(_number(value)) for value in row] for row in rows]
+    head, *body = [[html.escape(number(value)) for value in row] for row in rows]
     lines = "".join("<tr><td>" + "<td>".join(row) for row in body)
     return f"<table><tr><th>{'<th>'.join(head)}{lines}</table>"
 
 
 def _cell(column: dict[str, Any], row: str) -> str:
-    return html.escape(_number(column[row])) if row in column else ""
+    return html.escape(number(column[row])) if row in column else ""
 
 
 def _figure(path: Path) -> str:

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from stages._runner import Input, Output, Work, main
-from stages.report import flatten
+from stages.figures.drawing import axes
+from stages.figures.tables import flatten, markdown, number
+from stages.runner.run import Input, Output, main
 from vtp.artefact import ArtefactError, read_json
 from vtp.config import Config
+from vtp.host import Host
 
 
 class Summary(Config):
@@ -40,7 +42,7 @@ class Point(NamedTuple):
     values: dict[str, float]  # by metric, NaN for what it cannot have
 
 
-def run(config: Summary, *, points: Input, summary: Output, work: Work) -> None:
+def run(config: Summary, *, points: Input, summary: Output, host: Host) -> None:
     runs = {folder.name: _curve(folder, config.metrics) for folder in sorted(points.iterdir()) if folder.is_dir()}
     _require_each(config.metrics, runs, points)
     if unknown := sorted(config.published.keys() - runs.keys()):
@@ -81,12 +83,12 @@ def _table(runs: dict[str, list[Point]], metrics: list[str]) -> str:
         [
             run,
             "-" if point.flops is None else f"{point.flops:.3g}",
-            *(_figure_of(point.values[name]) for name in metrics),
+            *(number(point.values[name]) for name in metrics),
         ]
         for run, curve in runs.items()
         for point in curve
     ]
-    return _markdown(["run", "training FLOPs", *metrics], rows)
+    return markdown(["run", "training FLOPs", *metrics], rows)
 
 
 def _comparison(runs: dict[str, list[Point]], published: dict[str, dict[str, float]]) -> str:
@@ -96,45 +98,23 @@ def _comparison(runs: dict[str, list[Point]], published: dict[str, dict[str, flo
         for name, theirs in figures.items():
             ours = runs[run][-1].values[name]
             difference = "-" if math.isnan(ours) else f"{ours - theirs:+.4g}"
-            rows.append([run, name, _figure_of(ours), f"{theirs:.4g}", difference])
-    return _markdown(["run", "metric", "measured", "published", "difference"], rows)
-
-
-def _figure_of(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *rows])
+            rows.append([run, name, number(ours), f"{theirs:.4g}", difference])
+    return markdown(["run", "metric", "measured", "published", "difference"], rows)
 
 
 def _figure(runs: dict[str, list[Point]], config: Summary, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(3, len(config.metrics))
-    rows = -(-len(config.metrics) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False)
-    panels: list[Any] = list(axes.flat)
     counted = any(point.flops is not None for curve in runs.values() for point in curve)
-    for axis, name in zip(panels, config.metrics, strict=False):
-        for number, (run, curve) in enumerate(runs.items()):
-            _draw(axis, f"C{number}", run, curve, name)
-            if (theirs := config.published.get(run, {}).get(name)) is not None:
-                axis.axhline(theirs, color=f"C{number}", linestyle=":")
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("training FLOPs" if counted else "", fontsize=8)
-        axis.tick_params(labelsize=8, labelbottom=counted, bottom=counted)
-        axis.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
-    for axis in panels[len(config.metrics) :]:
-        axis.axis("off")
-    figure.suptitle(f"{config.title} (dotted: published)" if config.published else config.title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90, metadata={"Software": None})
-    pyplot.close(figure)
+    with axes(len(config.metrics), path, columns=3, size=(4.6, 3.2), dpi=90) as every:
+        for axis, name in zip(every, config.metrics, strict=True):
+            for position, (run, curve) in enumerate(runs.items()):
+                _draw(axis, f"C{position}", run, curve, name)
+                if (theirs := config.published.get(run, {}).get(name)) is not None:
+                    axis.axhline(theirs, color=f"C{position}", linestyle=":")
+            axis.set_title(name, fontsize=9)
+            axis.set_xlabel("training FLOPs" if counted else "", fontsize=8)
+            axis.tick_params(labelsize=8, labelbottom=counted, bottom=counted)
+        every[0].legend(fontsize=8)
+        every[0].figure.suptitle(f"{config.title} (dotted: published)" if config.published else config.title)
 
 
 def _draw(axis: Any, colour: str, run: str, curve: list[Point], name: str) -> None:  # noqa: ANN401 - matplotlib's

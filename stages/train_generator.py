@@ -6,23 +6,23 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from stages._growth import FidReference, GeneratorLooks, GeneratorMilestones, GeneratorWatchConfig
-from stages._place import place
-from stages._plan_generation import plan_training
-from stages._runner import Input, OptionalInput, Output, Work, main
+from stages.monitors.generator import FidReference, GeneratorMilestones, GeneratorMonitor, GeneratorMonitorConfig
+from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import write_json
 from vtp.config import Config, ConfigError
-from vtp.data.batches import LatentBatches, Share, count_micros
+from vtp.data.batches import LatentBatches, RankSlice, count_micro_batches
 from vtp.data.latents import LatentDataset
 from vtp.distributed import ranks
 from vtp.draws import address
 from vtp.evaluation.features import build_features
 from vtp.evaluation.reference import Reference
-from vtp.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, Size, save_generator
+from vtp.host import Host
+from vtp.models.lightningdit import SIZES, GeneratorSize, LightningDiT, LightningDiTConfig, save_generator
 from vtp.models.loading import load_tokenizer
 from vtp.objectives.generation import GenerationObjective, GenerationObjectiveConfig
-from vtp.training.fit import Run, TrainingConfig, fit, plan
-from vtp.training.optim import OptimConfig
+from vtp.step import OptimConfig
+from vtp.training.fit import Run, TrainingConfig, fit, run_length
+from vtp.training.parallelize import parallelize
 
 
 class NamedSize(Config):
@@ -56,7 +56,7 @@ class GeneratorConfig(Config):
         """For latents (d, h, w) of so many classes."""
         channels, side, _ = shape
         own = self.size
-        size = Size(own.depth, own.hidden_size, own.num_heads) if isinstance(own, OwnSize) else SIZES[own.name]
+        size = GeneratorSize(own.depth, own.hidden_size, own.num_heads) if isinstance(own, OwnSize) else SIZES[own.name]
         options = self.model_dump(exclude={"size"}) | size._asdict()
         return LightningDiTConfig(input_size=side, in_channels=channels, num_classes=classes, **options)
 
@@ -70,7 +70,7 @@ class TrainGenerator(Config):
     objective: GenerationObjectiveConfig
     optim: OptimConfig
     training: TrainingConfig
-    watch: GeneratorWatchConfig
+    monitor: GeneratorMonitorConfig
 
 
 def run(  # noqa: PLR0913 - inputs and outputs of the stage
@@ -84,59 +84,62 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     metrics: Output,
     curves: Output,
     picture: Output,
-    work: Work,
+    host: Host,
 ) -> None:
+    largest = host.micro_batch or config.batch_size
+    rank_slice = RankSlice(*ranks(), count_micro_batches(config.batch_size, ranks().size, largest))
     data, validation = (LatentDataset(latents, split) for split in ("train", "validation"))
-    pixels = load_tokenizer(tokenizer, decoder).to(work.device)
+    pixels = load_tokenizer(tokenizer, decoder).to(host.device)
     data.require_encoder(pixels.encoder_digest(), str(tokenizer))
-    largest = work.runtime.micro_batch or config.batch_size
-    share = Share(*ranks(), count_micros(config.batch_size, ranks().size, largest))
-    batches = LatentBatches(data, batch_size=config.batch_size, seed=config.seed, share=share)
+    batches = LatentBatches(data, batch_size=config.batch_size, seed=config.seed, rank_slice=rank_slice)
+
     torch.manual_seed(address(config.seed, "weights"))
     model = LightningDiT(config.model.architecture(data.shape, len(data.classes)))
     objective = GenerationObjective(model, config.objective)
     cost = objective.step_cost(batches[0], batch_size=config.batch_size)
-    place(objective, work)
-    length = plan(config.training.length, samples=config.batch_size, flops=cost.flops)
-    work.record(**length._asdict())
-    looks = GeneratorLooks(
+    parallelize(objective, host)
+    length = run_length(config.training.length, samples=config.batch_size, flops=cost.flops)
+    host.record(**length._asdict())
+
+    monitor = GeneratorMonitor(
         objective,
         validation,
         pixels,
-        config.watch,
+        config.monitor,
         seed=config.seed,
         precision=config.training.precision,
-        reference=_reference(config, reference, pixels.image_size, work),
-        work=work,
+        reference=_reference(config, reference, pixels.image_size, host),
+        host=host,
     )
-    plan_of_run = Run(length.steps, config.training, {"model": config.optim}, cost, share.micros)
-    milestones = GeneratorMilestones(objective, config.watch.milestones, folder=work.folder / "milestones")
-    fit(objective, batches, plan_of_run, host=work, watchers=[looks, milestones])
+    milestones = GeneratorMilestones(objective, config.monitor.milestones, folder=host.folder / "milestones")
+    training = Run(length.steps, config.training, {"model": config.optim}, cost, rank_slice.micro_batches)
+    fit(objective, batches, training, host=host, monitors=[monitor, milestones])
+
     states = {f"ema-{momentum:g}": objective.averaged(number) for number, momentum in enumerate(config.objective.ema)}
     if not ranks().first:
         return
     result = states.pop(f"ema-{config.objective.ema[0]:g}")
-    save_generator(generator, model.config, result, encoder=data.encoder, others=states | milestones.kept())
+    save_generator(generator, model.config, result, encoder=data.encoder, others=states | milestones.saved())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     epochs = length.samples / len(data)
     write_json(metrics, {"train_generator": length._asdict() | {"parameters": parameters, "epochs": epochs}})
-    curves.write_bytes((work.folder / "curves.csv").read_bytes())
-    looks.picture(picture, steps=length.steps)
+    curves.write_bytes((host.folder / "curves.csv").read_bytes())
+    monitor.draw(picture, steps=length.steps)
 
 
-def _reference(config: TrainGenerator, folder: Path | None, size: int, work: Work) -> FidReference | None:
+def _reference(config: TrainGenerator, folder: Path | None, size: int, host: Host) -> FidReference | None:
     """What the online distance compares with. Raises ConfigError when it is asked for and nothing is given."""
-    if config.watch.fid is None:
+    if config.monitor.fid is None:
         return None
     if folder is None:
         raise ConfigError(
-            "train_generator.watch.fid needs --reference work/reference on the command, and under its deps"
+            "train_generator.monitor.fid needs --reference work/reference on the command, and under its deps"
         )
     reference = Reference.load(folder)
     reference.require_size(size)
-    extractor = build_features(reference.features, weights=work.weights, device=work.device)
+    extractor = build_features(reference.features, weights=host.weights, device=host.device)
     return FidReference(extractor, reference.of("train").statistics)
 
 
 if __name__ == "__main__":
-    main(run, distributed=True, plan=plan_training)
+    main(run, distributed=True)

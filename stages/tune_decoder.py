@@ -4,32 +4,34 @@ The same stage trains the fresh decoder of a frozen backbone from scratch, as RA
 every rank, under VTP_PARALLEL=fsdp too: the adaptive weight needs one layer's gradient apart, and a decoder is small.
 """
 
+from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from stages._adversary import AdversaryConfig, build_adversary
-from stages._place import place
-from stages._plan_decoder import plan_tuning
-from stages._runner import Input, OptionalInput, Output, Work, main
-from stages._tuning import DecoderLooks, DecoderWatchConfig
+from stages.monitors.decoder import DecoderMonitor, DecoderMonitorConfig
+from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import write_json
 from vtp.config import Config
-from vtp.data.batches import ImageBatches, Share, count_micros
+from vtp.data.batches import ImageBatches, RankSlice, count_micro_batches
 from vtp.data.dataset import ShardDataset
+from vtp.data.remote import ShardCache
 from vtp.data.stream import Stream, StreamConfig
 from vtp.data.views import CentreCropView, RandomCropView
 from vtp.distributed import own_rows, ranks, total
+from vtp.host import Host
 from vtp.layers.images import normalise
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer, save_decoder
+from vtp.objectives.adversary import DISCRIMINATOR, AdversaryConfig, build_adversary
 from vtp.objectives.decoder import DecoderObjective, DecoderObjectiveConfig
-from vtp.training.fit import Run, TrainingConfig, fit, plan
+from vtp.step import OptimConfig
+from vtp.training.fit import Run, TrainingConfig, fit, run_length
 from vtp.training.log import gradient_figures
-from vtp.training.optim import OptimConfig
+from vtp.training.parallelize import parallelize
 
 
 class TuneDecoder(Config):
@@ -43,7 +45,7 @@ class TuneDecoder(Config):
     adversary: AdversaryConfig | None = Field(description="null tunes without a discriminator")
     optim: OptimConfig = Field(description="of the decoder")
     training: TrainingConfig
-    watch: DecoderWatchConfig
+    monitor: DecoderMonitorConfig
 
 
 def run(  # noqa: PLR0913 - inputs and outputs of the stage
@@ -51,58 +53,72 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     *,
     shards: Input,
     tokenizer: Input,
-    critic_features: OptionalInput = None,
+    discriminator_features: OptionalInput = None,
     decoder: Output,
     metrics: Output,
     curves: Output,
     picture: Output,
-    work: Work,
+    host: Host,
 ) -> None:
-    train, validation = (ShardDataset(shards, split, cache=work.cache) for split in ("train", "validation"))
-    model = load_tokenizer(tokenizer).to(work.device).eval().requires_grad_(False)
+    largest = host.micro_batch or config.batch_size
+    passes = count_micro_batches(config.batch_size, ranks().size, largest, named="tune_decoder.batch_size")
+    rank_slice = RankSlice(*ranks(), passes)
+    train, validation = (ShardDataset(shards, split, cache=ShardCache.of(host)) for split in ("train", "validation"))
+    model = load_tokenizer(tokenizer).to(host.device).eval().requires_grad_(False)
     model.pixel_decoder.requires_grad_(True)
     encoder = model.encoder_digest()
-    work.record(encoder=encoder)
-    adversary = None
-    if config.adversary is not None:
-        adversary = build_adversary(config.adversary, work, seed=config.seed, tokenizer=model, features=critic_features)
-    perceptual = build_perceptual(config.objective.perceptual, weights=work.weights).to(work.device)
-    largest = work.runtime.micro_batch or config.batch_size
-    share = Share(*ranks(), count_micros(config.batch_size, ranks().size, largest, named="tune_decoder.batch_size"))
-    stream = Stream([train], config.stream, seed=config.seed)
-    batches = ImageBatches(stream, config.view, size=model.image_size, batch_size=config.batch_size, share=share)
-    noise = config.objective.noise
-    std = None
-    if noise.std:
-        std = channel_std(model, train, noise.samples, config.batch_size, work.device)
-        work.record(latent_std=" ".join(f"{value:.6g}" for value in std.tolist()))
-    objective = DecoderObjective(
-        model, adversary, config.objective, perceptual=perceptual, channel_std=std, seed=config.seed
-    )
+    host.record(encoder=encoder)
+
+    objective = build_objective(config, model, train, discriminator_features, host)
     cost = objective.step_cost(config.batch_size)
-    looks = DecoderLooks(
+    monitor = DecoderMonitor(
         model,
         objective.average,
         validation,
-        config.watch,
-        perceptual=perceptual,
-        folder=work.folder / "looks",
-        device=work.device,
+        config.monitor,
+        perceptual=objective.perceptual,
+        host=host,
     )
-    place(objective, work)
-    length = plan(config.training.length, samples=config.batch_size, flops=cost.flops)
-    work.record(**length._asdict())
-    optim = {"decoder": config.optim} | ({"critic": config.adversary.optim} if config.adversary else {})
-    fit(objective, batches, Run(length.steps, config.training, optim, cost, share.micros), host=work, watchers=[looks])
+    parallelize(objective, host)
+    length = run_length(config.training.length, samples=config.batch_size, flops=cost.flops)
+    host.record(**length._asdict())
+
+    stream = Stream([train], config.stream, seed=config.seed)
+    batches = ImageBatches(
+        stream, config.view, size=model.image_size, batch_size=config.batch_size, rank_slice=rank_slice
+    )
+    optim = {"decoder": config.optim} | ({DISCRIMINATOR: config.adversary.optim} if config.adversary else {})
+    training = Run(length.steps, config.training, optim, cost, rank_slice.micro_batches)
+    fit(objective, batches, training, host=host, monitors=[monitor])
+
     if not ranks().first:
         return
     model.pixel_decoder.load_state_dict(objective.average.state_dict())
     if model.encoder_digest() != encoder:
         raise RuntimeError("the encoder changed while its decoder was tuned")
     save_decoder(model, decoder)
-    write_json(metrics, {"tune_decoder": length._asdict() | gradient_figures(work.folder / "curves.csv", "decoder")})
-    curves.write_bytes((work.folder / "curves.csv").read_bytes())
-    looks.picture(picture, steps=length.steps)
+    write_json(metrics, {"tune_decoder": length._asdict() | gradient_figures(host.folder / "curves.csv", "decoder")})
+    curves.write_bytes((host.folder / "curves.csv").read_bytes())
+    monitor.draw(picture, steps=length.steps)
+
+
+def build_objective(
+    config: TuneDecoder, model: Tokenizer, train: ShardDataset, discriminator_features: Path | None, host: Host
+) -> DecoderObjective:
+    """The frozen encoder, the decoder that is tuned, and the adversary with its first weights, equal on all ranks."""
+    adversary = None
+    if config.adversary is not None:
+        adversary = build_adversary(
+            config.adversary, host, seed=config.seed, tokenizer=model, features=discriminator_features
+        )
+    perceptual = build_perceptual(config.objective.perceptual, weights=host.weights).to(host.device)
+    noise, std = config.objective.noise, None
+    if noise.std:
+        std = channel_std(model, train, noise.samples, config.batch_size, host.device)
+        host.record(latent_std=" ".join(f"{value:.6g}" for value in std.tolist()))
+    return DecoderObjective(
+        model, adversary, config.objective, perceptual=perceptual, channel_std=std, seed=config.seed
+    )
 
 
 @torch.no_grad()
@@ -122,4 +138,4 @@ def channel_std(model: Tokenizer, images: ShardDataset, samples: int, batch_size
 
 
 if __name__ == "__main__":
-    main(run, distributed=True, plan=plan_tuning)
+    main(run, distributed=True)

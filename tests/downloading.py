@@ -15,7 +15,7 @@ from PIL import Image
 from servers import LIMIT
 from tiny import ROOT, merged, write_params
 
-from vtp.data.rows import order_of
+from vtp.curation.rows import order_of
 
 SECTION = {
     "resize": {"name": "keep_ratio_largest", "size": 256, "only_if_bigger": True},
@@ -37,7 +37,7 @@ SECTION = {
     "min_success": 0.5,
     "distributor": {"name": "multiprocessing", "processes": 2, "threads": 16},
 }
-SPARK = {"name": "pyspark", "master": "local[2]", "threads": 8, "conf": {}, "guard": None}
+SPARK = {"name": "pyspark", "master": "local[2]", "threads": 8, "conf": {}, "proxy": None}
 
 
 class Row(NamedTuple):

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from tiny import merged, tiny_params, write_shards
 
-from stages._runtime import Runtime, Work
 from stages.cache_latents import CacheLatents
 from stages.cache_latents import run as cache_latents
 from stages.generate import Generate
 from stages.generate import run as generate
 from stages.pretrain import Pretrain
+from stages.runner.environment import LocalHost, Runtime
 from stages.train_generator import TrainGenerator
 from stages.train_generator import run as train_generator
 from vtp.models.tokenizer import VisualTokenizer
 
 
-class QuietWork(Work):
+class QuietHost(LocalHost):
     """Without bars; asked to stop after so many units of progress."""
 
     workers = property(lambda self: 0)
@@ -41,12 +41,12 @@ class QuietWork(Work):
         pass
 
 
-def work_in(root: Path, *, stop_after: int | None = None) -> QuietWork:
+def work_in(root: Path, *, stop_after: int | None = None) -> QuietHost:
     """A stage's scratch below `root`, which stays for the next start."""
-    work = QuietWork(root / "scratch" / "folder", root, Runtime(device="cpu"))
-    work.stop_after = stop_after
-    work.folder.mkdir(parents=True, exist_ok=True)
-    return work
+    host = QuietHost(root / "scratch" / "folder", root, Runtime(device="cpu"))
+    host.stop_after = stop_after
+    host.folder.mkdir(parents=True, exist_ok=True)
+    return host
 
 
 def write_inputs(root: Path) -> None:
@@ -61,7 +61,7 @@ def cache(inputs: Path, root: Path, *, stop_after: int | None = None, **changes:
     """The latents of `inputs` as the stage writes them in `root`."""
     config = CacheLatents.parse(merged(tiny_params()["cache_latents"], changes), where="test")
     paths = {"shards": inputs / "shards", "tokenizer": inputs / "tokenizer", "latents": root / "latents"}
-    cache_latents(config, **paths, work=work_in(root, stop_after=stop_after))
+    cache_latents(config, **paths, host=work_in(root, stop_after=stop_after))
     return root / "latents"
 
 
@@ -81,7 +81,7 @@ def train(
     files = {"metrics": "metrics.json", "curves": "curves.csv", "picture": "picture.png", "generator": "generator"}
     paths = {"latents": inputs / "latents", "tokenizer": inputs / "tokenizer"} | given
     paths |= {flag: out / file for flag, file in files.items()}
-    train_generator(config, **paths, work=work_in(root, stop_after=stop_after))
+    train_generator(config, **paths, host=work_in(root, stop_after=stop_after))
     return out
 
 
@@ -89,5 +89,5 @@ def draw(inputs: Path, root: Path, *, guide: Path | None = None, stop_after: int
     """Samples of the generator of `inputs`."""
     config = Generate.parse(merged(tiny_params()["generate"], changes), where="test")
     paths = {"latents": inputs / "latents", "generator": inputs / "generator", "samples": root / "samples"}
-    generate(config, **paths, guide=guide, work=work_in(root, stop_after=stop_after))
+    generate(config, **paths, guide=guide, host=work_in(root, stop_after=stop_after))
     return root / "samples"

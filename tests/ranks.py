@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from objectives.test_pretrain import COMBINATIONS, batch_of, config_of, objective_of
 
-from stages._place import place
-from stages._runtime import Runtime, Work
-from vtp.data.batches import Share
+from stages.runner.environment import LocalHost, Runtime
+from vtp.data.batches import RankSlice
 from vtp.distributed import process_group, ranks, shard, sum_gradients, whole
 from vtp.losses.clip import clip_loss, siglip_loss
 from vtp.losses.dino import sinkhorn_potential
 from vtp.losses.koleo import koleo_loss
-from vtp.step import Moment
+from vtp.step import StepContext
 from vtp.training.checkpoint import Checkpoints
 from vtp.training.fit import state_of
 from vtp.training.optim import build_optimizer
+from vtp.training.parallelize import parallelize
 from vtp.training.update import Update
 
 STEPS, LR = 3, 1e-3
@@ -37,7 +37,7 @@ CASES["everything"] = {
         "drop_path": {"ssl": 0.25, "clip": 0.25, "blocks": 1},
     }
 }
-LAYOUTS = [(parallel, micros) for parallel in ("ddp", "fsdp") for micros in (1, 2)]
+LAYOUTS = [(parallel, micro_batches) for parallel in ("ddp", "fsdp") for micro_batches in (1, 2)]
 
 
 def config_for(case):
@@ -45,14 +45,14 @@ def config_for(case):
     return config_of(CASES[case] | batch)
 
 
-def gradients_and_weights(case, parallel="ddp", micros=1):
+def gradients_and_weights(case, parallel="ddp", micro_batches=1):
     """Gradient and logged scalars of the first step, weights after some: whole tensors by name."""
-    config, share = config_for(case), Share(*ranks(), micros)
+    config, rank_slice = config_for(case), RankSlice(*ranks(), micro_batches)
     objective = objective_of(config)
     if parallel == "fsdp":
         shard(objective.sharded_units(), "cpu")
-    batches = [[batch_of(config, step, share, micro) for micro in range(micros)] for step in range(STEPS)]
-    for term in objective.terms("model", batches[0], Moment(0, STEPS, watched=True)):
+    batches = [[batch_of(config, step, rank_slice, micro) for micro in range(micro_batches)] for step in range(STEPS)]
+    for term in objective.terms("model", batches[0], StepContext(0, STEPS, log_step=True)):
         if term.loss is not None:
             term.loss.backward()
     sum_gradients(objective.parameters())
@@ -63,25 +63,25 @@ def gradients_and_weights(case, parallel="ddp", micros=1):
     if parallel == "fsdp":
         shard(objective.sharded_units(), "cpu")
     optim = config.optim.model_copy(update={"lr": LR, "warmup": 0.0, "schedule": "constant"})
-    update = Update("model", build_optimizer(objective.phases()["model"], optim), optim, objective.watched())
+    update = Update("model", build_optimizer(objective.phases()["model"], optim), optim, objective.shared_parameters())
     logs = {}
     for step in range(STEPS):
-        moment = Moment(step, STEPS, watched=step == 0)
-        outcome = update.apply(objective.terms("model", batches[step], moment), moment)
+        context = StepContext(step, STEPS, log_step=step == 0)
+        outcome = update.apply(objective.terms("model", batches[step], context), context)
         assert outcome.finite
         logs = logs or {name: float(value) for name, value in outcome.logs.items()}
-        objective.after_step(moment)
+        objective.after_step(context)
     weights = {name: whole(tensor).clone() for name, tensor in objective.state_dict().items()}
     return {"gradients": gradients, "weights": weights, "logs": logs}
 
 
 def placed_gradients(case):
     """Of sharded, compiled and recomputed blocks, all at once."""
-    config, share = config_for(case), Share(*ranks(), 1)
+    config, rank_slice = config_for(case), RankSlice(*ranks(), 1)
     objective = objective_of(config)
     settings = {"VTP_DEVICE": "cpu", "VTP_PARALLEL": "fsdp", "VTP_COMPILE": "true", "VTP_RECOMPUTE": "true"}
-    place(objective, Work(Path(), Path(), Runtime.of(settings)))
-    for term in objective.terms("model", [batch_of(config, 0, share)], Moment(0, STEPS, watched=True)):
+    parallelize(objective, LocalHost(Path(), Path(), Runtime.of(settings)))
+    for term in objective.terms("model", [batch_of(config, 0, rank_slice)], StepContext(0, STEPS, log_step=True)):
         if term.loss is not None:
             term.loss.backward()
     sum_gradients(objective.parameters())
@@ -114,28 +114,28 @@ def reductions():
 def poisoned(parallel):
     """The last rank's samples of one objective are not finite: what is said of it, and whether weights moved."""
     rank, size = ranks()
-    config, share = config_for("clip+ssl+ae"), Share(rank, size, 1)
+    config, rank_slice = config_for("clip+ssl+ae"), RankSlice(rank, size, 1)
     found = {}
     for field in ("clip_images", "global_views", "rec_images"):
         objective = objective_of(config)
         if parallel == "fsdp":
             shard(objective.sharded_units(), "cpu")
         update = Update("model", build_optimizer(objective.phases()["model"], config.optim), config.optim, ())
-        batch, moment = batch_of(config, 0, share), Moment(0, STEPS, watched=False)
+        batch, context = batch_of(config, 0, rank_slice), StepContext(0, STEPS, log_step=False)
         if rank == size - 1:
             pictures = getattr(batch, field).float() / 255
             batch = batch._replace(**{field: pictures * float("nan")})
         before = {name: whole(p).clone() for name, p in objective.named_parameters()}
-        outcome = update.apply(objective.terms("model", [batch], moment), moment)
-        blamed = update.blame(objective.terms("model", [batch], moment))
+        outcome = update.apply(objective.terms("model", [batch], context), context)
+        origin = update.find_nonfinite(objective.terms("model", [batch], context))
         unmoved = all(torch.equal(whole(p), before[name]) for name, p in objective.named_parameters())
-        found[field] = (outcome.finite, blamed, unmoved)
+        found[field] = (outcome.finite, origin, unmoved)
     return found
 
 
 def checkpointed(case, folder, start, stop, parallel="ddp"):
     """Train from the checkpoint in `folder`, if there is one, up to step `stop`; losses by step, and the weights."""
-    config, share = config_for(case), Share(*ranks(), 1)
+    config, rank_slice = config_for(case), RankSlice(*ranks(), 1)
     objective = objective_of(config)
     if parallel == "fsdp":
         shard(objective.sharded_units(), "cpu")
@@ -150,9 +150,9 @@ def checkpointed(case, folder, start, stop, parallel="ddp"):
         assert checkpoints.newest(tensors).step == start
     losses = []
     for step in range(start, stop):
-        moment = Moment(step, 8, watched=False)
-        outcome = update.apply(objective.terms("model", [batch_of(config, step, share)], moment), moment)
-        objective.after_step(moment)
+        context = StepContext(step, 8, log_step=False)
+        outcome = update.apply(objective.terms("model", [batch_of(config, step, rank_slice)], context), context)
+        objective.after_step(context)
         losses.append({name: float(value) for name, value in outcome.logs.items()})
     checkpoints.save(stop, tensors, {})
     checkpoints.wait()

@@ -231,7 +231,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(body("jpeg", 1), X_Robots_Tag=tags[int(n) % len(tags)])
 
     def answer_impostor(self, n: str) -> None:
-        self.wfile.write(b"HTTP/1.1 403 guard: opted out\r\nContent-Length: 0\r\n\r\n")
+        self.wfile.write(b"HTTP/1.1 403 proxy: opted out\r\nContent-Length: 0\r\n\r\n")
 
     def log_message(self, *arguments: object) -> None: ...
 

@@ -14,12 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages import _runtime
-from stages._runtime import Runtime
 from stages.filter import Filter, run
+from stages.runner.environment import LocalHost, Runtime
 from vtp.artefact import read_json
-from vtp.data.rows import ROLES as ALL_ROLES
-from vtp.data.rows import order_of
+from vtp.curation.rows import ROLES as ALL_ROLES
+from vtp.curation.rows import order_of
 
 WORDS = ["a", "dog", "on", "the", "beach", "stock", "photo", "ein", "Hund", "\u3000", "größe", ""]
 SCHEMA = pa.schema(
@@ -78,14 +77,14 @@ def section(rules, **changes):
 
 def sift(config, rows, folder, *, processes=0, **inputs):
     """Run the stage's body; its folder of outputs `selection`, `funnel`, `examples`."""
-    work = Work(folder / "scratch" / "folder", folder, Runtime(processes=processes))
-    work.folder.mkdir(parents=True, exist_ok=True)
+    host = QuietHost(folder / "scratch" / "folder", folder, Runtime(processes=processes))
+    host.folder.mkdir(parents=True, exist_ok=True)
     outputs = {name: folder / name for name in ("selection", "funnel", "examples")}
-    run(config, rows=rows, **inputs, **outputs, work=work)
+    run(config, rows=rows, **inputs, **outputs, host=host)
     return folder
 
 
-class Work(_runtime.Work):
+class QuietHost(LocalHost):
     """Without bars."""
 
     def progress(self, total, description, unit, done=0):

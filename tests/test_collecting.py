@@ -66,7 +66,7 @@ def datacomp(clone, lake):
     study = Study(
         clone,
         "datacomp",
-        pretrain={"watch": {"probe": None}},
+        pretrain={"monitor": {"probe": None}},
         download={"rows_per_shard": 50, "retries": 0},
     )
     clone.git("add", "-A")

@@ -97,9 +97,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(request, parallel, size)
     """Whose samples began it, though every rank's loss is NaN by then."""
     names = {"clip_images": "clip", "global_views": "ssl", "rec_images": "reconstruction"}
     for results in ranks_of(request, size):
-        for field, (finite, blamed, unmoved) in results["poisoned", parallel].items():
+        for field, (finite, origin, unmoved) in results["poisoned", parallel].items():
             assert not finite
-            assert blamed == f"{names[field]} (features) on rank {size - 1}"
+            assert origin == f"{names[field]} (features) on rank {size - 1}"
             assert unmoved
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from foreign import autoencoder, backbone_source, backbone_weights, official_vtp
-from test_stages import QuietWork
+from test_stages import QuietHost
 from tiny import merged, tiny_params, write_shards
 
-from stages._runner import path_flags
-from stages._runtime import Runtime
 from stages.check import stage_config
+from stages.runner.environment import Runtime
+from stages.runner.run import path_flags
 from vtp import load_tokenizer
 from vtp.data.dataset import ShardDataset
 from vtp.data.latents import LatentDataset
@@ -30,9 +30,9 @@ def run_stage(name, root, folder, params, **paths):
     inputs = {flag: paths[flag] for flag in path_flags(run, "input") if flag in paths}
     inputs |= {flag: [inputs[flag]] for flag in path_flags(run, "several")}
     outputs = {flag: folder / f"{name}_{flag}" for flag in path_flags(run, "output")}
-    work = QuietWork(folder / "scratch" / name / "folder", root, Runtime())
-    work.folder.mkdir(parents=True)
-    run(stage_config(name).parse(params, where=name), **inputs, **outputs, work=work)
+    host = QuietHost(folder / "scratch" / name / "folder", root, Runtime())
+    host.folder.mkdir(parents=True)
+    run(stage_config(name).parse(params, where=name), **inputs, **outputs, host=host)
     return outputs
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from stages._runner import path_flags, stage_name
 from stages.check import problems, schema, uses
 from stages.pretrain import Pretrain
+from stages.runner.run import path_flags, stage_name
 from vtp.config import load, read_yaml
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.cost import paper_flops
@@ -124,16 +124,16 @@ def test_the_official_study_prints_the_authors_figures():
     for figures in paper["summary"]["published"].values():
         assert list(figures) == paper["summary"]["metrics"]
         assert [name.rpartition(".")[2] for name in figures] == names
-    large = paper["train_generator_large"]["objective"].pop("times")
+    large = paper["train_generator_large"]["objective"].pop("timesteps")
     assert large == {"name": "logit_normal", "mu": -0.75, "sigma": 1.0}
-    assert paper["train_generator"]["objective"].pop("times") == {"name": "logit_normal", "mu": -0.5, "sigma": 1.25}
+    assert paper["train_generator"]["objective"].pop("timesteps") == {"name": "logit_normal", "mu": -0.5, "sigma": 1.25}
     assert paper["train_generator_large"] == paper["train_generator"]
 
 
 def test_the_scaling_study_evaluates_every_milestone():
     """Its folders are named by FLOPs; YAML must not read a name as a number."""
     study = ROOT / "pipelines/scaling"
-    milestones = [f"{flops:.3e}" for flops in read_yaml(study / "params.yaml")["joint"]["watch"]["milestones"]]
+    milestones = [f"{flops:.3e}" for flops in read_yaml(study / "params.yaml")["joint"]["monitor"]["milestones"]]
     stages = YAML(typ="safe", pure=True).load(study / "dvc.yaml")["stages"].values()
     matrices = [stage["matrix"] for stage in stages if "matrix" in stage]
     assert matrices

@@ -7,11 +7,11 @@ from importlib import import_module
 
 import pytest
 import torch
-from tiny import ROOT, tiny_params
+from tiny import ROOT, merged, tiny_params
 
-from stages._runner import path_flags
-from stages._runtime import Runtime, Work
 from stages.check import stage_config, uses
+from stages.runner.environment import LocalHost, Runtime
+from stages.runner.run import path_flags
 from vtp import LightningDiT, load_tokenizer
 from vtp.config import Config
 
@@ -24,9 +24,9 @@ SAME = {
     "decoder_curves": "tune_decoder_curves",
     "train_generator": "train_generator_metrics",
     "generator_curves": "train_generator_curves",
-    "looks": "pretrain_picture",
-    "decoder_looks": "tune_decoder_picture",
-    "generator_looks": "train_generator_picture",
+    "pretrain_pictures": "pretrain_picture",
+    "decoder_pictures": "tune_decoder_picture",
+    "generator_pictures": "train_generator_picture",
     "reconstruction": "evaluate_reconstruction_metrics",
     "reconstructions": "evaluate_reconstruction_pictures",
     "diagnostics": "diagnostics",
@@ -38,15 +38,15 @@ SAME = {
 
 UNUSED = {
     "adm",
-    "critic_features",
+    "discriminator_features",
     "guide",
     "selection",
     "source",
-    "start",
+    "init_from",
 }  # inputs that the root recipe does not give
 
 
-class QuietWork(Work):
+class QuietHost(LocalHost):
     """Without bars."""
 
     workers = property(lambda self: 0)
@@ -66,7 +66,8 @@ class QuietWork(Work):
 def results(tmp_path_factory):
     """Run the recipe; the folder of all outputs, the parameters, and which parameters were read."""
     root = tmp_path_factory.mktemp("work")
-    params = tiny_params()
+    noise = {"objective": {"noise": {"std": 0.5, "samples": 16}}}
+    params = merged(tiny_params(), {"tune_decoder": noise})
     configs = {name: stage_config(name).parse(params[name], where=name) for name in ORDER}
     reads: set[tuple[str, str]] = set()
     plain = Config.__getattribute__
@@ -83,9 +84,9 @@ def results(tmp_path_factory):
             inputs = {flag: path for flag, path in inputs.items() if flag not in UNUSED}
             inputs |= {flag: [inputs[flag]] for flag in path_flags(run, "several")}
             outputs = {flag: path_of(root, name, flag, "output") for flag in path_flags(run, "output")}
-            work = QuietWork(root / "scratch" / name / "folder", root, Runtime())
-            work.folder.mkdir(parents=True)
-            run(configs[name], **inputs, **outputs, work=work)
+            host = QuietHost(root / "scratch" / name / "folder", root, Runtime())
+            host.folder.mkdir(parents=True)
+            run(configs[name], **inputs, **outputs, host=host)
     return root, configs, reads
 
 

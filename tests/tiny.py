@@ -32,8 +32,8 @@ SMALL: dict[str, Any] = {
         },
         "objective": {"ssl": {"head": {"hidden_dim": 16, "bottleneck_dim": 8, "prototypes": 16}}},
         "training": {"length": {"name": "samples", "samples": 96}, "log_every": 2},
-        "watch": {
-            "looks": 3,
+        "monitor": {
+            "evaluations": 3,
             "pictures": 3,
             "probe": {"train_samples": 20, "test_samples": 10, "neighbours": 3},
             "milestones": [1.0e8],
@@ -43,15 +43,15 @@ SMALL: dict[str, Any] = {
         "batch_size": 4,
         "adversary": {"discriminator": {"name": "patch", "width": 4, "depth": 2}},
         "training": {"length": {"name": "samples", "samples": 48}, "log_every": 2},
-        "watch": {"looks": 2, "samples": 6, "pictures": 3, "batch_size": 4},
+        "monitor": {"evaluations": 2, "samples": 6, "pictures": 3, "batch_size": 4},
     },
-    "cache_latents": {"batch_size": 16, "shard_size": 20, "flips": True, "statistics": {"images": 40}},
+    "cache_latents": {"batch_size": 16, "shard_size": 20, "horizontal_flips": True, "statistics": {"images": 40}},
     "train_generator": {
         "batch_size": 8,
         "model": {"size": {"name": "own", "hidden_size": 16, "depth": 1, "num_heads": 2}},
         "training": {"length": {"name": "samples", "samples": 96}, "log_every": 2},
-        "watch": {
-            "looks": 2,
+        "monitor": {
+            "evaluations": 2,
             "validation": 10,
             "pictures": 3,
             "sampler": {"steps": 2},
@@ -114,8 +114,8 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def write_shards(folder: Path) -> None:
     """The shards of the tiny recipe."""
     from stages.prepare_data import PrepareData
-    from vtp.data.ingest.embedded import ComposedPictures
-    from vtp.data.ingest.ingest import Ingest
+    from vtp.curation.ingest.embedded import ComposedPictures
+    from vtp.curation.ingest.ingest import Ingest
 
     config = PrepareData.parse(tiny_params()["prepare_data"], where="test")
     source = ComposedPictures(config.source, config.image)

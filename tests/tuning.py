@@ -13,23 +13,23 @@ import torch
 from objectives import test_pretrain as pretraining
 from tiny import merged, tiny_params
 
-from stages._adversary import build_adversary
-from stages._runtime import Runtime, Work
 from stages.pretrain import Pretrain
+from stages.runner.environment import LocalHost, Runtime
 from stages.tune_decoder import TuneDecoder
-from vtp.data.batches import ImageBatch, Share
+from vtp.data.batches import ImageBatch, RankSlice
 from vtp.distributed import process_group, ranks, sum_gradients
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.tokenizer import VisualTokenizer
+from vtp.objectives.adversary import build_adversary
 from vtp.objectives.decoder import DecoderObjective
 from vtp.objectives.pretrain import PretrainObjective
-from vtp.step import Moment
-from vtp.training.optim import OptimConfig, build_optimizer
+from vtp.step import OptimConfig, StepContext
+from vtp.training.optim import build_optimizer
 from vtp.training.update import Update
 
-ALONE = Share(0, 1, 1)
+ALONE = RankSlice(0, 1, 1)
 STEPS = 3
-WORK = Work(Path(), Path(), Runtime(device="cpu"))
+WORK = LocalHost(Path(), Path(), Runtime(device="cpu"))
 FEATURES = {"name": "features", "network": {"name": "tokenizer", "image_size": None, "blocks": 2}, "kernel": 3}
 CASES = {
     "patch": {},
@@ -59,12 +59,12 @@ def objective_of(config: TuneDecoder) -> DecoderObjective:
     return DecoderObjective(tokenizer, adversary, config.objective, perceptual=perceptual, channel_std=std, seed=0)
 
 
-def batches_of(step: int, share: Share = ALONE, size: int = 8) -> list[ImageBatch]:
+def batches_of(step: int, rank_slice: RankSlice = ALONE, size: int = 8) -> list[ImageBatch]:
     """A rank's micro-batches of a step."""
     images = torch.randint(0, 256, (size, 3, 16, 16), generator=torch.Generator().manual_seed(step)).to(torch.uint8)
     found = []
-    for micro in range(share.micros):
-        _, rows = share.of(size, step * share.micros + micro)
+    for micro in range(rank_slice.micro_batches):
+        _, rows = rank_slice.of(size, step * rank_slice.micro_batches + micro)
         found.append(ImageBatch(images[rows.start : rows.stop], torch.zeros(len(rows), dtype=torch.bool)))
     return found
 
@@ -73,7 +73,7 @@ class Case(NamedTuple):
     """What is trained, on what."""
 
     build: Callable[[], Any]  # an objective with its first weights
-    batches: Callable[[int, Share], list[Any]]  # a rank's micro-batches of a step
+    batches: Callable[[int, RankSlice], list[Any]]  # a rank's micro-batches of a step
     optim: Mapping[str, OptimConfig]
 
 
@@ -83,11 +83,13 @@ def case_of(name: str) -> Case:
         joint = pretraining.config_of(batch | {"adversary": pretraining.from_the_start()})
         return Case(
             lambda: joint_objective(joint),
-            lambda step, share: [pretraining.batch_of(joint, step, share, micro) for micro in range(share.micros)],
-            {"model": joint.optim, "critic": joint.adversary.optim},
+            lambda step, rank_slice: [
+                pretraining.batch_of(joint, step, rank_slice, micro) for micro in range(rank_slice.micro_batches)
+            ],
+            {"model": joint.optim, "discriminator": joint.adversary.optim},
         )
     config = config_of(CASES[name])
-    optim = {"decoder": config.optim} | ({"critic": config.adversary.optim} if config.adversary else {})
+    optim = {"decoder": config.optim} | ({"discriminator": config.adversary.optim} if config.adversary else {})
     return Case(lambda: objective_of(config), batches_of, optim)
 
 
@@ -97,13 +99,15 @@ def joint_objective(config: Pretrain) -> PretrainObjective:
     return objective
 
 
-def gradients(objective: Any, micros: list[Any], moment: Moment, in_context=iter) -> dict[str, torch.Tensor]:
+def gradients(
+    objective: Any, micro_batches: list[Any], context: StepContext, in_context=iter
+) -> dict[str, torch.Tensor]:
     """Of all phases, summed over ranks; `in_context` wraps the terms."""
     found = {}
     names = {parameter: name for name, parameter in objective.named_parameters()}
     for phase, groups in objective.phases().items():
         objective.zero_grad()
-        for term in in_context(objective.terms(phase, micros, moment)):
+        for term in in_context(objective.terms(phase, micro_batches, context)):
             if term.loss is not None:
                 term.loss.backward()
         own = [parameter for group in groups for parameter in group.parameters]
@@ -112,21 +116,21 @@ def gradients(objective: Any, micros: list[Any], moment: Moment, in_context=iter
     return found
 
 
-def trained(name: str, share: Share) -> dict[str, object]:
+def trained(name: str, rank_slice: RankSlice) -> dict[str, object]:
     """Gradients of a late step, and weights and scalars after some steps, the first of them watched."""
-    case, late = case_of(name), Moment(90, 100, watched=False)
-    result = {"gradients": gradients(case.build(), case.batches(0, share), late)}
+    case, late = case_of(name), StepContext(90, 100, log_step=False)
+    result = {"gradients": gradients(case.build(), case.batches(0, rank_slice), late)}
     objective, logs = case.build(), {}
     updates = [
-        Update(phase, build_optimizer(groups, case.optim[phase]), case.optim[phase], objective.watched())
+        Update(phase, build_optimizer(groups, case.optim[phase]), case.optim[phase], objective.shared_parameters())
         for phase, groups in objective.phases().items()
     ]
     for step in range(STEPS):
-        moment = Moment(90 + step, 100, watched=step == 0)
+        context = StepContext(90 + step, 100, log_step=step == 0)
         for update in updates:
-            outcome = update.apply(objective.terms(update.phase, case.batches(step, share), moment), moment)
+            outcome = update.apply(objective.terms(update.phase, case.batches(step, rank_slice), context), context)
             logs |= {f"{step} {name}": float(value) for name, value in outcome.logs.items()}
-        objective.after_step(moment)
+        objective.after_step(context)
     weights = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     return result | {"weights": weights, "logs": logs}
 
@@ -135,9 +139,9 @@ def main(folder: Path) -> None:
     with process_group("cpu", timeout=120):
         rank, size = ranks()
         results = {
-            f"{case} {micros}": trained(case, Share(rank, size, micros))
+            f"{case} {micro_batches}": trained(case, RankSlice(rank, size, micro_batches))
             for case in (*CASES, "joint")
-            for micros in (1, 2)
+            for micro_batches in (1, 2)
         }
         torch.save(results, folder / f"results-{rank}.pt")
 

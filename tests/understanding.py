@@ -7,15 +7,15 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import stages._extraction as extraction
-from stages._runtime import Runtime, Work
 from stages.evaluate_understanding import EvaluateUnderstanding, run
+from stages.runner.environment import LocalHost, Runtime
 from vtp.distributed import process_group
+from vtp.evaluation import extraction
 
 OUTPUTS = {"metrics": "metrics.json", "curves": "curves.csv"}
 
 
-class QuietWork(Work):
+class QuietHost(LocalHost):
     """Without bars."""
 
     def progress(self, total, description, unit, done=0):
@@ -36,10 +36,10 @@ def evaluate(folder, params, *, chunk, seconds=0.0, **inputs):
 
     extraction.ViewedImages.__getitem__ = slow
     try:
-        work = QuietWork(folder / "scratch" / "folder", folder, Runtime(device="cpu", workers=0))
-        work.folder.mkdir(parents=True, exist_ok=True)
+        host = QuietHost(folder / "scratch" / "folder", folder, Runtime(device="cpu", workers=0))
+        host.folder.mkdir(parents=True, exist_ok=True)
         outputs = {flag: folder / name for flag, name in OUTPUTS.items()}
-        run(EvaluateUnderstanding.parse(params, where="test"), **inputs, **outputs, work=work)
+        run(EvaluateUnderstanding.parse(params, where="test"), **inputs, **outputs, host=host)
     finally:
         extraction.ViewedImages.__getitem__ = plain
 

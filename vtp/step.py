@@ -2,19 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from pydantic import Field
 from torch import Tensor, nn
+
+from vtp.config import Config
 
 Logs = Mapping[str, Tensor | float]
 
 
-class Moment(NamedTuple):
+class StepContext(NamedTuple):
     """Where in the run a step is."""
 
     step: int  # from 0
     steps: int
-    watched: bool  # diagnostics that cost something are made in this step
+    log_step: bool  # a row of the curves ends here: diagnostics that cost something are made
 
     @property
     def progress(self) -> float:
@@ -26,7 +29,7 @@ class Term(NamedTuple):
     """This rank's part of a loss, or a piece of that part; gradients of all terms of all ranks add up.
 
     `parts` are scalars whose sums over terms, micro-batches and ranks are logged. `own` are features that depend on
-    this rank's samples alone: when something is not finite, they tell whose samples began it.
+    this rank's samples alone: when something is not finite, they show whose samples began it.
     """
 
     name: str  # of the objective that it belongs to
@@ -42,6 +45,21 @@ class ParameterGroup(NamedTuple):
     lr: float = 1.0
     weight_decay: float = 1.0
     frozen_until: float = 0.0  # share of the run in which the learning rate is 0
+
+
+class OptimConfig(Config):
+    """AdamW with linear warm-up, then a cosine to `final_lr` or a constant rate."""
+
+    lr: float = Field(gt=0, description="peak learning rate")
+    final_lr: float = Field(ge=0, description="learning rate at the end of the cosine")
+    schedule: Literal["cosine", "constant"] = Field(description="after warm-up")
+    warmup: float = Field(ge=0, le=1, description="share of the run in which the rate rises from 0")
+    beta1: float = Field(ge=0, lt=1)
+    beta2: float = Field(ge=0, lt=1)
+    eps: float = Field(gt=0)
+    weight_decay: float = Field(ge=0, description="on matrices and tokens: biases, norms and scales are exempt")
+    final_weight_decay: float = Field(ge=0, description="at the end of a cosine that begins at weight_decay (DINOv2)")
+    clip_norm: float | None = Field(gt=0, description="largest norm of the whole gradient, null for no limit")
 
 
 class StepCost(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vtp.data.shards import FORMAT_VERSION, Manifest, Record, describe_split, write_shard
+from vtp.data.shards import FORMAT_VERSION, Manifest, SampleRecord, describe_split, write_shard
 
 
 def picture(number: int, side: int = 8, **how) -> bytes:
@@ -18,11 +18,11 @@ def picture(number: int, side: int = 8, **how) -> bytes:
     return buffer.getvalue()
 
 
-def record(number: int, **changes) -> Record:
+def record(number: int, **changes) -> SampleRecord:
     """Sample `number`; its caption is its number."""
     values = {"key": f"k{number:06d}", "image": picture(number), "extension": "png", "width": 8, "height": 8}
     values |= {"caption": str(number), "label": number % 3, "category": -1, "kind": "image"}
-    return Record(**(values | changes))
+    return SampleRecord(**(values | changes))
 
 
 def write_shards(folder: Path, sizes, *, first: int = 0, change=lambda number: {}, location: str | None = None) -> Path:

@@ -12,13 +12,14 @@ import torch
 from data.small_shards import picture, write_shards
 from tiny import merged, tiny_params
 
-from stages._runtime import Runtime, Work
 from stages.pretrain import Pretrain
+from stages.runner.environment import LocalHost, Runtime
 from vtp.artefact import ArtefactError
 from vtp.config import ConfigError
-from vtp.data.batches import PretrainBatches, Share
+from vtp.data.batches import RankSlice
 from vtp.data.dataset import DataError, ShardDataset
-from vtp.data.loader import micro_batches
+from vtp.data.loader import load_batches
+from vtp.data.pretrain_batches import PretrainBatches
 from vtp.data.stream import Stream, StreamConfig
 
 POOL = 8  # samples of a step
@@ -48,14 +49,14 @@ def batches_of(stream, rank=0, ranks=1, *, ssl=0.0, **changes):
         image_size=8,
         patch_size=8,
         tokenize=numbers_in,
-        share=Share(rank, ranks, 1),
+        rank_slice=RankSlice(rank, ranks, 1),
     )
 
 
 def seen(stream, steps: range, ranks=1, workers=0):
     """Numbers of the samples of every step, by real loaders of every rank; each batch shows what it says."""
-    host = Work(Path(), Path(), Runtime.of({"VTP_DEVICE": "cpu", "VTP_WORKERS": str(workers)}))
-    loaders = [micro_batches(batches_of(stream, rank, ranks), steps, host) for rank in range(ranks)]
+    host = LocalHost(Path(), Path(), Runtime.of({"VTP_DEVICE": "cpu", "VTP_WORKERS": str(workers)}))
+    loaders = [load_batches(batches_of(stream, rank, ranks), steps, host) for rank in range(ranks)]
     rows = []
     for parts in zip(*loaders, strict=True):
         rows.append(torch.cat([part.tokens[:, 0] for part in parts]))

@@ -84,7 +84,7 @@ def rule(model, keep, missing="drop"):
 
 def sifted(rule, pool, folder, monkeypatch, **inputs):
     config = section([rule], columns={"name": "pool"}, keep_columns=[])
-    monkeypatch.setattr("vtp.data.filtering.sieve.span_of", lambda rows: 3)
+    monkeypatch.setattr("vtp.curation.filter.engine.span_of", lambda rows: 3)
     return sift(config, pool, folder, **inputs)
 
 
@@ -124,7 +124,7 @@ def test_scores_are_those_of_the_model(pool, weights, tokenizer, tmp_path, monke
 
 
 def _runtime(weights, **values):
-    from stages._runtime import Runtime
+    from stages.runner.environment import Runtime
 
     return Runtime(weights=str(weights), device="cpu", **values)
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from vtp.evaluation.latents import LatentNoise, LatentStatistics
+from vtp.evaluation.latents import LatentAccumulator, LatentNoise
 
 
 def of(latents, *, batch=7):
-    statistics = LatentStatistics(tuple(latents.shape[1:]))
+    statistics = LatentAccumulator(tuple(latents.shape[1:]))
     for part in latents.split(batch):
         statistics.update(part)
     return statistics.diagnostics()
@@ -109,7 +109,7 @@ def test_latents_that_cannot_be_judged():
         of(torch.full((2, 3, 2, 2), math.nan))
     with pytest.raises(ValueError, match="all latents are the same"):
         of(torch.ones(4, 3, 2, 2))
-    statistics = LatentStatistics((3, 2, 2))
+    statistics = LatentAccumulator((3, 2, 2))
     with pytest.raises(ValueError, match=r"latents are \[3, 4, 4\], the tokenizer says \[3, 2, 2\]"):
         statistics.update(torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match="at least 2"):

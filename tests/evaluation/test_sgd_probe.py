@@ -7,12 +7,12 @@ from evaluation.test_linear_probe import blobs
 
 from vtp.evaluation.linear_probe import draw_holdout
 from vtp.evaluation.scale import Scale
-from vtp.evaluation.sgd_probe import FeatureSet, SgdConfig, SgdProbe
+from vtp.evaluation.sgd_probe import ProbeFeatures, SgdConfig, SgdProbe
 
 CONFIG = SgdConfig(learning_rates=[0.01, 0.1, 1.0, 300.0], epochs=3, batch_size=16)
 CLASSES = torch.arange(3)
-WIDE, NARROW = (FeatureSet(f"last {width}", "multi", "x", width, CLASSES, None) for width in (6, 4))
-COARSE = FeatureSet("coarse", "multi_category", "x", 6, torch.tensor([0, 0, 1]), None)
+WIDE, NARROW = (ProbeFeatures(f"last {width}", "multi", "x", width, CLASSES, None) for width in (6, 4))
+COARSE = ProbeFeatures("coarse", "multi_category", "x", 6, torch.tensor([0, 0, 1]), None)
 TRAIN, TEST = blobs(0, 100, spread=0.6), blobs(1, 60, spread=0.6)
 HELD = draw_holdout(100, 0.25, 0)
 
@@ -123,8 +123,8 @@ def test_batches_hold_every_sample_once():
 def test_standardised_features_have_no_scale():
     """A set with a scale is the set of standardised features."""
     (features, labels), (test, truth) = TRAIN, TEST
-    scaled = FeatureSet("scaled", "last", "x", 6, CLASSES, Scale.of(features))
-    plain = FeatureSet("plain", "last", "x", 6, CLASSES, None)
+    scaled = ProbeFeatures("scaled", "last", "x", 6, CLASSES, Scale.of(features))
+    plain = ProbeFeatures("plain", "last", "x", 6, CLASSES, None)
     found = [trained([scaled])]
     probe = SgdProbe([plain], CONFIG, seed=0, device="cpu")
     standardised, others = (Scale.of(features).standardise(x).float() for x in (features, test))

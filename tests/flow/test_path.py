@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from vtp import LightningDiT
-from vtp.flow import draw_times, flow_matching_loss
-from vtp.flow.path import Auto, LogitNormal, Uniform, interpolate, times_of
+from vtp.flow import draw_timesteps, flow_matching_loss
+from vtp.flow.path import Auto, LogitNormal, Uniform, interpolate, timesteps_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
 
@@ -46,7 +46,7 @@ def test_a_fresh_model_gets_a_gradient_of_ordinary_size():
     [(0.0, 1.0, (0.16, 0.5, 0.84)), (-0.75, 1.0, (0.08, 0.32, 0.71)), (-0.5, 1.25, (0.07, 0.38, 0.83))],
 )
 def test_times_have_the_published_quantiles(mu, sigma, quantiles):
-    t = draw_times(LogitNormal(name="logit_normal", mu=mu, sigma=sigma), 200_000, torch.Generator().manual_seed(0))
+    t = draw_timesteps(LogitNormal(name="logit_normal", mu=mu, sigma=sigma), 200_000, torch.Generator().manual_seed(0))
     measured = torch.quantile(t, torch.tensor([0.05, 0.5, 0.95])).tolist()
     assert measured == pytest.approx(quantiles, abs=0.006)
 
@@ -55,14 +55,14 @@ def test_times_have_the_published_quantiles(mu, sigma, quantiles):
 def test_automatic_times_shift_the_odds_of_noise_as_published(channels, shift):
     """RAE's rule for 16 x 16 latents: (1 - t) / t grows by sqrt(numbers / 4096)."""
     normal, uniform = torch.randn(1000, dtype=torch.float64), torch.rand(1000)
-    t = times_of(Auto(name="auto", sigma=1.0), normal, uniform, elements=channels * 256)
-    plain = times_of(LogitNormal(name="logit_normal", mu=0.0, sigma=1.0), normal, uniform, elements=1)
+    t = timesteps_of(Auto(name="auto", sigma=1.0), normal, uniform, elements=channels * 256)
+    plain = timesteps_of(LogitNormal(name="logit_normal", mu=0.0, sigma=1.0), normal, uniform, elements=1)
     torch.testing.assert_close((1 - t) / t, (1 - plain) / plain * shift, rtol=4e-3, atol=0)
-    assert torch.equal(times_of(None, normal, uniform, elements=1), uniform)
+    assert torch.equal(timesteps_of(None, normal, uniform, elements=1), uniform)
 
 
 def test_uniform_times_have_uniform_quantiles():
-    t = draw_times(Uniform(name="uniform"), 200_000, torch.Generator().manual_seed(0))
+    t = draw_timesteps(Uniform(name="uniform"), 200_000, torch.Generator().manual_seed(0))
     ranks = torch.tensor([0.05, 0.5, 0.95])
     torch.testing.assert_close(torch.quantile(t, ranks), ranks, atol=0.006, rtol=0)
     assert 0 <= t.min() <= t.max() < 1

@@ -1,4 +1,4 @@
-"""Critics: what they judge, what they read, and norms that do not depend on how often they are asked."""
+"""Discriminators: what they judge, what they read, and norms that do not depend on how often they are asked."""
 
 import pytest
 import timm
@@ -9,21 +9,21 @@ from tiny import tiny_params
 from stages.pretrain import Pretrain
 from vtp.artefact import ArtefactError
 from vtp.losses.gan import discriminator_loss
-from vtp.models.critic_features import TimmFeatures, TokenizerFeatures, spread
 from vtp.models.discriminator import (
-    FeatureCritic,
-    FeatureCriticConfig,
-    PatchCritic,
-    PatchCriticConfig,
+    FeatureDiscriminator,
+    FeatureDiscriminatorConfig,
+    PatchDiscriminator,
+    PatchDiscriminatorConfig,
     TimmFeaturesConfig,
     TokenHead,
     TokenizerFeaturesConfig,
 )
+from vtp.models.discriminator_features import TimmFeatures, TokenizerFeatures, spread
 from vtp.models.tokenizer import VisualTokenizer
 
 
 def patch(width=4, depth=2):
-    return PatchCritic(PatchCriticConfig(name="patch", width=width, depth=depth))
+    return PatchDiscriminator(PatchDiscriminatorConfig(name="patch", width=width, depth=depth))
 
 
 def of_tokenizer(blocks=2, size=None):
@@ -32,27 +32,27 @@ def of_tokenizer(blocks=2, size=None):
     tokenizer.requires_grad_(False)
     network = TokenizerFeaturesConfig(name="tokenizer", image_size=size, blocks=blocks)
     features = TokenizerFeatures(tokenizer, blocks=blocks, size=size)
-    config = FeatureCriticConfig(name="features", network=network, kernel=3)
-    return FeatureCritic(config, features, dim=features.dim, heads=blocks)
+    config = FeatureDiscriminatorConfig(name="features", network=network, kernel=3)
+    return FeatureDiscriminator(config, features, dim=features.dim, heads=blocks)
 
 
-def learns(critic, real, steps, lr=2e-3):
-    optimizer = torch.optim.Adam([p for p in critic.parameters() if p.requires_grad], lr)
+def learns(discriminator, real, steps, lr=2e-3):
+    optimizer = torch.optim.Adam([p for p in discriminator.parameters() if p.requires_grad], lr)
     for _ in range(steps):
         fake = 0.3 * torch.randn_like(real)
-        loss = discriminator_loss(critic(real + 0.3 * torch.randn_like(real)), critic(fake))
+        loss = discriminator_loss(discriminator(real + 0.3 * torch.randn_like(real)), discriminator(fake))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        critic.refine_norms()
+        discriminator.refine_norms()
     return loss.item()
 
 
-@pytest.mark.parametrize("critic", [patch(8), of_tokenizer()], ids=["patch", "features"])
-def test_separates_two_distributions(critic):
+@pytest.mark.parametrize("discriminator", [patch(8), of_tokenizer()], ids=["patch", "features"])
+def test_separates_two_distributions(discriminator):
     torch.manual_seed(0)
     stripes = torch.linspace(-1, 1, 32).sign().expand(8, 3, 32, 32)
-    assert learns(critic, stripes, 200, lr=5e-3) < 0.6
+    assert learns(discriminator, stripes, 200, lr=5e-3) < 0.6
 
 
 def test_depth_sets_the_patch_grid():
@@ -61,16 +61,16 @@ def test_depth_sets_the_patch_grid():
 
 
 def test_a_sample_is_judged_alone():
-    for critic in (patch(), of_tokenizer()):
+    for discriminator in (patch(), of_tokenizer()):
         images = torch.randn(4, 3, 16, 16)
-        torch.testing.assert_close(critic(images)[2:], critic(images[2:]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(discriminator(images)[2:], discriminator(images[2:]), atol=1e-5, rtol=1e-4)
 
 
 def test_frozen_features_are_no_part_of_the_state_and_pass_gradients():
-    critic = of_tokenizer()
-    assert {name.split(".")[0] for name in critic.state_dict()} == {"heads"}
+    discriminator = of_tokenizer()
+    assert {name.split(".")[0] for name in discriminator.state_dict()} == {"heads"}
     images = torch.randn(2, 3, 16, 16, requires_grad=True)
-    logits = critic(images)
+    logits = discriminator(images)
     assert logits.shape == (2, 2 * 4)  # heads x tokens
     logits.sum().backward()
     assert images.grad.abs().max() > 0
@@ -87,17 +87,17 @@ def test_flops_of_heads_and_of_frozen_features():
 
 
 def test_norms_move_once_a_step_and_not_in_forward_passes():
-    critic = patch()
+    discriminator = patch()
     with torch.no_grad():
-        for parameter in critic.parameters():
+        for parameter in discriminator.parameters():
             parameter.mul_(3).add_(0.1 * torch.randn_like(parameter))
     images = torch.randn(2, 3, 16, 16)
-    first = critic(images)
-    assert torch.equal(first, critic(images))
+    first = discriminator(images)
+    assert torch.equal(first, discriminator(images))
     for _ in range(50):
-        critic.refine_norms()
-    assert not torch.equal(first, critic(images))
-    for layer in (critic.layers[0], critic.layers[-1]):
+        discriminator.refine_norms()
+    assert not torch.equal(first, discriminator(images))
+    for layer in (discriminator.layers[0], discriminator.layers[-1]):
         assert torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=1e-3)
 
 

@@ -10,15 +10,14 @@ import pytest
 import torch
 from tuning import ALONE, CASES, FEATURES, batches_of, config_of, gradients, objective_of, tokenizer_of, trained
 
-from stages._adversary import build_adversary
-from stages._place import place
-from stages._runtime import Runtime, Work
+from stages.runner.environment import LocalHost, Runtime
 from vtp.artefact import ArtefactError
-from vtp.data.batches import Share
+from vtp.data.batches import RankSlice
 from vtp.layers.images import IMAGENET_MEAN, IMAGENET_STD
-from vtp.objectives.adversary import to_8_bits
-from vtp.step import Moment
+from vtp.objectives.adversary import build_adversary, to_8_bits
+from vtp.step import StepContext
 from vtp.training.fit import in_precision
+from vtp.training.parallelize import parallelize
 
 TESTS = Path(__file__).parents[1]
 
@@ -28,11 +27,11 @@ def step(objective, progress):
     logs = {}
     objective.zero_grad()
     for phase in objective.phases():
-        for term in objective.terms(phase, batches_of(0), Moment(int(100 * progress), 100, watched=False)):
+        for term in objective.terms(phase, batches_of(0), StepContext(int(100 * progress), 100, log_step=False)):
             term.loss.backward()
             logs |= term.parts
         if phase == "decoder":
-            assert all(p.grad is None for p in objective.adversary.critic.parameters())
+            assert all(p.grad is None for p in objective.adversary.discriminator.parameters())
     return logs
 
 
@@ -40,14 +39,14 @@ def test_head_start():
     objective = objective_of(config_of())
     plain = {"l1", "perceptual", "replaced_samples"}
     assert set(step(objective, 0.0)) == plain
-    assert set(step(objective, 0.2)) == plain | {"critic_loss", "critic_accuracy"}
-    assert {"adversarial", "adaptive_weight", "critic_loss"} <= set(step(objective, 0.5))
+    assert set(step(objective, 0.2)) == plain | {"discriminator_loss", "discriminator_accuracy"}
+    assert {"adversarial", "adaptive_weight", "discriminator_loss"} <= set(step(objective, 0.5))
 
 
 @pytest.mark.parametrize("case", ["patch", "features"])
-def test_only_decoder_and_critic_take_gradients(case):
+def test_only_decoder_and_discriminator_take_gradients(case):
     objective = objective_of(config_of(CASES[case]))
-    found = gradients(objective, batches_of(0), Moment(90, 100, watched=False))
+    found = gradients(objective, batches_of(0), StepContext(90, 100, log_step=False))
     assert all(p.grad is None for p in objective._frozen.tokenizer.trunk.parameters())
     assert {name.split(".")[0] for name in found} == {"decoder", "adversary"}
     assert {name.split(".")[0] for name in objective.state_dict()} == {"decoder", "average", "adversary"}
@@ -60,26 +59,26 @@ def test_without_an_adversary():
 
 
 def terms(objective, progress):
-    return list(objective.terms("decoder", batches_of(0), Moment(int(100 * progress), 100, watched=False)))
+    return list(objective.terms("decoder", batches_of(0), StepContext(int(100 * progress), 100, log_step=False)))
 
 
 @pytest.mark.parametrize("case", ["patch", "features"])
-@pytest.mark.parametrize("micros", [1, 4])
-def test_gradient_is_that_of_the_definition(case, micros):
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_gradient_is_that_of_the_definition(case, micro_batches):
     """L1 + perceptual + weight * |d rec / d last| / |d adv / d last| * adversarial, through one graph in float64."""
     config = config_of(CASES[case])
     objective = objective_of(config)
     tokenizer, perceptual = objective._frozen
-    critic, moment = objective.adversary.critic, Moment(90, 100, watched=False)
-    exact = deepcopy((tokenizer, perceptual.network, critic))
+    discriminator, context = objective.adversary.discriminator, StepContext(90, 100, log_step=False)
+    exact = deepcopy((tokenizer, perceptual.network, discriminator))
     weights = []
-    for term in objective.terms("decoder", batches_of(0, Share(0, 1, micros)), moment):
+    for term in objective.terms("decoder", batches_of(0, RankSlice(0, 1, micro_batches)), context):
         weights.append(term.parts["adaptive_weight"])
         term.loss.backward()
 
-    tokenizer64, network64, critic64 = (module.double() for module in exact)
+    tokenizer64, network64, discriminator64 = (module.double() for module in exact)
     if case == "features":
-        critic64.perceive.__self__._features.__self__._tokenizer[0].double()
+        discriminator64.perceive.__self__._features.__self__._tokenizer[0].double()
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     images = batches_of(0)[0].images.double() / 255
     normalised = (images - mean) / std
@@ -87,7 +86,7 @@ def test_gradient_is_that_of_the_definition(case, micros):
     unit = 2 * (pixels * std + mean) - 1
     loss = (pixels - normalised).abs().mean()
     loss = loss + config.objective.perceptual_weight * network64(unit, 2 * images - 1).mean()
-    adversarial = -critic64(objective.adversary._augment(unit, "decoder", moment, 0, 1)).mean()
+    adversarial = -discriminator64(objective.adversary._augment(unit, "decoder", context, 0, 1)).mean()
     assert adversarial.dtype == torch.float64
     last = tokenizer64.last_layer.weight
     norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, adversarial)]
@@ -102,13 +101,13 @@ def test_gradient_is_that_of_the_definition(case, micros):
 
 @pytest.mark.parametrize("case", ["patch", "features"])
 def test_half_precision_is_near(case):
-    """The critic reads 64 tokens: norms over a handful of them amplify any rounding."""
+    """The discriminator reads 64 tokens: norms over a handful of them amplify any rounding."""
     large = FEATURES | {"network": FEATURES["network"] | {"image_size": 64}}
     changes = {"adversary": {"discriminator": large}} if case == "features" else {}
     found = []
     for precision in ("float32", "bfloat16"):
         objective = objective_of(config_of(changes))
-        late = Moment(90, 100, watched=False)
+        late = StepContext(90, 100, log_step=False)
         of_all = gradients(objective, batches_of(0), late, lambda terms, p=precision: in_precision(terms, "cpu", p))
         found.append(
             [torch.cat([g.flatten() for n, g in of_all.items() if n.startswith(p)]) for p in ("decoder", "adv")]
@@ -121,11 +120,11 @@ def test_half_precision_is_near(case):
 def test_compiled_and_recomputed():
     """In two micro-batches, so that renderings are computed again as well."""
     settings = {"VTP_DEVICE": "cpu", "VTP_COMPILE": "true", "VTP_RECOMPUTE": "true"}
-    late = Moment(90, 100, watched=False)
+    late = StepContext(90, 100, log_step=False)
     plain = gradients(objective_of(config_of(CASES["features"])), batches_of(0), late)
     objective = objective_of(config_of(CASES["features"]))
-    place(objective, Work(Path(), Path(), Runtime.of(settings)))
-    found = gradients(objective, batches_of(0, Share(0, 1, 2)), late)
+    parallelize(objective, LocalHost(Path(), Path(), Runtime.of(settings)))
+    found = gradients(objective, batches_of(0, RankSlice(0, 1, 2)), late)
     assert found.keys() == plain.keys()
     for name, gradient in plain.items():
         assert (found[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-8, name
@@ -139,10 +138,10 @@ def test_noise_is_that_of_the_channel_and_of_the_sample():
     torch.testing.assert_close(noise.std((0, 2, 3)), 0.8 / 3**0.5 * torch.linspace(0.5, 2, 8), rtol=0.1, atol=0)
     assert noise.std((1, 2, 3)).max() > 3 * noise.std((1, 2, 3)).min()
     torch.testing.assert_close(objective._noisy(latents[:200], 0, 1, 2), noise[200:])  # the second half of the batch
-    # The critic's fakes are what an evaluation would see.
-    rendering = objective._rendering(batches_of(0), Moment(0, 10, watched=False))
-    assert not torch.equal(rendering.fake(0), rendering.render(0))
-    assert torch.equal(rendering.fake(0), objective.decoder(objective._frozen.tokenizer.encode(rendering.target(0))))
+    # The discriminator's fakes are what an evaluation would see.
+    step = objective._reconstruction_step(batches_of(0), StepContext(0, 10, log_step=False))
+    assert not torch.equal(step.fake(0), step.reconstruct(0))
+    assert torch.equal(step.fake(0), objective.decoder(objective._frozen.tokenizer.encode(step.images(0))))
 
 
 def test_average_follows():
@@ -150,7 +149,7 @@ def test_average_follows():
     before = objective.average.proj_out.bias.clone()
     with torch.no_grad():
         objective.decoder.proj_out.bias.add_(1.0)
-    objective.after_step(Moment(0, 10, watched=False))  # momentum 1/10 at the first step
+    objective.after_step(StepContext(0, 10, log_step=False))  # momentum 1/10 at the first step
     torch.testing.assert_close(objective.average.proj_out.bias, before + 0.9)
 
 
@@ -163,23 +162,23 @@ def test_fakes_are_what_a_file_would_hold():
 
 
 def test_what_does_not_fit_is_told_before_any_work():
-    with pytest.raises(ValueError, match="untrained critic"):
-        config_of({"adversary": {"critic_start": 0.5, "start": 0.2}})
+    with pytest.raises(ValueError, match="untrained discriminator"):
+        config_of({"adversary": {"discriminator_start": 0.5, "start": 0.2}})
     network = {"name": "tokenizer", "image_size": None, "blocks": 9}
     with pytest.raises(ValueError, match="have 2 blocks"):
         objective_of(config_of({"adversary": {"discriminator": FEATURES | {"network": network}}}))
 
 
-def test_weights_of_the_critics_features_are_verified(tmp_path):
+def test_weights_of_the_discriminators_features_are_verified(tmp_path):
     network = {"name": "timm", "model": "vit_tiny_patch16_224", "weights": "w.safetensors", "sha256": "0" * 64}
     network |= {"image_size": 32, "blocks": 2}
     config = config_of({"adversary": {"discriminator": FEATURES | {"network": network}}})
-    work = Work(tmp_path, tmp_path, Runtime(device="cpu", weights=str(tmp_path)))
+    host = LocalHost(tmp_path, tmp_path, Runtime(device="cpu", weights=str(tmp_path)))
     with pytest.raises(ArtefactError, match="no such weights; put timm's weights of vit_tiny"):
-        build_adversary(config.adversary, work, seed=0, tokenizer=tokenizer_of(), features=None)
+        build_adversary(config.adversary, host, seed=0, tokenizer=tokenizer_of(), features=None)
     (tmp_path / "w.safetensors").write_bytes(b"other")
     with pytest.raises(ArtefactError, match="params.yaml expects 0000"):
-        build_adversary(config.adversary, work, seed=0, tokenizer=tokenizer_of(), features=None)
+        build_adversary(config.adversary, host, seed=0, tokenizer=tokenizer_of(), features=None)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +198,10 @@ def test_two_ranks_are_one_process(two, case):
     alone = trained(case, ALONE)
     if case == "joint":
         assert alone["logs"]["0 trunk_gradient_adversarial"] > 0
-    for together in [trained(case, Share(0, 1, 4)), *(of[f"{case} {micros}"] for of in two for micros in (1, 2))]:
+    for together in [
+        trained(case, RankSlice(0, 1, 4)),
+        *(of[f"{case} {micro_batches}"] for of in two for micro_batches in (1, 2)),
+    ]:
         assert together["gradients"].keys() == alone["gradients"].keys()
         for name, gradient in alone["gradients"].items():
             error = (together["gradients"][name] - gradient).norm() / (gradient.norm() + 1e-8)

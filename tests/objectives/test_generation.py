@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file
 from tiny import merged, tiny_params
 
-from stages._place import place
-from stages._runtime import Runtime, Work
+from stages.runner.environment import LocalHost, Runtime
 from vtp import LightningDiT
 from vtp.data.batches import LatentBatch
 from vtp.objectives.generation import GenerationObjective, GenerationObjectiveConfig
-from vtp.step import Moment
+from vtp.step import StepContext
+from vtp.training.parallelize import parallelize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
-NOW = Moment(0, 100, watched=False)
+NOW = StepContext(0, 100, log_step=False)
 
 
 def objective_of(**changes):
@@ -44,8 +44,8 @@ def test_loss_is_the_official_one():
 
 def test_micro_batches_add_up():
     whole, parts = objective_of(), objective_of()
-    for objective, micros in ((whole, [batch_of()]), (parts, [batch_of(slice(0, 2)), batch_of(slice(2, 4))])):
-        for term in objective.terms("model", micros, NOW):
+    for objective, micro_batches in ((whole, [batch_of()]), (parts, [batch_of(slice(0, 2)), batch_of(slice(2, 4))])):
+        for term in objective.terms("model", micro_batches, NOW):
             term.loss.backward()
     for (name, ours), theirs in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
         if ours.grad is not None:
@@ -73,7 +73,7 @@ def test_averages_follow_at_their_own_pace():
     with torch.no_grad():
         objective.model.final_layer.linear.bias.fill_(1.0)
     before = [float(average.final_layer.linear.bias[0]) for average in objective.averages]
-    objective.after_step(Moment(1000, 2000, watched=False))
+    objective.after_step(StepContext(1000, 2000, log_step=False))
     after = [float(average.final_layer.linear.bias[0]) for average in objective.averages]
     for momentum, old, new in zip((0.5, 0.9), before, after, strict=True):
         assert new == pytest.approx(momentum * old + (1 - momentum))
@@ -82,7 +82,7 @@ def test_averages_follow_at_their_own_pace():
 
 def test_recomputed_gradients_are_the_same():
     plain, placed = objective_of(), objective_of()
-    place(placed, Work(Path(), Path(), Runtime.of({"VTP_DEVICE": "cpu", "VTP_RECOMPUTE": "true"})))
+    parallelize(placed, LocalHost(Path(), Path(), Runtime.of({"VTP_DEVICE": "cpu", "VTP_RECOMPUTE": "true"})))
     assert placed.model.recompute
     for objective in (plain, placed):
         for term in objective.terms("model", [batch_of()], NOW):

@@ -6,22 +6,23 @@ import pytest
 import torch
 from tiny import merged, tiny_params
 
-from stages._adversary import build_adversary
-from stages._place import place
-from stages._runtime import Runtime, Work
 from stages.pretrain import Pretrain
-from vtp.data.batches import PretrainBatch, Share
+from stages.runner.environment import LocalHost, Runtime
+from vtp.data.batches import RankSlice
 from vtp.data.masking import draw_masks
+from vtp.data.pretrain_batches import PretrainBatch
 from vtp.draws import numpy_draws
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.tokenizer import VisualTokenizer
+from vtp.objectives.adversary import build_adversary
 from vtp.objectives.cost import items, pretrain_cost
 from vtp.objectives.gradient_cache import GradientCache
 from vtp.objectives.pretrain import PretrainObjective
-from vtp.step import Moment
+from vtp.step import StepContext
+from vtp.training.parallelize import parallelize
 
-ALONE = Share(0, 1, 1)
-START = Moment(0, 10, watched=True)
+ALONE = RankSlice(0, 1, 1)
+START = StepContext(0, 10, log_step=True)
 COMBINATIONS = {
     "ae": {"clip": 0.0, "ssl": 0.0},
     "clip+ae": {"ssl": 0.0},
@@ -41,10 +42,10 @@ def objective_of(config: Pretrain) -> PretrainObjective:
     return PretrainObjective(tokenizer, config.objective, config.rates, perceptual=perceptual, seed=0)
 
 
-def batch_of(config: Pretrain, step: int = 0, share: Share = ALONE, micro: int = 0) -> PretrainBatch:
+def batch_of(config: Pretrain, step: int = 0, rank_slice: RankSlice = ALONE, micro: int = 0) -> PretrainBatch:
     """A step's micro-batch of random pictures, in the blocks that PretrainBatches gives a rank."""
     clip, ssl, rec = config.active
-    _, blocks = share.of(rec, step * share.micros + micro)
+    _, blocks = rank_slice.of(rec, step * rank_slice.micro_batches + micro)
     draws = torch.Generator().manual_seed(step)
 
     def part(per_block, *shape):
@@ -69,11 +70,11 @@ def batch_of(config: Pretrain, step: int = 0, share: Share = ALONE, micro: int =
     )
 
 
-def backward(objective, micros, moment=START):
+def backward(objective, micro_batches, context=START):
     """Gradients by name and logged scalars of one step."""
     objective.zero_grad()
     logs = {}
-    for term in objective.terms("model", micros, moment):
+    for term in objective.terms("model", micro_batches, context):
         if term.loss is not None:
             term.loss.backward()
         for name, value in term.parts.items():
@@ -122,7 +123,7 @@ def test_micro_batches_have_the_gradient_of_the_batch(weights, targets):
     config = config_of({"objective": {"weights": weights, "ssl": {"targets": targets}}})
     objective = objective_of(config)
     whole, logs = backward(objective, [batch_of(config)])
-    halves = [batch_of(config, 0, Share(0, 1, 2), micro) for micro in range(2)]
+    halves = [batch_of(config, 0, RankSlice(0, 1, 2), micro) for micro in range(2)]
     split, split_logs = backward(objective, halves)
     assert whole.keys() == split.keys()
     for name, gradient in whole.items():
@@ -184,7 +185,7 @@ def test_compiled_blocks_give_equal_gradients(tmp_path):
     config = config_of()
     plain, _ = backward(objective_of(config), [batch_of(config)])
     objective = objective_of(config)
-    place(objective, Work(tmp_path, tmp_path, Runtime.of({"VTP_DEVICE": "cpu", "VTP_COMPILE": "true"})))
+    parallelize(objective, LocalHost(tmp_path, tmp_path, Runtime.of({"VTP_DEVICE": "cpu", "VTP_COMPILE": "true"})))
     compiled, _ = backward(objective, [batch_of(config)])
     for name, gradient in plain.items():
         torch.testing.assert_close(compiled[name], gradient, atol=1e-6 * float(gradient.abs().max()) + 1e-9, rtol=1e-4)
@@ -272,7 +273,7 @@ def test_flops_are_those_of_the_step(weights):
     objective, batch = objective_of(config), batch_of(config)
     objective._perceptual = [lambda a, b: (a - b).abs().mean((1, 2, 3))]  # its network would hide the rest
     with FlopCounterMode(display=False) as counter:
-        for term in objective.terms("model", [batch], Moment(0, 10, watched=False)):
+        for term in objective.terms("model", [batch], StepContext(0, 10, log_step=False)):
             if term.loss is not None:
                 term.loss.backward()
     # Sinkhorn makes the teacher's logits a second time.
@@ -313,10 +314,10 @@ def test_learns_one_batch():
     optimizer = torch.optim.AdamW([p for group in objective.phases()["model"] for p in group.parameters], 3e-3)
     history = []
     for step in range(60):
-        moment = Moment(step, 60, watched=False)
-        history.append(backward(objective, [batch], moment)[1])
+        context = StepContext(step, 60, log_step=False)
+        history.append(backward(objective, [batch], context)[1])
         optimizer.step()
-        objective.after_step(moment)
+        objective.after_step(context)
     assert history[-1]["clip_loss"] < 0.5 * history[0]["clip_loss"]
     assert history[-1]["l1"] < 0.8 * history[0]["l1"]
     assert history[-1]["ibot_loss"] < history[0]["ibot_loss"]
@@ -346,18 +347,18 @@ def test_drop_path_draws_belong_to_blocks():
     config = config_of({"objective": {"drop_path": {"ssl": 0.25, "blocks": 1}}})
     objective = objective_of(config)
 
-    def keeps(number, count, step=0):
-        batch = batch_of(config, step, Share(0, 1, count), number)
-        return objective._keeps(batch, number, count, step)
+    def indices(number, count, step=0):
+        batch = batch_of(config, step, RankSlice(0, 1, count), number)
+        return objective._ssl_drop_path_indices(batch, number, count, step)
 
-    whole, first, second = keeps(0, 1), keeps(0, 2), keeps(1, 2)
+    whole, first, second = indices(0, 1), indices(0, 2), indices(1, 2)
     assert whole.views.shape == (2, 2, 6)  # 2 blocks of 4 crops, 3 kept of each
     assert torch.equal(whole.views, torch.cat([first.views, second.views + 4], -1))
     assert torch.equal(whole.local_views, torch.cat([first.local_views, second.local_views + 4], -1))
-    assert not torch.equal(whole.views, keeps(0, 1, step=1).views)
+    assert not torch.equal(whole.views, indices(0, 1, step=1).views)
     grouped = objective_of(config_of({"objective": {"drop_path": {"ssl": 0.25, "blocks": 2}}}))
     with pytest.raises(ValueError, match=r"set drop_path\.blocks to a divisor"):
-        grouped._keeps(batch_of(config, 0, Share(0, 1, 2), 0), 0, 2, 0)
+        grouped._ssl_drop_path_indices(batch_of(config, 0, RankSlice(0, 1, 2), 0), 0, 2, 0)
 
 
 def test_temperature_rises_then_stays():
@@ -397,7 +398,7 @@ def test_half_precision_is_near():
     from vtp.training.fit import in_precision
 
     config = config_of({"objective": {"drop_path": {"ssl": 0.25, "clip": 0.25, "blocks": 1}}})
-    batches = [batch_of(config, 0, Share(0, 1, 2), micro) for micro in range(2)]
+    batches = [batch_of(config, 0, RankSlice(0, 1, 2), micro) for micro in range(2)]
     gradients = []
     for precision in ("float32", "bfloat16"):
         objective = objective_of(config)
@@ -410,20 +411,20 @@ def test_half_precision_is_near():
 
 
 def from_the_start():
-    return tiny_params()["tune_decoder"]["adversary"] | {"critic_start": 0.0, "start": 0.0}
+    return tiny_params()["tune_decoder"]["adversary"] | {"discriminator_start": 0.0, "start": 0.0}
 
 
 def test_joint_adversary_does_not_depend_on_micro_batches():
-    """A GAN term from the start: gradients of encoder, decoder and critic in one pass and in two."""
+    """A GAN term from the start: gradients of encoder, decoder and discriminator in one pass and in two."""
     config = config_of({"adversary": from_the_start()})
     found = []
-    for micros in (1, 2):
+    for micro_batches in (1, 2):
         objective = objective_of(config)
-        work = Work(Path(), Path(), Runtime(device="cpu"))
+        host = LocalHost(Path(), Path(), Runtime(device="cpu"))
         objective.adversary = build_adversary(
-            config.adversary, work, seed=0, tokenizer=objective.tokenizer, features=None
+            config.adversary, host, seed=0, tokenizer=objective.tokenizer, features=None
         )
-        batches = [batch_of(config, 0, Share(0, 1, micros), micro) for micro in range(micros)]
+        batches = [batch_of(config, 0, RankSlice(0, 1, micro_batches), micro) for micro in range(micro_batches)]
         names = []
         for phase in objective.phases():
             for term in objective.terms(phase, batches, START):
@@ -431,15 +432,15 @@ def test_joint_adversary_does_not_depend_on_micro_batches():
                 if term.loss is not None:
                     term.loss.backward()
         assert names.index("adversarial") > len(names) - 1 - names[::-1].index("reconstruction")
-        assert "critic" in names
+        assert "discriminator" in names
         found.append({name: p.grad for name, p in objective.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
-    assert any(name.startswith("adversary.critic") for name in found[0])
+    assert any(name.startswith("adversary.discriminator") for name in found[0])
     for name, gradient in found[0].items():
         assert (found[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
-def test_a_critic_that_reads_the_encoder_in_training_is_refused():
+def test_a_discriminator_that_reads_the_encoder_in_training_is_refused():
     network = {"name": "tokenizer", "image_size": None, "blocks": 2}
     adversary = tiny_params()["tune_decoder"]["adversary"]
     adversary |= {"discriminator": {"name": "features", "network": network, "kernel": 3}}

@@ -10,7 +10,7 @@ from generating import cache, write_inputs
 from launching import on_two_ranks
 from tiny import tiny_params
 
-from stages._runtime import Interrupted
+from stages.runner.environment import Interrupted
 from vtp import load_tokenizer
 from vtp.artefact import ArtefactError, digest, read_json, write_json
 from vtp.data.dataset import ShardDataset
@@ -77,11 +77,11 @@ def test_half_the_bytes(inputs, cached, tmp_path, dtype, tolerance):
 
 
 def test_without_flips(inputs, cached, tmp_path):
-    plain = LatentDataset(cache(inputs, tmp_path, flips=False))
-    assert not plain.has_flips
+    plain = LatentDataset(cache(inputs, tmp_path, horizontal_flips=False))
+    assert not plain.has_flipped
     rows = np.arange(len(plain))
     assert torch.equal(plain.rows(rows), LatentDataset(cached).rows(rows))
-    with pytest.raises(ArtefactError, match="no mirrored latents"):
+    with pytest.raises(ArtefactError, match="no latents of horizontal flips"):
         plain.rows(rows, np.ones(len(rows), dtype=bool))
 
 

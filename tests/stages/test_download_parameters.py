@@ -5,10 +5,10 @@ import pytest
 from downloading import SECTION, SPARK, Row, write_selection
 from tiny import merged
 
-from stages._runtime import Runtime, Work
-from stages.download import Download, DownloadError, job_of, plan_guards, require_packages, run, too_few
+from stages.download import Download, DownloadError, job_of, planned_proxies, require_packages, run, too_few
+from stages.runner.environment import LocalHost, Runtime
 from vtp.config import Config, ConfigError
-from vtp.data.fetching.fetched import Report
+from vtp.curation.download.pool import DownloadReport
 
 
 def parsed(**changes):
@@ -16,7 +16,7 @@ def parsed(**changes):
 
 
 def test_every_parameter_is_read(tmp_path, monkeypatch):
-    """Those of the policy act in the guard, whose tests show each."""
+    """Those of the policy act in the proxy, whose tests show each."""
     read: set[tuple[str, str]] = set()
     plain = Config.__getattribute__
 
@@ -31,8 +31,8 @@ def test_every_parameter_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Config, "__getattribute__", recording)
     for config in variants:
         job_of(config, tmp_path, "127.0.0.1:1")
-        plan_guards(config)
-        too_few(Report(), config)
+        planned_proxies(config)
+        too_few(DownloadReport(), config)
         assert config.terms
         assert config.identity
     monkeypatch.undo()
@@ -57,7 +57,10 @@ def test_the_store_is_that_of_what_a_picture_depends_on():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"distributor": SPARK | {"master": "spark://head:7077"}}, "start `python -m vtp.data.fetching.guard"),
+        (
+            {"distributor": SPARK | {"master": "spark://head:7077"}},
+            "start `python -m vtp.curation.download.egress_proxy",
+        ),
         ({"policy": {"allowed_networks": ["127.0.0.1/8"]}}, "has host bits set"),
         ({"policy": {"allowed_ports": [0]}}, "policy.allowed_ports.0"),
         ({"encoding": {"name": "gif", "quality": 95}}, "download.encoding"),
@@ -86,10 +89,10 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_an_empty_selection_is_an_error(tmp_path):
-    work = Work(tmp_path / "download" / "run" / "folder", tmp_path, Runtime(pool=str(tmp_path / "pool")))
+    host = LocalHost(tmp_path / "download" / "run" / "folder", tmp_path, Runtime(pool=str(tmp_path / "pool")))
     selection = write_selection([Row("a", "http://127.0.0.1/", "a", None, None)], tmp_path / "selection")
     path = selection / "part-00000.parquet"
     pq.write_table(pq.read_table(path).slice(1), path)
     with pytest.raises(DownloadError, match="no rows; the filter before it let none pass"):
-        run(parsed(), selection=selection, pool=tmp_path / "a", report=tmp_path / "b", errors=tmp_path / "c", work=work)
+        run(parsed(), selection=selection, pool=tmp_path / "a", report=tmp_path / "b", errors=tmp_path / "c", host=host)
     assert [path.name.split("-")[0] for path in (tmp_path / "pool").iterdir()] == ["store"]

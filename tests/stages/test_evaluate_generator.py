@@ -14,9 +14,8 @@ from tiny import merged, tiny_params, write_shards
 
 import stages.evaluate_generator as stage
 import stages.reference
-from stages._guidance import Guided, draw_guidance
-from stages._runtime import Runtime, Work
-from stages._samples import FORMAT_VERSION, NOISE, Samples, SamplesArtefact
+from stages.figures.guidance import Guided, draw_guidance
+from stages.runner.environment import LocalHost, Runtime
 from vtp.artefact import ArtefactError, save_tensors
 from vtp.config import ConfigError
 from vtp.data.dataset import ShardDataset
@@ -26,6 +25,7 @@ from vtp.evaluation.inception_score import inception_score
 from vtp.evaluation.kernel_distance import kernel_distance
 from vtp.evaluation.manifold import precision_recall
 from vtp.evaluation.reference import Reference
+from vtp.evaluation.samples import FORMAT_VERSION, NOISE, Samples, SamplesArtefact
 from vtp.flow import SamplerConfig
 from vtp.layers.images import normalise, to_uint8
 from vtp.models.loading import load_tokenizer
@@ -40,7 +40,7 @@ ENDS = {"unguided": "unguided_balanced", "guided": "cfg2_balanced", NOISE: "nois
 SHARD = 13  # samples of a file
 
 
-class QuietWork(Work):
+class QuietHost(LocalHost):
     """Without bars."""
 
     counted = 0
@@ -53,9 +53,9 @@ class QuietWork(Work):
 
 
 def work_in(folder):
-    work = QuietWork(folder / "scratch" / "folder", folder, Runtime(device="cpu", weights=str(folder)))
-    work.folder.mkdir(parents=True, exist_ok=True)
-    return work
+    host = QuietHost(folder / "scratch" / "folder", folder, Runtime(device="cpu", weights=str(folder)))
+    host.folder.mkdir(parents=True, exist_ok=True)
+    return host
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +65,7 @@ def write_reference(root, folder, **changes):
     params = merged(tiny_params()["reference"], {"splits": {"train": {"samples": 40, "kept": 35}}})
     config = stages.reference.ReferenceStatistics.parse(params | changes, where="test")
     folder.mkdir(exist_ok=True)
-    stages.reference.run(config, shards=root / "shards", reference=folder / "reference", work=work_in(folder))
+    stages.reference.run(config, shards=root / "shards", reference=folder / "reference", host=work_in(folder))
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +126,9 @@ def evaluate(made, folder, *, inputs=None, least=3 * COUNT, **changes):
     outputs = {flag: folder / file for flag, file in files.items()}
     given = {flag: made / flag for flag in INPUTS} | (inputs or {})
     config = stage.EvaluateGenerator.parse(params_of(**changes), where="test")
-    work = work_in(folder)
-    stage.run(config, **given, **outputs, work=work)
-    assert work.counted >= least
+    host = work_in(folder)
+    stage.run(config, **given, **outputs, host=host)
+    assert host.counted >= least
     return outputs
 
 
@@ -193,7 +193,7 @@ def test_without_what_is_not_asked_for(made, outputs, tmp_path):
     config = stage.EvaluateGenerator.parse(params_of(kernel=None), where="test")
     given = {flag: made / flag for flag in INPUTS}
     files = {"metrics": "metrics.json", "curves": "curves.csv", "pictures": "pictures"}
-    stage.run(config, **given, **{flag: tmp_path / file for flag, file in files.items()}, work=work_in(tmp_path))
+    stage.run(config, **given, **{flag: tmp_path / file for flag, file in files.items()}, host=work_in(tmp_path))
     kernel = f"kid_random-vgg16_{COUNT}"
     for ours, theirs in zip(rows(tmp_path / "metrics.json"), rows(outputs["metrics"]), strict=True):
         assert theirs == ours | {kernel: theirs[kernel]}
@@ -328,7 +328,7 @@ def test_against_an_adm_batch(made, inception, tmp_path):
         metrics=tmp_path / "metrics.json",
         curves=tmp_path / "curves.csv",
         pictures=tmp_path / "pictures",
-        work=work_in(tmp_path),
+        host=work_in(tmp_path),
     )
     row = json.loads((tmp_path / "metrics.json").read_text())["generation"]["guided"]
     end = f"inception_16_{ENDS['guided']}"
@@ -347,7 +347,7 @@ def test_against_an_adm_batch(made, inception, tmp_path):
             metrics=tmp_path / "metrics.json",
             curves=tmp_path / "curves.csv",
             pictures=tmp_path / "pictures2",
-            work=work_in(tmp_path),
+            host=work_in(tmp_path),
         )
 
 

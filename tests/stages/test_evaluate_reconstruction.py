@@ -16,7 +16,7 @@ from torch import nn
 
 import stages.evaluate_reconstruction as stage
 import stages.reference
-from stages._runtime import Runtime, Work
+from stages.runner.environment import LocalHost, Runtime
 from vtp.artefact import ArtefactError
 from vtp.config import ConfigError
 from vtp.data.dataset import ShardDataset
@@ -37,7 +37,7 @@ OUTPUTS = {
 LPIPS, RFID = "lpips_random-vgg16", f"rfid_random-vgg16_{COUNT}"
 
 
-class QuietWork(Work):
+class QuietHost(LocalHost):
     """Without bars."""
 
     def progress(self, total, description, unit, done=0):
@@ -48,9 +48,9 @@ class QuietWork(Work):
 
 
 def work_in(folder):
-    work = QuietWork(folder / "scratch" / "folder", folder, Runtime(device="cpu"))
-    work.folder.mkdir(parents=True, exist_ok=True)
-    return work
+    host = QuietHost(folder / "scratch" / "folder", folder, Runtime(device="cpu"))
+    host.folder.mkdir(parents=True, exist_ok=True)
+    return host
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,7 +64,7 @@ def made(tmp_path_factory):
     splits = {"validation": {"samples": COUNT, "labelled": False, "kept": 0}}
     params = tiny_params()["reference"] | {"splits": splits}
     config = stages.reference.run.__annotations__["config"].parse(params, where="test")
-    stages.reference.run(config, shards=root / "shards", reference=root / "reference", work=work_in(root))
+    stages.reference.run(config, shards=root / "shards", reference=root / "reference", host=work_in(root))
     torch.manual_seed(0)
     architecture = tiny_params()["pretrain"]["tokenizer"] | {"text": None}
     tokenizer = VisualTokenizer(TokenizerConfig.parse(architecture, where="test"))
@@ -90,7 +90,7 @@ def evaluate(made, folder, *, tuned=True, **changes):
     inputs = {"shards": made / "shards", "tokenizer": made / "tokenizer", "reference": made / "reference"}
     inputs |= {"decoder": made / "decoder"} if tuned else {}
     config = stage.EvaluateReconstruction.parse(params_of(**changes), where="test")
-    stage.run(config, **inputs, **outputs, work=work_in(folder))
+    stage.run(config, **inputs, **outputs, host=work_in(folder))
     return outputs
 
 
@@ -168,7 +168,7 @@ def test_figures_belong_to_their_images(made, outputs):
 
 def test_pictures_show_worst_median_and_best(made, outputs, monkeypatch):
     """By the perceptual distance of the tuned decoder."""
-    import stages._comparison as comparison
+    import stages.figures.reconstructions as comparison
 
     shown = {}
     monkeypatch.setattr(

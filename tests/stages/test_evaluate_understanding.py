@@ -15,13 +15,13 @@ from tiny import ROOT, merged, tiny_params, write_shards
 from torch import nn
 from understanding import OUTPUTS, evaluate
 
-import stages._extraction as extraction
 import stages.evaluate_understanding as stage
 from vtp.artefact import ArtefactError, load_tensors
 from vtp.config import ConfigError
 from vtp.data.dataset import ShardDataset
+from vtp.evaluation import extraction
 from vtp.evaluation.linear_probe import draw_holdout
-from vtp.evaluation.sgd_probe import FeatureSet, SgdConfig, SgdProbe
+from vtp.evaluation.sgd_probe import ProbeFeatures, SgdConfig, SgdProbe
 from vtp.layers.images import normalise
 from vtp.layers.preprocess import CentreView, Squash
 from vtp.models.base import Tokenizer
@@ -175,7 +175,7 @@ def taken_by(run):
 
 
 def test_a_wish_to_stop_is_followed_between_chunks(made, augmented, tmp_path):
-    from stages._runtime import STOP, Interrupted
+    from stages.runner.environment import STOP, Interrupted
 
     (tmp_path / "scratch").mkdir()
     (tmp_path / "scratch" / STOP).touch()
@@ -221,7 +221,7 @@ def test_multi_reads_the_official_intermediate_features():
     golden = {key.removeprefix("64x64."): value for key, value in golden.items()}
     model = VisualTokenizer.from_pretrained(GOLDEN)
     pixels = extraction.Pixels(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.empty(0), torch.empty(0))
-    taken = extraction.Extraction(model, blocks=2, batch_size=2, precision="float32", work=None)
+    taken = extraction.Extraction(model, blocks=2, batch_size=2, precision="float32", host=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extraction, "normalise", lambda pixels: golden["image"])
         found = taken._features(pixels, extraction.Views(CentreView(64, 64)))
@@ -253,7 +253,7 @@ def test_multi_is_the_probe_of_its_tables(made, plain):
     tables, config = [table_of(plain, name) for name in ("train", "validation")], params_of()["probes"]
     labels, truth = (torch.from_numpy(singles.labels) for singles in (train, validation))
     one, held = (
-        FeatureSet("multi, last 2", "multi", "tokens", 3 * 16, torch.arange(6), None),
+        ProbeFeatures("multi, last 2", "multi", "tokens", 3 * 16, torch.arange(6), None),
         draw_holdout(TRAIN, HOLDOUT, 0),
     )
     probe = SgdProbe([one], SgdConfig.parse(config["multi"], where="test"), seed=0, device="cpu")

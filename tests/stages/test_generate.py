@@ -8,13 +8,13 @@ from generating import cache, draw, train, write_inputs
 from launching import on_two_ranks
 from tiny import merged, tiny_params
 
-from stages._runtime import Interrupted
-from stages._samples import NOISE, Samples, draw_labels, draw_noise
 from stages.generate import Generate
+from stages.runner.environment import Interrupted
 from vtp import LightningDiT
 from vtp.artefact import ArtefactError, digest, read_json, write_json
 from vtp.config import ConfigError
 from vtp.data.latents import LatentDataset
+from vtp.evaluation.samples import NOISE, Samples, draw_labels, draw_noise
 
 COUNT = 24
 SETTINGS = {"unguided": {"solver": "heun"}, "guided": {}}
@@ -44,7 +44,7 @@ def latents(samples, setting, first=0, count=COUNT):
     return samples.of(setting).latents(first, count)
 
 
-def test_settings_differ_and_start_from_the_same_noise(inputs, drawn):
+def test_settings_differ_and_load_pretrain_state_the_same_noise(inputs, drawn):
     data = LatentDataset(inputs / "latents")
     noise = draw_noise(0, range(COUNT), data.shape)
     torch.testing.assert_close(latents(drawn, NOISE), data.statistics.denormalise(noise))

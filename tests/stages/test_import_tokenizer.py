@@ -8,8 +8,8 @@ import torch
 from foreign import DECODER, GOLDEN, autoencoder, backbone_source, backbone_weights
 from tiny import ROOT, write_params
 
-from stages._runtime import Runtime, Work
 from stages.import_tokenizer import ImportTokenizer, run
+from stages.runner.environment import LocalHost, Runtime
 from vtp import load_tokenizer
 from vtp.artefact import ArtefactError, digest
 from vtp.config import ConfigError
@@ -26,11 +26,11 @@ def root(tmp_path):
 
 
 def imported(root, source, folder=None, name="tokenizer"):
-    work = Work(root / "scratch" / name / "folder", root, Runtime())
-    work.folder.mkdir(parents=True, exist_ok=True)
+    host = LocalHost(root / "scratch" / name / "folder", root, Runtime())
+    host.folder.mkdir(parents=True, exist_ok=True)
     config = ImportTokenizer.parse({"source": source}, where="test")
-    run(config, source=folder, tokenizer=root / name, work=work)
-    assert work.recorded() == {"encoder": load_tokenizer(root / name).encoder_digest()}
+    run(config, source=folder, tokenizer=root / name, host=host)
+    assert host.recorded() == {"encoder": load_tokenizer(root / name).encoder_digest()}
     return load_tokenizer(root / name)
 
 

@@ -10,7 +10,7 @@ from launching import on_two_ranks
 from tiny import merged, tiny_params, write_shards
 
 import stages.reference as stage
-from stages._runtime import Interrupted, Runtime, Work
+from stages.runner.environment import Interrupted, LocalHost, Runtime
 from vtp.artefact import ArtefactError, digest, load_tensors, read_json, save_tensors, write_json
 from vtp.config import ConfigError
 from vtp.data.dataset import ShardDataset
@@ -25,7 +25,7 @@ SPLITS = {
 }
 
 
-class QuietWork(Work):
+class QuietHost(LocalHost):
     """Without bars; asks to stop when that many images were seen."""
 
     stop_at = None
@@ -38,7 +38,7 @@ class QuietWork(Work):
     def update(self, count):
         self.seen += count
         if self.stop_at is not None and self.seen >= self.stop_at:
-            self.asked_to_stop = True
+            self.signalled = True
 
 
 def params_of(**changes):
@@ -46,15 +46,15 @@ def params_of(**changes):
 
 
 def work_in(folder):
-    work = QuietWork(folder / "scratch" / "folder", folder, Runtime(device="cpu"))
-    work.folder.mkdir(parents=True, exist_ok=True)
-    return work
+    host = QuietHost(folder / "scratch" / "folder", folder, Runtime(device="cpu"))
+    host.folder.mkdir(parents=True, exist_ok=True)
+    return host
 
 
-def make(shards, folder, work=None, **changes):
+def make(shards, folder, host=None, **changes):
     folder.mkdir(exist_ok=True)
     config = stage.ReferenceStatistics.parse(params_of(**changes), where="test")
-    stage.run(config, shards=shards, reference=folder / "reference", work=work or work_in(folder))
+    stage.run(config, shards=shards, reference=folder / "reference", host=host or work_in(folder))
     return Reference.load(folder / "reference")
 
 
@@ -210,7 +210,7 @@ def test_a_split_that_is_not_there(shards, tmp_path):
     config = params_of() | {"splits": {"test": SPLITS["validation"]}}
     config = stage.ReferenceStatistics.parse(config, where="test")
     with pytest.raises(ArtefactError, match="no split 'test'; it has train, validation"):
-        stage.run(config, shards=shards, reference=tmp_path / "reference", work=work_in(tmp_path))
+        stage.run(config, shards=shards, reference=tmp_path / "reference", host=work_in(tmp_path))
     with pytest.raises(ConfigError, match="splits"):
         stage.ReferenceStatistics.parse(params_of() | {"splits": {"../x": SPLITS["train"]}}, where="test")
     with pytest.raises(ConfigError, match="splits"):

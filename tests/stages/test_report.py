@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stages._pictures import Panel, grid, panels
-from stages._published import HEAD, TABLE_2, own_row
+from stages.figures.drawing import Panel, grid, panels
+from stages.figures.paper_table import HEAD, TABLE_2, own_row
 from stages.report import Section, _page, flatten
 
 FIGURES = [("gfid", 2.6), ("is", 197.0), ("precision", 0.79), ("recall", 0.62)]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from stages._runtime import Runtime, Work
+from stages.runner.environment import LocalHost, Runtime
 from stages.summary import Summary, run
 from vtp.artefact import ArtefactError, digest, write_json
 from vtp.config import ConfigError
@@ -24,7 +24,7 @@ def points(root, values):
 
 def summarised(root, folder, published, name="summary"):
     config = Summary.parse({"title": "T", "metrics": METRICS, "published": published}, where="params.yaml:summary")
-    run(config, points=folder, summary=root / name, work=Work(root / "scratch" / "folder", root, Runtime()))
+    run(config, points=folder, summary=root / name, host=LocalHost(root / "scratch" / "folder", root, Runtime()))
     return (root / name / "table.md").read_text().splitlines()
 
 

@@ -11,9 +11,9 @@ from generating import cache, train, work_in, write_inputs
 from launching import on_two_ranks
 from tiny import merged, tiny_params
 
-from stages._runtime import Interrupted
 from stages.reference import ReferenceStatistics
 from stages.reference import run as measure
+from stages.runner.environment import Interrupted
 from vtp import LightningDiT, VisualTokenizer
 from vtp.artefact import ArtefactError, digest, load_tensors
 from vtp.config import ConfigError
@@ -24,7 +24,7 @@ from vtp.models.loading import save_decoder
 
 STEPS = 12
 KEPT = {"objective": {"ema": [0.9, 0.5]}}
-WATCHED = {"watch": {"fid": {"samples": 12}}}
+MONITORED = {"monitor": {"fid": {"samples": 12}}}
 DISTANCE = "gfid_random-vgg16_12_unguided_balanced"
 
 
@@ -40,7 +40,7 @@ def inputs(tmp_path_factory):
 def reference(tmp_path_factory, inputs):
     root = tmp_path_factory.mktemp("reference")
     config = ReferenceStatistics.parse(tiny_params()["reference"], where="test")
-    measure(config, shards=inputs / "shards", reference=root / "reference", work=work_in(root))
+    measure(config, shards=inputs / "shards", reference=root / "reference", host=work_in(root))
     return root / "reference"
 
 
@@ -83,23 +83,23 @@ def test_validation_loss_is_that_of_the_result(inputs, trained):
     t = (torch.arange(count) + 0.5) / count
     with torch.no_grad():
         loss = flow_matching_loss(model, latents, data.labels[:count], t=t, noise=torch.stack(noise)).mse.mean()
-    looked = [row for row in rows(trained) if row["validation_mse"]]
-    assert [int(row["step"]) for row in looked] == [6, 12]
-    assert float(looked[-1]["validation_mse"]) == pytest.approx(float(loss), rel=1e-4)
+    evaluated = [row for row in rows(trained) if row["validation_mse"]]
+    assert [int(row["step"]) for row in evaluated] == [6, 12]
+    assert float(evaluated[-1]["validation_mse"]) == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_online_distance_needs_its_reference(inputs, tmp_path):
-    with pytest.raises(ConfigError, match="watch.fid needs --reference"):
-        train(inputs, tmp_path, {"watch": {"fid": {"samples": 4}}})
+    with pytest.raises(ConfigError, match="monitor.fid needs --reference"):
+        train(inputs, tmp_path, {"monitor": {"fid": {"samples": 4}}})
 
 
-def test_looks_go_through_the_decoder_that_is_given(inputs, reference, tmp_path):
+def test_evaluations_go_through_the_decoder_that_is_given(inputs, reference, tmp_path):
     """It changes what is seen and measured, and nothing that is trained."""
     tokenizer = VisualTokenizer.from_pretrained(inputs / "tokenizer")
     torch.nn.init.ones_([*tokenizer.pixel_decoder.parameters()][-1])
     save_decoder(tokenizer, tmp_path / "decoder")
-    own = train(inputs, tmp_path / "own", WATCHED, reference=reference)
-    tuned = train(inputs, tmp_path / "tuned", WATCHED, reference=reference, decoder=tmp_path / "decoder")
+    own = train(inputs, tmp_path / "own", MONITORED, reference=reference)
+    tuned = train(inputs, tmp_path / "tuned", MONITORED, reference=reference, decoder=tmp_path / "decoder")
     assert digest(own / "generator") == digest(tuned / "generator")
     assert (own / "picture.png").read_bytes() != (tuned / "picture.png").read_bytes()
     for before, after in zip(rows(own), rows(tuned), strict=True):
@@ -119,7 +119,7 @@ def test_one_batch_is_learnt(inputs, tmp_path):
         "model": {"size": {"name": "own", "hidden_size": 64, "depth": 2, "num_heads": 2}},
         "training": {"length": {"name": "samples", "samples": 48 * 150}, "log_every": 10},
         "optim": {"lr": 3e-3},
-        "watch": {"looks": 1},
+        "monitor": {"evaluations": 1},
     }
     losses = [float(row["mse"]) for row in rows(train(inputs, tmp_path, changes))]
     assert losses[0] > 1.5
@@ -132,7 +132,7 @@ def test_late_times_are_uniform(inputs, tmp_path):
     late, plain, early = (
         train(inputs, tmp_path / str(number), {"objective": objective})
         for number, objective in enumerate(
-            ({"uniform_from": 0.0}, {"times": {"name": "uniform"}}, {"uniform_from": 0.5})
+            ({"uniform_from": 0.0}, {"timesteps": {"name": "uniform"}}, {"uniform_from": 0.5})
         )
     )
     assert digest(late / "generator") == digest(plain / "generator")
@@ -149,7 +149,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_train_the_same_generator(inputs, reference, tmp_path, layout):
     """Two real ones, by the command line, with looks and a distance along the run."""
-    changes = KEPT | WATCHED
+    changes = KEPT | MONITORED
     files = {"metrics": "metrics.json", "curves": "curves.csv", "picture": "picture.png", "generator": "generator"}
     paths = {flag: inputs / flag for flag in ("latents", "tokenizer")} | {"reference": reference} | files
     on_two_ranks(
@@ -184,9 +184,9 @@ def test_latents_of_another_encoder(inputs, tmp_path):
     ("changes", "message"),
     [
         ({"objective": {"ema": [0.9, 0.9]}}, "the same momentum twice"),
-        ({"watch": {"sampler": {"solver": "dopri5"}}}, "other steps on every rank"),
+        ({"monitor": {"sampler": {"solver": "dopri5"}}}, "other steps on every rank"),
         ({"model": {"size": {"name": "M"}}}, "size"),
-        ({"watch": {"milestones": [1.5]}}, "milestones"),
+        ({"monitor": {"milestones": [1.5]}}, "milestones"),
     ],
 )
 def test_mistakes_are_told(inputs, tmp_path, changes, message):

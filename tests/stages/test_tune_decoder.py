@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from generating import QuietWork
+from generating import QuietHost
 from tiny import ROOT, merged, tiny_params, write_params, write_shards
 from tuning import FEATURES, tokenizer_of
 
-from stages._runtime import Interrupted, Runtime
+from stages.runner.environment import Interrupted, Runtime
 from stages.tune_decoder import TuneDecoder, channel_std, run
 from vtp import load_tokenizer
 from vtp.artefact import ArtefactError, load_tensors
@@ -47,14 +47,14 @@ def inputs(tmp_path_factory):
 def tune(inputs, root, changes, *, stop_after=None, features=None, name="out"):
     """Run the stage in `root`, whose scratch stays; the folder of the outputs."""
     config = TuneDecoder.parse(merged(tiny_params()["tune_decoder"], changes), where="test")
-    work = QuietWork(root / "scratch" / "folder", root, Runtime(device="cpu"))
-    work.stop_after = stop_after
-    work.folder.mkdir(parents=True, exist_ok=True)
+    host = QuietHost(root / "scratch" / "folder", root, Runtime(device="cpu"))
+    host.stop_after = stop_after
+    host.folder.mkdir(parents=True, exist_ok=True)
     out = root / name
     out.mkdir()
     files = {"decoder": out / "decoder", "metrics": out / "metrics.json", "curves": out / "curves.csv"}
     paths = {"shards": inputs / "shards", "tokenizer": inputs / "tokenizer", "picture": out / "picture.png"}
-    run(config, **paths, **files, critic_features=features, work=work)
+    run(config, **paths, **files, discriminator_features=features, host=host)
     return out
 
 
@@ -64,7 +64,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("case", CASES)
 def test_resume_is_bit_identical(inputs, tmp_path, case):
-    """Stopped before and after the critic has begun; decoder, curves and picture are those of one run."""
+    """Stopped before and after the discriminator has begun; decoder, curves and picture are those of one run."""
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     features = inputs / "other" if case == "features" else None
@@ -136,7 +136,7 @@ def test_noise_is_measured_on_the_latents(inputs):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_a_critic_that_reads_another_tokenizer(inputs, tmp_path):
+def test_a_discriminator_that_reads_another_tokenizer(inputs, tmp_path):
     ours = tune(inputs, tmp_path / make(tmp_path, "ours"), CASES["features"])
     theirs = tune(inputs, tmp_path / make(tmp_path, "theirs"), CASES["features"], features=inputs / "other")
     assert contents(ours / "decoder") != contents(theirs / "decoder")
@@ -147,7 +147,7 @@ def make(folder, name):
     return name
 
 
-def test_critics_that_cannot_be_are_told_before_any_step(inputs, tmp_path):
+def test_discriminators_that_cannot_be_are_told_before_any_step(inputs, tmp_path):
     timm = {"name": "timm", "model": "vit_tiny_patch16_224", "weights": "none", "sha256": "0" * 64, "image_size": 32}
     cases = {
         "no such weights": {"discriminator": FEATURES | {"network": timm | {"blocks": 2}}},

@@ -11,13 +11,15 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vtp.distributed import StateError
-from vtp.step import Moment, ParameterGroup, StepCost, Term
+from vtp.step import OptimConfig, ParameterGroup, StepContext, StepCost, Term
 from vtp.training.checkpoint import Checkpoints
-from vtp.training.fit import Flops, NotFinite, Run, Samples, TrainingConfig, fit, plan
+from vtp.training.fit import FlopsLength, NotFinite, Run, SamplesLength, TrainingConfig, fit, run_length
 from vtp.training.log import Curves, Means
-from vtp.training.optim import OptimConfig, build_optimizer, learning_rate, set_rates
+from vtp.training.optim import build_optimizer, learning_rate, set_rates
 
-TRAINING = TrainingConfig(length=Samples(name="samples", samples=1), precision="float32", log_every=3, max_skipped=1)
+TRAINING = TrainingConfig(
+    length=SamplesLength(name="samples", samples=1), precision="float32", log_every=3, max_skipped=1
+)
 OPTIM = OptimConfig(
     lr=0.05,
     final_lr=0.0,
@@ -61,19 +63,19 @@ class Regression(nn.Module):
     def phases(self):
         return {name: [ParameterGroup(list(getattr(self, name).parameters()))] for name in ("first", "second")}
 
-    def watched(self):
+    def shared_parameters(self):
         return [self.first.weight]
 
-    def terms(self, phase, micros, moment):
-        assert 0 <= moment.progress < 1
+    def terms(self, phase, micro_batches, context):
+        assert 0 <= context.progress < 1
         layer = getattr(self, phase)
-        for batch in micros:
-            loss = (layer(batch.x)[:, 0] - batch.y).square().mean() / len(micros)
+        for batch in micro_batches:
+            loss = (layer(batch.x)[:, 0] - batch.y).square().mean() / len(micro_batches)
             yield Term("square", loss, {f"{phase}_loss": loss.detach()})
-        for batch in micros:
-            yield Term("absolute", 0.1 * (layer(batch.x)[:, 0] - batch.y).abs().mean() / len(micros))
+        for batch in micro_batches:
+            yield Term("absolute", 0.1 * (layer(batch.x)[:, 0] - batch.y).abs().mean() / len(micro_batches))
 
-    def after_step(self, moment):
+    def after_step(self, context):
         self.steps += 1
         return {}
 
@@ -105,10 +107,10 @@ class Host:
         yield self
 
 
-def train(host, *, steps=40, batches=None, micros=1, **more):
+def train(host, *, steps=40, batches=None, micro_batches=1, **more):
     objective = Regression()
     optim = {"first": OPTIM, "second": OPTIM}
-    run = Run(steps, TRAINING, optim, StepCost(1e6, {"square": 16}, 16), micros)
+    run = Run(steps, TRAINING, optim, StepCost(1e6, {"square": 16}, 16), micro_batches)
     fit(objective, batches or Lines(), run, host=host, **more)
     return objective
 
@@ -228,10 +230,10 @@ def test_means_survive_a_checkpoint():
     assert copy.take() == {}
 
 
-def test_plan():
-    assert plan(Samples(name="samples", samples=1000), samples=64, flops=1e9) == (16, 1024, 16e9)
-    assert plan(Flops(name="flops", flops=9.6e9), samples=64, flops=1e9) == (10, 640, 1e10)
-    assert plan(Samples(name="samples", samples=1), samples=64, flops=1e9).steps == 1
+def test_run_length():
+    assert run_length(SamplesLength(name="samples", samples=1000), samples=64, flops=1e9) == (16, 1024, 16e9)
+    assert run_length(FlopsLength(name="flops", flops=9.6e9), samples=64, flops=1e9) == (10, 640, 1e10)
+    assert run_length(SamplesLength(name="samples", samples=1), samples=64, flops=1e9).steps == 1
 
 
 def test_schedule():
@@ -253,10 +255,10 @@ def test_groups_have_their_own_rates():
     ]
     optimizer = build_optimizer(groups, optim)
     matrix, bias, prototypes = optimizer.param_groups
-    assert set_rates(optimizer, optim, Moment(0, 10, False)) == 0.05
+    assert set_rates(optimizer, optim, StepContext(0, 10, False)) == 0.05
     assert (matrix["lr"], bias["lr"], prototypes["lr"]) == (0.025, 0.025, 0.0)
     assert (matrix["weight_decay"], bias["weight_decay"], prototypes["weight_decay"]) == (0.2, 0.0, 0.1)
-    set_rates(optimizer, optim, Moment(5, 10, False))
+    set_rates(optimizer, optim, StepContext(5, 10, False))
     assert prototypes["lr"] == pytest.approx(0.025)
     assert prototypes["weight_decay"] == pytest.approx(0.2)  # half way between 0.1 and 0.3
     with pytest.raises(ValueError, match="more than one"):
@@ -282,7 +284,7 @@ def test_micro_batches_are_one_batch(tmp_path):
             parts = [Lines()[8 * step + number] for number in range(8)]
             return Pairs(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
-    small, large = train(Host(tmp_path / "small"), micros=8), train(Host(tmp_path / "large"), batches=Union())
+    small, large = train(Host(tmp_path / "small"), micro_batches=8), train(Host(tmp_path / "large"), batches=Union())
     torch.testing.assert_close(small.first.weight, large.first.weight, atol=1e-5, rtol=0)
 
 
@@ -295,13 +297,13 @@ def test_gradient_geometry(tmp_path):
     batch, optim = Lines()[2], OPTIM
     state = build_optimizer(objective.phases()["first"], optim)
     for step in range(3):
-        batch, moment = Lines()[step], Moment(step, 3, False)
+        batch, context = Lines()[step], StepContext(step, 3, False)
         gradients = []
-        for term in objective.terms("first", [batch], moment):
+        for term in objective.terms("first", [batch], context):
             gradients.append(torch.autograd.grad(term.loss, objective.first.weight)[0].flatten())
         objective.first.weight.grad = sum(gradients)[None].clone()
         torch.nn.utils.clip_grad_norm_([objective.first.weight], 1.0)
-        set_rates(state, optim, moment)
+        set_rates(state, optim, context)
         state.step()
     square, absolute = gradients
     assert float(row["trunk_gradient_square"]) == pytest.approx(float(square.norm()), rel=1e-4)

@@ -4,59 +4,23 @@ A dataset here has one item per step, or per micro-batch of a step. A loader may
 order; a resumed run asks for the same items again.
 """
 
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vtp.config import Config
 from vtp.data.decode import finish
 from vtp.data.latents import LatentDataset
-from vtp.data.masking import MaskConfig, draw_masks
 from vtp.data.order import sample_indices
-from vtp.data.stream import Drawn, Stream, StreamConfig
-from vtp.data.views import (
-    CentreCropView,
-    ClipViewConfig,
-    Crop,
-    RandomCropView,
-    ReconstructionViewConfig,
-    SharedView,
-    SslViews,
-    SslViewsConfig,
-    clip_batch,
-    clip_crop,
-    least_size,
-    recolour,
-    reconstruction_batch,
-    reconstruction_crop,
-    ssl_crops,
-    ssl_views,
-)
-from vtp.draws import numpy_draws, torch_draws
+from vtp.data.stream import Stream
+from vtp.data.views import CentreCropView, RandomCropView, least_size, reconstruction_batch, reconstruction_crop
+from vtp.draws import torch_draws
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-class PretrainBatch(NamedTuple):
-    """One micro-batch of a rank. The part of an objective that is switched off is empty; pictures are uint8."""
-
-    clip_images: Tensor  # [B_clip, 3, S, S]
-    tokens: Tensor  # [B_clip, L]
-    global_views: Tensor  # [B_ssl, 2, 3, G, G]
-    local_views: Tensor  # [B_ssl, views, 3, s, s]
-    masks: Tensor  # [B_ssl, 2, N], true where the student sees the mask token
-    masked: Tensor  # [M], the true entries of masks, counted through
-    mask_weights: Tensor  # [M], one over the number of true entries of the same crop
-    rec_images: Tensor  # [B_rec, 3, R, R]
-    colours: Tensor  # [B_ssl, 2 + views, 10], draws of colour changes that wait for the device; no rows: none
-    replaced: Tensor  # [B], true for a sample that stands in the place of one that cannot be used
 
 
 class ImageBatch(NamedTuple):
@@ -76,74 +40,22 @@ class LatentBatch(NamedTuple):
     uniform: Tensor  # [B, 2] in [0, 1), for the time and for the label
 
 
-class BatchSizes(Config):
-    """Samples per step and objective over all devices (paper 3.6: 16k, 4k, 2k)."""
-
-    clip: int = Field(ge=1)
-    ssl: int = Field(ge=1)
-    reconstruction: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _nested(self) -> Self:
-        for name, size in (("clip", self.clip), ("ssl", self.ssl)):
-            if size % self.reconstruction:
-                raise ValueError(
-                    f"{name} {size} is not a multiple of reconstruction {self.reconstruction}: a batch consists of blocks "
-                    "with one image to reconstruct"
-                )
-        if self.clip < self.ssl:
-            raise ValueError(
-                f"clip {self.clip} is below ssl {self.ssl}: the smaller is drawn from the larger (paper 3.6)"
-            )
-        return self
-
-
-Subsets = Literal["independent", "nested", "disjoint", "contiguous"]
-
-
-class PretrainDataConfig(Config):
-    """Views of the three objectives."""
-
-    stream: StreamConfig
-    batch: BatchSizes
-    subsets: Subsets = Field(
-        description="images of self-supervision and reconstruction within a block: drawn independently, one from "
-        "the other, without overlap, or the first ones"
-    )
-    clip_view: ClipViewConfig
-    reconstruction_view: ReconstructionViewConfig
-    ssl_views: SslViewsConfig
-    masks: MaskConfig
-
-
-class ActiveBatch(NamedTuple):
-    """Batch sizes of the objectives that are switched on, 0 for the others; `pool` is what a step draws from."""
-
-    clip: int
-    ssl: int
-    reconstruction: int
-
-    @property
-    def pool(self) -> int:
-        return max(self)
-
-
-class Share(NamedTuple):
+class RankSlice(NamedTuple):
     """What a rank takes of every global batch, in so many micro-batches."""
 
     rank: int
     ranks: int
-    micros: int
+    micro_batches: int
 
     def of(self, blocks: int, index: int) -> tuple[int, range]:
         """The step and the blocks of item `index`, counted over steps and micro-batches."""
-        step, micro = divmod(index, self.micros)
-        count = blocks // (self.ranks * self.micros)
-        first = (self.rank * self.micros + micro) * count
+        step, micro = divmod(index, self.micro_batches)
+        count = blocks // (self.ranks * self.micro_batches)
+        first = (self.rank * self.micro_batches + micro) * count
         return step, range(first, first + count)
 
 
-def count_micros(blocks: int, ranks: int, largest: int, *, named: str = "batch.reconstruction") -> int:
+def count_micro_batches(blocks: int, ranks: int, largest: int, *, named: str = "batch.reconstruction") -> int:
     """The least number of equal micro-batches of at most `largest` blocks that a rank needs.
 
     Raises ValueError, which calls the number of blocks as it is `named`, when they cannot be split evenly over the ranks.
@@ -154,167 +66,11 @@ def count_micros(blocks: int, ranks: int, largest: int, *, named: str = "batch.r
             "change the number of devices or the batch"
         )
     of_rank = blocks // ranks
-    return next(micros for micros in range(1, of_rank + 1) if of_rank % micros == 0 and of_rank <= largest * micros)
-
-
-class PretrainBatches(Dataset[PretrainBatch]):
-    """Joint batches (paper 3.6): one item per micro-batch of this rank.
-
-    The global batch of a step is a stretch of the endless stream of samples. It is cut into B_rec blocks of consecutive
-    positions; each block draws its own images for self-supervision and reconstruction, and its masks, from its address.
-    So what is drawn depends neither on ranks nor on micro-batches, and every block has the same shapes.
-
-    With `colour_later`, colours change in `finish`, on the device of the batch, and not in the worker.
-    """
-
-    def __init__(
-        self,
-        stream: Stream,
-        config: PretrainDataConfig,
-        *,
-        active: ActiveBatch,
-        image_size: int,
-        patch_size: int,
-        tokenize: Callable[[Sequence[str]], Tensor] | None,
-        share: Share,
-        colour_later: bool = False,
-    ) -> None:
-        if len(stream) < active.pool:
-            raise ValueError(
-                f"the training shards hold {len(stream)} samples and a batch takes {active.pool}; use more data or a "
-                "smaller data.batch"
-            )
-        self.stream = stream
-        self.config = config
-        self.active = active
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.tokenize = tokenize
-        self.seed = stream.seed
-        self.share = share
-        self.colour_later = colour_later
-
-    def __getitem__(self, index: int) -> PretrainBatch:
-        step, blocks = self.share.of(self.active.reconstruction, index)
-        size = self.active.pool // self.active.reconstruction  # of a block
-        drawn = [self._subsets(step, block, size) for block in blocks]
-        # Positions within the micro-batch, and in the stream: the addresses of every view's draws.
-        for_ssl = np.concatenate([block * size + subset.ssl for block, subset in enumerate(drawn)])
-        for_rec = np.concatenate([block * size + subset.reconstruction for block, subset in enumerate(drawn)])
-        for_clip = np.arange(len(blocks) * size if self.active.clip else 0)
-        first = step * self.active.pool + blocks.start * size
-        samples = self._read(first, len(blocks) * size, _Places(for_clip, for_ssl, for_rec))
-        config, seed = self.config, self.seed
-
-        def of(places: np.ndarray) -> "list[Image]":
-            return [samples[place].image for place in places.tolist()]
-
-        clip_images = clip_batch(of(for_clip), config.clip_view, seed, first + for_clip)
-        views = ssl_views(of(for_ssl), config.ssl_views, seed, first + for_ssl)
-        if not self.colour_later:
-            views = recolour(views, config.ssl_views)
-        if isinstance(config.reconstruction_view, SharedView):
-            rec_images = (
-                clip_images[torch.from_numpy(for_rec)]
-                if self.active.clip
-                else clip_batch(of(for_rec), config.clip_view, seed, first + for_rec)
-            )
-        else:
-            rec_images = reconstruction_batch(
-                of(for_rec), config.reconstruction_view, self.image_size, seed, first + for_rec
-            )
-        captions = [samples[place].caption for place in for_clip.tolist()]
-        tokens = self.tokenize(captions) if self.tokenize and captions else torch.empty(0, 0, dtype=torch.int64)
-        masks = self._masks(step, blocks)
-        weights = (1 / masks.sum(2, keepdim=True).clamp_min(1)).expand_as(masks)
-        return PretrainBatch(
-            clip_images,
-            tokens,
-            views.whole,
-            views.local,
-            masks=masks,
-            masked=masks.flatten().nonzero()[:, 0],
-            mask_weights=weights[masks],
-            rec_images=rec_images,
-            colours=views.draws,
-            replaced=torch.tensor(
-                [place in samples and samples[place].replaced for place in range(len(blocks) * size)]
-            ),
-        )
-
-    def finish(self, batch: PretrainBatch) -> PretrainBatch:
-        """What is left to do where the batch is now."""
-        if not len(batch.colours):
-            return batch
-        views = recolour(SslViews(batch.global_views, batch.local_views, batch.colours), self.config.ssl_views)
-        return batch._replace(global_views=views.whole, local_views=views.local, colours=views.draws)
-
-    def _read(self, first: int, count: int, places: "_Places") -> dict[int, Drawn]:
-        """The samples that any objective sees, by place in the micro-batch; each is decoded once."""
-        numbers = self.stream.numbers(first, count)
-        in_clip, in_ssl, in_rec = (set(part.tolist()) for part in places)
-        config, seed, captioned = self.config, self.seed, bool(self.active.clip)
-
-        def crops(place: int) -> list[Crop] | None:
-            """Every crop of the picture, or None when all of it is needed."""
-            view, found = config.reconstruction_view, []
-            if place in in_rec and isinstance(view, CentreCropView):
-                return None
-            if place in in_rec and isinstance(view, RandomCropView):
-                found.append(reconstruction_crop(view, self.image_size, seed, first + place))
-            if place in in_clip or (place in in_rec and isinstance(view, SharedView)):
-                found.append(clip_crop(config.clip_view, seed, first + place))
-            return found + (ssl_crops(config.ssl_views, seed, first + place)[0] if place in in_ssl else [])
-
-        def decode(picture: "Image", place: int) -> "Image":
-            wanted = crops(place) if config.stream.decode == "reduced" else None
-            return finish(picture, least=least_size(*picture.size, wanted) if wanted else None)
-
-        return {
-            place: self.stream.read(
-                int(numbers[place]), first + place, decode=partial(decode, place=place), captioned=captioned
-            )
-            for place in sorted(in_clip | in_ssl | in_rec)
-        }
-
-    def _subsets(self, step: int, block: int, size: int) -> "_Subsets":
-        """Who in a block of `size` positions is seen by self-supervision, and who is reconstructed."""
-        ssl = self.active.ssl // self.active.reconstruction
-        draws = numpy_draws(self.seed, "subsets", step, block)
-        order, other = draws.permutation(size), draws.permutation(size)
-        match self.config.subsets:
-            case "independent":
-                return _Subsets(order[:ssl], other[:1])
-            case "nested":
-                return _Subsets(order[:ssl], order[:1])
-            case "disjoint":
-                return _Subsets(order[:ssl], order[ssl : ssl + 1])
-            case "contiguous":
-                return _Subsets(np.arange(ssl), np.arange(1))
-
-    def _masks(self, step: int, blocks: range) -> Tensor:
-        side = self.config.ssl_views.global_size // self.patch_size
-        samples = self.active.ssl // self.active.reconstruction
-        drawn = []
-        for block in blocks:
-            draws = numpy_draws(self.seed, "masks", step, block)
-            drawn.append(draw_masks(2 * samples, side, side, self.config.masks, draws).unflatten(0, (samples, 2)))
-        return torch.cat(drawn)
-
-
-class _Places(NamedTuple):
-    """Positions within a micro-batch, by objective."""
-
-    clip: np.ndarray
-    ssl: np.ndarray
-    reconstruction: np.ndarray
-
-
-class _Subsets(NamedTuple):
-    """Positions within a block."""
-
-    ssl: np.ndarray
-    reconstruction: np.ndarray
+    return next(
+        micro_batches
+        for micro_batches in range(1, of_rank + 1)
+        if of_rank % micro_batches == 0 and of_rank <= largest * micro_batches
+    )
 
 
 class ImageBatches(Dataset[ImageBatch]):
@@ -324,7 +80,13 @@ class ImageBatches(Dataset[ImageBatch]):
     """
 
     def __init__(
-        self, stream: Stream, view: CentreCropView | RandomCropView, *, size: int, batch_size: int, share: Share
+        self,
+        stream: Stream,
+        view: CentreCropView | RandomCropView,
+        *,
+        size: int,
+        batch_size: int,
+        rank_slice: RankSlice,
     ) -> None:
         if len(stream) < batch_size:
             raise ValueError(
@@ -335,10 +97,10 @@ class ImageBatches(Dataset[ImageBatch]):
         self.view = view
         self.size = size
         self.batch_size = batch_size
-        self.share = share
+        self.rank_slice = rank_slice
 
     def __getitem__(self, index: int) -> ImageBatch:
-        step, rows = self.share.of(self.batch_size, index)
+        step, rows = self.rank_slice.of(self.batch_size, index)
         positions = np.arange(rows.start, rows.stop) + step * self.batch_size
         numbers = self.stream.numbers(int(positions[0]), len(positions))
         drawn = [
@@ -358,20 +120,20 @@ class ImageBatches(Dataset[ImageBatch]):
 class LatentBatches(Dataset[LatentBatch]):
     """Micro-batches of this rank. What is drawn for a sample belongs to its place in the stream, and to nothing else."""
 
-    def __init__(self, latents: LatentDataset, *, batch_size: int, seed: int, share: Share) -> None:
+    def __init__(self, latents: LatentDataset, *, batch_size: int, seed: int, rank_slice: RankSlice) -> None:
         self.latents = latents
         self.batch_size = batch_size
         self.seed = seed
-        self.share = share
+        self.rank_slice = rank_slice
 
     def __getitem__(self, index: int) -> LatentBatch:
-        step, rows = self.share.of(self.batch_size, index)
+        step, rows = self.rank_slice.of(self.batch_size, index)
         first = step * self.batch_size + rows.start
         drawn = sample_indices(first, len(rows), len(self.latents), self.seed)
         samples = [self._draw(position) for position in range(first, first + len(rows))]
         noise, normal, uniform = (torch.stack(values) for values in zip(*samples, strict=True))
-        flips = (uniform[:, 2] < 0.5).numpy() if self.latents.has_flips else None
-        latents = self.latents.statistics.normalise(self.latents.rows(drawn, flips))
+        flipped = (uniform[:, 2] < 0.5).numpy() if self.latents.has_flipped else None
+        latents = self.latents.statistics.normalise(self.latents.rows(drawn, flipped))
         return LatentBatch(latents, self.latents.labels[torch.from_numpy(drawn)], noise, normal, uniform[:, :2])
 
     def _draw(self, position: int) -> tuple[Tensor, Tensor, Tensor]:

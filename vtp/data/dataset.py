@@ -53,7 +53,7 @@ class ShardDataset:
         self.sizes = [shard.samples for shard in self.shards]
         self._first = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
         self._cache = cache
-        self._tables, self._files = _Kept[_Table](TABLES), _Kept[BinaryIO](FILES)
+        self._tables, self._files = LruCache[_SampleTable](TABLES), LruCache[BinaryIO](FILES)
         if not len(self):
             raise ArtefactError(f"{folder}: split {split!r} has no samples; write the shards again with prepare_data")
         if self.manifest.location is None:
@@ -67,9 +67,9 @@ class ShardDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker opens its own files.
-        return self.__dict__ | {"_tables": _Kept[_Table](TABLES), "_files": _Kept[BinaryIO](FILES)}
+        return self.__dict__ | {"_tables": LruCache[_SampleTable](TABLES), "_files": LruCache[BinaryIO](FILES)}
 
-    def singles(self, most: int | None = None) -> "Singles":
+    def singles(self, most: int | None = None) -> "LabelledSamples":
         """The samples that have a class: all, or the first `most`, whose shards alone are looked at."""
         rows, labels, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
         known = sum(self.split.class_counts)
@@ -82,7 +82,7 @@ class ShardDataset:
             rows.append(first + singles)
             labels.append(classes[singles])
             found += len(singles)
-        return Singles(np.concatenate(rows)[:wanted], np.concatenate(labels)[:wanted])
+        return LabelledSamples(np.concatenate(rows)[:wanted], np.concatenate(labels)[:wanted])
 
     def key(self, index: int) -> str:
         """Name of a sample in its tar."""
@@ -131,11 +131,11 @@ class ShardDataset:
         """Shard and key, for messages."""
         return f"{self.folder / self.shards[self.shard_of(index)].name}, {self.key(index)}"
 
-    def _place(self, index: int) -> "tuple[_Table, int]":
+    def _place(self, index: int) -> "tuple[_SampleTable, int]":
         shard = self.shard_of(index)
         table = self._tables.get(shard)
         if table is None:
-            table = _Table.read(self.folder, self.shards[shard])
+            table = _SampleTable.read(self.folder, self.shards[shard])
             self._tables.put(shard, table, table.bytes)
         return table, index - int(self._first[shard])
 
@@ -161,14 +161,14 @@ class ShardDataset:
         return None if self.manifest.location is None else self._cache
 
 
-class Singles(NamedTuple):
+class LabelledSamples(NamedTuple):
     """Samples that have a class."""
 
     rows: np.ndarray  # [n] int64, ascending
     labels: np.ndarray  # [n] int64, their classes
 
 
-class _Table(NamedTuple):
+class _SampleTable(NamedTuple):
     """Where the samples of a shard lie, and their texts."""
 
     keys: "pa.ChunkedArray"
@@ -177,7 +177,7 @@ class _Table(NamedTuple):
     sizes: np.ndarray
 
     @classmethod
-    def read(cls, folder: Path, shard: Shard) -> "_Table":
+    def read(cls, folder: Path, shard: Shard) -> "_SampleTable":
         table = _read_beside(folder, shard, ["key", "caption", "offset", "size"])
         return cls(table["key"], table["caption"], table["offset"].to_numpy(), table["size"].to_numpy())
 
@@ -186,7 +186,7 @@ class _Table(NamedTuple):
         return 4096 + sum(column.nbytes for column in self)  # a small table is not much smaller
 
 
-class _Kept(Generic[T]):
+class LruCache(Generic[T]):
     """What was made for some numbers, up to a size together; whatever was used longest ago makes room."""
 
     def __init__(self, capacity: int) -> None:

@@ -2,7 +2,7 @@
 
     config.json               shape, type, classes, splits, and the digest of the encoder whose latents these are
     statistics.safetensors    mean and standard deviation per channel
-    train-00000.safetensors   latents [n, d, h, w], those of the mirrored images [n, d, h, w] if any, labels [n]
+    train-00000.safetensors   latents [n, d, h, w], those of the horizontal flips [n, d, h, w] if any, labels [n]
     train-00000.parquet       key, caption, label of each row
 
 Shards are memory-mapped once; a random minibatch touches only its own rows.
@@ -71,7 +71,7 @@ def missing_shards(folder: Path, shards: Sequence[LatentShard]) -> Iterator[Late
     return (shard for shard in shards if not shard.path(folder).exists())
 
 
-def write_shard(
+def write_latent_shard(
     folder: Path, shard: LatentShard, tensors: Mapping[str, Tensor], images: "ShardDataset", rows: np.ndarray
 ) -> None:
     """One whole file, `rows` of `images`. Its table comes first: a file whose tensors are there is complete."""
@@ -172,8 +172,8 @@ class LatentDataset:
         return self.config["classes"]
 
     @property
-    def has_flips(self) -> bool:
-        """Whether the latents of mirrored images are there too."""
+    def has_flipped(self) -> bool:
+        """Whether the latents of horizontally flipped images are there too."""
         return bool(self._flipped)
 
     @property
@@ -188,18 +188,20 @@ class LatentDataset:
                 f"{self.folder} holds the latents of another encoder than that of {who}; run cache_latents again"
             )
 
-    def rows(self, indices: np.ndarray, flips: np.ndarray | None = None) -> Tensor:
-        """Latents [n, d, h, w] in float32, as the tokenizer gave them; of the mirrored image where `flips` is true.
+    def rows(self, indices: np.ndarray, flipped: np.ndarray | None = None) -> Tensor:
+        """Latents [n, d, h, w] in float32, as the tokenizer gave them; of the flipped image where `flipped` is true.
 
-        Raises ArtefactError when mirrored ones are asked for and were not cached.
+        Raises ArtefactError when those of flips are asked for and were not cached.
         """
-        if flips is not None and flips.any() and not self.has_flips:
-            raise ArtefactError(f"{self.folder}: no mirrored latents; set cache_latents.flips to true")
+        if flipped is not None and flipped.any() and not self.has_flipped:
+            raise ArtefactError(
+                f"{self.folder}: no latents of horizontal flips; set cache_latents.horizontal_flips to true"
+            )
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         offsets = indices - self._starts[shards]
-        mirrored = np.zeros(len(indices), dtype=bool) if flips is None else flips
+        flips = np.zeros(len(indices), dtype=bool) if flipped is None else flipped
         out = torch.empty(len(indices), *self.shape)
-        places = zip(shards.tolist(), offsets.tolist(), mirrored.tolist(), strict=True)
-        for row, (shard, offset, mirror) in enumerate(places):
-            out[row] = (self._flipped if mirror else self._latents)[shard][offset]
+        places = zip(shards.tolist(), offsets.tolist(), flips.tolist(), strict=True)
+        for row, (shard, offset, flip) in enumerate(places):
+            out[row] = (self._flipped if flip else self._latents)[shard][offset]
         return out

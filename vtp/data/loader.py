@@ -6,18 +6,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch.utils.data import DataLoader, Dataset
 
+from vtp.host import Host
+
 Batch = TypeVar("Batch", bound=tuple)
-
-
-class Loads(Protocol):
-    """Where batches are wanted: the part of a stage's `Work` that matters here."""
-
-    @property
-    def device(self) -> str: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def timeout(self) -> float: ...
 
 
 @runtime_checkable
@@ -27,7 +18,7 @@ class Finishes(Protocol):
     def finish(self, batch: Any) -> Any: ...  # noqa: ANN401 - the dataset's own kind of batch
 
 
-def micro_batches(batches: Dataset[Batch], items: Sequence[int], host: Loads) -> Generator[Batch, None, None]:
+def load_batches(batches: Dataset[Batch], items: Sequence[int], host: Host) -> Generator[Batch, None, None]:
     """Items of a dataset in the order of `items`, on the device, prepared by the host's workers.
 
     What a worker raises as a ValueError is raised here with the same words.

@@ -12,9 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from vtp.artefact import CHUNK, ArtefactError, whole_file
+from vtp.host import Host
 
 if TYPE_CHECKING:
     from vtp.data.shards import Shard
@@ -33,6 +34,11 @@ class ShardCache:
     def __init__(self, folder: Path, *, capacity: float) -> None:
         self.folder = folder
         self.capacity = capacity
+
+    @classmethod
+    def of(cls, host: Host) -> Self:
+        """The folder of a machine."""
+        return cls(host.shard_cache, capacity=host.shard_cache_bytes)
 
     def open(self, location: str, shard: "Shard") -> BinaryIO:
         """The shard as a local file; fetched if it is not there. Raises RemoteError."""

@@ -84,7 +84,7 @@ class Manifest(Config):
         write_json(folder / "manifest.json", self.model_dump())
 
 
-class Record(NamedTuple):
+class SampleRecord(NamedTuple):
     """One sample as it is written."""
 
     key: str
@@ -98,7 +98,7 @@ class Record(NamedTuple):
     kind: str  # single, scene, image
 
 
-class Summary(Config):
+class ShardSummary(Config):
     """What a manifest needs to know of a finished shard."""
 
     shard: Shard
@@ -108,7 +108,7 @@ class Summary(Config):
     side: int | None  # of every picture, when all are squares of one size
 
 
-def write_shard(path: Path, records: Iterable[Record], *, classes: int) -> Summary:
+def write_shard(path: Path, records: Iterable[SampleRecord], *, classes: int) -> ShardSummary:
     """One tar and its table, equal bytes for equal records: fixed order, owner, mode and time.
 
     Raises ValueError for a key that is no file name without dots or that comes twice.
@@ -141,7 +141,7 @@ def write_shard(path: Path, records: Iterable[Record], *, classes: int) -> Summa
     return _summary(shard, table, classes)
 
 
-def describe_split(summaries: Sequence[Summary]) -> Split:
+def describe_split(summaries: Sequence[ShardSummary]) -> Split:
     """The statistics of all shards of a split together."""
     shards = [summary.shard for summary in summaries]
     samples = sum(shard.samples for shard in shards)
@@ -200,11 +200,11 @@ def _schema() -> "pa.Schema":
     return pa.schema([pa.field(name, types.get(name, pa.string()), nullable=False) for name in COLUMNS])
 
 
-def _summary(shard: Shard, table: "pa.Table", classes: int) -> Summary:
+def _summary(shard: Shard, table: "pa.Table", classes: int) -> ShardSummary:
     labels = table["label"].to_numpy()
     captions = table["caption"].to_pylist()
     sides = set(table["width"].to_pylist()) | set(table["height"].to_pylist())
-    return Summary(
+    return ShardSummary(
         shard=shard,
         class_counts=np.bincount(labels[labels != NO_LABEL], minlength=classes).tolist(),
         caption_characters=sum(map(len, captions)),

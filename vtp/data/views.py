@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vtp.config import Config
 from vtp.draws import numpy_draws
+from vtp.layers.colour import gaussian_blur, grey, shift_hue
 from vtp.layers.images import centre_crop
 
 if TYPE_CHECKING:
@@ -278,14 +279,14 @@ def _recolour(x: Tensor, colours: _Colours, reach: int) -> Tensor:
 
     def jitter(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
         x = (x * brightness).clamp_(0, 1)
-        x = torch.lerp(_grey(x).mean((2, 3), keepdim=True), x, contrast).clamp_(0, 1)
-        x = torch.lerp(_grey(x).expand_as(x), x, saturation).clamp_(0, 1)
+        x = torch.lerp(grey(x).mean((2, 3), keepdim=True), x, contrast).clamp_(0, 1)
+        x = torch.lerp(grey(x).expand_as(x), x, saturation).clamp_(0, 1)
         return shift_hue(x, hue)
 
     x = torch.where(_wide(colours.flip), x.flip(3), x)
     factors = (colours.brightness, colours.contrast, colours.saturation, colours.hue)
     x = _some(x, colours.jitter, jitter, *factors)
-    x = _some(x, colours.grey, lambda x: _grey(x).expand_as(x))
+    x = _some(x, colours.grey, lambda x: grey(x).expand_as(x))
     x = _some(x, colours.blur, lambda x, sigma: gaussian_blur(x, sigma, reach), colours.sigma)
     return _some(x, colours.solarize, lambda x: torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x))
 
@@ -298,50 +299,6 @@ def _some(x: Tensor, chosen: Tensor, change: Callable[..., Tensor], *factors: Te
     if len(rows):
         x[rows] = change(x[rows], *(factor[rows] for factor in factors))
     return x
-
-
-def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of images [B, 3, H, W] in [0, 1] by `shift` [B, 1, 1, 1] in [-1/2, 1/2] turns.
-
-    Value and saturation stay. Sixths of a turn are kept in units of the chroma, so that nothing is divided by it.
-    """
-    red, green, blue = x.unbind(1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    turn = 6 * chroma
-    hue = torch.where(
-        red == value,
-        green - blue,
-        torch.where(green == value, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)),
-    )
-    hue = hue.addcmul_(turn, shift[:, :, 0])
-    hue += turn * (hue < 0)
-    hue -= turn * (hue >= turn)
-    result = torch.empty_like(x)
-    for channel, offset in enumerate((5, 3, 1)):
-        # The value less the chroma times a trapezoid of the hue.
-        k = torch.add(hue, chroma, alpha=offset)
-        k -= turn * (k >= turn)
-        fall = torch.minimum(k, torch.sub(4 * chroma, k))
-        torch.sub(value, torch.minimum(fall.clamp_min_(0), chroma), out=result[:, channel])
-    return result
-
-
-def gaussian_blur(x: Tensor, sigma: Tensor, reach: int) -> Tensor:
-    """Blur each image [B, C, H, W] with its own sigma [B], `reach` pixels each way, reflecting at the border."""
-    reach = min(reach, min(x.shape[2:]) - 1)
-    grid = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
-    kernel = torch.exp(-0.5 * (grid / sigma[:, None]).square())
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(x.shape[1], 0)[:, None]  # [B * C, 1, taps]
-    padded = F.pad(x, [reach] * 4, mode="reflect").flatten(0, 1)[None]  # [1, B * C, H', W']
-    channels = padded.shape[1]
-    rows = F.conv2d(padded, kernel[:, :, :, None], groups=channels)
-    return F.conv2d(rows, kernel[:, :, None], groups=channels)[0].unflatten(0, x.shape[:2])
-
-
-def _grey(x: Tensor) -> Tensor:
-    red, green, blue = x.split(1, dim=1)
-    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def _wide(condition: Tensor) -> Tensor:

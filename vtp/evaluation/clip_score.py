@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vtp.artefact import ArtefactError, verified_weights
 from vtp.config import ConfigError
-from vtp.data.filtering.rules import OpenClipModel, TokenizerModel
+from vtp.curation.filter.rules import OpenClipModel, TokenizerModel
 from vtp.layers.images import from_pil
 from vtp.models.tokenizer import VisualTokenizer, read_config
 

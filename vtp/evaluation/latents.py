@@ -54,7 +54,7 @@ class LatentDiagnostics(NamedTuple):
         }
 
 
-class LatentStatistics:
+class LatentAccumulator:
     """Streams latents of one shape (d, h, w)."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:

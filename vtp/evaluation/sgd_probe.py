@@ -42,7 +42,7 @@ class SgdSolverConfig(SgdConfig):
     name: Literal["sgd"]
 
 
-class FeatureSet(NamedTuple):
+class ProbeFeatures(NamedTuple):
     """What the heads of a grid read, and which labels they tell apart."""
 
     name: str
@@ -82,7 +82,7 @@ class SgdProbe:
     `train` and `judge` take tables of features [N, columns] by name, and labels [N].
     """
 
-    def __init__(self, sets: Sequence[FeatureSet], config: SgdConfig, *, seed: int, device: str) -> None:
+    def __init__(self, sets: Sequence[ProbeFeatures], config: SgdConfig, *, seed: int, device: str) -> None:
         self.sets = sets
         self.config = config
         self._seed = seed

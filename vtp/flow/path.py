@@ -50,7 +50,7 @@ class Uniform(Config):
     name: Literal["uniform"]
 
 
-TimeSamplingConfig = Annotated[LogitNormal | Auto | Uniform, Field(discriminator="name")]
+TimestepSamplingConfig = Annotated[LogitNormal | Auto | Uniform, Field(discriminator="name")]
 
 
 class FlowLoss(NamedTuple):
@@ -60,8 +60,8 @@ class FlowLoss(NamedTuple):
     cosine: Tensor  # [B], mean over positions of 1 - cosine along channels
 
 
-def draw_times(config: LogitNormal | Uniform, count: int, generator: torch.Generator) -> Tensor:
-    """Training times [count] in [0, 1], float32, on the generator's device.
+def draw_timesteps(config: LogitNormal | Uniform, count: int, generator: torch.Generator) -> Tensor:
+    """Training timesteps [count] in [0, 1], float32, on the generator's device.
 
     sigmoid(mu + sigma n), n standard normal (Esser et al. 2024, logit-normal sampling), or uniform.
     """
@@ -71,8 +71,10 @@ def draw_times(config: LogitNormal | Uniform, count: int, generator: torch.Gener
     return logit_normal(config, torch.randn(count, generator=generator, device=device))
 
 
-def times_of(config: LogitNormal | Auto | Uniform | None, normal: Tensor, uniform: Tensor, *, elements: int) -> Tensor:
-    """Times [B] of given draws, standard normal and uniform, for latents of so many numbers; None: uniform times."""
+def timesteps_of(
+    config: LogitNormal | Auto | Uniform | None, normal: Tensor, uniform: Tensor, *, elements: int
+) -> Tensor:
+    """Timesteps [B] of given draws, standard normal and uniform, for latents of so many numbers; None: uniform."""
     if config is None or isinstance(config, Uniform):
         return uniform
     known = config.resolved(elements) if isinstance(config, Auto) else config
@@ -100,13 +102,13 @@ def flow_matching_loss(
     *,
     t: Tensor | None = None,
     noise: Tensor | None = None,
-    times: LogitNormal | Uniform | None = None,
+    timesteps: LogitNormal | Uniform | None = None,
     generator: torch.Generator | None = None,
 ) -> FlowLoss:
-    """Error of the predicted velocity at x_t for latents x_1 [B, C, H, W], noise x_0 and times t [B].
+    """Error of the predicted velocity at x_t for latents x_1 [B, C, H, W], noise x_0 and timesteps t [B].
 
     mean (v_hat - v)^2 and mean (1 - cos(v_hat, v)) with v = x_1 - x_0 (Yao et al. 2025, LightningDiT).
-    What is not given is drawn from `generator`: t after `times` (None: uniform), noise from a standard normal. Raises
+    What is not given is drawn from `generator`: t after `timesteps` (None: uniform), noise from a standard normal. Raises
     ValueError when something would have to be drawn without a generator.
     """
     if (t is None or noise is None) and generator is None:
@@ -114,7 +116,7 @@ def flow_matching_loss(
     latents = latents.float()
     if t is None:
         assert generator is not None
-        t = draw_times(times or Uniform(name="uniform"), latents.shape[0], generator).to(latents)
+        t = draw_timesteps(timesteps or Uniform(name="uniform"), latents.shape[0], generator).to(latents)
     if noise is None:
         assert generator is not None
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)

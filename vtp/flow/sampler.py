@@ -29,7 +29,7 @@ class SamplerConfig(Config):
     steps: int = Field(ge=1, description="real steps; dopri5 chooses its own")
     timestep_shift: float = Field(ge=0, description="t' = s t / (1 + (s - 1) t); below 1 dwells on noise; 0 or 1: none")
     guidance_scale: float = Field(ge=0, description="1 is no guidance")
-    guidance_interval: Interval = Field(description="times between which guidance acts; 0 is noise")
+    guidance_interval: Interval = Field(description="timesteps between which guidance acts; 0 is noise")
     guidance_channels: Channels = Field(description="`all`, or the first so many channels; 3 for published numbers")
     guide: Literal["null_class", "generator"] = Field(
         description="what guidance leads away from: the null class, or a weaker generator (autoguidance)"
@@ -87,7 +87,8 @@ def sample(  # noqa: PLR0913 - the sampler's own degrees of freedom
     Guidance replaces v by v_0 + w (v - v_0) while t lies in the interval, ends included (Ho and Salimans 2022;
     Kynkäänniemi et al. 2024). v_0 is the velocity under `null_condition` (by default the model's null label), or that
     of a weaker `guide_model` under the same condition (autoguidance, Karras et al. 2024). Outside the interval v_0 is
-    not computed. `atol` and `rtol` are dopri5's; the other solvers tell `progress` the time reached after every step.
+    not computed. `atol` and `rtol` are dopri5's; the other solvers call `progress` with the
+    timestep that every step reaches.
     Raises ValueError when guidance lacks a null condition or asks for more channels than there are.
     """
     if guide_model is None and null_condition is None and guidance_scale != 1:

@@ -1,4 +1,4 @@
-"""DiffAug (Zhao et al. 2020): differentiable augmentation of what a critic sees, real and fake images alike."""
+"""DiffAug (Zhao et al. 2020): differentiable augmentation of what a discriminator sees, real and fake images alike."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -107,18 +107,18 @@ class Block(nn.Module):
         self.mlp = SwiGLU(dim, hidden_dim) if ffn_layer == "swiglu" else Mlp(dim, hidden_dim)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
 
-    def forward(self, x: Tensor, rotation: Rotation, keep: Tensor | None = None) -> Tensor:
-        """x [B, T, D]; `keep` [2, K] holds the samples whose two residual branches are computed (None: all)."""
-        attn_keep, mlp_keep = (None, None) if keep is None else keep.unbind(0)
-        x = self._residual(x, attn_keep, lambda part: self.ls1(self.attn(self.norm1(part), rotation)))
-        return self._residual(x, mlp_keep, lambda part: self.ls2(self.mlp(self.norm2(part))))
+    def forward(self, x: Tensor, rotation: Rotation, drop_path_indices: Tensor | None = None) -> Tensor:
+        """x [B, T, D]; `drop_path_indices` [2, K]: samples whose two branches are computed (None: all)."""
+        attn_indices, mlp_indices = (None, None) if drop_path_indices is None else drop_path_indices.unbind(0)
+        x = self._residual(x, attn_indices, lambda part: self.ls1(self.attn(self.norm1(part), rotation)))
+        return self._residual(x, mlp_indices, lambda part: self.ls2(self.mlp(self.norm2(part))))
 
     @staticmethod
-    def _residual(x: Tensor, keep: Tensor | None, branch: Branch) -> Tensor:
-        if keep is None:
+    def _residual(x: Tensor, indices: Tensor | None, branch: Branch) -> Tensor:
+        if indices is None:
             return x + branch(x)
         # Scaled by B / K, so that the expected sum is that of the full batch.
-        return x.index_add(0, keep, branch(x[keep]).to(x.dtype), alpha=x.shape[0] / keep.shape[0])
+        return x.index_add(0, indices, branch(x[indices]).to(x.dtype), alpha=x.shape[0] / indices.shape[0])
 
 
 class Blocks(nn.ModuleList):
@@ -126,10 +126,10 @@ class Blocks(nn.ModuleList):
 
     recompute = False
 
-    def outputs(self, x: Tensor, rotation: Rotation, keep: Tensor | None = None) -> Iterator[Tensor]:
-        """x after each block; `keep` is [depth, 2, K], see `Block.forward`."""
+    def outputs(self, x: Tensor, rotation: Rotation, drop_path_indices: Tensor | None = None) -> Iterator[Tensor]:
+        """x after each block; `drop_path_indices` is [depth, 2, K], see `Block.forward`."""
         for index, block in enumerate(self):
-            arguments = (x, rotation, None if keep is None else keep[index])
+            arguments = (x, rotation, None if drop_path_indices is None else drop_path_indices[index])
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

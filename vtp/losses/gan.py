@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss of logits; 1 for a critic that says 0 everywhere."""
+    """Hinge loss of logits; 1 for a discriminator that says 0 everywhere."""
     return (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()) / 2
 
 

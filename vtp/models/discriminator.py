@@ -1,7 +1,7 @@
-"""Critics that tell images from reconstructions, by name.
+"""Discriminators of images and reconstructions, by name.
 
 `patch` is PatchGAN (Isola et al. 2017): convolutions that judge overlapping patches. `features` puts light heads on frozen
-self-supervised features (Sauer et al. 2023, StyleGAN-T; Zheng et al. 2025, RAE): the critic need not learn to see.
+self-supervised features (Sauer et al. 2023, StyleGAN-T; Zheng et al. 2025, RAE): the discriminator need not learn to see.
 
 Spectral normalisation and per-sample statistics rather than batch normalisation: a Lipschitz bound suits the hinge loss,
 and statistics that mix real and fake images, or ranks, are a known source of collapse.
@@ -22,10 +22,10 @@ from vtp.config import Config
 
 MAX_WIDTH_FACTOR = 8
 LEAK = 0.2
-Features = Callable[[Tensor], list[Tensor]]  # images [B, 3, H, W] in [-1, 1] to maps [B, D, L]
+FeatureMaps = Callable[[Tensor], list[Tensor]]  # images [B, 3, H, W] in [-1, 1] to maps [B, D, L]
 
 
-class PatchCriticConfig(Config):
+class PatchDiscriminatorConfig(Config):
     """PatchGAN."""
 
     name: Literal["patch"]
@@ -45,14 +45,14 @@ class TimmFeaturesConfig(Config):
 
 
 class TokenizerFeaturesConfig(Config):
-    """A tokenizer's encoder: the one that is tuned, or that of --critic-features. Needs no download."""
+    """A tokenizer's encoder: the one that is tuned, or that of --discriminator-features. Needs no download."""
 
     name: Literal["tokenizer"]
     image_size: int | None = Field(ge=1, description="side that images are scaled to; null: as they are")
     blocks: int = Field(ge=1, description="heads on so many blocks, evenly over the depth")
 
 
-class FeatureCriticConfig(Config):
+class FeatureDiscriminatorConfig(Config):
     """Heads on frozen features."""
 
     name: Literal["features"]
@@ -60,10 +60,10 @@ class FeatureCriticConfig(Config):
     kernel: int = Field(ge=1, description="length of the heads' convolution over tokens, odd; 9 in StyleGAN-T")
 
 
-CriticConfig = Annotated[PatchCriticConfig | FeatureCriticConfig, Field(discriminator="name")]
+DiscriminatorConfig = Annotated[PatchDiscriminatorConfig | FeatureDiscriminatorConfig, Field(discriminator="name")]
 
 
-class Critic(nn.Module, ABC):
+class Discriminator(nn.Module, ABC):
     """Images [B, 3, H, W] in [-1, 1] to logits; above 0 means real. A sample's logits depend on that sample alone."""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class Critic(nn.Module, ABC):
         """Logits [B, ...]."""
 
     def perceive(self, images: Tensor) -> object:
-        """What is computed without anything that trains; nothing in most critics."""
+        """What is computed without anything that trains; nothing in most discriminators."""
         return None
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class Critic(nn.Module, ABC):
     def refine_norms(self) -> None:
         """One power iteration of every spectral norm.
 
-        It is not done in forward passes, whose number depends on micro-batches: the critic stays in evaluation mode.
+        It is not done in forward passes, whose number depends on micro-batches: the discriminator stays in evaluation mode.
         """
         for module in self.modules():
             if isinstance(parametrizations := getattr(module, "parametrizations", None), nn.ModuleDict):
@@ -102,10 +102,10 @@ class Critic(nn.Module, ABC):
                 parametrizations.eval()
 
 
-class PatchCritic(Critic):
+class PatchDiscriminator(Discriminator):
     """Logits [B, 1, h, w] of overlapping patches."""
 
-    def __init__(self, config: PatchCriticConfig) -> None:
+    def __init__(self, config: PatchDiscriminatorConfig) -> None:
         super().__init__()
         widths = [config.width * min(2**level, MAX_WIDTH_FACTOR) for level in range(config.depth + 1)]
         layers: list[nn.Module] = []
@@ -121,10 +121,10 @@ class PatchCritic(Critic):
         return self.layers(images)
 
 
-class FeatureCritic(Critic):
+class FeatureDiscriminator(Discriminator):
     """Logits [B, heads * L] from every map of frozen `features`, with `dim` channels, which are no part of its state."""
 
-    def __init__(self, config: FeatureCriticConfig, features: Features, *, dim: int, heads: int) -> None:
+    def __init__(self, config: FeatureDiscriminatorConfig, features: FeatureMaps, *, dim: int, heads: int) -> None:
         super().__init__()
         self._features = features if not isinstance(features, nn.Module) else features.forward
         self.heads = nn.ModuleList(TokenHead(dim, config.kernel) for _ in range(heads))
@@ -159,8 +159,8 @@ class TokenHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] < self._kernel:
             raise ValueError(
-                f"the critic's features have {x.shape[2]} tokens, fewer than discriminator.kernel {self._kernel}; choose "
-                "a smaller kernel or a larger image_size"
+                f"the discriminator's features have {x.shape[2]} tokens, fewer than discriminator.kernel "
+                f"{self._kernel}; choose a smaller kernel or a larger image_size"
             )
         x = F.leaky_relu(self.point_norm(self.point(x)), LEAK)
         x = (x + F.leaky_relu(self.near_norm(self.near(x)), LEAK)) / 2**0.5

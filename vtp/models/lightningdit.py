@@ -71,7 +71,7 @@ OFFICIAL_DEFAULTS: Mapping[str, Any] = {
 _TRAINING_ONLY = ("class_dropout_prob", "use_checkpoint")
 
 
-class Size(NamedTuple):
+class GeneratorSize(NamedTuple):
     """Depth, width and heads of a named model."""
 
     depth: int
@@ -79,13 +79,13 @@ class Size(NamedTuple):
     num_heads: int
 
 
-SIZES: Mapping[str, Size] = {
-    "S": Size(12, 384, 6),
-    "B": Size(12, 768, 12),
-    "L": Size(24, 1024, 16),
-    "XL": Size(28, 1152, 16),
-    "1p0B": Size(24, 1536, 24),
-    "1p6B": Size(28, 1792, 28),
+SIZES: Mapping[str, GeneratorSize] = {
+    "S": GeneratorSize(12, 384, 6),
+    "B": GeneratorSize(12, 768, 12),
+    "L": GeneratorSize(24, 1024, 16),
+    "XL": GeneratorSize(28, 1152, 16),
+    "1p0B": GeneratorSize(24, 1536, 24),
+    "1p6B": GeneratorSize(28, 1792, 28),
 }
 
 

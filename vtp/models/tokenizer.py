@@ -102,13 +102,13 @@ class VisualTokenizer(Tokenizer):
         """(d, h, w) at the training image size."""
         return (self.config.vision.feature_bottleneck, self.config.grid_size, self.config.grid_size)
 
-    def encode(self, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, *, drop_path_indices: Tensor | None = None) -> Tensor:
         """Latents [B, d, H/p, W/p]: the bottleneck of the last patch tokens, deterministic and unbounded.
 
-        `keep` is the encoder's stochastic depth in training (`VisionTransformer.forward`).
+        `drop_path_indices` is the encoder's stochastic depth in training (`VisionTransformer.forward`).
         """
         patch_size = self.config.vision.patch_size
-        latents = self.trunk(images, keep=keep, latent=True).patches  # [B, N, d]
+        latents = self.trunk(images, drop_path_indices=drop_path_indices, latent=True).patches  # [B, N, d]
         return latents.transpose(1, 2).unflatten(2, (images.shape[2] // patch_size, images.shape[3] // patch_size))
 
     def mean_latent(self, features: Features) -> Tensor:
@@ -120,10 +120,12 @@ class VisualTokenizer(Tokenizer):
         tensors = {name: tensor for name, tensor in self.trunk.state_dict().items() if name != "mask_token"}
         return {"model": "vtp", "rope_dtype": self.config.rope_dtype, **settings}, tensors
 
-    def encode_image(self, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
+    def encode_image(self, images: Tensor, *, drop_path_indices: Tensor | None = None) -> Tensor:
         """Unit-norm CLIP embedding [B, E]. Raises ValueError for a tokenizer without a text tower."""
         self._require_text()
-        return self._embed(self.trunk(images, keep=keep, latent=not self.config.vision.bottleneck_ae_only))
+        return self._embed(
+            self.trunk(images, drop_path_indices=drop_path_indices, latent=not self.config.vision.bottleneck_ae_only)
+        )
 
     def project_image(self, features: Features) -> Tensor:
         """Unit-norm CLIP embedding [B, E] of trunk features, without another pass through the trunk."""

@@ -36,7 +36,7 @@ class VisionConfig(Config):
     clip_feat: Literal["cls", "pooled"] = Field(description="CLIP feature: class token, or mean of the patches")
 
 
-class Size(NamedTuple):
+class EncoderSize(NamedTuple):
     """Depth, width and heads of a named model."""
 
     depth: int
@@ -45,7 +45,11 @@ class Size(NamedTuple):
 
 
 # The paper's encoders; its final models have a decoder of the same size (paper 4.1).
-SIZES: Mapping[str, Size] = {"S": Size(12, 384, 6), "B": Size(12, 768, 12), "L": Size(24, 1024, 16)}
+SIZES: Mapping[str, EncoderSize] = {
+    "S": EncoderSize(12, 384, 6),
+    "B": EncoderSize(12, 768, 12),
+    "L": EncoderSize(24, 1024, 16),
+}
 
 
 class Features(NamedTuple):
@@ -84,15 +88,20 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(
-        self, images: Tensor, masks: Tensor | None = None, *, keep: Tensor | None = None, latent: bool = False
+        self,
+        images: Tensor,
+        masks: Tensor | None = None,
+        *,
+        drop_path_indices: Tensor | None = None,
+        latent: bool = False,
     ) -> Features:
         """Features of `images` [B, 3, H, W], or with `latent` what the bottleneck makes of them, d channels.
 
         Patches where `masks` [B, N] is true are replaced by the mask token after patch embedding (paper 3.3).
-        `keep` [depth, 2, K] holds, for each residual branch, the samples that it computes (stochastic depth).
+        `drop_path_indices` [depth, 2, K] holds, for each residual branch, the samples that it computes (stochastic depth).
         Raises ValueError when H or W is not a multiple of the patch size.
         """
-        x = self.norm(self._tokens(images, masks, keep, num_last=1)[-1])
+        x = self.norm(self._tokens(images, masks, drop_path_indices, num_last=1)[-1])
         return self._split(self.feature_bottleneck(x) if latent else x)
 
     def intermediate(self, images: Tensor, num_last: int) -> list[Features]:
@@ -101,14 +110,16 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"num_last must be between 1 and {len(self.blocks)}, got {num_last}")
         return [self._split(self.norm(x)) for x in self._tokens(images, None, None, num_last=num_last)]
 
-    def _tokens(self, images: Tensor, masks: Tensor | None, keep: Tensor | None, *, num_last: int) -> list[Tensor]:
+    def _tokens(
+        self, images: Tensor, masks: Tensor | None, drop_path_indices: Tensor | None, *, num_last: int
+    ) -> list[Tensor]:
         height, width = self._grid(images)
         x = self.patch_embed(images)  # [B, N, D]
         if masks is not None:
             x = torch.where(masks[:, :, None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # [B, 1 + N, D]
         rotation = self.rope_embed(height, width)
-        return list(deque(self.blocks.outputs(x, rotation, keep), maxlen=num_last))
+        return list(deque(self.blocks.outputs(x, rotation, drop_path_indices), maxlen=num_last))
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]

@@ -1,14 +1,16 @@
-"""A critic against a decoder: the adversarial half of decoder tuning, and of pre-training when it is joint (paper 3.2).
+"""A discriminator against a decoder: the adversarial half of decoder tuning, or of pre-training (paper 3.2).
 
 The paper names no discriminator, weights or schedule; this follows the best-documented recipe, RAE's (Zheng et al. 2025):
-hinge loss, adaptive weight, a head start for the critic, differentiable augmentation, fakes as 8-bit images.
+hinge loss, adaptive weight, a head start for the discriminator, differentiable augmentation, fakes as 8-bit images.
 
 Losses are differentiated down to the pixels once, and from there on together. The adaptive weight compares the two
-gradients at the decoder's last layer, which pixels reach in one step; so neither the perceptual network nor the critic is
-differentiated twice, and the weight is that of the global batch, whatever its split into ranks and micro-batches.
+gradients at the decoder's last layer, which pixels reach in one step; so neither the perceptual network nor the
+discriminator is differentiated twice, and the weight is that of the global batch, whatever its split into ranks and
+micro-batches.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
@@ -17,159 +19,181 @@ from torch import Tensor, nn
 
 from vtp.config import Config
 from vtp.distributed import ranks, total
-from vtp.draws import torch_draws
+from vtp.draws import address, torch_draws
+from vtp.host import Host
 from vtp.layers.augment import AugmentationConfig, augment, draw_augmentation
 from vtp.layers.flops import FROZEN, TRAINING
 from vtp.layers.images import denormalise
 from vtp.losses.gan import balance, discriminator_loss, generator_loss
-from vtp.models.discriminator import Critic
-from vtp.step import Logs, Moment, Term
+from vtp.models.base import Tokenizer
+from vtp.models.discriminator import Discriminator, DiscriminatorConfig
+from vtp.models.discriminator_features import build_discriminator
+from vtp.step import Logs, OptimConfig, ParameterGroup, StepContext, Term
+
+DISCRIMINATOR = "discriminator"  # the phase that trains it
 
 
-class AdversaryLossConfig(Config):
-    """The adversarial term and its schedule."""
+class AdversaryConfig(Config):
+    """The adversarial term and its schedule, the discriminator and its optimiser."""
 
     weight: float = Field(gt=0, description="of the adversarial term, times the adaptive weight")
     max_adaptive_weight: float = Field(gt=0)
-    critic_start: float = Field(ge=0, le=1, description="share of the run after which the critic trains")
+    discriminator_start: float = Field(ge=0, le=1, description="share of the run after which the discriminator trains")
     start: float = Field(ge=0, le=1, description="share of the run after which the decoder sees it")
     augmentation: AugmentationConfig
+    discriminator: DiscriminatorConfig
+    optim: OptimConfig = Field(description="of the discriminator")
 
     @model_validator(mode="after")
     def _head_start(self) -> Self:
-        if self.start < self.critic_start:
-            raise ValueError("start is before critic_start: the decoder would follow an untrained critic")
+        if self.start < self.discriminator_start:
+            raise ValueError("start is before discriminator_start: the decoder would follow an untrained discriminator")
         return self
 
 
-class Rendering(NamedTuple):
-    """How a step's reconstructions come about, by number of the micro-batch. Images are ImageNet-normalised."""
+class ReconstructionStep(NamedTuple):
+    """A step's reconstructions piece by piece, by number of the micro-batch. Images are ImageNet-normalised."""
 
-    micros: int
-    target: Callable[[int], Tensor]  # [B, 3, H, W]
-    render: Callable[[int], Tensor]  # the reconstruction, with its graph; computed again when asked again
-    distance: Callable[[int, Tensor], tuple[Tensor, Logs]]  # this rank's part of the loss at a reconstruction
+    micro_batches: int
+    images: Callable[[int], Tensor]  # the originals [B, 3, H, W]
+    reconstruct: Callable[[int], Tensor]  # of them, with its graph; computed again when asked again
+    loss: Callable[[int, Tensor], tuple[Tensor, Logs]]  # this rank's part at a reconstruction, and scalars
     last_layer: Tensor  # the weight of the decoder's last layer
-    fake: Callable[[int], Tensor] | None = None  # what the critic sees, when that is not the reconstruction
-
-
-def plain_terms(name: str, rendering: Rendering) -> Iterator[Term]:
-    """Reconstruction alone."""
-    for number in range(rendering.micros):
-        pixels = rendering.render(number)
-        loss, logs = rendering.distance(number, pixels)
-        yield Term(name, loss, logs, (pixels,))
+    fake: Callable[[int], Tensor] | None = None  # what the discriminator sees, when that is not the reconstruction
 
 
 class Adversary(nn.Module):
-    """The critic and the loss that it gives to a decoder. Its state is the critic's."""
+    """The discriminator and the loss that it gives to a decoder. Its state is the discriminator's."""
 
-    def __init__(self, critic: Critic, config: AdversaryLossConfig, *, seed: int) -> None:
+    def __init__(self, discriminator: Discriminator, config: AdversaryConfig, *, seed: int) -> None:
         super().__init__()
-        self.critic = critic
+        self.discriminator = discriminator
         self.config = config
         self.seed = seed
         self._pairs: list[tuple[Tensor, Tensor]] = []  # real and fake images of the micro-batches of this step
 
-    def terms(self, name: str, rendering: Rendering, moment: Moment, *, apart: bool = False) -> Iterator[Term]:
+    def phases(self) -> dict[str, Sequence[ParameterGroup]]:
+        """The discriminator's phase, the last of a step."""
+        return {DISCRIMINATOR: [ParameterGroup(self._trained())]}
+
+    def terms(
+        self, name: str, step: ReconstructionStep, context: StepContext, *, apart: bool = False
+    ) -> Iterator[Term]:
         """Reconstruction with the adversarial term, once that has started.
 
-        With `apart` all of `name` come first, and then all of `adversarial`, so that their gradients can be told from each
-        other; that takes another rendering.
+        With `apart` all of `name` come first, and then all of `adversarial`, so that their gradients can be compared with
+        each other; that takes another pass through the decoder.
         """
         self._pairs = []
-        if moment.progress < self.config.start:
-            for number, term in enumerate(plain_terms(name, rendering)):
-                self._remember(number, rendering, term.own[0], moment)
-                yield term
+        if context.progress < self.config.start:
+            for number in range(step.micro_batches):
+                pixels = step.reconstruct(number)
+                loss, logs = step.loss(number, pixels)
+                self._remember(number, step, pixels, context)
+                yield Term(name, loss, logs, (pixels,))
             return
-        parts = rendering.micros * ranks().size
-        kept: list[Tensor] = []
-        pulls: list[_Pull] = []
-        for number in range(rendering.micros):
-            pixels = rendering.render(number)
-            pulls.append(self._pull(number, pixels, rendering, moment, parts))
-            self._remember(number, rendering, pixels, moment)
-            kept += [pixels] if rendering.micros == 1 else []
-        of_reconstruction, of_adversarial = total(torch.stack([pull.at_last_layer for pull in pulls]).sum(0))
-        weight = balance(of_reconstruction, of_adversarial, ceiling=self.config.max_adaptive_weight)
+        parts = step.micro_batches * ranks().size
+        reconstructions: list[Tensor] = []
+        gradients: list[_PixelGradients] = []
+        for number in range(step.micro_batches):
+            pixels = step.reconstruct(number)
+            gradients.append(self._pixel_gradients(number, pixels, step, context, parts))
+            self._remember(number, step, pixels, context)
+            reconstructions += [pixels] if step.micro_batches == 1 else []
+        at_last_layer = total(torch.stack([gradient.at_last_layer for gradient in gradients]).sum(0))
+        weight = balance(*at_last_layer, ceiling=self.config.max_adaptive_weight)
         factor = self.config.weight * weight
-        for number, pull in enumerate(pulls):
-            pixels = kept[number] if kept else rendering.render(number)
-            gradient = pull.reconstruction if apart else pull.reconstruction + factor * pull.adversarial
-            yield _surrogate(name, pixels, gradient, {**pull.logs, "adaptive_weight": weight / parts})
+        for number, gradient in enumerate(gradients):
+            pixels = reconstructions[number] if reconstructions else step.reconstruct(number)
+            own = gradient.reconstruction if apart else gradient.reconstruction + factor * gradient.adversarial
+            yield _surrogate(name, pixels, own, {**gradient.logs, "adaptive_weight": weight / parts})
         if apart:
-            for number, pull in enumerate(pulls):
-                yield _surrogate("adversarial", rendering.render(number), factor * pull.adversarial, {})
+            for number, gradient in enumerate(gradients):
+                yield _surrogate("adversarial", step.reconstruct(number), factor * gradient.adversarial, {})
 
-    def critic_terms(self, moment: Moment) -> Iterator[Term]:
-        """The critic's own loss, on the images of the same step."""
-        if moment.progress < self.config.critic_start:
+    def discriminator_terms(self, context: StepContext) -> Iterator[Term]:
+        """The discriminator's own loss, on the images of the same step."""
+        if context.progress < self.config.discriminator_start:
             return
-        micros = len(self._pairs)
-        parts = micros * ranks().size
+        count = len(self._pairs)
+        parts = count * ranks().size
         for number, (real, fake) in enumerate(self._pairs):
-            of_real = self.critic(self._augment(real, "real", moment, number, micros))
-            of_fake = self.critic(self._augment(fake, "fake", moment, number, micros))
-            loss = discriminator_loss(of_real, of_fake) / parts
-            accuracy = ((of_real > 0).float().mean() + (of_fake < 0).float().mean()) / 2
-            yield Term("critic", loss, {"critic_loss": loss.detach(), "critic_accuracy": accuracy / parts}, (fake,))
+            real_logits = self.discriminator(self._augment(real, "real", context, number, count))
+            fake_logits = self.discriminator(self._augment(fake, "fake", context, number, count))
+            loss = discriminator_loss(real_logits, fake_logits) / parts
+            accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
+            logs = {"discriminator_loss": loss.detach(), "discriminator_accuracy": accuracy / parts}
+            yield Term(DISCRIMINATOR, loss, logs, (fake,))
 
-    def after_step(self, moment: Moment) -> None:
-        """Follow the critic's new weights with its norms."""
-        if moment.progress >= self.config.critic_start:
-            self.critic.refine_norms()
+    def after_step(self, context: StepContext) -> None:
+        """Follow the discriminator's new weights with its norms."""
+        if context.progress >= self.config.discriminator_start:
+            self.discriminator.refine_norms()
 
     def step_flops(self, side: int) -> float:
-        """FLOPs per image of a step with all parts at work: once for the decoder, with real and fake for the critic."""
-        trained, frozen = self.critic.forward_flops(side)
+        """FLOPs per image of a step with all parts at work: once for the decoder, with real and fake for itself."""
+        trained, frozen = self.discriminator.forward_flops(side)
         return FROZEN * (trained + frozen) + 2 * (TRAINING * trained + frozen)
 
-    def parameters_of_critic(self) -> list[nn.Parameter]:
-        """What the critic's phase trains."""
-        return [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad]
 
-    def _pull(self, number: int, pixels: Tensor, rendering: Rendering, moment: Moment, parts: int) -> "_Pull":
+    def _pixel_gradients(
+        self, number: int, pixels: Tensor, step: ReconstructionStep, context: StepContext, parts: int
+    ) -> "_PixelGradients":
         """Both losses of a micro-batch, differentiated down to its pixels and at the last layer."""
         leaf = pixels.detach().requires_grad_()
-        loss, logs = rendering.distance(number, leaf)
+        loss, logs = step.loss(number, leaf)
         (of_reconstruction,) = torch.autograd.grad(loss, leaf)
-        trained = self.parameters_of_critic()
+        trained = self._trained()
         for parameter in trained:
             parameter.requires_grad_(False)
         fake = to_unit(leaf)
-        judged = self.critic(self._augment(fake, "decoder", moment, number, rendering.micros))
-        adversarial = generator_loss(judged) / parts
+        logits = self.discriminator(self._augment(fake, "decoder", context, number, step.micro_batches))
+        adversarial = generator_loss(logits) / parts
         (of_adversarial,) = torch.autograd.grad(adversarial, leaf)
         for parameter in trained:
             parameter.requires_grad_(True)
         at_last_layer = [
-            torch.autograd.grad(pixels, rendering.last_layer, gradient.to(pixels), retain_graph=True)[0]
+            torch.autograd.grad(pixels, step.last_layer, gradient.to(pixels), retain_graph=True)[0]
             for gradient in (of_reconstruction, of_adversarial)
         ]
         logs = {**logs, "adversarial": adversarial.detach()}
-        return _Pull(of_reconstruction, of_adversarial, torch.stack(at_last_layer).float(), logs)
+        return _PixelGradients(of_reconstruction, of_adversarial, torch.stack(at_last_layer).float(), logs)
 
     @torch.no_grad()
-    def _remember(self, number: int, rendering: Rendering, pixels: Tensor, moment: Moment) -> None:
-        """Keep what the critic will see; fakes as a file would hold them, so that their fractions do not tell."""
-        if moment.progress >= self.config.critic_start:
-            fake = pixels if rendering.fake is None else rendering.fake(number)
-            self._pairs.append((to_unit(rendering.target(number)), to_8_bits(to_unit(fake.detach()))))
+    def _remember(self, number: int, step: ReconstructionStep, pixels: Tensor, context: StepContext) -> None:
+        """Keep what the discriminator will see; fakes as a file would hold them, or their fractions would tell."""
+        if context.progress >= self.config.discriminator_start:
+            fake = pixels if step.fake is None else step.fake(number)
+            self._pairs.append((to_unit(step.images(number)), to_8_bits(to_unit(fake.detach()))))
 
-    def _augment(self, images: Tensor, purpose: str, moment: Moment, number: int, micros: int) -> Tensor:
+    def _augment(self, images: Tensor, purpose: str, context: StepContext, number: int, count: int) -> Tensor:
         """What is done to an image belongs to its place in the global batch."""
-        first = (ranks().rank * micros + number) * len(images)
+        first = (ranks().rank * count + number) * len(images)
 
         def draws(index: int) -> torch.Generator:
-            return torch_draws(self.seed, f"augmentation/{purpose}", moment.step, index)
+            return torch_draws(self.seed, f"augmentation/{purpose}", context.step, index)
 
         indices = range(first, first + len(images))
         return augment(images, draw_augmentation(images.shape[2:], self.config.augmentation, indices, draws))
 
 
-class _Pull(NamedTuple):
-    """Of a micro-batch."""
+def build_adversary(
+    config: AdversaryConfig, host: Host, *, seed: int, tokenizer: Tokenizer, features: Path | None
+) -> Adversary:
+    """The adversary with the discriminator's first weights, equal on all ranks.
+
+    A discriminator on a tokenizer's features reads that in the folder `features`, or `tokenizer` when there is none.
+    Raises ArtefactError or ValueError for weights, models and numbers of blocks that do not fit.
+    """
+    torch.manual_seed(address(seed, "critic"))  # a name of its own would draw other weights than before
+    network = build_discriminator(config.discriminator, host, tokenizer=tokenizer, folder=features)
+    return Adversary(network, config, seed=seed)
+
+
+class _PixelGradients(NamedTuple):
+    """Of both losses of a micro-batch."""
 
     reconstruction: Tensor  # [B, 3, H, W], gradient of the reconstruction loss at the pixels
     adversarial: Tensor

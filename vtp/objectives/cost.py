@@ -7,7 +7,7 @@ table 1 counts otherwise: 2 x parameters x 256 tokens, see `paper_flops`.)
 
 from typing import NamedTuple
 
-from vtp.data.batches import ActiveBatch, PretrainDataConfig
+from vtp.data.pretrain_batches import ActiveBatch, PretrainDataConfig
 from vtp.layers.block import swiglu_width
 from vtp.layers.flops import FROZEN, TRAINING
 from vtp.layers.random_vgg import STAGES

@@ -3,7 +3,7 @@
 L1 and a perceptual distance, with an adversary if there is one (`vtp.objectives.adversary`), and an averaged decoder.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,12 +20,12 @@ from vtp.layers.flops import FROZEN, TRAINING, forward_flops
 from vtp.layers.images import normalise
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
 from vtp.models.base import Encoding, Tokenizer
-from vtp.objectives.adversary import Adversary, Rendering, plain_terms
+from vtp.objectives.adversary import DISCRIMINATOR, Adversary, ReconstructionStep
 from vtp.objectives.pretrain import reconstruction_distance
-from vtp.step import Logs, Moment, ParameterGroup, StepCost, Term
+from vtp.step import Logs, ParameterGroup, StepContext, StepCost, Term
 
 
-class NoiseConfig(Config):
+class LatentNoiseConfig(Config):
     """Gaussian noise on the latents in training, after RAE: a generator's samples are not exact latents either."""
 
     std: float = Field(
@@ -39,12 +39,12 @@ class DecoderObjectiveConfig(Config):
 
     perceptual: PerceptualConfig
     perceptual_weight: float = Field(ge=0)
-    noise: NoiseConfig
+    noise: LatentNoiseConfig
     ema: float = Field(ge=0, lt=1, description="momentum of the averaged decoder, which is the result")
 
 
 class DecoderObjective(nn.Module):
-    """Two phases within a step: the decoder, then the critic. A term is this rank's part of the global batch's loss.
+    """Two phases within a step: the decoder, then the discriminator. A term is this rank's part of the global batch's loss.
 
     `channel_std` [d] scales the noise on latents and is not needed without.
     """
@@ -68,11 +68,16 @@ class DecoderObjective(nn.Module):
         self.average = frozen_copy(self.decoder)
         self.adversary = adversary
 
-    def phases(self) -> Mapping[str, Sequence[ParameterGroup]]:
-        critic = {"critic": [ParameterGroup(self.adversary.parameters_of_critic())]} if self.adversary else {}
-        return {"decoder": [ParameterGroup(list(self.decoder.parameters()))], **critic}
+    @property
+    def perceptual(self) -> PerceptualDistance:
+        """The frozen network of the perceptual distance."""
+        return self._frozen.perceptual
 
-    def watched(self) -> Sequence[nn.Parameter]:
+    def phases(self) -> dict[str, Sequence[ParameterGroup]]:
+        decoder: dict[str, Sequence[ParameterGroup]] = {"decoder": [ParameterGroup(list(self.decoder.parameters()))]}
+        return decoder | (self.adversary.phases() if self.adversary else {})
+
+    def shared_parameters(self) -> Sequence[nn.Parameter]:
         return ()
 
     def compiled_units(self) -> Iterator[nn.Module]:
@@ -90,20 +95,25 @@ class DecoderObjective(nn.Module):
         """None: weights stay whole."""
         return iter(())
 
-    def terms(self, phase: str, micros: Sequence[ImageBatch], moment: Moment) -> Iterator[Term]:
-        if phase == "critic":
+    def terms(self, phase: str, micro_batches: Sequence[ImageBatch], context: StepContext) -> Iterator[Term]:
+        if phase == DISCRIMINATOR:
             assert self.adversary is not None
-            return self.adversary.critic_terms(moment)
-        rendering = self._rendering(micros, moment)
-        if self.adversary is None:
-            return plain_terms("decoder", rendering)
-        return self.adversary.terms("decoder", rendering, moment)
-
-    def after_step(self, moment: Moment) -> Logs:
-        """Move the averaged decoder."""
-        update_average(self.average, self.decoder, warm_momentum(self.config.ema, moment.step))
+            yield from self.adversary.discriminator_terms(context)
+            return
+        step = self._reconstruction_step(micro_batches, context)
         if self.adversary is not None:
-            self.adversary.after_step(moment)
+            yield from self.adversary.terms("decoder", step, context)
+            return
+        for number in range(step.micro_batches):
+            reconstructions = step.reconstruct(number)
+            loss, logs = step.loss(number, reconstructions)
+            yield Term("decoder", loss, logs, (reconstructions,))
+
+    def after_step(self, context: StepContext) -> Logs:
+        """Move the averaged decoder."""
+        update_average(self.average, self.decoder, warm_momentum(self.config.ema, context.step))
+        if self.adversary is not None:
+            self.adversary.after_step(context)
         return {}
 
     def step_cost(self, batch_size: int) -> StepCost:
@@ -116,36 +126,37 @@ class DecoderObjective(nn.Module):
         flops += (1 + FROZEN) / 2 * forward_flops(perceptual.network, image, image)
         if self.adversary is not None:
             flops += self.adversary.step_flops(tokenizer.image_size)
-            flops += of_decoder if self._noise is not None else 0.0  # the critic's fakes have none
+            flops += of_decoder if self._noise is not None else 0.0  # the discriminator's fakes have none
         _, height, width = tokenizer.latent_shape
         return StepCost(flops * batch_size, {"decoder": batch_size}, batch_size * height * width)
 
-    def _rendering(self, micros: Sequence[ImageBatch], moment: Moment) -> Rendering:
+    def _reconstruction_step(self, micro_batches: Sequence[ImageBatch], context: StepContext) -> ReconstructionStep:
         tokenizer, perceptual = self._frozen
-        parts = len(micros) * ranks().size
-        images = [normalise(micro.images) for micro in micros]
+        count = len(micro_batches)
+        parts = count * ranks().size
+        images = [normalise(batch.images) for batch in micro_batches]
         with torch.no_grad():
             latents = [tokenizer.encode(batch) for batch in images]
 
-        def render(number: int) -> Tensor:
-            return self.decoder(self._noisy(latents[number], moment.step, number, len(micros)))
+        def reconstruct(number: int) -> Tensor:
+            return self.decoder(self._noisy(latents[number], context.step, number, count))
 
-        def distance(number: int, pixels: Tensor) -> tuple[Tensor, Logs]:
-            found = reconstruction_distance(perceptual, pixels, images[number])
-            l1, of_features = found.l1 / parts, found.perceptual / parts
+        def loss(number: int, pixels: Tensor) -> tuple[Tensor, Logs]:
+            distance = reconstruction_distance(perceptual, pixels, images[number])
+            l1, of_features = distance.l1 / parts, distance.perceptual / parts
             logs = {"l1": l1.detach(), "perceptual": of_features.detach()}
-            logs["replaced_samples"] = micros[number].replaced.sum()
+            logs["replaced_samples"] = micro_batches[number].replaced.sum()
             return l1 + self.config.perceptual_weight * of_features, logs
 
-        last_layer: Tensor = self._frozen.tokenizer.last_layer.weight  # pyright: ignore[reportAssignmentType]
+        last_layer: Tensor = tokenizer.last_layer.weight  # pyright: ignore[reportAssignmentType]
         clean = None if self._noise is None else lambda number: self.decoder(latents[number])
-        return Rendering(len(micros), images.__getitem__, render, distance, last_layer, clean)
+        return ReconstructionStep(count, images.__getitem__, reconstruct, loss, last_layer, clean)
 
-    def _noisy(self, latents: Tensor, step: int, number: int, micros: int) -> Tensor:
+    def _noisy(self, latents: Tensor, step: int, number: int, count: int) -> Tensor:
         """Latents with noise, which belongs to a sample's place in the global batch."""
         if self._noise is None:
             return latents
-        first = (ranks().rank * micros + number) * len(latents)
+        first = (ranks().rank * count + number) * len(latents)
         noise = []
         for index in range(first, first + len(latents)):
             draws = torch_draws(self.seed, "latent_noise", step, index)

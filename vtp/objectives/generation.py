@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from vtp.config import Config
 from vtp.data.batches import LatentBatch
 from vtp.distributed import ranks, whole
-from vtp.flow import TimeSamplingConfig, flow_matching_loss, times_of
+from vtp.flow import TimestepSamplingConfig, flow_matching_loss, timesteps_of
 from vtp.layers.average import frozen_copy, update_average, warm_momentum
 from vtp.layers.flops import TRAINING, forward_flops
 from vtp.models.lightningdit import LightningDiT
-from vtp.step import Logs, Moment, ParameterGroup, StepCost, Term
+from vtp.step import Logs, ParameterGroup, StepContext, StepCost, Term
 
 
 class GenerationObjectiveConfig(Config):
     """The loss of the generator."""
 
-    times: TimeSamplingConfig
-    uniform_from: float = Field(ge=0, le=1, description="share of the run after which times are uniform; 1: never")
+    timesteps: TimestepSamplingConfig
+    uniform_from: float = Field(ge=0, le=1, description="share of the run after which timesteps are uniform; 1: never")
     cosine_weight: float = Field(ge=0, description="of the cosine between velocities, beside the squared error")
     label_dropout: float = Field(ge=0, lt=1, description="share of samples that train the null class")
     ema: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -53,7 +53,7 @@ class GenerationObjective(nn.Module):
     def phases(self) -> Mapping[str, Sequence[ParameterGroup]]:
         return {"model": [ParameterGroup(list(self.model.parameters()))]}
 
-    def watched(self) -> Sequence[nn.Parameter]:
+    def shared_parameters(self) -> Sequence[nn.Parameter]:
         return ()
 
     def compiled_units(self) -> Iterator[nn.Module]:
@@ -70,13 +70,13 @@ class GenerationObjective(nn.Module):
         for model in (self.model, *self.averages):
             yield [*model.blocks, model]
 
-    def terms(self, phase: str, micros: Sequence[LatentBatch], moment: Moment) -> Iterator[Term]:
-        parts = len(micros) * ranks().size
-        for micro in micros:
-            t = self._times(micro, moment)
-            dropped = micro.uniform[:, 1] < self.config.label_dropout
-            labels = torch.where(dropped, self.model.null_label, micro.labels)
-            loss = flow_matching_loss(self.model, micro.latents, labels, t=t, noise=micro.noise)
+    def terms(self, phase: str, micro_batches: Sequence[LatentBatch], context: StepContext) -> Iterator[Term]:
+        parts = len(micro_batches) * ranks().size
+        for batch in micro_batches:
+            t = self._timesteps(batch, context)
+            dropped = batch.uniform[:, 1] < self.config.label_dropout
+            labels = torch.where(dropped, self.model.null_label, batch.labels)
+            loss = flow_matching_loss(self.model, batch.latents, labels, t=t, noise=batch.noise)
             mse, cosine = loss.mse.mean() / parts, loss.cosine.mean() / parts
             logs = {"mse": mse.detach(), "cosine": cosine.detach()}
             yield Term("flow", mse + self.config.cosine_weight * cosine, logs, (loss.mse,))
@@ -88,14 +88,15 @@ class GenerationObjective(nn.Module):
         tokens = latents[0, 0].numel() // self.model.config.patch_size**2
         return StepCost(flops * batch_size, {"flow": batch_size}, batch_size * tokens)
 
-    def after_step(self, moment: Moment) -> Logs:
+    def after_step(self, context: StepContext) -> Logs:
         """Move the averaged weights."""
         for average, momentum in zip(self.averages, self.config.ema, strict=True):
-            update_average(average, self.model, warm_momentum(momentum, moment.step))
+            update_average(average, self.model, warm_momentum(momentum, context.step))
         return {}
 
-    def _times(self, micro: LatentBatch, moment: Moment) -> Tensor:
-        """Times [B]. The author of LightningDiT makes them uniform late in long runs (its issue 23)."""
-        late = moment.progress >= self.config.uniform_from
-        elements = micro.latents[0].numel()
-        return times_of(None if late else self.config.times, micro.normal, micro.uniform[:, 0], elements=elements)
+    def _timesteps(self, batch: LatentBatch, context: StepContext) -> Tensor:
+        """t [B]. The author of LightningDiT makes them uniform late in long runs (its issue 23)."""
+        late = context.progress >= self.config.uniform_from
+        elements = batch.latents[0].numel()
+        sampling = None if late else self.config.timesteps
+        return timesteps_of(sampling, batch.normal, batch.uniform[:, 0], elements=elements)

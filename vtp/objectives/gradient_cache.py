@@ -11,23 +11,23 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-Micro = TypeVar("Micro", bound=tuple)
-Represent = Callable[[Micro, int], Sequence[Tensor]]
+MicroBatch = TypeVar("MicroBatch", bound=tuple)
+Represent = Callable[[MicroBatch, int], Sequence[Tensor]]
 
 
-class GradientCache(Generic[Micro]):
+class GradientCache(Generic[MicroBatch]):
     """The features of a step; `represent(micro_batch, number)` computes some, samples first, and is deterministic."""
 
-    def __init__(self, represent: Represent, micros: Sequence[Micro]) -> None:
+    def __init__(self, represent: Represent, micro_batches: Sequence[MicroBatch]) -> None:
         self._represent = represent
-        self._micros = micros
+        self._micro_batches = micro_batches
         self._graph: list[Sequence[Tensor]] = []
-        if len(micros) == 1:
-            self._graph = [represent(micros[0], 0)]
+        if len(micro_batches) == 1:
+            self._graph = [represent(micro_batches[0], 0)]
             parts = self._graph
         else:
             with torch.no_grad():
-                parts = [represent(micro, number) for number, micro in enumerate(micros)]
+                parts = [represent(batch, number) for number, batch in enumerate(micro_batches)]
         self._lengths = [[len(tensor) for tensor in part] for part in parts]
         # Leaves [all micro-batches, ...]: a loss on them collects its gradient here.
         self.features = [torch.cat(tensors).detach().requires_grad_() for tensors in zip(*parts, strict=True)]
@@ -38,8 +38,8 @@ class GradientCache(Generic[Micro]):
             feature.grad.split(list(lengths)) if feature.grad is not None else None
             for feature, lengths in zip(self.features, zip(*self._lengths, strict=True), strict=True)
         ]
-        for number, micro in enumerate(self._micros):
-            outputs = self._graph[0] if self._graph else self._represent(micro, number)
+        for number, batch in enumerate(self._micro_batches):
+            outputs = self._graph[0] if self._graph else self._represent(batch, number)
             products = [
                 (output.float() * gradient[number]).sum()
                 for output, gradient in zip(outputs, gradients, strict=True)

@@ -3,11 +3,12 @@
     L = w_clip L_clip + w_ssl (L_dino + L_ibot + koleo) + w_rec (L1 + perceptual)
 
 Each objective sees its own share of the batch and is back-propagated before the next begins, so the step's memory is
-that of the largest and not of the sum. A term is this rank's part of the loss of the global batch.
+that of the largest and not of the sum. A term is this rank's part of the loss of the global batch. The same step as
+one would first write it, with one sum and one backward pass, is `benchmarks/_plain.py`.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -15,19 +16,20 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vtp.config import Config
-from vtp.data.batches import PretrainBatch
+from vtp.data.pretrain_batches import PretrainBatch
 from vtp.distributed import ranks
 from vtp.draws import torch_draws
 from vtp.layers.block import Block
+from vtp.layers.drop_path import drop_path_indices
 from vtp.layers.images import denormalise, normalise
 from vtp.losses.clip import ContrastConfig, clip_loss, siglip_loss
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
 from vtp.models.tokenizer import VisualTokenizer
-from vtp.objectives.adversary import Adversary, Rendering, plain_terms
+from vtp.objectives.adversary import DISCRIMINATOR, Adversary, ReconstructionStep
 from vtp.objectives.gradient_cache import GradientCache
 from vtp.objectives.rates import RatesConfig, groups
-from vtp.objectives.self_distillation import Keeps, SelfDistillation, SslConfig
-from vtp.step import Logs, Moment, ParameterGroup, Term
+from vtp.objectives.self_distillation import SelfDistillation, SslConfig, SslDropPathIndices
+from vtp.step import Logs, ParameterGroup, StepContext, Term
 
 MAX_LOGIT_SCALE = 4.6052  # ln 100, as CLIP clamps it
 
@@ -73,11 +75,8 @@ class PretrainObjectiveConfig(Config):
     drop_path: DropPathConfig
 
 
-Part = Literal["clip", "ssl", "reconstruction"]
-
-
 class PretrainObjective(nn.Module):
-    """One phase; its terms come in the order clip, ssl, reconstruction. An adversary adds the phase `critic`."""
+    """One phase; its terms come in the order clip, ssl, reconstruction. An adversary adds a phase for its discriminator."""
 
     def __init__(
         self,
@@ -98,11 +97,12 @@ class PretrainObjective(nn.Module):
         self._perceptual = [perceptual]  # in a list: frozen, so no part of the state
         self.ssl = SelfDistillation(tokenizer, config.ssl) if config.weights.ssl else None
 
-    def phases(self) -> Mapping[str, Sequence[ParameterGroup]]:
-        critic = {"critic": [ParameterGroup(self.adversary.parameters_of_critic())]} if self.adversary else {}
-        return {"model": list(groups(self.tokenizer, self.ssl and self.ssl.heads, self.rates)), **critic}
+    def phases(self) -> dict[str, Sequence[ParameterGroup]]:
+        model = list(groups(self.tokenizer, self.ssl and self.ssl.heads, self.rates))
+        phases: dict[str, Sequence[ParameterGroup]] = {"model": model}
+        return phases | (self.adversary.phases() if self.adversary else {})
 
-    def watched(self) -> Sequence[nn.Parameter]:
+    def shared_parameters(self) -> Sequence[nn.Parameter]:
         """The parameters that all objectives share, whose gradients are compared."""
         return list(self.tokenizer.trunk.blocks.parameters())
 
@@ -127,43 +127,52 @@ class PretrainObjective(nn.Module):
             text: Any = self.tokenizer.text  # open_clip's
             text.set_grad_checkpointing(True)
 
-    def terms(self, phase: str, micros: Sequence[PretrainBatch], moment: Moment) -> Iterator[Term]:
-        if phase == "critic":
+    def terms(self, phase: str, micro_batches: Sequence[PretrainBatch], context: StepContext) -> Iterator[Term]:
+        """The joint loss of a step. No line adds it up: the loop back-propagates every term before it asks for the next."""
+        if phase == DISCRIMINATOR:
             assert self.adversary is not None
-            yield from self.adversary.critic_terms(moment)
+            yield from self.adversary.discriminator_terms(context)
             return
         if self.config.weights.clip:
-            yield from self._clip(micros, moment)
+            yield from self._clip(micro_batches, context)
         if self.ssl is not None:
-            keeps = [self._keeps(micro, number, len(micros), moment.step) for number, micro in enumerate(micros)]
-            yield from self.ssl.terms(self.tokenizer, micros, keeps, moment, weight=self.config.weights.ssl)
-        yield from self._reconstruction(micros, moment)
+            indices = [
+                self._ssl_drop_path_indices(batch, number, len(micro_batches), context.step)
+                for number, batch in enumerate(micro_batches)
+            ]
+            weight = self.config.weights.ssl
+            yield from self.ssl.terms(self.tokenizer, micro_batches, indices, context, weight=weight)
+        if self.adversary is None:
+            yield from self._reconstruction(micro_batches, context)
+        else:
+            step = self._reconstruction_step(micro_batches, context)
+            yield from self.adversary.terms("reconstruction", step, context, apart=context.log_step)
 
     @torch.no_grad()
-    def after_step(self, moment: Moment) -> Logs:
+    def after_step(self, context: StepContext) -> Logs:
         """Move the teacher; clamp the logit scale."""
         logs: dict[str, Tensor | float] = {}
         if self.config.weights.clip:
             self.tokenizer.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
             logs["logit_scale"] = self.tokenizer.logit_scale.exp()
         if self.ssl is not None:
-            self.ssl.after_step(self.tokenizer, moment.progress)
-            logs["teacher_temperature"] = self.ssl.teacher_temperature(moment.progress)
-            logs["teacher_momentum"] = self.ssl.momentum(moment.progress)
+            self.ssl.after_step(self.tokenizer, context.progress)
+            logs["teacher_temperature"] = self.ssl.teacher_temperature(context.progress)
+            logs["teacher_momentum"] = self.ssl.momentum(context.progress)
             logs["dino_loss_uninformed"] = math.log(self.config.ssl.head.prototypes)
         if self.adversary is not None:
-            self.adversary.after_step(moment)
+            self.adversary.after_step(context)
         return logs
 
-    def _clip(self, micros: Sequence[PretrainBatch], moment: Moment) -> Iterator[Term]:
+    def _clip(self, micro_batches: Sequence[PretrainBatch], context: StepContext) -> Iterator[Term]:
         tokenizer = self.tokenizer
 
-        def represent(micro: PretrainBatch, number: int) -> Sequence[Tensor]:
-            images = normalise(micro.clip_images)
-            keep = self._keep("clip", len(images), len(micro.rec_images), number, len(micros), moment.step)
-            return tokenizer.encode_image(images, keep=keep), tokenizer.encode_text(micro.tokens)
+        def represent(batch: PretrainBatch, number: int) -> Sequence[Tensor]:
+            images, place = normalise(batch.clip_images), (number, len(micro_batches), context.step)
+            indices = self._drop_path_indices("clip", batch, len(images), *place)
+            return tokenizer.encode_image(images, drop_path_indices=indices), tokenizer.encode_text(batch.tokens)
 
-        cache = GradientCache(represent, micros)
+        cache = GradientCache(represent, micro_batches)
         image, text = cache.features
         if self.config.contrast.name == "softmax":
             loss = clip_loss(image, text, tokenizer.logit_scale.exp())
@@ -176,59 +185,59 @@ class PretrainObjective(nn.Module):
         for surrogate in cache.surrogates():
             yield Term("clip", surrogate, {}, (image, text))
 
-    def _reconstruction(self, micros: Sequence[PretrainBatch], moment: Moment) -> Iterator[Term]:
-        config, parts = self.config.reconstruction, len(micros) * ranks().size
-        images = [normalise(micro.rec_images) for micro in micros]
+    def _reconstruction(self, micro_batches: Sequence[PretrainBatch], context: StepContext) -> Iterator[Term]:
+        for number, batch in enumerate(micro_batches):
+            images = normalise(batch.rec_images)
+            reconstructions = self._reconstruct(batch, images, number, len(micro_batches), context.step)
+            loss, logs = self._reconstruction_loss(batch, images, reconstructions, len(micro_batches))
+            yield Term("reconstruction", loss, logs, (reconstructions,))
 
-        def render(number: int) -> Tensor:
-            count = len(images[number])
-            keep = self._keep("reconstruction", count, count, number, len(micros), moment.step)
-            return self.tokenizer.decode(self.tokenizer.encode(images[number], keep=keep))
+    def _reconstruction_step(self, micro_batches: Sequence[PretrainBatch], context: StepContext) -> ReconstructionStep:
+        """The same as the adversary needs it: piece by piece."""
+        images, count = [normalise(batch.rec_images) for batch in micro_batches], len(micro_batches)
+        return ReconstructionStep(
+            count,
+            images.__getitem__,
+            lambda number: self._reconstruct(micro_batches[number], images[number], number, count, context.step),
+            lambda number, pixels: self._reconstruction_loss(micro_batches[number], images[number], pixels, count),
+            self.tokenizer.pixel_decoder.proj_out.weight,
+        )
 
-        def distance(number: int, pixels: Tensor) -> tuple[Tensor, Logs]:
-            found = reconstruction_distance(self._perceptual[0], pixels, images[number], l1_space=config.l1_space)
-            l1, perceptual = found.l1 / parts, found.perceptual / parts
-            logs = {"l1": l1.detach(), "perceptual": perceptual.detach()}
-            logs["replaced_samples"] = micros[number].replaced.sum()
-            return self.config.weights.reconstruction * (l1 + config.perceptual_weight * perceptual), logs
+    def _reconstruct(self, batch: PretrainBatch, images: Tensor, number: int, count: int, step: int) -> Tensor:
+        indices = self._drop_path_indices("reconstruction", batch, len(images), number, count, step)
+        return self.tokenizer.decode(self.tokenizer.encode(images, drop_path_indices=indices))
 
-        last_layer = self.tokenizer.pixel_decoder.proj_out.weight
-        rendering = Rendering(len(micros), images.__getitem__, render, distance, last_layer)
-        if self.adversary is None:
-            yield from plain_terms("reconstruction", rendering)
-        else:
-            yield from self.adversary.terms("reconstruction", rendering, moment, apart=moment.watched)
+    def _reconstruction_loss(
+        self, batch: PretrainBatch, images: Tensor, reconstructions: Tensor, count: int
+    ) -> tuple[Tensor, Logs]:
+        """This rank's part, of one of `count` micro-batches, and its scalars."""
+        config, parts = self.config.reconstruction, count * ranks().size
+        distance = reconstruction_distance(self._perceptual[0], reconstructions, images, l1_space=config.l1_space)
+        l1, perceptual = distance.l1 / parts, distance.perceptual / parts
+        logs = {"l1": l1.detach(), "perceptual": perceptual.detach(), "replaced_samples": batch.replaced.sum()}
+        return self.config.weights.reconstruction * (l1 + config.perceptual_weight * perceptual), logs
 
-    def _keeps(self, micro: PretrainBatch, number: int, count: int, step: int) -> Keeps:
-        blocks, samples = len(micro.rec_images), len(micro.global_views)
-        views = self._keep("ssl", 2 * samples, blocks, number, count, step)
-        local_views = self._keep("ssl", micro.local_views.shape[1] * samples, blocks, number, count, step, part=1)
-        return Keeps(views, local_views)
+    def _ssl_drop_path_indices(self, batch: PretrainBatch, number: int, count: int, step: int) -> SslDropPathIndices:
+        samples, place = len(batch.global_views), (number, count, step)
+        views = self._drop_path_indices("ssl", batch, 2 * samples, *place)
+        local_views = self._drop_path_indices("ssl", batch, batch.local_views.shape[1] * samples, *place, part=1)
+        return SslDropPathIndices(views, local_views)
 
-    def _keep(
-        self, term: Part, crops: int, blocks: int, number: int, count: int, step: int, part: int = 0
+    def _drop_path_indices(
+        self, objective: str, batch: PretrainBatch, crops: int, number: int, count: int, step: int, *, part: int = 0
     ) -> Tensor | None:
-        """Crops [depth, 2, K] of micro-batch `number` of `count` that each residual branch computes; None for all.
-
-        Draws belong to groups of blocks of the global batch, each with an exact count: shapes are static, and who
-        is left out does not depend on ranks or micro-batches.
-        """
-        rate, group = getattr(self.config.drop_path, term), self.config.drop_path.blocks
-        if not rate or not crops:
-            return None
-        if blocks % group:
-            raise ValueError(
-                f"a micro-batch of {blocks} blocks holds no whole number of groups of {group} blocks, which share a "
-                "draw of stochastic depth; set drop_path.blocks to a divisor, or use larger micro-batches"
-            )
-        first, size = (ranks().rank * count + number) * blocks // group, crops // (blocks // group)
-        kept = max(1, round(size * (1 - rate)))
-        depth = self.tokenizer.config.vision.depth
-        picks = []
-        for index in range(blocks // group):
-            draws = torch_draws(self.seed, f"drop_path/{term}", step, part, first + index)
-            picks.append(torch.rand(depth, 2, size, generator=draws).argsort(-1)[..., :kept] + index * size)
-        return torch.cat(picks, dim=-1).to(self.tokenizer.trunk.cls_token.device, non_blocking=True)
+        """Of micro-batch `number` of `count`; see `vtp.layers.drop_path`."""
+        blocks = len(batch.rec_images)
+        first = (ranks().rank * count + number) * blocks
+        indices = drop_path_indices(
+            getattr(self.config.drop_path, objective),
+            crops=crops,
+            blocks=range(first, first + blocks),
+            group=self.config.drop_path.blocks,
+            depth=self.tokenizer.config.vision.depth,
+            draws=lambda group: torch_draws(self.seed, f"drop_path/{objective}", step, part, group),
+        )
+        return None if indices is None else indices.to(self.tokenizer.trunk.cls_token.device, non_blocking=True)
 
 
 class Distance(NamedTuple):

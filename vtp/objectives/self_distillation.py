@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vtp.config import Config
-from vtp.data.batches import PretrainBatch
+from vtp.data.pretrain_batches import PretrainBatch
 from vtp.distributed import ranks, total
 from vtp.layers.average import frozen_copy, update_average
 from vtp.layers.images import normalise
@@ -35,7 +35,7 @@ from vtp.models.heads import DinoHead, DinoHeadConfig
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.models.vit import Features, VisionConfig, VisionTransformer
 from vtp.objectives.gradient_cache import GradientCache
-from vtp.step import Moment, Term
+from vtp.step import StepContext, Term
 
 CHUNK = 1 << 26  # logits at a time: 256 MB
 
@@ -115,50 +115,50 @@ class SelfDistillation(nn.Module):
     def terms(
         self,
         tokenizer: VisualTokenizer,
-        micros: Sequence[PretrainBatch],
-        keeps: Sequence["Keeps"],
-        moment: Moment,
+        micro_batches: Sequence[PretrainBatch],
+        drop_path_indices: Sequence["SslDropPathIndices"],
+        context: StepContext,
         *,
         weight: float,
     ) -> Iterator[Term]:
         """Parts of the loss of this rank, each to be back-propagated before the next is asked for."""
         config = self.config
-        taught = self._teach(micros)
+        taught = self._teach(micro_batches)
 
-        def represent(micro: PretrainBatch, number: int) -> Sequence[Tensor]:
-            return self._student(tokenizer.trunk, micro, keeps[number])
+        def represent(batch: PretrainBatch, number: int) -> Sequence[Tensor]:
+            return self._student(tokenizer.trunk, batch, drop_path_indices[number])
 
-        cache = GradientCache(represent, micros)
+        cache = GradientCache(represent, micro_batches)
         seen, local, patches = cache.features  # [B, 2, D], [B, L, D], [M, D]
         own = (seen, patches)
         images = len(seen) * ranks().size
         if config.koleo:
             koleo = torch.stack([koleo_loss(view) for view in seen.unbind(1)]).sum()
             yield Term("ssl", weight * config.koleo * koleo, {"koleo_loss": koleo.detach()}, own)
-        temperature = self.teacher_temperature(moment.progress)
+        temperature = self.teacher_temperature(context.progress)
         diagnostics = TargetDiagnostics(config.head.prototypes, seen.device)
         potential = self._potential("views", taught.views.flatten(0, 1), temperature)
-        head, of_teacher = self._heads("dino")
+        head, teacher_head = self._heads("dino")
         per_image = (4 + local.shape[1]) * config.head.prototypes
         for rows in _chunks(len(seen), per_image):
-            targets = target_of(of_teacher.logits(taught.views[rows]), potential, temperature)
+            targets = target_of(teacher_head.logits(taught.views[rows]), potential, temperature)
             logits = head(torch.cat([seen[rows], local[rows]], dim=1))
-            of_global, of_local = logits.split([2, local.shape[1]], dim=1)
-            parts = dino_loss(of_global, of_local, targets, temperature=config.student_temperature)
+            global_logits, local_logits = logits.split([2, local.shape[1]], dim=1)
+            parts = dino_loss(global_logits, local_logits, targets, temperature=config.student_temperature)
             loss = (parts.between_globals + parts.local_to_global) / images
-            if moment.watched:
+            if context.log_step:
                 diagnostics.add(targets)
             yield Term("ssl", weight * loss, {"dino_loss": loss.detach()}, own)
         if len(patches):
             potential = self._potential("patches", taught.patches, temperature)
-        head, of_teacher = self._heads("ibot")
-        weights = torch.cat([micro.mask_weights for micro in micros])
+        head, teacher_head = self._heads("ibot")
+        weights = torch.cat([batch.mask_weights for batch in micro_batches])
         for rows in _chunks(len(patches), 2 * len(potential)):
-            targets = target_of(of_teacher.logits(taught.patches[rows]), potential, temperature)
+            targets = target_of(teacher_head.logits(taught.patches[rows]), potential, temperature)
             loss = ibot_loss(head(patches[rows]), targets, weights[rows], temperature=config.student_temperature)
             loss = loss / (2 * images)
             yield Term("ssl", weight * loss, {"ibot_loss": loss.detach()}, own)
-        if moment.watched:
+        if context.log_step:
             yield Term("ssl", None, diagnostics.parts() | {"feature_std": _spread(seen.detach().flatten(0, 1))}, own)
         for surrogate in cache.surrogates():
             yield Term("ssl", surrogate, {}, own)
@@ -198,28 +198,29 @@ class SelfDistillation(nn.Module):
         return student, teacher
 
     @torch.no_grad()
-    def _teach(self, micros: Sequence[PretrainBatch]) -> _HeadInputs:
+    def _teach(self, micro_batches: Sequence[PretrainBatch]) -> _HeadInputs:
         """The teacher's embeddings [B, 2, E] and [M, E] of unmasked global views, before the prototypes."""
-        (_, of_views), (_, of_patches) = self._heads("dino"), self._heads("ibot")
+        (_, view_head), (_, patch_head) = self._heads("dino"), self._heads("ibot")
         parts = []
-        for micro in micros:
-            views = normalise(micro.global_views)
+        for batch in micro_batches:
+            views = normalise(batch.global_views)
             features: Features = self.teacher.trunk(views.flatten(0, 1), latent=self.config.features == "latent")
-            patches = features.patches.flatten(0, 1)[micro.masked]
+            patches = features.patches.flatten(0, 1)[batch.masked]
             pooled = self._pool(features).unflatten(0, views.shape[:2])
-            parts.append(_HeadInputs(of_views.embed(pooled), of_patches.embed(patches)))
+            parts.append(_HeadInputs(view_head.embed(pooled), patch_head.embed(patches)))
         return _HeadInputs(*map(torch.cat, zip(*parts, strict=True)))
 
-    def _student(self, trunk: nn.Module, micro: PretrainBatch, keeps: "Keeps") -> Sequence[Tensor]:
+    def _student(self, trunk: nn.Module, batch: PretrainBatch, indices: "SslDropPathIndices") -> Sequence[Tensor]:
         latent = self.config.features == "latent"
-        views, local_views = normalise(micro.global_views), normalise(micro.local_views)
-        seen: Features = trunk(views.flatten(0, 1), micro.masks.flatten(0, 1), keep=keeps.views, latent=latent)
+        views, local_views = normalise(batch.global_views), normalise(batch.local_views)
+        masks = batch.masks.flatten(0, 1)
+        seen: Features = trunk(views.flatten(0, 1), masks, drop_path_indices=indices.views, latent=latent)
         pooled = self._pool(seen).unflatten(0, views.shape[:2])
-        of_local = pooled[:, :0]
+        pooled_local = pooled[:, :0]
         if local_views.shape[1]:
-            local: Features = trunk(local_views.flatten(0, 1), keep=keeps.local_views, latent=latent)
-            of_local = self._pool(local).unflatten(0, local_views.shape[:2])
-        return pooled, of_local, seen.patches.flatten(0, 1)[micro.masked]
+            local: Features = trunk(local_views.flatten(0, 1), drop_path_indices=indices.local_views, latent=latent)
+            pooled_local = self._pool(local).unflatten(0, local_views.shape[:2])
+        return pooled, pooled_local, seen.patches.flatten(0, 1)[batch.masked]
 
     def _pool(self, features: Features) -> Tensor:
         return features.cls if self.config.pooling == "cls" else features.patches.mean(1)
@@ -233,8 +234,8 @@ class SelfDistillation(nn.Module):
             )
 
 
-class Keeps(NamedTuple):
-    """Stochastic depth of a micro-batch: the samples [depth, 2, K] that each residual branch computes, or None."""
+class SslDropPathIndices(NamedTuple):
+    """Of a micro-batch's views: the samples [depth, 2, K] that each residual branch computes, or None for all."""
 
     views: Tensor | None
     local_views: Tensor | None

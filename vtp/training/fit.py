@@ -8,9 +8,7 @@ generation, two for adversarial tuning. All ranks run the same loop on their sha
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -18,37 +16,38 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vtp.config import Config
-from vtp.data.loader import micro_batches
+from vtp.data.loader import load_batches
 from vtp.distributed import fill, ranks
-from vtp.step import Logs, Moment, ParameterGroup, StepCost, Term
+from vtp.host import Host
+from vtp.step import Logs, OptimConfig, ParameterGroup, StepContext, StepCost, Term
 from vtp.training.checkpoint import Checkpoints
 from vtp.training.log import Curves, Means
-from vtp.training.optim import OptimConfig, build_optimizer
+from vtp.training.optim import build_optimizer
 from vtp.training.throughput import Throughput
-from vtp.training.update import Update
+from vtp.training.update import Requests, Update
 
 Batch = TypeVar("Batch", bound=tuple)
 Consumed_contra = TypeVar("Consumed_contra", bound=tuple, contravariant=True)
 
 
-class Samples(Config):
+class SamplesLength(Config):
     """The run ends when this many samples have been seen."""
 
     name: Literal["samples"]
     samples: int = Field(ge=1)
 
 
-class Flops(Config):
+class FlopsLength(Config):
     """The run ends when its training FLOPs (forward, backward, teacher and losses) reach this number."""
 
     name: Literal["flops"]
     flops: float = Field(gt=0)
 
 
-Length = Annotated[Samples | Flops, Field(discriminator="name")]
+Length = Annotated[SamplesLength | FlopsLength, Field(discriminator="name")]
 
 
-class Plan(NamedTuple):
+class RunLength(NamedTuple):
     """How long a run is."""
 
     steps: int
@@ -56,11 +55,11 @@ class Plan(NamedTuple):
     flops: float  # training FLOPs in all
 
 
-def plan(length: Samples | Flops, *, samples: int, flops: float) -> Plan:
+def run_length(length: SamplesLength | FlopsLength, *, samples: int, flops: float) -> RunLength:
     """The steps that come nearest to `length`, at least one, when a step takes so many samples and FLOPs."""
-    wanted = length.samples / samples if isinstance(length, Samples) else length.flops / flops
+    wanted = length.samples / samples if isinstance(length, SamplesLength) else length.flops / flops
     steps = max(1, round(wanted))
-    return Plan(steps, steps * samples, steps * flops)
+    return RunLength(steps, steps * samples, steps * flops)
 
 
 class TrainingConfig(Config):
@@ -79,15 +78,15 @@ class Objective(Protocol[Consumed_contra]):
         """What each phase trains, in the order of the phases within a step."""
         ...
 
-    def watched(self) -> Sequence[nn.Parameter]:
+    def shared_parameters(self) -> Sequence[nn.Parameter]:
         """Parameters on which the gradients of the terms are compared; may be empty."""
         ...
 
-    def terms(self, phase: str, micros: Sequence[Consumed_contra], moment: Moment) -> Iterator[Term]:
+    def terms(self, phase: str, micro_batches: Sequence[Consumed_contra], context: StepContext) -> Iterator[Term]:
         """The phase's loss on this rank's micro-batches. Each term is differentiated before the next is computed."""
         ...
 
-    def after_step(self, moment: Moment) -> Logs:
+    def after_step(self, context: StepContext) -> Logs:
         """Moving averages and limits, when all phases have stepped; scalars that are equal on all ranks."""
         ...
 
@@ -96,46 +95,16 @@ class Objective(Protocol[Consumed_contra]):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-class Watcher(Protocol):
-    """Looks at the models now and then; all ranks call it together."""
+class Monitor(Protocol):
+    """Evaluates the models now and then during the run; all ranks call it together."""
 
-    def due(self, moment: Moment) -> bool:
-        """Whether to look after this step."""
+    def due(self, context: StepContext) -> bool:
+        """Whether to evaluate after this step."""
         ...
 
-    def look(self, moment: Moment) -> Logs:
+    def evaluate(self, context: StepContext) -> Logs:
         """Scalars for the curves, equal on all ranks; files are the first rank's to write."""
         ...
-
-
-class Progress(Protocol):
-    """A progress bar."""
-
-    def update(self, n: int) -> object: ...
-    def set_postfix_str(self, s: str) -> object: ...
-
-
-class Host(Protocol):
-    """Where the run lives: the part of a stage's `Work` that the loop uses."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def checkpoint_seconds(self) -> float: ...
-    @property
-    def checkpoints_kept(self) -> int: ...
-    @property
-    def timeout(self) -> float: ...
-    @property
-    def peak_flops(self) -> float | None: ...
-    @property
-    def stop_requested(self) -> bool: ...
-    def stop(self) -> NoReturn: ...
-    def progress(self, total: int, description: str, unit: str, done: int = 0) -> AbstractContextManager[Progress]: ...
 
 
 class NotFinite(FloatingPointError):
@@ -149,7 +118,7 @@ class Run(NamedTuple):
     training: TrainingConfig
     optim: Mapping[str, OptimConfig]
     cost: StepCost
-    micros: int = 1  # micro-batches per step and rank
+    micro_batches: int = 1  # per step and rank
 
 
 def fit(  # noqa: C901 - the one loop
@@ -158,57 +127,59 @@ def fit(  # noqa: C901 - the one loop
     run: Run,
     *,
     host: Host,
-    watchers: Sequence[Watcher] = (),
-    moments: Mapping[str, Tensor] | None = None,
+    monitors: Sequence[Monitor] = (),
+    optimizer_state: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Train, from the newest checkpoint in `host.folder` if there is one; the state of the optimisers by name.
 
-    `batches[step * micros + i]` is this rank's i-th micro-batch of a step, a named tuple of tensors and a function of
-    its number alone, so the order of the data survives a resume. `moments` is what another run's `fit` returned. Curves
-    are in `host.folder / "curves.csv"` from the first interval on, rates in `throughput.csv`. A requested stop ends
-    after the current step with a checkpoint. A step whose gradient is not finite is skipped and logged; raises
-    NotFinite, which names the objectives and ranks, when there are more than `max_skipped`; the last checkpoint stays.
+    `batches[step * run.micro_batches + i]` is this rank's i-th micro-batch of a step, a named tuple of tensors and a
+    function of its number alone, so the order of the data survives a resume. `optimizer_state` is what another run's
+    `fit` returned. Curves are in `host.folder / "curves.csv"` from the first interval on, rates in `throughput.csv`. A
+    requested stop ends after the current step with a checkpoint. A step whose gradient is not finite is skipped and
+    logged; raises NotFinite, which names the objectives and ranks, when there are more than `max_skipped`; the last
+    checkpoint stays.
     """
     steps, training = run.steps, run.training
     optimizers = {phase: build_optimizer(groups, run.optim[phase]) for phase, groups in objective.phases().items()}
-    updates = [Update(phase, o, run.optim[phase], objective.watched()) for phase, o in optimizers.items()]
+    updates = [Update(phase, o, run.optim[phase], objective.shared_parameters()) for phase, o in optimizers.items()]
     means, skipped, max_skipped = Means(), 0, training.max_skipped
     checkpoints = Checkpoints(host.folder / "checkpoints", kept=host.checkpoints_kept)
     tensors = state_of(objective, optimizers)
-    for name, values in (moments or {}).items():
+    for name, values in (optimizer_state or {}).items():
         fill(tensors[name], values)
     start = 0
-    if (found := checkpoints.newest(tensors)) is not None:
-        start, skipped = found.step, found.counters["skipped"]
-        means.load(found.counters["means"])
+    if (last := checkpoints.newest(tensors)) is not None:
+        start, skipped = last.step, last.counters["skipped"]
+        means.load(last.counters["means"])
         logging.info("resumed after step %d of %d", start, steps)
     curves = Curves(host.folder / "curves.csv", start=start) if ranks().first else None
     throughput = Throughput(host.folder / "throughput.csv", run.cost, device=host.device, peak=host.peak_flops)
     saved_at = time.monotonic()
     with host.progress(total=steps, description="training", unit="step", done=start) as bar:
-        stream = micro_batches(batches, range(start * run.micros, steps * run.micros), host)
+        stream = load_batches(batches, range(start * run.micro_batches, steps * run.micro_batches), host)
         for step in range(start, steps):
-            moment = Moment(step, steps, watched=(step + 1) % training.log_every == 0 or step + 1 == steps)
+            log_step = (step + 1) % training.log_every == 0 or step + 1 == steps
+            context = StepContext(step, steps, log_step=log_step)
             with throughput.waiting():
-                micros = [next(stream) for _ in range(run.micros)]
-            wishes = (host.stop_requested, time.monotonic() - saved_at >= host.checkpoint_seconds)
-            stepped = _step(objective, updates, micros, moment, wishes, training=training, device=host.device)
-            skipped += stepped.blamed is not None
-            if stepped.blamed is not None:
-                _report(moment, stepped.blamed, skipped, max_skipped)
+                micro_batches = [next(stream) for _ in range(run.micro_batches)]
+            asked = Requests(host.stop_requested, time.monotonic() - saved_at >= host.checkpoint_seconds)
+            stepped = _step(objective, updates, micro_batches, context, asked, training=training, device=host.device)
+            if stepped.nonfinite is not None:
+                skipped += 1
+                _report(context, stepped.nonfinite, skipped, max_skipped)
             means.add(stepped.logs)
-            for watcher in watchers:
-                if watcher.due(moment):
-                    means.add(watcher.look(moment))
+            for monitor in monitors:
+                if monitor.due(context):
+                    means.add(monitor.evaluate(context))
             bar.update(1)
             throughput.step()
-            if moment.watched:
+            if context.log_step:
                 bar.set_postfix_str(_brief(throughput.row(step + 1)))
                 values = means.take()
                 if curves is not None:
                     curves.write(step + 1, values)
-            stop, due = stepped.wishes
-            if due or stop or step + 1 == steps:
+            stop, checkpoint = stepped.requests
+            if checkpoint or stop or step + 1 == steps:
                 checkpoints.save(step + 1, tensors, {"skipped": skipped, "means": means.state()})
                 saved_at = time.monotonic()
             if stop:
@@ -220,32 +191,32 @@ def fit(  # noqa: C901 - the one loop
 
 class _Stepped(NamedTuple):
     logs: Logs
-    wishes: tuple[bool, ...]
-    blamed: str | None  # when the step was skipped
+    requests: Requests
+    nonfinite: str | None  # where it began, when the step was skipped
 
 
 def _step(
     objective: Objective[Batch],
     updates: Sequence[Update],
-    micros: Sequence[Batch],
-    moment: Moment,
-    wishes: tuple[bool, ...],
+    micro_batches: Sequence[Batch],
+    context: StepContext,
+    requests: Requests,
     *,
     training: TrainingConfig,
     device: str,
 ) -> _Stepped:
     """All phases of a step, and what follows them; a phase whose gradient is not finite ends the step."""
     logs: dict[str, Tensor | float] = {}
-    agreed = wishes
+    agreed = requests
     for update in updates:
-        terms = in_precision(objective.terms(update.phase, micros, moment), device, training.precision)
-        outcome = update.apply(terms, moment, wishes=wishes)
-        agreed = outcome.wishes
+        terms = in_precision(objective.terms(update.phase, micro_batches, context), device, training.precision)
+        outcome = update.apply(terms, context, requests=requests)
+        agreed = outcome.requests
         if not outcome.finite:
-            again = in_precision(objective.terms(update.phase, micros, moment), device, training.precision)
-            return _Stepped({"skipped": 1.0}, agreed, f"phase {update.phase}, from {update.blame(again)}")
+            again = in_precision(objective.terms(update.phase, micro_batches, context), device, training.precision)
+            return _Stepped({"skipped": 1.0}, agreed, f"phase {update.phase}, from {update.find_nonfinite(again)}")
         logs |= outcome.logs
-    return _Stepped({**logs, **objective.after_step(moment), "skipped": 0.0}, agreed, None)
+    return _Stepped({**logs, **objective.after_step(context), "skipped": 0.0}, agreed, None)
 
 
 def state_of(objective: Objective, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -253,8 +224,8 @@ def state_of(objective: Objective, optimizers: Mapping[str, torch.optim.Optimize
     state = {f"objective/{name}": tensor for name, tensor in objective.state_dict().items()}
     names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
     for phase, optimizer in optimizers.items():
-        for parameter, moments in optimizer.state.items():
-            state |= {f"{phase}/{names[parameter]}/{name}": tensor for name, tensor in moments.items()}
+        for parameter, values in optimizer.state.items():
+            state |= {f"{phase}/{names[parameter]}/{name}": tensor for name, tensor in values.items()}
     return state
 
 
@@ -268,8 +239,8 @@ def in_precision(terms: Iterator[Term], device: str, precision: str) -> Iterator
         yield term
 
 
-def _report(moment: Moment, blamed: str, skipped: int, largest: int) -> None:
-    message = f"step {moment.step}: the gradient is not finite, {blamed}"
+def _report(context: StepContext, nonfinite: str, skipped: int, largest: int) -> None:
+    message = f"step {context.step}: the gradient is not finite, {nonfinite}"
     if skipped > largest:
         raise NotFinite(
             f"{message}; {skipped} skipped, training.max_skipped is {largest}; "

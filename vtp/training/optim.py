@@ -3,32 +3,14 @@
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from vtp.config import Config
 from vtp.distributed import is_sharded, local
-from vtp.step import Moment, ParameterGroup
+from vtp.step import OptimConfig, ParameterGroup, StepContext
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class OptimConfig(Config):
-    """AdamW with linear warm-up, then a cosine to `final_lr` or a constant rate."""
-
-    lr: float = Field(gt=0, description="peak learning rate")
-    final_lr: float = Field(ge=0, description="learning rate at the end of the cosine")
-    schedule: Literal["cosine", "constant"] = Field(description="after warm-up")
-    warmup: float = Field(ge=0, le=1, description="share of the run in which the rate rises from 0")
-    beta1: float = Field(ge=0, lt=1)
-    beta2: float = Field(ge=0, lt=1)
-    eps: float = Field(gt=0)
-    weight_decay: float = Field(ge=0, description="on matrices and tokens: biases, norms and scales are exempt")
-    final_weight_decay: float = Field(ge=0, description="at the end of a cosine that begins at weight_decay (DINOv2)")
-    clip_norm: float | None = Field(gt=0, description="largest norm of the whole gradient, null for no limit")
 
 
 def build_optimizer(groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.AdamW:
@@ -61,12 +43,12 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def set_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, moment: Moment) -> float:
+def set_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, context: StepContext) -> float:
     """Put the learning rate and weight decay of a step into every group; the learning rate of a factor of 1."""
-    rate = learning_rate(config, moment.step, moment.steps)
-    decay = _cosine(config.weight_decay, config.final_weight_decay, moment.progress)
+    rate = learning_rate(config, context.step, context.steps)
+    decay = _cosine(config.weight_decay, config.final_weight_decay, context.progress)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_factor"] * (moment.progress >= group["frozen_until"])
+        group["lr"] = rate * group["lr_factor"] * (context.progress >= group["frozen_until"])
         group["weight_decay"] = decay * group["decay_factor"]
     return rate
 

@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from vtp.distributed import gather_objects, is_sharded, local, sum_gradients, total
-from vtp.step import Logs, Moment, Term
-from vtp.training.optim import OptimConfig, parameters_of, set_rates, squared_norms
+from vtp.step import Logs, OptimConfig, StepContext, Term
+from vtp.training.optim import parameters_of, set_rates, squared_norms
+
+
+class Requests(NamedTuple):
+    """What a rank asks of the loop after a step; all ranks do what any of them asks."""
+
+    stop: bool = False
+    checkpoint: bool = False
+
+
+NONE = Requests()
 
 
 class Outcome(NamedTuple):
@@ -21,25 +31,25 @@ class Outcome(NamedTuple):
 
     logs: dict[str, Tensor | float]
     finite: bool
-    wishes: tuple[bool, ...]  # whether any rank has the wish
+    requests: Requests  # of any rank
 
 
 class Update:
     """The optimiser of a phase and its rules."""
 
     def __init__(
-        self, phase: str, optimizer: torch.optim.Optimizer, config: OptimConfig, watched: Sequence[nn.Parameter]
+        self, phase: str, optimizer: torch.optim.Optimizer, config: OptimConfig, shared: Sequence[nn.Parameter]
     ) -> None:
         self.phase = phase
         self.optimizer = optimizer
         self.config = config
         self._parameters = parameters_of(optimizer)
         own = set(self._parameters)
-        self._watched = [parameter for parameter in watched if parameter in own]
+        self._shared = [parameter for parameter in shared if parameter in own]
 
-    def apply(self, terms: Iterator[Term], moment: Moment, *, wishes: Sequence[bool] = ()) -> Outcome:
-        """Differentiate `terms` and step, unless the gradient is not finite: then weights and moments stay."""
-        geometry = _Geometry(self._watched) if moment.watched and self._watched else None
+    def apply(self, terms: Iterator[Term], context: StepContext, *, requests: Requests = NONE) -> Outcome:
+        """Differentiate `terms` and step, unless the gradient is not finite: then weights and optimiser state stay."""
+        similarity = _GradientSimilarity(self._shared) if context.log_step and self._shared else None
         parts: dict[str, Tensor] = {}
         # Terms are computed lazily: the loop body runs between two of them.
         for term in terms:
@@ -47,27 +57,27 @@ class Update:
                 plain = torch.as_tensor(value, device=self._parameters[0].device).detach().float()
                 parts[name] = parts[name] + plain if name in parts else plain
             if term.loss is not None:
-                if geometry is not None:
-                    geometry.begin(term.name)
+                if similarity is not None:
+                    similarity.begin(term.name)
                 term.loss.backward()
-        if geometry is not None:
-            geometry.restore()
+        if similarity is not None:
+            similarity.restore()
         sum_gradients(self._parameters)
-        norm, values, agreed = self._summarise(parts, wishes)
+        norm, values, agreed = self._summarise(parts, requests)
         finite = bool(torch.isfinite(norm))
         logs: dict[str, Tensor | float] = dict(zip(parts, values, strict=True))
         if finite:
             self._clip(norm)
-            logs[f"{self.phase}_lr"] = set_rates(self.optimizer, self.config, moment)
+            logs[f"{self.phase}_lr"] = set_rates(self.optimizer, self.config, context)
             logs[f"{self.phase}_gradient_norm"] = norm
-            if geometry is not None:
-                logs |= geometry.logs()
+            if similarity is not None:
+                logs |= similarity.logs()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Outcome(logs, finite, agreed)
 
-    def blame(self, terms: Iterator[Term]) -> str:
-        """Who began it, found by computing the step again: the objectives, and the ranks that hold the samples."""
+    def find_nonfinite(self, terms: Iterator[Term]) -> str:
+        """Where it began, by computing the step again: the objectives, and the ranks that hold the samples."""
         signs: list[tuple[int, str, str]] = []
         for term in terms:
             if any(not bool(torch.isfinite(feature).all()) for feature in term.own):
@@ -81,23 +91,21 @@ class Update:
             self.optimizer.zero_grad(set_to_none=True)
         of_ranks = gather_objects(signs)
         strongest = min((sign[0] for signs in of_ranks for sign in signs), default=None)
-        found = [
+        origins = [
             f"{name} ({what}) on rank {rank}"
             for rank, signs in enumerate(of_ranks)
             for level, name, what in dict.fromkeys(signs)
             if level == strongest
         ]
-        return ", ".join(found) or "only the sum of all objectives"
+        return ", ".join(origins) or "only the sum of all objectives"
 
-    def _summarise(
-        self, parts: Mapping[str, Tensor], wishes: Sequence[bool]
-    ) -> tuple[Tensor, Sequence[Tensor], tuple[bool, ...]]:
-        """Norm of the whole gradient, global scalars, and the wishes of any rank, in one small reduction."""
+    def _summarise(self, parts: Mapping[str, Tensor], requests: Requests) -> tuple[Tensor, Sequence[Tensor], Requests]:
+        """Norm of the whole gradient, global scalars, and the requests of any rank, in one small reduction."""
         replicated, sharded = squared_norms(self._parameters)
-        wanted = torch.tensor(wishes, dtype=torch.float32).to(replicated.device, non_blocking=True)
+        wanted = torch.tensor(requests, dtype=torch.float32).to(replicated.device, non_blocking=True)
         summed = total(torch.cat([torch.stack([*parts.values(), sharded.float()]), wanted]))
         *values, squared = summed[: len(parts) + 1].unbind()
-        agreed = tuple(bool(wish) for wish in summed[len(parts) + 1 :].tolist())
+        agreed = Requests(*(bool(asked) for asked in summed[len(parts) + 1 :].tolist()))
         return (replicated + squared).sqrt(), values, agreed
 
     def _clip(self, norm: Tensor) -> None:
@@ -106,7 +114,7 @@ class Update:
             torch._foreach_mul_(gradients, (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
-class _Geometry:
+class _GradientSimilarity:
     """Norms and pairwise cosines of the objectives' gradients on shared parameters.
 
     Each objective's gradient is set aside and all are added up in the end: a difference of sums would lose a small one

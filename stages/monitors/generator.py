@@ -1,0 +1,198 @@
+"""Validation loss, samples and a Fréchet distance during the generator's training, and its milestones."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from stages.figures.drawing import grid
+from stages.monitors.snapshots import SnapshotStore
+from vtp.artefact import load_tensors, save_tensors
+from vtp.config import Config
+from vtp.data.latents import LatentDataset
+from vtp.distributed import gather_rows, own_rows, ranks
+from vtp.evaluation.features import FeatureExtractor, count_name
+from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
+from vtp.evaluation.samples import draw_noise
+from vtp.flow import SamplerConfig, flow_matching_loss, sample
+from vtp.host import Host
+from vtp.layers.images import to_uint8
+from vtp.models.base import Tokenizer
+from vtp.objectives.generation import GenerationObjective
+from vtp.step import Logs, StepContext
+
+
+class OnlineFidConfig(Config):
+    """A Fréchet distance at every evaluation: samples of the averaged weights against the reference."""
+
+    samples: int = Field(ge=2, description="samples that are drawn at every evaluation")
+
+
+class GeneratorMonitorConfig(Config):
+    """Evaluations during the generator's training, of the averaged weights that will be kept."""
+
+    evaluations: int = Field(ge=1, description="evaluations, evenly spaced over the run; the last is at its end")
+    validation: int = Field(
+        ge=0, description="held-out latents whose loss is taken, each with its own fixed t and noise"
+    )
+    pictures: int = Field(ge=0, description="samples of fixed seeds that are drawn and decoded")
+    sampler: SamplerConfig = Field(description="how the pictures and the samples of the Fréchet distance are drawn")
+    batch_size: int = Field(ge=1, description="samples of a forward pass")
+    fid: OnlineFidConfig | None = Field(
+        description="a Fréchet distance along the run; needs --reference, and wants a tuned --decoder; null for none"
+    )
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        description="shares of the run at which the averaged weights are kept, to guide or to compare"
+    )
+
+    @model_validator(mode="after")
+    def _ranks_step_alike(self) -> Self:
+        if self.sampler.solver == "dopri5":
+            raise ValueError("sampler.solver: dopri5 takes other steps on every rank; choose euler or heun")
+        return self
+
+
+class FidReference(NamedTuple):
+    """What the online distance compares with, and in which features."""
+
+    extractor: FeatureExtractor
+    statistics: GaussianStatistics
+
+
+class GeneratorMonitor:
+    """Evaluations at even intervals; every rank does its share."""
+
+    def __init__(
+        self,
+        objective: GenerationObjective,
+        validation: LatentDataset,
+        tokenizer: Tokenizer,
+        config: GeneratorMonitorConfig,
+        *,
+        seed: int,
+        precision: str,
+        reference: FidReference | None,
+        host: Host,
+    ) -> None:
+        self._model = objective.averages[0]
+        self._validation = validation
+        self._tokenizer = tokenizer
+        self._config = config
+        self._seed = seed
+        self._snapshots = SnapshotStore(host.folder / "snapshots", config.evaluations)
+        self._device = host.device
+        self._precision = precision
+        self._reference = reference
+
+    def due(self, context: StepContext) -> bool:
+        return self._snapshots.due(context)
+
+    @torch.no_grad()
+    def evaluate(self, context: StepContext) -> Logs:
+        logs: dict[str, Tensor | float] = {}
+        if self._config.validation:
+            logs["validation_mse"] = self._validation_loss()
+        if self._config.pictures:
+            pixels = gather_rows(torch.cat([part.cpu() for part in self._sample(self._config.pictures)]))
+            if ranks().first:
+                self._snapshots.save(context, pixels)
+        if self._config.fid is not None and self._reference is not None:
+            extractor, real = self._reference
+            count = self._config.fid.samples
+            drawn = GaussianStatistics(extractor.dim)
+            for pixels in self._sample(count):
+                drawn.update(extractor(pixels).pooled)
+            name = f"gfid_{extractor.name}_{count_name(count)}_{self._config.sampler.guidance}_balanced"
+            logs[name] = frechet_distance(real, drawn.over_ranks())
+        return logs
+
+    def draw(self, path: Path, *, steps: int) -> None:
+        """The same noise at every evaluation, as one PNG."""
+        rows = self._snapshots.rows(steps)
+        grid(list(rows.values()), list(rows), path, title="samples of the same noise along the run")
+
+    def _validation_loss(self) -> float:
+        """Mean squared error of the velocity, at times that are evenly spaced over the samples."""
+        count = min(self._config.validation, len(self._validation))
+        losses = []
+        for indices, kept in _even(count, self._config.batch_size):
+            rows = np.asarray(indices)
+            latents = self._validation.statistics.normalise(self._validation.rows(rows)).to(self._device)
+            noise = self._noise("validation", indices)
+            t = torch.from_numpy((rows + 0.5) / count).float().to(self._device)
+            labels = self._validation.labels[torch.from_numpy(rows)].to(self._device)
+            with self._reduced():
+                loss = flow_matching_loss(self._model, latents, labels, t=t, noise=noise)
+            losses.append(loss.mse[:kept].cpu())
+        return float(gather_rows(torch.cat(losses)).double().mean())
+
+    def _sample(self, count: int) -> Iterator[Tensor]:
+        """This rank's share of `count` samples as uint8 pictures, in batches; labels go through the classes in turn."""
+        classes = len(self._validation.classes)
+        for indices, kept in _even(count, self._config.batch_size):
+            labels = torch.tensor([index % classes for index in indices], device=self._device)
+            noise = self._noise("samples", indices)
+            with self._reduced():
+                drawn = sample(self._model, noise, labels, **self._config.sampler.arguments())
+            yield to_uint8(self._tokenizer.decode(self._validation.statistics.denormalise(drawn)))[:kept]
+
+    def _reduced(self) -> torch.autocast:
+        """The precision of the training."""
+        return torch.autocast(self._device, torch.bfloat16, enabled=self._precision == "bfloat16")
+
+    def _noise(self, purpose: str, indices: Sequence[int]) -> Tensor:
+        noise = draw_noise(
+            self._seed, indices, self._validation.shape, purpose=f"looks/{purpose}"
+        )  # the address of these draws
+        return noise.to(self._device)
+
+
+def _even(count: int, size: int) -> Iterator[tuple[list[int], int]]:
+    """This rank's share of `count` samples in batches, and how many of each count.
+
+    All ranks get as many batches, of one size: sharded weights are gathered by all of them together.
+    """
+    own, most = list(own_rows(count)), -(-count // ranks().size)
+    size = min(size, most)
+    for first in range(0, most, size):
+        rows = own[first : first + size]
+        yield rows + [0] * (size - len(rows)), len(rows)
+
+
+class GeneratorMilestones:
+    """The averaged weights at chosen shares of a run."""
+
+    def __init__(self, objective: GenerationObjective, shares: Sequence[float], *, folder: Path) -> None:
+        self._objective = objective
+        self._shares = sorted(shares)
+        self._folder = folder
+
+    def due(self, context: StepContext) -> bool:
+        return bool(self._reached(context))
+
+    def evaluate(self, context: StepContext) -> Logs:
+        state = self._objective.averaged(0)
+        if ranks().first:
+            for share in self._reached(context):
+                save_tensors(self._path(share), state)
+        return {}
+
+    def saved(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts by the names of their folders."""
+        return {_name(share): load_tensors(self._path(share)) for share in self._shares}
+
+    def _path(self, share: float) -> Path:
+        return self._folder / f"{_name(share)}.safetensors"
+
+    def _reached(self, context: StepContext) -> list[float]:
+        return [
+            share for share in self._shares if context.step < max(1, round(share * context.steps)) <= context.step + 1
+        ]
+
+
+def _name(share: float) -> str:
+    return f"at-{share:g}"

@@ -1,0 +1,226 @@
+"""`python -m stages.<stage> --plan`: what a run takes, before anything is bought or allocated.
+
+What the plans of all stages share: options, what the parameters say of inputs that do not exist yet, memory, and the
+record that is printed. Parameters and FLOPs come from shapes. Activation memory is counted by running one sample through
+the real modules with tensors that have shapes and no contents, and adding up what autograd would keep.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stages.prepare_data import PrepareData
+from stages.pretrain import Pretrain
+from vtp.config import ConfigError, load, read_yaml, split_address
+from vtp.curation.ingest.compose import EmbeddedConfig
+from vtp.models.tokenizer import TokenizerConfig
+from vtp.objectives.cost import decoder_flops, encoder_flops
+
+FLOAT = 4  # bytes
+LABEL = 8  # bytes
+GIGA = 1e9
+PEAKS = {"bfloat16": 9.89e14, "float32": 6.7e13}  # FLOP/s of an H100, dense, float32 without TF32
+IMAGENET = {"images": 1_281_167, "validation_images": 50_000, "classes": 1000}
+
+
+class Figure(NamedTuple):
+    """One figure of a plan."""
+
+    value: float  # in its own unit: parameters, FLOPs, bytes, seconds, or a count; NaN where nothing is known
+    text: str  # as it is printed
+
+
+class Estimate:
+    """What a run takes: figures by section and name, in the order in which they are printed."""
+
+    def __init__(self) -> None:
+        self.sections: dict[str, dict[str, Figure]] = {}
+
+    def section(self, title: str) -> dict[str, Figure]:
+        """A new section, to be filled."""
+        return self.sections.setdefault(title, {})
+
+    def __getitem__(self, name: str) -> Figure:
+        """The figure of that name, in whichever section."""
+        return next(figures[name] for figures in self.sections.values() if name in figures)
+
+    def text(self) -> str:
+        """As it is printed."""
+        lines = []
+        for title, figures in self.sections.items():
+            lines += ["", title, *(f"  {name:36}{figure.text}" for name, figure in figures.items())]
+        return "\n".join(lines)
+
+
+class SplitSize(NamedTuple):
+    """Samples of a split."""
+
+    samples: int
+    labelled: int  # of which have a class
+
+
+class PlannedInputs(NamedTuple):
+    """What a stage behind pre-training reads, as far as a plan needs it."""
+
+    tokenizer: TokenizerConfig
+    splits: Mapping[str, SplitSize]
+    classes: int
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(d, h, w)."""
+        return self.tokenizer.vision.feature_bottleneck, self.tokenizer.grid_size, self.tokenizer.grid_size
+
+    @property
+    def latent_numbers(self) -> int:
+        """Numbers of a latent."""
+        channels, height, width = self.latent_shape
+        return channels * height * width
+
+    @property
+    def encoder_flops(self) -> float:
+        """Of the latents of one image."""
+        return encoder_flops(self.tokenizer.vision, self.tokenizer.image_size, bottleneck=True)
+
+    @property
+    def decoder_flops(self) -> float:
+        """Of one image."""
+        return decoder_flops(self.tokenizer.decoder, self.tokenizer.vision, self.tokenizer.image_size)
+
+    def split(self, name: str) -> SplitSize:
+        """Raises ConfigError for a split whose size nothing says."""
+        if name not in self.splits:
+            raise ConfigError(f"a plan knows the sizes of {', '.join(self.splits)}, and not of the split {name!r}")
+        return self.splits[name]
+
+
+def options_for(stage: str) -> argparse.ArgumentParser:
+    """Options of all plans."""
+    parser = argparse.ArgumentParser(f"python -m stages.{stage} --plan", description="What a run would take.")
+    default = f"params.yaml:{stage}"
+    parser.add_argument("address", metavar="FILE:SECTION", nargs="?", default=default, help=f"default: {default}")
+    parser.add_argument("--gpus", type=int, default=1, help="devices in all")
+    peaks = ", ".join(f"{peak:g} in {precision}" for precision, peak in PEAKS.items())
+    parser.add_argument("--peak", type=float, help=f"FLOP/s of a device; an H100, dense: {peaks}")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached")
+    return parser
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Those of stages that train."""
+    parser.add_argument("--micro-batch", type=int, help="most samples of a GPU in one pass")
+    parser.add_argument("--fsdp", action="store_true", help="weights and optimiser state sharded over the GPUs")
+    parser.add_argument("--checkpoints-kept", type=int, default=2)
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Those of stages behind pre-training; what is not given comes from the sections of the same file."""
+    parser.add_argument("--tokenizer", metavar="FILE:SECTION", help="parameters of pretrain; default: FILE:pretrain")
+    parser.add_argument("--images", type=int, help="labelled training images; default: prepare_data's, or ImageNet's")
+    parser.add_argument("--validation-images", type=int, help="those of validation, likewise")
+    parser.add_argument("--classes", type=int, help="likewise")
+
+
+def inputs_of(options: argparse.Namespace) -> PlannedInputs:
+    """Tokenizer, images and classes, from the options and the parameter file. Raises ConfigError."""
+    file, _ = split_address(options.address)
+    sections = read_yaml(file)
+    if options.tokenizer is None and "pretrain" not in sections:
+        raise ConfigError(
+            f"{file}: no section 'pretrain', whose tokenizer a plan takes; name one by --tokenizer FILE:SECTION, such as "
+            "pipelines/vtp/params.L.yaml:pretrain"
+        )
+    tokenizer = load(options.tokenizer or f"{file}:pretrain", Pretrain).architecture
+    train, validation = (SplitSize(IMAGENET[name], IMAGENET[name]) for name in ("images", "validation_images"))
+    classes = IMAGENET["classes"]
+    if "prepare_data" in sections:
+        source = load(f"{file}:prepare_data", PrepareData).source
+        if isinstance(source, EmbeddedConfig):
+            train, validation = (
+                SplitSize(count, round(count * (1 - source.scene_fraction)))  # scenes have no class
+                for count in (source.train_samples, source.validation_samples)
+            )
+            classes = source.classes
+    if options.images is not None:
+        train = SplitSize(options.images, options.images)
+    if options.validation_images is not None:
+        validation = SplitSize(options.validation_images, options.validation_images)
+    return PlannedInputs(tokenizer, {"train": train, "validation": validation}, options.classes or classes)
+
+
+def beside(options: argparse.Namespace, section: str) -> str:
+    """The address of another section of the same file."""
+    return f"{split_address(options.address)[0]}:{section}"
+
+
+def per_gpu(options: argparse.Namespace, count: int, *, named: str) -> tuple[int, int]:
+    """Samples of a GPU in one pass, and passes per step. Raises ConfigError where they do not split."""
+    if count % options.gpus:
+        raise ConfigError(f"{count} samples ({named}) do not split over {options.gpus} GPUs")
+    own = count // options.gpus
+    passes = -(-own // (options.micro_batch or own))
+    return -(-own // passes), passes
+
+
+def kept_per_sample(forward: Callable[[int], list[Tensor]]) -> float:
+    """Bytes per sample that autograd keeps, without recomputing, under the FakeTensorMode of the caller."""
+    # The difference of two counts leaves out what does not grow with the batch, such as cast weights.
+    return (_kept(forward, 4) - _kept(forward, 2)) / 2
+
+
+def autocast(precision: str) -> AbstractContextManager[object]:
+    """What a training run computes in."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _kept(forward: Callable[[int], list[Tensor]], count: int) -> int:
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = forward(count)  # alive until the count is done, so that no storage's number is used again
+    del outputs
+    return sum(sizes.values())
+
+
+def count_of(module: nn.Module) -> int:
+    """Parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def millions(parameters: int, digits: int = 2) -> Figure:
+    """A number of parameters."""
+    return Figure(parameters, f"{parameters / 1e6:,.{digits}f} M")
+
+
+def gigabytes(size: float, note: str = "") -> Figure:
+    """Bytes."""
+    return Figure(size, f"{size / GIGA:,.2f} GB{note}")
+
+
+def add_time(estimate: dict[str, Figure], options: argparse.Namespace, flops: float, *, precision: str) -> float:
+    """Add GPU hours and wall-clock time to a section; the seconds of the latter."""
+    peak = peak_of(options, precision)
+    seconds = flops / (peak * options.utilisation * options.gpus)
+    hours = seconds * options.gpus / 3600
+    estimate["GPU hours"] = Figure(hours, f"{rounded(hours)} at {options.utilisation:.0%} of {peak:.3g} FLOP/s")
+    estimate["wall clock"] = Figure(seconds, f"{rounded(seconds / 3600)} h on {options.gpus} GPUs")
+    return seconds
+
+
+def peak_of(options: argparse.Namespace, precision: str) -> float:
+    """FLOP/s of a device."""
+    return options.peak or PEAKS[precision]
+
+
+def rounded(value: float) -> str:
+    """Three digits, all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,41 @@
+"""The plan of evaluating a representation."""
+
+import math
+
+from stages.evaluate_understanding import EvaluateUnderstanding
+from stages.plans.estimate import Estimate, Figure, add_input_options, inputs_of, options_for
+from stages.plans.reference import Passes, add_passes
+from vtp.config import load
+from vtp.layers.preprocess import CentreView
+from vtp.objectives.cost import encoder_flops, text_flops
+
+
+def plan(arguments: list[str]) -> Estimate:
+    """What evaluating a representation takes."""
+    parser = options_for("evaluate_understanding")
+    add_input_options(parser)
+    options = parser.parse_args(arguments)
+    config, inputs = load(options.address, EvaluateUnderstanding), inputs_of(options)
+    vision, text, size = inputs.tokenizer.vision, inputs.tokenizer.text, inputs.tokenizer.image_size
+    probed = encoder_flops(vision, config.probes.size, bottleneck=False)
+    whole = encoder_flops(vision, size, bottleneck=False)
+    train = min(config.train_samples, inputs.split("train").labelled)
+    validation = inputs.split("validation").labelled
+    passes: Passes = {"encoder, train": (train, probed), "encoder, validation": (validation, probed)}
+    if config.probes.augment is not None:
+        passes["encoder, augmented epochs"] = (train * config.probes.multi.epochs, probed)
+    asked = config.protocols if text is not None else []
+    for protocol in dict.fromkeys(asked):
+        if protocol != "centre" or config.probes.view != CentreView(size, size):
+            passes[f"encoder, zero-shot {protocol}"] = (validation, whole)
+    if text is not None:
+        prompts = config.prompts
+        templates = {"openai": 80, "given": len(getattr(prompts, "templates", []))}.get(prompts.name)
+        passes["prompts"] = (inputs.classes * (templates or 0), text_flops(text) if templates else None)
+    # A picture is read once for all views of it.
+    stored = sum(count for name, (count, _) in passes.items() if name.startswith("encoder") and "zero" not in name)
+    estimate = Estimate()
+    add_passes(estimate, options, "evaluation of the representation", passes, precision=config.precision, stored=stored)
+    note = "the linear heads and nearest neighbours: small beside the encoder"
+    estimate.sections["time"]["left out"] = Figure(math.nan, note)
+    return estimate

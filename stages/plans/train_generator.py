@@ -1,0 +1,138 @@
+"""The plan of training a generator on cached latents, and what it shares with that of sampling."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stages.cache_latents import CacheLatents
+from stages.plans.estimate import (
+    FLOAT,
+    GIGA,
+    Estimate,
+    Figure,
+    PlannedInputs,
+    add_input_options,
+    add_time,
+    add_training_options,
+    autocast,
+    beside,
+    count_of,
+    gigabytes,
+    inputs_of,
+    kept_per_sample,
+    millions,
+    options_for,
+    per_gpu,
+)
+from stages.train_generator import TrainGenerator
+from vtp.config import load
+from vtp.flow import SamplerConfig, flow_matching_loss
+from vtp.flow.sampler import time_grid
+from vtp.layers.flops import TRAINING, forward_flops
+from vtp.models.lightningdit import LightningDiT
+from vtp.training.fit import run_length
+
+
+class ForwardPasses(NamedTuple):
+    """Of the models behind one sample."""
+
+    own: int  # of the generator under the sample's label
+    weak: int  # of what guidance leads away from
+
+
+def forward_passes(sampler: SamplerConfig) -> ForwardPasses | None:
+    """None for dopri5, which chooses its steps while it draws."""
+    if sampler.solver == "dopri5":
+        return None
+    steps = pairwise(time_grid(sampler.steps, sampler.timestep_shift).tolist())
+    times = [t for step in steps for t in (step if sampler.solver == "heun" else step[:1])]
+    start, end = sampler.guidance_interval
+    return ForwardPasses(len(times), 0 if sampler.guidance_scale == 1 else sum(start <= t <= end for t in times))
+
+
+def plan(arguments: list[str]) -> Estimate:
+    """What training a generator takes."""
+    parser = options_for("train_generator")
+    add_training_options(parser)
+    add_input_options(parser)
+    options = parser.parse_args(arguments)
+    config, inputs = load(options.address, TrainGenerator), inputs_of(options)
+    cache = load(beside(options, "cache_latents"), CacheLatents)
+    model = generator_of(config, inputs)
+    forward, count, images = generator_flops(model, inputs), count_of(model), inputs.split("train").labelled
+    per_step = TRAINING * forward * config.batch_size
+    length = run_length(config.training.length, samples=config.batch_size, flops=per_step)
+    estimate = Estimate()
+
+    estimate.section("parameters")["generator"] = millions(count)
+    step = estimate.section(f"FLOPs of a step: {config.batch_size:,} latents {list(inputs.latent_shape)}")
+    note = f"{forward / GIGA:,.1f} G a latent, {forward / 2 / GIGA:,.1f} G multiply-adds"
+    step["forward"] = Figure(forward, note)
+    step["step"] = Figure(per_step, f"{per_step:.3e} training")
+    step["run"] = Figure(length.flops, f"{length.flops:.3e} in {length.steps:,} steps, {length.samples:,} latents seen")
+    step["epochs"] = Figure(length.samples / images, f"{length.samples / images:,.1f} of {images:,} images")
+    step["evaluations along the run"] = _evaluations(config, inputs, forward)
+
+    memory = estimate.section(f"memory per GPU, {options.gpus} GPUs")
+    split = options.gpus if options.fsdp else 1
+    averages = {f"average, {momentum:g}": count for momentum in config.objective.ema}
+    static = {"weights": count, "gradients": count, "optimiser": 2 * count} | averages
+    memory |= {name: gigabytes(numbers * FLOAT / split) for name, numbers in static.items()}
+    share, passes = per_gpu(options, config.batch_size, named="train_generator.batch_size")
+    kept = share * activations(config, model, inputs)
+    memory["activations"] = gigabytes(kept, f" for {share:,} latents in one pass, {passes} per step")
+    note = " without workspace and tokenizer"
+    memory["sum"] = gigabytes(sum(static.values()) * FLOAT / split + kept, note)
+
+    time = estimate.section("time and disk")
+    seconds = add_time(time, options, length.flops, precision=config.training.precision)
+    time["duration of a step"] = Figure(seconds / length.steps, f"{seconds / length.steps:.3g} s")
+    size = inputs.latent_numbers * getattr(torch, cache.dtype).itemsize
+    rate = length.samples / seconds
+    note = f"{rate:,.0f} from storage, {rate * size / GIGA:.3g} GB/s in {cache.dtype}"
+    time["latents per second"] = Figure(rate, note)
+    cached = images * size * (2 if cache.horizontal_flips else 1)
+    time["latents"] = Figure(cached, f"{cached / GIGA:,.3g} GB; the faster when they fit into memory")
+    state = (3 + len(averages)) * count * FLOAT
+    time["checkpoint"] = Figure(state, f"{state / GIGA:,.1f} GB, and {options.checkpoints_kept} are kept")
+    models = len(averages) + len(config.monitor.milestones)
+    note = f"{models * count * FLOAT / GIGA:,.1f} GB: {models} times its weights, averages and milestones"
+    time["generator's folder"] = Figure(models * count * FLOAT, note)
+    return estimate
+
+
+def generator_of(config: TrainGenerator, inputs: PlannedInputs) -> LightningDiT:
+    """Without contents."""
+    with torch.device("meta"):
+        return LightningDiT(config.model.architecture(inputs.latent_shape, inputs.classes))
+
+
+def generator_flops(model: LightningDiT, inputs: PlannedInputs) -> float:
+    """Of one forward pass of one latent."""
+    return forward_flops(model, torch.zeros(1, *inputs.latent_shape), torch.zeros(1), torch.zeros(1).long())
+
+
+def activations(config: TrainGenerator, model: LightningDiT, inputs: PlannedInputs) -> float:
+    """Bytes that autograd keeps per latent, without recomputing and compiling."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast(config.training.precision):
+        model = model.to_empty(device="cpu")
+
+        def forward(count: int) -> list[Tensor]:
+            latents, labels = torch.empty(count, *inputs.latent_shape), torch.zeros(count, dtype=torch.long)
+            loss = flow_matching_loss(model, latents, labels, t=torch.empty(count), noise=torch.empty_like(latents))
+            return [loss.mse.mean() + config.objective.cosine_weight * loss.cosine.mean()]
+
+        return kept_per_sample(forward)
+
+
+def _evaluations(config: TrainGenerator, inputs: PlannedInputs, forward: float) -> Figure:
+    monitor, passes = config.monitor, forward_passes(config.monitor.sampler)
+    drawn = monitor.pictures + (monitor.fid.samples if monitor.fid else 0)
+    of_sample = (sum(passes) if passes else 0) * forward + inputs.decoder_flops
+    flops = monitor.evaluations * (monitor.validation * forward + drawn * of_sample)
+    each = f"{monitor.validation:,} losses and {drawn:,} samples each"
+    return Figure(flops, f"{flops:.3e} in {monitor.evaluations}, for {each}")

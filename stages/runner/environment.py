@@ -1,0 +1,207 @@
+"""The machine that a stage runs on: what the environment says, and the host that a stage gets.
+
+Nothing here changes a result beyond rounding, so none of it is a parameter and none of it invalidates a stage.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Self
+
+from pydantic import Field
+
+from vtp.artefact import write_json
+from vtp.config import Config, ConfigError
+from vtp.distributed import ranks
+from vtp.host import ProgressBar
+
+PREFIX = "VTP_"
+STOP = "stop"  # in the scratch folder: a request to stop, seen by all machines
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+NEVER = 2**31 - 1  # bytes above which free memory would go back
+
+
+class Interrupted(Exception):
+    """The stage has saved and stops because it was asked to."""
+
+
+class Runtime(Config):
+    """Environment variables `VTP_<NAME>`."""
+
+    device: str | None = Field(None, description="cpu or cuda; cuda where there is one")
+    ranks: int | None = Field(None, ge=1, description="processes per machine; every visible GPU, or one on a CPU")
+    nodes: int | None = Field(None, ge=1, description="machines; those of the Slurm job, or one")
+    rendezvous: str | None = Field(None, description="HOST:PORT of the first of several machines without Slurm")
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="weights on every rank, or sharded over the ranks")
+    micro_batch: int | None = Field(None, ge=1, description="most images of a rank in one pass; all, if not given")
+    compile: bool | None = Field(None, description="torch.compile; on GPUs, if not given")
+    recompute: bool = Field(False, description="compute activations again in the backward pass, to save memory")
+    workers: int | None = Field(None, ge=0, description="processes per rank that prepare batches; half of its cores")
+    processes: int | None = Field(None, ge=0, description="processes for work outside of torch; one per core")
+    checkpoint_seconds: float = Field(60, ge=0, description="time between checkpoints")
+    checkpoints_kept: int = Field(2, ge=1, description="checkpoints of a run on disk")
+    timeout_seconds: float = Field(1800, gt=0, description="wait for a rank or a batch at most so long")
+    peak_flops: float | None = Field(None, gt=0, description="of a device per second, for utilisation")
+    cache: str | None = Field(None, description="folder for shards that are fetched from elsewhere; in .scratch/")
+    cache_gigabytes: float = Field(100, gt=0, description="largest size of that folder")
+    pool: str | None = Field(None, description="folder of pictures that were ever downloaded; .scratch/download/")
+    weights: str | None = Field(None, description="folder of external weights; weights/")
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Self:
+        """Read the environment. Raises ConfigError for a variable that does not exist or a value that is none."""
+        given = {name: value for name, value in environment.items() if name.startswith(PREFIX)}
+        known = {PREFIX + field.upper(): field for field in cls.model_fields}
+        for name in given:
+            if name not in known:
+                close = get_close_matches(name, known, 1)
+                raise ConfigError(f"${name}: no such setting{f'; did you mean ${close[0]}?' if close else ''}")
+        try:
+            return cls.model_validate_strings({known[name]: value for name, value in given.items()})
+        except ValueError as error:
+            lines = [f"${PREFIX}{str(e['loc'][0]).upper()}: {e['msg']}" for e in getattr(error, "errors", list)()]
+            raise ConfigError("\n".join(lines) or str(error)) from None
+
+    @property
+    def torch_device(self) -> str:
+        """cpu or cuda."""
+        if self.device is not None:
+            return self.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def local_ranks(self) -> int:
+        """Processes that a stage starts on this machine."""
+        if self.ranks is not None:
+            return self.ranks
+        if self.torch_device != "cuda":
+            return 1
+        import torch
+
+        return torch.cuda.device_count()
+
+    @property
+    def cores(self) -> int:
+        """Processes for work outside of torch."""
+        return len(os.sched_getaffinity(0)) if self.processes is None else self.processes
+
+
+class LocalHost:
+    """`vtp.host.Host` on this machine: the scratch folder of a run, and what its environment says."""
+
+    def __init__(self, folder: Path, root: Path, runtime: Runtime) -> None:
+        self.folder = folder
+        self.runtime = runtime
+        self.weights = Path(runtime.weights) if runtime.weights else root / "weights"
+        self.shard_cache = Path(runtime.cache) if runtime.cache else root / ".scratch" / "shards"
+        self.facts: dict[str, int | float | str] = {}
+        self.signalled = False  # a signal asked this process to stop
+
+    @property
+    def device(self) -> str:
+        return self.runtime.torch_device
+
+    @property
+    def parallel(self) -> Literal["ddp", "fsdp"]:
+        return self.runtime.parallel
+
+    @property
+    def micro_batch(self) -> int | None:
+        return self.runtime.micro_batch
+
+    @property
+    def compiles(self) -> bool:
+        return self.device == "cuda" if self.runtime.compile is None else self.runtime.compile
+
+    @property
+    def recomputes(self) -> bool:
+        return self.runtime.recompute
+
+    @property
+    def processes(self) -> int:
+        return self.runtime.cores
+
+    @property
+    def workers(self) -> int:
+        if self.runtime.workers is not None:
+            return self.runtime.workers
+        return min(16, max(1, self.processes // (2 * self.runtime.local_ranks)))
+
+    @property
+    def shard_cache_bytes(self) -> float:
+        return self.runtime.cache_gigabytes * 1e9
+
+    @property
+    def download_store(self) -> Path | None:
+        return Path(self.runtime.pool) if self.runtime.pool else None
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        return self.runtime.checkpoint_seconds
+
+    @property
+    def checkpoints_kept(self) -> int:
+        return self.runtime.checkpoints_kept
+
+    @property
+    def timeout(self) -> float:
+        return self.runtime.timeout_seconds
+
+    @property
+    def peak_flops(self) -> float | None:
+        return self.runtime.peak_flops
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.signalled or (ranks().first and (self.folder.parent / STOP).exists())
+
+    @property
+    def stop_seen(self) -> bool:
+        return self.signalled or (self.folder.parent / STOP).exists()
+
+    def stop(self) -> NoReturn:
+        raise Interrupted
+
+    def record(self, **facts: float | str) -> None:
+        self.facts |= facts
+        if ranks().first:
+            write_json(self.folder.parent / "facts.json", self.facts)
+
+    def recorded(self) -> dict[str, Any]:
+        """All facts, whichever process recorded them."""
+        path = self.folder.parent / "facts.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def progress(self, total: int, description: str, unit: str, done: int = 0) -> AbstractContextManager[ProgressBar]:
+        from tqdm import tqdm
+
+        interval = 0.1 if sys.stderr.isatty() else 15.0
+        return tqdm(
+            total=total,
+            desc=description,
+            unit=unit,
+            initial=done,
+            mininterval=interval,
+            maxinterval=interval,
+            disable=not ranks().first,
+        )
+
+
+def keep_freed_memory(runtime: Runtime) -> None:
+    """Tell malloc not to give memory back to the kernel before the process ends.
+
+    By default glibc maps every large tensor afresh, and the first touch of each of its pages is a fault: they took
+    two fifths of the time of the root's `generate`. Nothing is done where tensors live on a GPU, or without glibc.
+    """
+    if runtime.torch_device == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+        libc.mallopt(M_MMAP_MAX, 0)

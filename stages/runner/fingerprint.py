@@ -1,0 +1,177 @@
+"""What identifies a run: digests of its inputs, and of what its code means.
+
+The meaning of code is the digest of a stage's import closure without comments, docstrings, annotations and formatting: a
+comment changes no digest; a changed formula changes those of the stages that can reach it.
+"""
+
+import ast
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from vtp.artefact import digest, write_json
+
+ROOT = Path(__file__).parents[2]  # the packages lie beside each other, in an experiment's copy too
+PACKAGES = ("vtp", "stages")
+# Packages and files that cannot change a result: how a run is started, resumed, logged, planned and timed.
+LEFT_OUT = (
+    "stages.runner",
+    "stages.plans",
+    "vtp.host",
+    "vtp.training.log",
+    "vtp.training.checkpoint",
+    "vtp.training.throughput",
+)
+LARGE = 16_000_000  # bytes; the digests of smaller files are taken every time
+
+
+def code_digest(module: str) -> str:
+    """SHA-256 over the meaning of every file that `module` can import within our packages."""
+    state = hashlib.sha256()
+    for name, path in sorted(closure(module).items()):
+        state.update(f"{name}\n{meaning(path.read_text(encoding='utf-8'))}\n".encode())
+    return state.hexdigest()
+
+
+def closure(module: str) -> dict[str, Path]:
+    """Modules of our packages that `module` imports, anywhere in their code, itself included; name -> file."""
+    found: dict[str, Path] = {}
+    queue = [module]
+    while queue:
+        name = queue.pop()
+        if name in found or _is_left_out(name) or (path := _file(name)) is None:
+            continue
+        found[name] = path
+        queue += _imports(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def _is_left_out(name: str) -> bool:
+    return any(name == left or name.startswith(f"{left}.") for left in LEFT_OUT)
+
+
+def meaning(source: str) -> str:
+    """The syntax tree as text, without what cannot change a result."""
+    return _dump(_Meaning().visit(ast.parse(source)))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(_AtRuntime().visit(tree)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            # `from a import b` may name a module or a value.
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] in PACKAGES:
+                parts = name.split(".")
+                yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _file(name: str) -> Path | None:
+    """The file of a module, or None when the name is a value in one."""
+    path = ROOT.joinpath(*name.split("."))
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.exists()), None)
+
+
+class _AtRuntime(ast.NodeTransformer):
+    """Drops what only type checkers see."""
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return ast.Pass()
+        return self.generic_visit(node)
+
+
+class _Meaning(ast.NodeTransformer):
+    """Drops docstrings, annotations of functions and variables, and descriptions of parameters.
+
+    Annotations of class attributes stay: they are what a parameter record accepts.
+    """
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        node.body = _without_docstring(node.body)
+        node.body = [self._plain(statement) for statement in node.body]
+        return self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        node.body = _without_docstring(node.body)
+        return self.generic_visit(node)
+
+    def visit_Module(self, node: ast.Module) -> ast.AST:
+        node.body = _without_docstring(node.body)
+        return self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        node.keywords = [keyword for keyword in node.keywords if keyword.arg != "description"]
+        return self.generic_visit(node)
+
+    def _plain(self, statement: ast.stmt) -> ast.stmt:
+        if isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            return ast.Assign([statement.target], statement.value, lineno=statement.lineno)
+        return statement
+
+
+def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+    first = body[0] if body else None
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        return body[1:] or [ast.Pass()]
+    return body
+
+
+def _dump(node: object) -> str:
+    """Like ast.dump, but empty fields are skipped, so that Python versions with new fields agree."""
+    if isinstance(node, ast.AST):
+        fields = [f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return f"{type(node).__name__}({', '.join(fields)})"
+    return f"[{', '.join(map(_dump, node))}]" if isinstance(node, list) else repr(node)
+
+
+class InputDigests:
+    """Digests of inputs. Those of large files are remembered in the file `store`, which several stages may use at a time.
+
+    A file is the one that was read when its path, inode, size and time of change are, as for DVC: a start that reads
+    terabytes first takes hours.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self._store = store
+        self._known = self._load()
+        self._new: dict[str, str] = {}
+
+    def of(self, path: Path) -> str:
+        """SHA-256 of a file or folder, as `vtp.artefact.digest` gives it. Raises ArtefactError when missing."""
+        found = digest(path, of_file=self._of_file)
+        if self._new:
+            self._save()
+        return found
+
+    def _of_file(self, path: Path) -> str:
+        status = path.stat()
+        if status.st_size < LARGE:
+            return digest(path)
+        name = f"{path.resolve()} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+        if name not in self._known:
+            self._known[name] = self._new[name] = digest(path)
+        return self._known[name]
+
+    def _load(self) -> dict[str, str]:
+        return json.loads(self._store.read_text(encoding="utf-8")) if self._store.exists() else {}
+
+    def _save(self) -> None:
+        self._store.parent.mkdir(parents=True, exist_ok=True)
+        with self._store.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            gone = [name for name in self._known if not Path(name.rsplit(" ", 3)[0]).exists()]
+            known = {name: value for name, value in (self._load() | self._new).items() if name not in gone}
+            write_json(self._store, known)
+        self._new.clear()

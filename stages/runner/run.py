@@ -1,0 +1,247 @@
+"""Runs a stage: parameters in, whole outputs out, resumable in between. Stages themselves know nothing of this.
+
+    python -m stages.pretrain params.yaml:pretrain --shards work/shards --tokenizer work/tokenizer ...
+
+Flags are the keyword parameters of the stage's `run`. A run is known by its fingerprint: parameters, contents of its
+inputs, meaning of its code. Equal fingerprints resume or republish; another one starts afresh.
+"""
+
+import argparse
+import errno
+import hashlib
+import inspect
+import json
+import logging
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+from stages.runner.environment import STOP, Interrupted, LocalHost, Runtime, keep_freed_memory
+from stages.runner.fingerprint import InputDigests, code_digest
+from stages.runner.launch import RankJob, run_ranks, several
+from stages.runner.scratch import Scratch, prune
+from vtp.artefact import remove, write_json
+from vtp.config import Config, ConfigError, load
+
+Input = Annotated[Path, "input"]
+Output = Annotated[Path, "output"]
+Inputs = Annotated[list[Path], "input", "several"]  # one flag, one path or more
+OptionalInput = Annotated[Path | None, "input", "optional"]
+OptionalOutput = Annotated[Path | None, "output", "optional"]
+
+FORMAT_VERSION = 1
+BAD_PARAMETERS, DRIFTED, INTERRUPTED = 2, 3, 130
+
+
+class StageError(Exception):
+    """The stage cannot start; the message says why and what to do."""
+
+
+def main(run: Callable[..., None], *, distributed: bool = False) -> None:
+    """Run a stage from the command line, and exit with its status.
+
+    A `distributed` stage runs on every device that there is. `--plan` prints what a run would take instead
+    (`stages.plans.<stage>`); the rest of the command line is the plan's.
+    """
+    arguments = sys.argv[1:]
+    try:
+        if "--plan" in arguments:
+            print(_plan_of(stage_name(run))([argument for argument in arguments if argument != "--plan"]).text())
+            status = 0
+        else:
+            status = _run(run, arguments, distributed=distributed)
+    except (ConfigError, StageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = BAD_PARAMETERS
+    sys.exit(status)
+
+
+def _plan_of(stage: str) -> Callable[[list[str]], Any]:
+    """The function `plan` of a stage's plan. Raises StageError when it has none."""
+    if not (Path(__file__).parents[1] / "plans" / f"{stage}.py").exists():
+        raise StageError(f"the stage {stage} has no plan: what it takes depends on its source alone")
+    return import_module(f"stages.plans.{stage}").plan
+
+
+def stage_name(run: Callable[..., None]) -> str:
+    """The name of the file that a stage is; a decorator's file is another one."""
+    return Path(inspect.getfile(inspect.unwrap(run))).stem
+
+
+def config_class(run: Callable[..., None]) -> type[Config]:
+    """The parameter record of a stage: the annotation of the first parameter of its `run`."""
+    return next(iter(get_type_hints(run).values()))
+
+
+def path_flags(run: Callable[..., None], kind: str) -> list[str]:
+    """Names of a stage's `input`, `output` or `optional` parameters."""
+    hints = get_type_hints(run, include_extras=True)
+    return [name for name, hint in hints.items() if kind in getattr(hint, "__metadata__", ())]
+
+
+def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -> int:
+    stage = stage_name(run)
+    address, inputs, outputs, provenance = _parse(run, stage, arguments)
+    config = load(address, config_class(run))
+    root = _project_root()
+    known = InputDigests(root / ".scratch" / "digests.json")
+    digests = {name: _input_digest(name, path, known) for name, path in inputs.items()}
+    identity = {"stage": stage, "config": config.model_dump(mode="json"), "inputs": digests}
+    code = code_digest(f"stages.{stage}")
+    fingerprint = hashlib.sha256(json.dumps([identity, code], sort_keys=True).encode()).hexdigest()[:16]
+    runtime = Runtime.of(os.environ)
+    scratch = Scratch(root / ".scratch" / stage / fingerprint)
+    destinations = outputs | {"provenance": provenance}
+    with scratch.locked():
+        prune(scratch.root.parent, scratch.root, Path("dvc.lock"))
+        if scratch.finished:
+            print(f"{stage}: this run is finished; its outputs are put back in place", file=sys.stderr)
+        else:
+            host = LocalHost(scratch.folder, root, runtime)
+            body = _Body(run, config, inputs, {name: scratch.output(name, path) for name, path in outputs.items()})
+            if distributed:  # others allocate little at once, or not by torch
+                keep_freed_memory(runtime)
+            status = _work(body, host, scratch, several=distributed and several(runtime))
+            if status:
+                return status
+            provenance_path = scratch.output("provenance", provenance)
+            write_json(
+                provenance_path, {"format_version": FORMAT_VERSION, **identity, "code": code, "facts": host.recorded()}
+            )
+            scratch.finish(destinations)
+        if (drift := _drift(address, config, stage, code)) is not None:
+            print(f"error: {drift}; the finished work is kept and used when they are set back", file=sys.stderr)
+            return DRIFTED
+        scratch.publish(destinations)
+    return 0
+
+
+class _Body(NamedTuple):
+    """A stage's function and its arguments."""
+
+    run: Callable[..., None]
+    config: Config
+    inputs: "dict[str, Path | list[Path]]"
+    outputs: dict[str, Path]
+
+    @property
+    def written(self) -> bool:
+        return all(path.exists() for path in self.outputs.values())
+
+
+def _work(body: _Body, host: LocalHost, scratch: Scratch, *, several: bool) -> int:
+    """Run the body here or on several ranks; its exit status. Our own errors are printed without a traceback."""
+    scratch.start()
+    _log_start(scratch.root / "run.log")
+    try:
+        problem = _run_ranks(body, host, scratch) if several else _run_here(body, host)
+    except Interrupted:
+        return INTERRUPTED
+    except (ValueError, FloatingPointError) as error:
+        logging.exception("the stage failed")
+        problem = str(error)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        problem = f"no space left for {error.filename or scratch.root}; free some and start again"
+    finally:
+        logging.info("ended, peak memory %.3g GB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    if problem is not None:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    if not body.written:
+        missing = [name for name, path in body.outputs.items() if not path.exists()]
+        raise RuntimeError(f"the stage returned without writing {', '.join(missing)}")
+    return 0
+
+
+def _run_here(body: _Body, host: LocalHost) -> None:
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        print("stopping after this step; the next start goes on from here", file=sys.stderr)
+        host.signalled = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, request_stop)
+    remove(host.folder.parent / STOP)
+    body.run(body.config, **body.inputs, **body.outputs, host=host)
+
+
+def _run_ranks(body: _Body, host: LocalHost, scratch: Scratch) -> str | None:
+    """What went wrong, if anything. Raises Interrupted when the ranks stopped because they were asked to."""
+    inputs = {n: [str(p) for p in path] if isinstance(path, list) else str(path) for n, path in body.inputs.items()}
+    outputs = {name: str(path) for name, path in body.outputs.items()}
+    stage, config = stage_name(body.run), body.config.model_dump(mode="json")
+    job = RankJob(stage, config, inputs, outputs, str(host.folder), str(_project_root()))
+    problem = run_ranks(job, scratch.root, host.runtime, lock=scratch.lock_descriptor)
+    if problem is None and not body.written and (scratch.root / STOP).exists():
+        raise Interrupted
+    return problem
+
+
+def _parse(
+    run: Callable[..., None], stage: str, arguments: list[str]
+) -> tuple[str, dict[str, Path | list[Path]], dict[str, Path], Path]:
+    module = inspect.getmodule(run)
+    parser = argparse.ArgumentParser(f"python -m stages.{stage}", description=(module and module.__doc__) or "")
+    parser.add_argument("address", metavar="FILE:SECTION", help="parameters, such as params.yaml:pretrain")
+    names = {kind: path_flags(run, kind) for kind in ("input", "output")}
+    optional, several = path_flags(run, "optional"), path_flags(run, "several")
+    for kind, flags in names.items():
+        for name in flags:
+            many = {"nargs": "+"} if name in several else {}
+            parser.add_argument(
+                _flag(name), type=Path, required=name not in optional, metavar="PATH", help=kind, **many
+            )
+    parser.add_argument("--provenance", type=Path, required=True, metavar="PATH", help="what the outputs were made of")
+    values = vars(parser.parse_args(arguments))
+    inputs, outputs = (
+        {name: values[name] for name in names[kind] if values[name] is not None} for kind in ("input", "output")
+    )
+    return values["address"], inputs, outputs, values["provenance"]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _input_digest(name: str, path: Path | list[Path], known: InputDigests) -> str | list[str]:
+    if isinstance(path, list):
+        return [str(_input_digest(name, each, known)) for each in path]
+    if not path.exists():
+        raise StageError(f"{_flag(name)} {path}: no such file or folder; run the stage that makes it, or dvc checkout")
+    return known.of(path)
+
+
+def _drift(address: str, config: Config, stage: str, code: str) -> str | None:
+    """What changed since the start, if anything: DVC records parameters and code as they are now."""
+    try:
+        same = load(address, type(config)) == config
+    except ConfigError:
+        same = False
+    if not same:
+        return f"{address} was edited during the run"
+    return None if code_digest(f"stages.{stage}") == code else f"the code of {stage} was edited during the run"
+
+
+def _project_root() -> Path:
+    """$DVC_ROOT, which names the original repository in an experiment's copy too; else the nearest folder with .dvc."""
+    if "DVC_ROOT" in os.environ:
+        return Path(os.environ["DVC_ROOT"])
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+
+
+def _log_start(path: Path) -> None:
+    """What does not belong to the result: versions, commit, host, time."""
+    logging.basicConfig(filename=path, level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    logging.info("started %s", " ".join(sys.argv))
+    logging.info("python %s on %s, commit %s", platform.python_version(), platform.node(), commit or "unknown")

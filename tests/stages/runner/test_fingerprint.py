@@ -1,0 +1,99 @@
+"""What a run is known by: code digests, and digests of inputs, which are remembered where they are large."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from stages.runner import fingerprint
+from stages.runner.fingerprint import LEFT_OUT, InputDigests, closure, code_digest, meaning
+from vtp.artefact import digest
+
+CODE = '''
+"""Docstring."""
+import math
+
+class Options(Config):
+    """Docstring."""
+    width: int = Field(ge=1, description="how wide")
+
+def area(x: float, y: float = 2.0) -> float:
+    """Docstring."""
+    # comment
+    z: float = x * y
+    return math.pi * z
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# comment", "# another comment"),
+        ('    """Docstring."""\n    # comment', "    # comment"),
+        ("x: float, y: float = 2.0) -> float", "x, y=2.0)"),
+        ("z: float = x * y", "z = (x  *  y)"),
+        ("how wide", "the width"),
+    ],
+)
+def test_what_means_nothing(old, new):
+    assert old in CODE
+    assert meaning(CODE.replace(old, new)) == meaning(CODE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("y: float = 2.0", "y: float = 3.0"), ("x * y", "x + y"), ("width: int", "width: float"), ("ge=1", "ge=2")],
+)
+def test_what_means_something(old, new):
+    assert old in CODE
+    assert meaning(CODE.replace(old, new)) != meaning(CODE)
+
+
+def test_closures_are_narrow():
+    pretrain, cache = closure("stages.pretrain"), closure("stages.cache_latents")
+    assert {"vtp.objectives.pretrain", "vtp.losses.dino", "vtp.models.tokenizer", "vtp.config"} <= set(pretrain)
+    assert "vtp.models.tokenizer" in cache
+    assert not {name for name in cache if name.startswith(("vtp.losses", "vtp.objectives", "vtp.training"))}
+    assert "vtp.models.lightningdit" not in pretrain
+    assert not [name for name in pretrain if name.startswith(LEFT_OUT)]
+
+
+def test_function_level_imports_count():
+    """The random VGG is imported at the top of a loss, lpips inside a function; ours are found in both places."""
+    assert "vtp.layers.random_vgg" in closure("stages.pretrain")
+
+
+def test_digest_is_stable_and_differs_between_stages():
+    assert code_digest("stages.generate") == code_digest("stages.generate") != code_digest("stages.pretrain")
+
+
+def test_left_out_modules_exist():
+    from importlib.util import find_spec
+
+    assert all(find_spec(name) for name in LEFT_OUT)
+
+
+def test_large_files_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "LARGE", 100)
+    store, folder, read = tmp_path / ".scratch" / "digests.json", tmp_path / "shards", []
+    folder.mkdir()
+    large, small = folder / "a large.tar", folder / "small.json"
+    large.write_bytes(b"x" * 100)
+    small.write_bytes(b"y" * 99)
+
+    def reading(path: Path, **how):
+        read.extend([path.name] if path.is_file() and not how else [])
+        return digest(path, **how)
+
+    monkeypatch.setattr(fingerprint, "digest", reading)
+    for expected in (["a large.tar", "small.json"], ["small.json"]):
+        read.clear()
+        assert InputDigests(store).of(folder) == digest(folder)
+        assert sorted(read) == expected
+    assert InputDigests(store).of(large) == digest(large)
+    large.write_bytes(b"z" * 100)
+    os.utime(large, ns=(0, 1))
+    assert InputDigests(store).of(folder) == digest(folder)
+    large.rename(folder / "other.tar")
+    assert InputDigests(store).of(folder) == digest(folder)
+    assert len(InputDigests(store)._known) == 1

@@ -1,0 +1,230 @@
+"""What plans say, against figures that were counted by another route, and against the code that they plan."""
+
+from importlib import import_module
+
+import pytest
+import torch
+from tiny import ROOT, merged, tiny_params, write_params
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from stages.plans import estimate, reference, train_generator, tune_decoder
+from stages.runner.fingerprint import closure
+from stages.runner.run import main
+from vtp.config import ConfigError, load, read_yaml
+from vtp.flow import SamplerConfig, sample
+from vtp.layers.random_vgg import STAGES, ConvStages
+
+PAPER = ROOT / "pipelines/imagenet/params.paper.yaml"
+STAGES_WITH_A_PLAN = [
+    *("pretrain", "tune_decoder", "cache_latents", "train_generator", "generate"),
+    *("reference", "evaluate_understanding", "evaluate_reconstruction", "evaluate_generator"),
+]
+
+
+def plan_of(stage, *arguments):
+    """What `python -m stages.<stage> --plan` would print, as a record."""
+    return import_module(f"stages.plans.{stage}").plan([*map(str, arguments)])
+
+
+@pytest.fixture
+def small(tmp_path):
+    write_params(tiny_params(), tmp_path / "params.yaml")
+    return tmp_path / "params.yaml"
+
+
+@pytest.fixture
+def paper(tmp_path):
+    """The paper's parameters with changes."""
+
+    def write(changes):
+        write_params(merged(read_yaml(PAPER), changes), tmp_path / "paper.yaml")
+        return tmp_path / "paper.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize("stage", STAGES_WITH_A_PLAN)
+def test_every_stage_has_a_plan(monkeypatch, capsys, small, stage):
+    run = import_module(f"stages.{stage}").run
+    monkeypatch.setattr("sys.argv", [stage, "--plan", f"{small}:{stage}", "--gpus", "2"])
+    with pytest.raises(SystemExit) as ended:
+        main(run)
+    printed = capsys.readouterr()
+    assert ended.value.code == 0, printed.err
+    plan = plan_of(stage, f"{small}:{stage}", "--gpus", "2")
+    assert printed.out == plan.text() + "\n"
+    assert plan["run"].value > 0
+    assert "at 40% of 6.7e+13 FLOP/s" in plan["GPU hours"].text
+    assert "on 2 GPUs" in plan["wall clock"].text
+    assert plan["wall clock"].value == pytest.approx(plan["GPU hours"].value * 3600 / 2)
+
+
+def test_a_stage_without_a_plan_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["report", "--plan"])
+    with pytest.raises(SystemExit):
+        main(import_module("stages.report").run)
+    assert "the stage report has no plan" in capsys.readouterr().err
+
+
+def test_plan_of_vtp_l():
+    """The plan of a run on 256 devices; its cost is what a count by another route gave (1,049 GFLOP a sample)."""
+    address = f"{ROOT}/pipelines/vtp/params.L.yaml:pretrain"
+    plan = plan_of("pretrain", address, "--gpus", "256", "--micro-batch", "64")
+    assert plan["per sample"].value / 1e9 == pytest.approx(1049, rel=0.02)
+    assert plan["activations, clip"].value > 0
+    with pytest.raises(ConfigError, match="do not split over 3 GPUs"):
+        plan_of("pretrain", address, "--gpus", "3")
+
+
+@pytest.mark.parametrize(
+    ("size", "millions", "multiply_adds", "run"), [("B", 130.61, 23.0, 1.4e19), ("XL", 675.33, 118.4, 7.3e19)]
+)
+def test_generators_are_the_authors(paper, size, millions, multiply_adds, run):
+    """At 64 channels and 256 tokens, for 80 epochs; the other count leaves out the conditions' layers."""
+    params = paper({"train_generator": {"model": {"size": {"name": size}, "use_qknorm": False}}})
+    plan = plan_of("train_generator", f"{params}:train_generator", "--micro-batch", "64")
+    assert plan["epochs"].text.startswith("79.9 of 1,281,167")
+    assert plan["forward"].value / 2e9 == pytest.approx(multiply_adds, rel=3e-3)
+    assert plan["run"].value == pytest.approx(run, rel=0.02)
+    assert plan["generator"].value / 1e6 == pytest.approx(millions, abs=0.005)
+    assert plan["weights"].value == 4 * plan["generator"].value
+    assert plan["checkpoint"].value == 4 * plan["weights"].value  # with the optimiser's state and one average
+
+
+def test_latents_of_imagenet(paper):
+    plan = plan_of("cache_latents", f"{paper({'cache_latents': {'horizontal_flips': False}})}:cache_latents")
+    assert plan["latents, train"].text == "42 GB in 129 files"
+    both = plan_of("cache_latents", f"{PAPER}:cache_latents", "--images", "640000")
+    assert both["latents, train"].text == "41.9 GB in 64 files"  # half of the images, and their flips
+
+
+def test_micro_batches_and_shards_take_less_memory(paper):
+    size = {"name": "own", "hidden_size": 768, "depth": 2, "num_heads": 12}
+    address = f"{paper({'train_generator': {'model': {'size': size}}})}:train_generator"
+
+    def of(*options):
+        plan = plan_of("train_generator", address, *options)
+        return [plan[name].value for name in ("activations", "optimiser", "GPU hours")]
+
+    whole, fewer, sharded = of(), of("--micro-batch", "256"), of("--micro-batch", "256", "--gpus", "4", "--fsdp")
+    assert fewer == pytest.approx([whole[0] / 4, *whole[1:]], rel=1e-6)
+    assert sharded == pytest.approx([fewer[0], fewer[1] / 4, fewer[2]], rel=1e-6)
+
+
+def test_activations_are_those_of_a_run(small):
+    """Tensors without contents are kept as real ones are."""
+    model = ConvStages(STAGES[:1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        planned = estimate.kept_per_sample(lambda count: model(torch.empty(count, 3, 8, 8)))
+    assert planned == estimate.kept_per_sample(lambda count: model(torch.rand(count, 3, 8, 8))) > 64 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize(("scale", "interval"), [(1.0, (0.0, 1.0)), (2.0, (0.0, 1.0)), (2.0, (0.125, 0.6))])
+def test_forward_passes_are_those_of_the_sampler(solver, scale, interval):
+    asked = {"own": 0, "weak": 0}
+
+    def strong(x, t, labels):
+        asked["own"] += len(x)
+        return x
+
+    def weak(x, t, labels):
+        asked["weak"] += len(x)
+        return x
+
+    config = SamplerConfig(
+        solver=solver,
+        steps=7,
+        timestep_shift=0.3,
+        guidance_scale=scale,
+        guidance_interval=interval,
+        guidance_channels="all",
+        guide="generator",
+    )
+    sample(strong, torch.zeros(1, 2, 2, 2), torch.zeros(1).long(), guide_model=weak, **config.arguments())
+    assert train_generator.forward_passes(config)._asdict() == asked
+    assert train_generator.forward_passes(config.model_copy(update={"solver": "dopri5"})) is None
+
+
+def test_sampling(paper):
+    changes = {"settings": {"guided": {"solver": "dopri5"}}}
+    plan = plan_of("generate", f"{paper({'generate': changes})}:generate")
+    assert plan["unguided"].text.startswith("249 forward passes, 11.5 T")  # .57e18 FLOPs for 50,000 samples
+    assert plan["guided"].text.startswith("unknown: dopri5")
+    assert plan["without"].text == "guided: its solver is dopri5"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adversary": None},
+        {"objective": {"noise": {"std": 0.8}, "perceptual": {"name": "random_vgg16", "seed": 0, "stages": 1}}},
+        {
+            "adversary": {
+                "discriminator": {
+                    "name": "features",
+                    "network": {"name": "tokenizer", "image_size": None, "blocks": 2},
+                    "kernel": 3,
+                }
+            }
+        },
+    ],
+)
+def test_tuning_costs_what_its_objective_says(tmp_path, changes):
+    from stages.tune_decoder import TuneDecoder
+    from vtp.losses.perceptual import build_perceptual
+    from vtp.models.tokenizer import VisualTokenizer
+    from vtp.objectives.adversary import build_adversary
+    from vtp.objectives.decoder import DecoderObjective
+
+    write_params(merged(tiny_params(), {"tune_decoder": changes}), tmp_path / "params.yaml")
+    config = load(f"{tmp_path}/params.yaml:tune_decoder", TuneDecoder)
+    inputs = estimate.inputs_of(_options(tmp_path / "params.yaml"))
+    model, adversary = VisualTokenizer(inputs.tokenizer), None
+    if config.adversary is not None:
+        adversary = build_adversary(config.adversary, None, seed=0, tokenizer=model, features=None)
+    perceptual = build_perceptual(config.objective.perceptual, weights=tmp_path)
+    std = torch.ones(8) if config.objective.noise.std else None
+    objective = DecoderObjective(model, adversary, config.objective, perceptual=perceptual, channel_std=std, seed=0)
+    with torch.device("meta"):
+        shapes = VisualTokenizer(inputs.tokenizer)
+    planned = tune_decoder.cost(config, inputs, tune_decoder.discriminator_of(config, shapes))
+    assert sum(planned.values()) == pytest.approx(objective.step_cost(1).flops, rel=0.01)
+
+
+def test_features():
+    """Inception has 5.7 G multiply-adds; what shapes do not tell is left out."""
+    assert reference.features_flops(_features(name="inception"), 256) == pytest.approx(11.4e9, rel=0.01)
+    assert reference.features_flops(_features(name="clip", architecture="vit-b-32"), 256) is None
+
+
+def test_a_tokenizer_of_another_file(tmp_path):
+    values = tiny_params()
+    del values["pretrain"], values["prepare_data"]
+    write_params(values, tmp_path / "params.yaml")
+    address = f"{tmp_path}/params.yaml:cache_latents"
+    with pytest.raises(ConfigError, match="no section 'pretrain'.*--tokenizer FILE:SECTION"):
+        plan_of("cache_latents", address)
+    plan = plan_of("cache_latents", address, "--tokenizer", f"{PAPER}:pretrain", "--validation-images", "7")
+    assert plan["latents, validation"].value == 7 * 64 * 16 * 16 * 4 * 2  # float32, and horizontal flips
+
+
+@pytest.mark.parametrize("stage", STAGES_WITH_A_PLAN)
+def test_plans_change_no_result(stage):
+    """They are no part of what a stage's code means."""
+    assert not [name for name in closure(f"stages.{stage}") if name.startswith("stages.plans")]
+
+
+def _options(params):
+    parser = estimate.options_for("any")
+    estimate.add_input_options(parser)
+    return parser.parse_args([f"{params}:any"])
+
+
+def _features(**values):
+    from pydantic import TypeAdapter
+
+    from vtp.evaluation.features import FeaturesConfig
+
+    return TypeAdapter(FeaturesConfig).validate_python(values | {"weights": "none", "sha256": "none"})

@@ -1,0 +1,199 @@
+"""The store: every picture that was ever fetched with the same parameters, and every failure, whatever the list was.
+
+    rows/<name>.parquet  what became of each row of a shard, sorted by `order`
+    tars/<name>.tar      img2dataset's tar of it: image, caption, metadata
+
+A table is written when its tar is in place, so what it tells is there. Tables cover ranges of `order`, and a list is
+walked in that order: only those that overlap the rows at hand are in memory, be it a billion in all.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from vtp.artefact import ArtefactError, whole_file
+from vtp.curation.rows import KEY, ORDER, SHA256, URL, parts
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUCCESS, FAILED = "success", "failed"
+SHA256_DIFFERS = "sha256 differs"
+BATCH = 65_536
+
+
+class DownloadRecord(NamedTuple):
+    """What became of a row in one attempt. `expected` is the sha256 that was asked for, or empty."""
+
+    key: str
+    url: str
+    order: int
+    expected: str
+    attempt: int
+    status: str
+    error: str | None = None
+    message: str | None = None
+    tar: str | None = None
+    offset: int | None = None
+    size: int | None = None
+    stored_width: int | None = None
+    stored_height: int | None = None
+    width: int | None = None
+    height: int | None = None
+    sha256: str | None = None
+
+
+OUTCOME = DownloadRecord._fields[3:]
+
+
+def record_schema() -> "pa.Schema":
+    """Of `Record`."""
+    import pyarrow as pa
+
+    types = {"order": pa.uint64(), "attempt": pa.int32(), "offset": pa.int64(), "size": pa.int64()}
+    types |= dict.fromkeys(("stored_width", "stored_height", "width", "height"), pa.int32())
+    return pa.schema([(name, types.get(name, pa.string())) for name in DownloadRecord._fields])
+
+
+class _StoreTable:
+    """One file of rows, loaded while it is used."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self.path = path
+        self._rows: pa.Table | None = None
+        file = pq.ParquetFile(path)
+        column = file.schema_arrow.get_field_index(ORDER)
+        groups = [file.metadata.row_group(index).column(column).statistics for index in range(file.num_row_groups)]
+        self.low, self.high = min(group.min for group in groups), max(group.max for group in groups)
+
+    def rows(self) -> "pa.Table":
+        import pyarrow.parquet as pq
+
+        if self._rows is None:
+            self._rows = pq.read_table(self.path, schema=record_schema())
+        return self._rows
+
+    def drop(self) -> None:
+        self._rows = None
+
+
+class Store:
+    """A folder of rows and tars. One process at a time may write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tars, self._rows = folder / "tars", folder / "rows"
+        for part in (self.tars, self._rows):
+            part.mkdir(parents=True, exist_ok=True)
+        self._tables = [_StoreTable(path) for path in sorted(self._rows.glob("*.parquet"))]
+
+    def next_delivery(self) -> str:
+        """A number that no shard's name begins with yet."""
+        names = [path.name for folder in (self.tars, self._rows) for path in folder.iterdir()]
+        return f"{1 + max((int(name.partition('-')[0]) for name in names), default=0):05d}"
+
+    def holds(self, name: str) -> bool:
+        """Whether the rows of a shard are recorded."""
+        return (self._rows / f"{name}.parquet").exists()
+
+    def add(self, name: str, records: list[DownloadRecord]) -> None:
+        """Record the rows of a shard; its tar, if it has one, is in `tars` already."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not records:
+            return
+        records = sorted(records, key=lambda record: (record.order, record.key))
+        columns = dict(zip(DownloadRecord._fields, zip(*records, strict=True), strict=True))
+        path = self._rows / f"{name}.parquet"
+        with whole_file(path) as temporary:
+            pq.write_table(pa.table(columns, schema=record_schema()), temporary)
+        self._tables.append(_StoreTable(path))
+
+    def lookup(self, rows: "pa.Table", *, verify: bool) -> "pa.Table":
+        """What became of rows: the columns of `OUTCOME`, null for a row of which nothing valid is known.
+
+        `rows` hold key, url, sha256 and order. With `verify`, a picture of another sha256 than the row's is not valid,
+        and neither is the refusal of one that another sha256 was asked of. `attempt` counts in any case.
+        """
+        import pyarrow as pa
+
+        keys, here = [KEY, URL], np.arange(len(rows))
+        known = self._overlapping(rows[ORDER].to_numpy())
+        asked = pa.table({name: rows[name] for name in keys}).append_column("at", pa.array(here))
+        found = asked.join(known.drop_columns([ORDER]), keys, join_type="left outer").sort_by("at")
+        if len(found) != len(rows):
+            raise ArtefactError(f"{self.folder}: rows are recorded twice; delete this folder to fetch all again")
+        status, error, sha256, once = (texts(found[name]) for name in ("status", "error", "sha256", "expected"))
+        expected = expected_sha256(rows, verify=verify)
+        stale = (status == SUCCESS) & (expected != "") & (sha256 != expected)
+        stale |= (error == SHA256_DIFFERS) & (once != expected)
+        valid = found.select(OUTCOME).take(pa.array(here, mask=stale))
+        return valid.set_column(valid.schema.get_field_index("attempt"), "attempt", found["attempt"])
+
+    def _overlapping(self, order: np.ndarray) -> "pa.Table":
+        """The latest record of every row in the range of `order`."""
+        import pyarrow as pa
+
+        near = []
+        for table in self._tables:
+            if order.min() <= table.high and table.low <= order.max():
+                near.append(table.rows())
+            else:
+                table.drop()
+        known = pa.concat_tables([record_schema().empty_table(), *near])
+        if known["attempt"].to_numpy().max(initial=1) == 1:
+            return known
+        last = known.group_by([KEY, URL]).aggregate([("attempt", "max")]).rename_columns([KEY, URL, "attempt"])
+        return known.join(last, [KEY, URL, "attempt"], join_type="inner")
+
+
+def selected(selection: Path) -> Iterator[tuple[Path, "pa.Table"]]:
+    """The rows of a selection in order, some at a time, with the part they come from. Raises ArtefactError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path in parts(selection):
+        file = pq.ParquetFile(path)
+        names = set(file.schema_arrow.names)
+        if missing := {KEY, URL, ORDER} - names:
+            raise ArtefactError(f"{path}: no column {', '.join(sorted(missing))}; expected rows of the stage filter")
+        for batch in file.iter_batches(BATCH):
+            rows = pa.Table.from_batches([batch])
+            for name in (KEY, URL, SHA256):
+                column = rows[name].cast(pa.string()) if name in names else pa.nulls(len(rows), pa.string())
+                rows = _with(rows, name, column.fill_null("") if name == URL else column)
+            yield path, rows
+
+
+def fetchable(rows: "pa.Table") -> np.ndarray:
+    """Which rows [n] have an http or https URL; no other is ever asked for."""
+    starts = [url.lstrip()[:8].lower() for url in rows[URL].to_pylist()]
+    return np.array([start.startswith(("http://", "https://")) for start in starts], dtype=bool)
+
+
+def expected_sha256(rows: "pa.Table", *, verify: bool) -> np.ndarray:
+    """The sha256 that each row asks for, lower case; empty where there is none or it is not verified."""
+    values = [(text or "").lower() if verify else "" for text in rows[SHA256].to_pylist()]
+    return np.array(values, dtype=object)
+
+
+def texts(column: "pa.ChunkedArray") -> np.ndarray:
+    """Strings, empty where there is none."""
+    return column.fill_null("").to_numpy()
+
+
+def to_disk(path: Path) -> None:
+    """Wait until the bytes of a file are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _with(rows: "pa.Table", name: str, column: "pa.ChunkedArray") -> "pa.Table":
+    index = rows.schema.get_field_index(name)
+    return rows.append_column(name, column) if index < 0 else rows.set_column(index, name, column)

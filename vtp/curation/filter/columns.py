@@ -1,0 +1,242 @@
+"""Where a source keeps what: columns of DataComp, LAION, a pool or anything else, by role; checked before work starts."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from vtp.artefact import ArtefactError
+from vtp.config import Config, ConfigError
+from vtp.curation.filter.rules import IMAGE_COLUMNS, STATUS, ColumnKind, Need
+from vtp.curation.rows import CAPTION, HEIGHT, KEY, ORDER, ROLES, SHA256, URL, WIDTH
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+POOL_COLUMNS = (STATUS, "error", *IMAGE_COLUMNS, "stored_width", "stored_height")
+OPENERS = 16  # footers read at the same time
+
+
+class DatacompColumns(Config):
+    """Metadata of DataComp's pools."""
+
+    name: Literal["datacomp"]
+
+
+class LaionColumns(Config):
+    """Metadata of LAION-400M, 2B-en and their kin. They have no key: it is a digest of URL and caption."""
+
+    name: Literal["laion"]
+
+
+class PoolColumns(Config):
+    """A folder written by the stage download, or by this one."""
+
+    name: Literal["pool"]
+
+
+class MappedColumns(Config):
+    """The source's own names; null for what it does not have."""
+
+    name: Literal["mapped"]
+    key: str | None = Field(description="null: a digest of URL and caption")
+    url: str | None
+    caption: str | None
+    width: str | None
+    height: str | None
+    sha256: str | None
+
+    @model_validator(mode="after")
+    def _rows_can_be_told_apart(self) -> Self:
+        if self.key is None and self.url is None:
+            raise ValueError("key and url are both null: rows could not be told apart")
+        return self
+
+
+ColumnsConfig = Annotated[DatacompColumns | LaionColumns | PoolColumns | MappedColumns, Field(discriminator="name")]
+
+
+class Layout(NamedTuple):
+    """Which column of the source is what."""
+
+    roles: dict[str, str | None]  # role -> column
+    kept: tuple[str, ...]  # further columns of the output
+    aside: tuple[str, ...]  # columns that rules read and the output does not have
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Columns under their own names."""
+        return (*self.kept, *self.aside)
+
+    @property
+    def wanted(self) -> list[str]:
+        """Columns to read."""
+        return sorted({*(column for column in self.roles.values() if column), *self.extras})
+
+
+class MetadataSource(NamedTuple):
+    """Parquet files with one schema."""
+
+    files: tuple[Path, ...]
+    group_rows: tuple[tuple[int, ...], ...]  # rows of each row group of each file
+    layout: Layout
+    schema: "pa.Schema"  # of rows by role: key, order, url, ..., extras
+
+    @property
+    def rows(self) -> int:
+        """All rows."""
+        return sum(map(sum, self.group_rows))
+
+
+class _Footer(NamedTuple):
+    path: Path
+    group_rows: tuple[int, ...]
+    schema: "pa.Schema"
+
+
+def open_metadata(
+    rows: Path,
+    columns: DatacompColumns | LaionColumns | PoolColumns | MappedColumns,
+    wanted: Iterable[Need],
+    keep: Sequence[str] | Literal["all"],
+) -> MetadataSource:
+    """Open every file and check that it has all columns, of a usable type.
+
+    Raises ArtefactError for a file that is not parquet, ConfigError for a column.
+    """
+    files = [rows] if rows.is_file() else sorted(path for path in rows.rglob("*.parquet") if path.is_file())
+    if not files:
+        raise ArtefactError(f"{rows}: no .parquet file in it; expected metadata, or a pool of the stage download")
+    with ThreadPoolExecutor(OPENERS) as pool:
+        footers = list(pool.map(_open, files))
+    roles = _roles(columns)
+    needs = _needs(roles, columns, wanted)
+    kept = _kept(footers, columns, roles, keep)
+    for name in kept:
+        if name in (*ROLES, ORDER):
+            raise ConfigError(f"keep_columns: {name!r} is the name of a role, which every output has")
+    needs += [Need(name, "any") for name in kept]
+    for footer in footers:
+        for need in needs:
+            _check(footer, need)
+    own = {need.column for need in needs} - {column for column in roles.values() if column} - set(kept)
+    layout = Layout(roles, kept, tuple(sorted(own)))
+    return MetadataSource(
+        tuple(files), tuple(footer.group_rows for footer in footers), layout, _schema(footers, layout)
+    )
+
+
+def _open(path: Path) -> _Footer:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            groups = tuple(file.metadata.row_group(index).num_rows for index in range(file.num_row_groups))
+            return _Footer(path, groups, file.schema_arrow.remove_metadata())
+    except (OSError, pa.ArrowException) as error:
+        raise ArtefactError(f"{path}: not a whole parquet file ({error}); fetch it again or take it out") from None
+
+
+def _roles(columns: DatacompColumns | LaionColumns | PoolColumns | MappedColumns) -> dict[str, str | None]:
+    match columns:
+        case DatacompColumns():
+            names = ("uid", "url", "text", "original_width", "original_height", "sha256")
+        case LaionColumns():
+            names = (None, "URL", "TEXT", "WIDTH", "HEIGHT", None)
+        case PoolColumns():
+            names = ROLES
+        case MappedColumns():
+            given = columns
+            names = (given.key, given.url, given.caption, given.width, given.height, given.sha256)
+    return dict(zip(ROLES, names, strict=True))
+
+
+def _needs(
+    roles: dict[str, str | None],
+    columns: DatacompColumns | LaionColumns | PoolColumns | MappedColumns,
+    wanted: Iterable[Need],
+) -> list[Need]:
+    """What the files must have, under their own names."""
+    kinds: dict[str, ColumnKind] = {KEY: "any", URL: "text", CAPTION: "text", WIDTH: "number", HEIGHT: "number"}
+    found = [Need(column, kinds.get(role, "text")) for role, column in roles.items() if column]
+    for need in wanted:
+        if need.column in roles and roles[need.column] is None:
+            known = ", ".join(role for role, column in roles.items() if column)
+            raise ConfigError(f"a rule reads {need.column!r}, which columns {columns.name!r} lacks; there is {known}")
+        if need.column not in roles and need.column != ORDER:
+            found.append(need)
+    return found
+
+
+def _kept(
+    footers: Sequence[_Footer],
+    columns: DatacompColumns | LaionColumns | PoolColumns | MappedColumns,
+    roles: dict[str, str | None],
+    keep: Sequence[str] | Literal["all"],
+) -> tuple[str, ...]:
+    names = set(footers[0].schema.names)
+    own = [name for name in POOL_COLUMNS if name in names] if isinstance(columns, PoolColumns) else []
+    if keep == "all":
+        taken = {*roles, ORDER, *(column for column in roles.values() if column), *own}
+        return (*own, *sorted(names - taken))
+    return tuple(dict.fromkeys((*own, *keep)))
+
+
+def _check(footer: _Footer, need: Need) -> None:
+    from pyarrow import types
+
+    names = footer.schema.names
+    if need.column not in names:
+        near = get_close_matches(need.column, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{footer.path}: no column {need.column!r}; it has {', '.join(names)}{hint}")
+    kind = plain_type(footer.schema.field(need.column).type)
+    fits = {
+        "text": types.is_string(kind) or types.is_binary(kind),
+        "number": types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind),
+        "any": True,
+    }
+    if not fits[need.kind] and not types.is_null(kind):
+        raise ConfigError(f"{footer.path}: column {need.column!r} holds {kind}, expected {need.kind}s")
+
+
+def plain_type(kind: "pa.DataType") -> "pa.DataType":
+    """The type that equal values have, however a file encodes them."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if types.is_large_string(kind) or types.is_string_view(kind):
+        return pa.string()
+    if types.is_large_binary(kind) or types.is_binary_view(kind):
+        return pa.binary()
+    return kind
+
+
+def _schema(footers: Sequence[_Footer], layout: Layout) -> "pa.Schema":
+    """Of rows by role; where files differ in a further column, the type that holds the values of all."""
+    import pyarrow as pa
+
+    fields = [
+        pa.field(KEY, pa.string()),
+        pa.field(ORDER, pa.uint64()),
+        pa.field(URL, pa.string()),
+        pa.field(CAPTION, pa.string()),
+        pa.field(WIDTH, pa.int32()),
+        pa.field(HEIGHT, pa.int32()),
+        pa.field(SHA256, pa.string()),
+    ]
+    for name in layout.extras:
+        kinds = {plain_type(footer.schema.field(name).type) for footer in footers}
+        singles = [pa.schema([pa.field(name, kind)]) for kind in sorted(kinds, key=str)]
+        try:
+            fields.append(pa.unify_schemas(singles, promote_options="permissive").field(0))
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            found = ", ".join(sorted(map(str, kinds)))
+            raise ConfigError(f"column {name!r} is of other types in other files: {found}; make them agree") from None
+    return pa.schema(fields)

@@ -1,0 +1,107 @@
+"""The choice of a source: which one the parameters name, what it needs, and its pictures."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+
+from vtp.curation.ingest.archives import list_imagenet_parquet, list_imagenet_tars
+from vtp.curation.ingest.compose import EmbeddedConfig
+from vtp.curation.ingest.embedded import ComposedPictures
+from vtp.curation.ingest.encode import ImageConfig
+from vtp.curation.ingest.folders import FolderSource, HeldOut, TableSource, class_name, list_folder, list_table
+from vtp.curation.ingest.imagenet import ImageNetSource, describe_imagenet, list_imagenet_folders
+from vtp.curation.ingest.listed import ListedPictures
+from vtp.curation.ingest.listing import Entry, Listing, Naming, list_pictures
+from vtp.curation.ingest.pool import PoolSource, pooled_pictures
+from vtp.curation.ingest.shard_workers import IngestError
+from vtp.curation.ingest.source import Description, PictureSource
+from vtp.data.imagenet import imagenet_classes
+
+SourceConfig = Annotated[
+    EmbeddedConfig | ImageNetSource | FolderSource | TableSource | PoolSource, Field(discriminator="name")
+]
+
+
+class SourceFolders(NamedTuple):
+    """Folders that a source may read."""
+
+    source: Path | None
+    selection: Path | None
+
+
+class Opened(NamedTuple):
+    """A source, and what was seen while its pictures were listed."""
+
+    pictures: PictureSource
+    facts: dict[str, int]
+
+
+def open_pictures(
+    config: SourceConfig, image: ImageConfig, inputs: SourceFolders, scratch: Path, stop: Callable[[], bool]
+) -> Opened:
+    """The pictures of a source; those in files are listed first, in `scratch`.
+
+    Raises IngestError when inputs are missing, superfluous or hold something else, and Stopped when asked to stop.
+    """
+    _check_inputs(config.name, inputs)
+    if isinstance(config, EmbeddedConfig):
+        return Opened(ComposedPictures(config, image), {})
+    assert inputs.source is not None
+    if isinstance(config, PoolSource):
+        assert inputs.selection is not None
+        return Opened(pooled_pictures(config, inputs.source, inputs.selection, image), {})
+    ignored: Counter[str] = Counter()
+    unpacked = isinstance(config, ImageNetSource) and config.layout == "parquet"
+    root = scratch / "unpacked" if unpacked else inputs.source
+    if isinstance(config, ImageNetSource):
+        entries = _list_imagenet(config, inputs.source, root, ignored, stop)
+        naming = Naming(config.caption, lambda synset: imagenet_classes().names[synset])
+        held_out = None
+    else:
+        entries, naming = _list_own(config, inputs.source, ignored)
+        held_out = config.validation.share if isinstance(config.validation, HeldOut) else None
+    rows = scratch / "rows"
+    listing = list_pictures(entries, rows, naming=naming, held_out=held_out, ignored=ignored, stop=stop)
+    pictures = ListedPictures.of_folder(root, rows, listing, _describe(config, listing), image)
+    return Opened(pictures, {"duplicates": listing.duplicates, "ignored_files": sum(listing.ignored.values())})
+
+
+def _check_inputs(name: str, inputs: SourceFolders) -> None:
+    needed = {"openmoji": (), "pool": ("source", "selection")}.get(name, ("source",))
+    for flag, path in inputs._asdict().items():
+        if flag in needed and path is None:
+            raise IngestError(f"prepare_data.source is {name}, which reads --{flag}: add it to the command in dvc.yaml")
+        if flag not in needed and path is not None:
+            raise IngestError(f"prepare_data.source is {name}, which reads no --{flag}: remove it from dvc.yaml")
+        if path is not None and not path.is_dir():
+            raise IngestError(f"--{flag} {path}: expected a folder")
+
+
+def _list_imagenet(
+    config: ImageNetSource, source: Path, unpacked: Path, ignored: Counter[str], stop: Callable[[], bool]
+) -> Iterator[Entry]:
+    match config.layout:
+        case "folders":
+            return list_imagenet_folders(source, ignored)
+        case "tars":
+            return list_imagenet_tars(source, ignored)
+        case "parquet":
+            return list_imagenet_parquet(source, unpacked, ignored, stop)
+
+
+def _list_own(
+    config: FolderSource | TableSource, source: Path, ignored: Counter[str]
+) -> tuple[Iterator[Entry], Naming]:
+    if isinstance(config, FolderSource):
+        return list_folder(config, source, ignored), Naming(config.caption, class_name)
+    return list_table(config, source), Naming(None, class_name)
+
+
+def _describe(config: ImageNetSource | FolderSource | TableSource, listing: Listing) -> Description:
+    ids = listing.class_ids
+    if isinstance(config, ImageNetSource):
+        return describe_imagenet(ids)
+    return Description(config.name, list(map(class_name, ids)), ids, config.templates, [], [], "")

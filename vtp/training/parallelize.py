@@ -1,0 +1,52 @@
+"""Models on the device, as the environment says: recomputed, compiled, sharded."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from vtp.distributed import ranks, shard
+from vtp.host import Host
+
+
+class Parallelizable(Protocol):
+    """What an objective says of its models."""
+
+    def to(self, device: str) -> object: ...
+
+    def compiled_units(self) -> Iterator[nn.Module]:
+        """What is compiled, one by one."""
+        ...
+
+    def recompute(self) -> None:
+        """Keep no activations inside of blocks."""
+        ...
+
+    def sharded_units(self) -> Iterator[Sequence[nn.Module]]:
+        """What FSDP gathers together, parts first; nothing for models that stay whole on every rank."""
+        ...
+
+
+def parallelize(objective: Parallelizable, host: Host) -> None:
+    """Put the models on the device; recompute, compile and shard them, in this order."""
+    objective.to(host.device)
+    if host.recomputes:
+        objective.recompute()
+    compile_units(objective.compiled_units(), host)
+    if host.parallel == "fsdp" and ranks().size > 1:
+        units = list(objective.sharded_units())
+        if not units:
+            logging.info(
+                "these models stay whole on every rank: they are small, and one layer's gradient is needed apart"
+            )
+        shard(units, host.device)
+
+
+def compile_units(modules: Iterable[nn.Module], host: Host) -> None:
+    """Compile modules one by one, where the environment says so."""
+    if host.compiles:
+        torch._dynamo.config.recompile_limit = 64  # a block sees a few shapes, with gradient and without
+        for module in modules:
+            module.compile(dynamic=False)
