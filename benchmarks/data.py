@@ -1,7 +1,7 @@
 """Images per second and core from shards to batches, against a plain loader, and the share of a step that waits for data.
 
     python -m benchmarks.data                                                           # the reference recipe
-    python -m benchmarks.data pipelines/vtp/params.L.yaml:pretrain --divide 256 --side 512
+    python -m benchmarks.data pipelines/overlays/sizes/L.yaml:pretrain --divide 256 --side 512
 
 The plain loader is what one would first write: webdataset reads the same shards, torchvision makes the same views, one
 PIL image at a time as DINOv2 does, of the same share of the samples. `colours on the device` is what is left for a worker
@@ -27,7 +27,6 @@ from benchmarks._pictures import stream_of, write_pictures
 from benchmarks.pretrain import _divided, _move, joint
 from stages.pretrain import Pretrain, build_batches
 from stages.runner.environment import LocalHost, Runtime
-from vtp.config import load
 from vtp.data.batches import RankSlice
 from vtp.data.decode import decode_rgb
 from vtp.data.loader import load_batches
@@ -36,6 +35,7 @@ from vtp.data.stream import Stream
 from vtp.data.views import SslViewsConfig, clip_batch, recolour, ssl_views
 from vtp.draws import numpy_draws
 from vtp.models.text import CaptionTokenizer
+from vtp.params import load
 
 COUNT = 32  # images in the measurement of a part
 

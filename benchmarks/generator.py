@@ -43,12 +43,12 @@ from benchmarks._reference_generator import (
 )
 from stages.runner.environment import LocalHost, Runtime, keep_freed_memory
 from stages.train_generator import GeneratorConfig, TrainGenerator
-from vtp.config import load
 from vtp.data.batches import LatentBatch, LatentBatches, RankSlice, count_micro_batches
 from vtp.data.latents import LatentDataset
 from vtp.data.loader import load_batches
 from vtp.models.lightningdit import SIZES, LightningDiT
 from vtp.objectives.generation import GenerationObjective
+from vtp.params import load
 from vtp.step import StepContext
 from vtp.training.fit import in_precision
 from vtp.training.optim import build_optimizer

@@ -2,7 +2,7 @@
 
     python -m benchmarks.latents                                     # the reference recipe's tokenizer
     python -m benchmarks.latents --count 4000 --only caching
-    python -m benchmarks.latents pipelines/vtp/params.L.yaml:pretrain --count 20000 --batch-size 256    # on a GPU
+    python -m benchmarks.latents pipelines/overlays/sizes/L.yaml:pretrain --count 20000 --batch-size 256    # on a GPU
 
 Caching: ours is the stage `cache_latents` as it is. The reference passes over a folder of images twice at once, upright
 and mirrored, so that every file is decoded twice; it encodes in float32, 50 images at a time, and waits while files of
@@ -41,13 +41,13 @@ from benchmarks._reference_generator import ReferenceLatents, reference_precisio
 from stages import cache_latents
 from stages.pretrain import Pretrain
 from stages.runner.environment import LocalHost, Runtime, keep_freed_memory
-from vtp.config import load
 from vtp.data.dataset import ShardDataset
 from vtp.data.latents import LatentDataset
 from vtp.data.shards import Manifest
 from vtp.layers.images import IMAGENET_MEAN, IMAGENET_STD, centre_crop, normalise
 from vtp.models.loading import load_tokenizer
 from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
+from vtp.params import load
 
 SPLITS = ("train", "validation")
 SHARDS = 16  # of pictures; the last is the validation split

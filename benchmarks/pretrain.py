@@ -1,7 +1,7 @@
 """Images per second of the joint pre-training step, against plain references, in one run on whatever device there is.
 
     python -m benchmarks.pretrain                                                       # the reference recipe
-    python -m benchmarks.pretrain pipelines/vtp/params.L.yaml:pretrain --divide 256     # what one of 256 GPUs does
+    python -m benchmarks.pretrain pipelines/overlays/sizes/L.yaml:pretrain --divide 256     # what one of 256 GPUs does
 
 `joint` is our step as the environment says (VTP_COMPILE, VTP_RECOMPUTE, VTP_MICRO_BATCH). `plain` is the same step as one
 would first write it (benchmarks/_plain.py). `separate` is the sum of three steps on the same sizes: open_clip's model and
@@ -23,13 +23,13 @@ from benchmarks._pictures import stream_of, write_pictures
 from benchmarks._plain import PlainSsl, adamw, contrast, reconstruct
 from stages.pretrain import Pretrain, build_batches, build_objective, parallelize
 from stages.runner.environment import LocalHost, Runtime
-from vtp.config import load
 from vtp.data.batches import RankSlice, count_micro_batches
 from vtp.data.pretrain_batches import PretrainBatch
 from vtp.layers.images import normalise
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.cost import pretrain_cost
+from vtp.params import load
 from vtp.step import StepContext
 from vtp.training.fit import in_precision
 from vtp.training.optim import build_optimizer

@@ -30,7 +30,7 @@ from vtp.training.parallelize import compile_units
 class Sweep(Config):
     """One setting at many strengths of guidance: all combinations, each a setting of its own."""
 
-    base: SettingName = Field(description="the setting whose scale, interval and shift are replaced")
+    setting: SettingName = Field(description="the setting whose scale, interval and shift are replaced")
     scales: list[float] = Field(min_length=1)
     intervals: list[Interval] = Field(min_length=1)
     shifts: list[float] = Field(min_length=1)
@@ -62,15 +62,17 @@ class Generate(Config):
         if NOISE in self.settings:
             raise ValueError(f"settings: {NOISE!r} is the name of the baseline; choose another")
         if self.sweep is not None:
-            if self.sweep.base not in self.settings:
-                raise ValueError(f"sweep.base: {self.sweep.base!r} is none of settings: {', '.join(self.settings)}")
-            self.sweep.settings(self.settings[self.sweep.base])
+            if self.sweep.setting not in self.settings:
+                raise ValueError(
+                    f"sweep.setting: {self.sweep.setting!r} is none of settings: {', '.join(self.settings)}"
+                )
+            self.sweep.settings(self.settings[self.sweep.setting])
         return self
 
     @property
     def all_settings(self) -> dict[str, SamplerConfig]:
         """Those of the sweep too."""
-        swept = self.sweep.settings(self.settings[self.sweep.base]) if self.sweep else {}
+        swept = self.sweep.settings(self.settings[self.sweep.setting]) if self.sweep else {}
         return self.settings | swept
 
 

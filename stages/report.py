@@ -1,6 +1,7 @@
 """One page on how the run went: per part of the recipe its figures and pictures, and the training curves.
 
-`report.html` needs no other file and no network; `metrics.md` holds all figures under their full names.
+`report.html` needs no other file and no network; `metrics.md` holds all figures under their full names. The headline is what
+DVC shows of an experiment: the columns of the paper's tables.
 """
 
 import base64
@@ -13,14 +14,16 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from stages.figures.drawing import curves
-from stages.figures.paper_table import HEAD, TABLE_2, own_row
+from stages.figures.paper_table import HEAD, TABLE_2, RunFigures, headline_figures, own_row
 from stages.figures.tables import flatten, markdown, number
 from stages.runner.run import Input, Output, main
-from vtp.artefact import read_json
+from vtp.artefact import read_json, write_json
 from vtp.config import Config
 from vtp.host import Host
 
+MEASURED = ("pretrain", "understanding", "tune_decoder", "reconstruction", "speed", "train_generator", "generation")
 RECONSTRUCTIONS = ("first", "worst", "median", "best")
+TABLE_TITLE = "Beside the paper's table 2 (ImageNet 256 x 256, Inception, 50k)"
 STYLE = """
 body { font: 15px/1.4 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; margin: .5em 0 1em }
@@ -47,59 +50,39 @@ class Section(NamedTuple):
     rows: Sequence[Sequence[str | float | None]] = ()  # of a table, the head first
 
 
-def run(  # noqa: PLR0913 - one flag per file that the page shows
-    config: Report,
-    *,
-    pretrain: Input,
-    pretrain_curves: Input,
-    pretrain_pictures: Input,
-    tune_decoder: Input,
-    decoder_curves: Input,
-    decoder_pictures: Input,
-    train_generator: Input,
-    generator_curves: Input,
-    generator_pictures: Input,
-    reconstruction: Input,
-    reconstructions: Input,
-    diagnostics: Input,
-    speed: Input,
-    understanding: Input,
-    generation: Input,
-    samples: Input,
-    report: Output,
-    host: Host,
-) -> None:
-    tables = {"pretrain": pretrain_curves, "decoder": decoder_curves, "generator": generator_curves}
+def run(config: Report, *, metrics: Input, plots: Input, report: Output, headline: Output, host: Host) -> None:
+    """`metrics` and `plots` are the folders of what the stages before measured and drew."""
+    measured = {name: read_json(metrics / f"{name}.json") for name in MEASURED}
+    latents = {"latents": measured["reconstruction"].pop("latents")}
     report.mkdir()
-    curves({name: _columns(path) for name, path in tables.items()}, report / "curves.png")
-    reconstructed, understood = read_json(reconstruction), read_json(understanding)
-    of_latents = {"latents": reconstructed.pop("latents")}
-    trained, generated = read_json(train_generator), read_json(generation)
-    decoders = next(iter(reconstructed["reconstruction"].values()))  # by name; the last is that of the samples
-    own = own_row(
+    tables = {"pretrain": "pretrain", "decoder": "tune_decoder", "generator": "train_generator"}
+    curves({name: _columns(plots / f"{file}.csv") for name, file in tables.items()}, report / "curves.png")
+    decoders = next(iter(measured["reconstruction"]["reconstruction"].values()))  # the last is that of the samples
+    figures = RunFigures(
         reconstruction=list(decoders.values())[-1],
-        understanding=understood["understanding"],
-        generator=trained["train_generator"],
-        generation=generated["generation"],
+        understanding=measured["understanding"]["understanding"],
+        generator=measured["train_generator"]["train_generator"],
+        generation=measured["generation"]["generation"],
     )
+    shown = [plots / "reconstructions" / f"{name}.png" for name in RECONSTRUCTIONS]
     sections = [
-        Section("Pre-training", read_json(pretrain), [pretrain_pictures]),
-        Section("Understanding", understood, []),
-        Section("Decoder tuning", read_json(tune_decoder), [decoder_pictures]),
-        Section("Reconstruction", reconstructed, [reconstructions / f"{name}.png" for name in RECONSTRUCTIONS]),
-        Section("Latents", of_latents, [diagnostics / "latents.png"]),
-        Section("Speed", read_json(speed), []),
-        Section("Training of the generator", trained, [generator_pictures]),
-        Section("Generation", generated, sorted(samples.glob("*.png"))),
-        Section("Beside the paper's table 2 (ImageNet 256 x 256, Inception, 50k)", {}, [], [HEAD, own, *TABLE_2]),
+        Section("Pre-training", measured["pretrain"], [plots / "pretrain.png"]),
+        Section("Understanding", measured["understanding"], []),
+        Section("Decoder tuning", measured["tune_decoder"], [plots / "tune_decoder.png"]),
+        Section("Reconstruction", measured["reconstruction"], shown),
+        Section("Latents", latents, [plots / "latents" / "latents.png"]),
+        Section("Speed", measured["speed"], []),
+        Section("Training of the generator", measured["train_generator"], [plots / "train_generator.png"]),
+        Section("Generation", measured["generation"], sorted((plots / "samples").glob("*.png"))),
+        Section(TABLE_TITLE, {}, [], [HEAD, own_row(figures), *TABLE_2]),
         Section("Curves", {}, [report / "curves.png"]),
     ]
     everything = {name: values for section in sections for name, values in section.metrics.items()}
-    (report / "metrics.md").write_text(
-        markdown(["metric", "value"], [[name, number(value)] for name, value in flatten(everything).items()]),
-        encoding="utf-8",
-    )
+    rows = [[name, number(value)] for name, value in flatten(everything).items()]
+    (report / "metrics.md").write_text(markdown(["metric", "value"], rows), encoding="utf-8")
     (report / "report.html").write_text(_page(config.title, sections), encoding="utf-8")
+    flops = {"pretrain_flops": measured["pretrain"]["pretrain"]["flops"]}
+    write_json(headline, flops | headline_figures(figures))
 
 
 def _columns(path: Path) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
 """Compare runs: one table and one figure from the metrics of their points, beside published figures where there are any.
 
-The input holds `<run>/<training FLOPs>/*.json`, the metrics of the evaluation stages along a training, or `<run>/*.json`
-for a run whose training is not ours to count.
+The input holds `<run>/<point>/*.json`, what was measured of the tokenizer at a milestone, named by training FLOPs or `end`,
+and `<run>/*.json`, what was measured of the whole run, which counts at its end. A run without points was not trained here.
 """
 
 import math
@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 
 from stages.figures.drawing import axes
 from stages.figures.tables import flatten, markdown, number
+from stages.monitors.tokenizer import END
 from stages.runner.run import Input, Output, main
-from vtp.artefact import ArtefactError, read_json
+from vtp.artefact import ArtefactError, read_json, write_json
 from vtp.config import Config
 from vtp.host import Host
 
@@ -42,7 +43,7 @@ class Point(NamedTuple):
     values: dict[str, float]  # by metric, NaN for what it cannot have
 
 
-def run(config: Summary, *, points: Input, summary: Output, host: Host) -> None:
+def run(config: Summary, *, points: Input, summary: Output, headline: Output, host: Host) -> None:
     runs = {folder.name: _curve(folder, config.metrics) for folder in sorted(points.iterdir()) if folder.is_dir()}
     _require_each(config.metrics, runs, points)
     if unknown := sorted(config.published.keys() - runs.keys()):
@@ -53,20 +54,34 @@ def run(config: Summary, *, points: Input, summary: Output, host: Host) -> None:
         table += "\n" + _comparison(runs, config.published)
     (summary / "table.md").write_text(table, encoding="utf-8")
     _figure(runs, config, summary / "curves.png")
+    write_json(headline, {run: _known(curve[-1].values) for run, curve in runs.items()})
 
 
 def _curve(folder: Path, metrics: list[str]) -> list[Point]:
-    if any(folder.glob("*.json")):
-        return [Point(None, _measured(folder, metrics))]
-    points = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: float(path.name))
-    return [Point(float(point.name), _measured(point, metrics)) for point in points]
+    """The points of a run in the order of their training."""
+    of_run = _measured(folder)
+    folders = [path for path in folder.iterdir() if path.is_dir()]
+    points = {path.name: _measured(path) for path in folders} if folders else {END: {}}
+    if END in points:
+        points[END] = of_run | points[END]
+    curve = [
+        Point(_flops(name, of_run), {metric: values.get(metric, math.nan) for metric in metrics})
+        for name, values in points.items()
+    ]
+    return sorted(curve, key=lambda point: math.inf if point.flops is None else point.flops)
 
 
-def _measured(folder: Path, metrics: list[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for path in sorted(folder.glob("*.json")):
-        found |= flatten(read_json(path))
-    return {name: found.get(name, math.nan) for name in metrics}
+def _flops(point: str, of_run: dict[str, float]) -> float | None:
+    return of_run.get("pretrain.flops") if point == END else float(point)
+
+
+def _measured(folder: Path) -> dict[str, float]:
+    """All metrics in a folder, by their names joined by dots."""
+    return {name: value for path in sorted(folder.glob("*.json")) for name, value in flatten(read_json(path)).items()}
+
+
+def _known(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def _require_each(metrics: list[str], runs: dict[str, list[Point]], folder: Path) -> None:

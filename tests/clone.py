@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tiny import ROOT, SMALL, merged, tiny_params, write_params
 
+from stages.check import Pipeline
 from vtp.artefact import digest
 from vtp.config import read_yaml
 
@@ -29,10 +30,11 @@ class Clone:
         ignore = shutil.ignore_patterns(
             ".git", ".scratch", "work", "cache", "tmp", "*.egg-info", ".venv", "__pycache__"
         )
-        shutil.copytree(ROOT, folder, ignore=ignore)
-        for name in ("dvc.lock", "metrics", "plots"):
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.copytree(ROOT, folder, ignore=ignore, symlinks=True)
+        for project in (folder, *folder.glob("pipelines/*/")):
+            for name in ("dvc.lock", "metrics.json", "metrics", "plots"):
+                path = project / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.git("init", "-q")
         self.params = tiny_params()
         self.write({})
@@ -73,7 +75,7 @@ class Clone:
 
     def forget(self):
         """Go back to before the first run: no lock, no outputs, no run cache, no scratch."""
-        for name in ("work", "metrics", "plots", ".scratch", ".dvc/cache"):
+        for name in ("work", "plots", ".scratch", ".dvc/cache"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / "dvc.lock").unlink(missing_ok=True)
 
@@ -82,24 +84,23 @@ class Clone:
 
 
 class Study:
-    """A folder of pipelines/ in a clone, at tiny size; sections `without` are small by `changes` alone."""
+    """A folder of pipelines/ in a clone, at tiny size; sections `without` are small by `changes` alone.
+
+    Its parameters stay an overlay, and the clone's root is tiny already.
+    """
 
     def __init__(self, clone: Clone, name: str, *, without=(), **changes) -> None:
         self.clone = clone
         self.name = name
         self.folder = clone.folder / "pipelines" / name
+        sections = {use.section for use in Pipeline.of(self.folder / "dvc.yaml").uses} - {"prepare_data", *without}
+        small = {section: change for section, change in SMALL.items() if section in sections}
         values = read_yaml(self.folder / "params.yaml")
-        small = {
-            section: change
-            for section, change in SMALL.items()
-            if section in values and section not in ("prepare_data", *without)
-        }
-        self.values = merged(merged(values, small), changes)
+        self.values = merged(merged(values, small, new=True), changes, new=True)
         write_params(self.values, self.folder / "params.yaml")
 
     def dvc(self, *arguments, status=0):
-        where = {"PYTHONPATH": str(self.clone.folder)}  # not the code of the checkout that is installed
-        output, ended = self.clone.dvc(*arguments, cwd=self.folder, **where)
+        output, ended = self.clone.dvc(*arguments, cwd=self.folder)
         assert ended == status, output
         return output
 

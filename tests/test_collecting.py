@@ -147,5 +147,5 @@ def test_imagenet_from_folders_to_figures(clone):
     manifest = study.json("work/shards/manifest.json")
     assert manifest["classes"] == ["tench", "goldfish", "tabby cat", "chainsaw"]
     assert manifest["splits"]["train"]["class_counts"] == [24] * 4
-    assert study.json("metrics/understanding.json")["understanding"]["chance"] == 0.25
+    assert study.json("work/metrics/understanding.json")["understanding"]["chance"] == 0.25
     assert (study.folder / "work/report/report.html").exists()

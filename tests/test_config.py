@@ -5,7 +5,8 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from vtp.config import Config, ConfigError, load, read_yaml, split_address
+from vtp.config import Config, ConfigError, read_yaml
+from vtp.params import load, split_address
 
 
 class Rate(Config):
@@ -68,5 +69,5 @@ def test_a_choice_that_does_not_exist_is_told_with_the_nearest():
     with pytest.raises(ConfigError) as raised:
         Drawing.parse({"shape": {"name": "squares"}}, where="p.yaml:d")
     assert str(raised.value) == (
-        "p.yaml:d.shape: no such name 'squares'; did you mean 'square'? known are circle, square"
+        "p.yaml:d.shape: no such name 'squares'; known are circle, square; did you mean 'square'?"
     )

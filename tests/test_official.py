@@ -4,7 +4,6 @@ import pytest
 from clone import Clone, Study, ran
 from foreign import GOLDEN, official_vtp
 from servers import write_imagenet
-from tiny import SMALL
 
 from vtp import VisualTokenizer, load_tokenizer
 
@@ -23,19 +22,18 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """After its first run; the shards are those of another study, which has not run before."""
+    """After its first run."""
     clone = Clone(tmp_path_factory.mktemp("official") / "clone")
-    pictures = Study(clone, "imagenet", prepare_data={"samples_per_shard": 30})
-    write_imagenet(pictures.folder / "data/imagenet", train=12, validation=4)
     splits = {"train": {"samples": 40, "kept": 40}, "validation": {"samples": 16}}
     study = Study(
         clone,
         "official_vtp",
         reference={"image_size": SIZE, "splits": splits},
         evaluate_understanding={"probes": {"resize": SIZE, "size": 48}},
-        train_generator_large=SMALL["train_generator"],
+        prepare_data={"samples_per_shard": 30},
         summary={"metrics": list(PUBLISHED), "published": {"Small": PUBLISHED, "Large": PUBLISHED}},
     )
+    write_imagenet(study.folder / "data/imagenet", train=12, validation=4)
     for size, golden in SIZES.items():
         official_vtp(study.folder / f"data/VTP-{size}-f16d64", golden)
     study.first = study.dvc("repro")
@@ -43,7 +41,7 @@ def study(tmp_path_factory):
 
 
 def test_from_published_files_to_the_table(study):
-    """DVC makes the shards of the other study first; the table has every run, and what it can compare."""
+    """The table has every run, and what it can compare."""
     done = ran(study.first)
     assert {"prepare_data", *(f"import_tokenizer@{size}" for size in SIZES), "train_generator_large"} <= {
         name.rpartition(":")[2] for name in done

@@ -1,29 +1,39 @@
-"""Wiring: dvc.yaml, params.yaml, the stages and the schema agree."""
+"""Wiring: dvc.yaml, parameter files, the stages and the schema agree."""
 
 import json
 import shlex
 from importlib import import_module
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from ruamel.yaml import YAML
 
-from stages.check import problems, schema, uses
+from stages.check import Pipeline, check, schema
 from stages.pretrain import Pretrain
+from stages.runner.project import CONFIG, derived
 from stages.runner.run import path_flags, stage_name
-from vtp.config import load, read_yaml
+from vtp.config import read_yaml
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.cost import paper_flops
+from vtp.params import load, read_parameters
 
 ROOT = Path(__file__).parents[1]
-DVC_FILES = [ROOT / "dvc.yaml", *sorted((ROOT / "pipelines").glob("*/dvc.yaml"))]
+STUDIES = sorted(path.parent for path in (ROOT / "pipelines").glob("*/dvc.yaml"))
+DVC_FILES = [folder / "dvc.yaml" for folder in (ROOT, *STUDIES)]
+OVERLAYS = ROOT / "pipelines/overlays"
+PARAMETERS = [(file, params) for file in DVC_FILES for params in sorted(file.parent.glob("params*.yaml"))]
+
+
+def stages_of(folder):
+    return YAML(typ="safe", pure=True).load(folder / "dvc.yaml")["stages"]
 
 
 def stages():
-    for file in DVC_FILES:
-        for name, stage in YAML(typ="safe", pure=True).load(file)["stages"].items():
-            yield pytest.param(file, stage, id=f"{file.parent.name}:{name}")
+    for folder in (ROOT, *STUDIES):
+        for name, stage in stages_of(folder).items():
+            yield pytest.param(stage, id=f"{folder.name}:{name}")
 
 
 def flags_of(words):
@@ -42,8 +52,8 @@ def paths(entries):
     return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries or []]
 
 
-@pytest.mark.parametrize(("file", "stage"), list(stages()))
-def test_stage_is_wired(file, stage):
+@pytest.mark.parametrize("stage", list(stages()))
+def test_stage_is_wired(stage):
     python, dash, module, address, *flags = shlex.split(stage["cmd"])
     assert (python, dash) == ("python", "-m")
     deps = paths(stage.get("deps"))
@@ -65,28 +75,42 @@ def test_stage_is_wired(file, stage):
     read = {path for flag in inputs for path in given[flag]}
     assert read <= set(deps)
     assert {path for flag in outputs for path in given[flag]} == set(outs)
-    # All else that a stage depends on is what `check` writes: the constant and its own code digest.
-    checks = {"work/check/valid", f"work/check/code/{module.removeprefix('stages.')}.txt"}
-    assert set(deps) - read == checks
-    _, section = address.split(":")
-    assert stage["params"] == [section]
-    first = next(iter(run.__annotations__.values()))
-    load(f"{file.parent}/{address}", first)
-
-
-PARAMETERS = [(file, params) for file in DVC_FILES for params in sorted(file.parent.glob("params*.yaml"))]
+    # Code comes in through `check`, as parameters do.
+    assert set(deps) - read == {f"work/check/code/{module.removeprefix('stages.')}.txt"}
+    file, section = address.split(":")
+    assert file in ("work/check/params.yaml", "work/check/runs/${item.run}.json")
+    assert stage["params"] == [{file: [section]}]
+    # A path of a run or a point says which, so that no two stages of a matrix share one.
+    own = [f"${{item.{name}}}" for name in stage.get("matrix", {})]
+    assert all(name in path for path in outs for name in own)
 
 
 @pytest.mark.parametrize(("file", "params"), PARAMETERS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_parameters_are_valid(file, params):
-    assert problems(params, uses(file)) == []
+    """And all that they are based on is watched by DVC, in the file that the stage reads."""
+    assert check(params, Pipeline.of(file)).modules
+    stage = stages_of(file.parent)["check"]
+    assert "params.yaml" in stage["deps"]
+    assert {"vtp", "stages"} < set(stage["deps"])
 
 
-def test_the_papers_recipe_runs_the_stages_of_the_root():
-    """Studies differ from the root in the folders of their data alone."""
-    ours, vtp, imagenet, datacomp = (
-        YAML(typ="safe", pure=True).load(folder / "dvc.yaml")["stages"]
-        for folder in (ROOT, *(ROOT / "pipelines" / name for name in ("vtp", "imagenet", "datacomp")))
+@pytest.mark.parametrize("study", STUDIES, ids=lambda folder: folder.name)
+def test_a_study_is_a_project_of_its_own(study):
+    """Else: python -m stages.runner.project"""
+    assert (study / ".dvc/config").read_text() == CONFIG
+    assert all((study / name).resolve() == ROOT / name for name in ("vtp", "stages"))
+    text = derived(study)
+    assert text is None or (study / "dvc.yaml").read_text() == text
+
+
+def test_studies_run_the_stages_of_the_root():
+    """They differ from it in the folders of their data alone, and in what they are about."""
+    ours, vtp, imagenet, datacomp, guidance, official = (
+        stages_of(folder)
+        for folder in (
+            ROOT,
+            *(ROOT / "pipelines" / name for name in ("vtp", "imagenet", "datacomp", "guidance", "official_vtp")),
+        )
     )
     assert vtp.keys() == ours.keys() - {"prepare_data"}
     assert imagenet.keys() == ours.keys()
@@ -98,12 +122,29 @@ def test_the_papers_recipe_runs_the_stages_of_the_root():
         assert imagenet[name] == ours[name], name
     assert datacomp["pretrain"] == ours["pretrain"]
     assert {"filter_metadata", "download", "filter_images", "prepare_data"} < datacomp.keys()
+    up_to_the_generator = list(ours)[1 : list(ours).index("generate")]
+    assert len(up_to_the_generator) == 6
+    assert all(guidance[name] == ours[name] for name in up_to_the_generator)
+    assert official["prepare_data"] == imagenet["prepare_data"]
+
+
+def test_runs_and_points_are_the_rooms_of_a_comparison():
+    """Whatever is judged is judged for every run at every point, from the parameters of that run."""
+    stages = stages_of(ROOT / "pipelines/scaling")
+    shared = {name for name, stage in stages.items() if "matrix" not in stage}
+    assert shared == {"check", "prepare_data", "reference", "summary"}
+    points = {name: stage["matrix"] for name, stage in stages.items() if name not in shared}
+    assert points.pop("pretrain") == {"run": "${runs}"}
+    assert len(points) == 7
+    assert all(matrix == {"run": "${runs}", "at": "${points}"} for matrix in points.values())
 
 
 @pytest.mark.parametrize("study", ["datacomp", "imagenet"])
 def test_small_and_paper_size_have_one_schema(study):
     """They run by changing parameters alone: same sections, same stages."""
-    small, paper = (read_yaml(ROOT / "pipelines" / study / name) for name in ("params.yaml", "params.paper.yaml"))
+    small, paper = (
+        read_parameters(ROOT / "pipelines" / study / name).values for name in ("params.yaml", "params.paper.yaml")
+    )
     assert small.keys() == paper.keys()
     assert small["prepare_data"]["source"]["name"] == paper["prepare_data"]["source"]["name"]
 
@@ -111,7 +152,7 @@ def test_small_and_paper_size_have_one_schema(study):
 def test_the_official_study_prints_the_authors_figures():
     """Their README's, in our units: shares, not percent; of the metrics under the names of their protocols."""
     study = ROOT / "pipelines/official_vtp"
-    small, paper = (read_yaml(study / name) for name in ("params.yaml", "params.paper.yaml"))
+    small, paper = (read_parameters(study / name).values for name in ("params.yaml", "params.paper.yaml"))
     assert small.keys() == paper.keys()
     assert small["summary"]["published"] == {}
     assert {run: list(figures.values()) for run, figures in paper["summary"]["published"].items()} == {
@@ -130,33 +171,39 @@ def test_the_official_study_prints_the_authors_figures():
     assert paper["train_generator_large"] == paper["train_generator"]
 
 
-def test_the_scaling_study_evaluates_every_milestone():
-    """Its folders are named by FLOPs; YAML must not read a name as a number."""
-    study = ROOT / "pipelines/scaling"
-    milestones = [f"{flops:.3e}" for flops in read_yaml(study / "params.yaml")["joint"]["monitor"]["milestones"]]
-    stages = YAML(typ="safe", pure=True).load(study / "dvc.yaml")["stages"].values()
-    matrices = [stage["matrix"] for stage in stages if "matrix" in stage]
-    assert matrices
-    assert all(matrix == {"run": ["joint", "ae"], "at": milestones} for matrix in matrices)
+def runs_of(study):
+    folder = ROOT / "pipelines" / study
+    return check(folder / "params.yaml", Pipeline.of(folder / "dvc.yaml")).runs
 
 
 def test_two_runs_of_the_scaling_study_differ_in_their_objectives_alone():
-    values = read_yaml(ROOT / "pipelines/scaling/params.yaml")
-    assert values["ae"]["objective"].pop("weights") == {"reconstruction": 0.1, "clip": 0.0, "ssl": 0.0}
-    del values["joint"]["objective"]["weights"]
-    assert values["ae"] == values["joint"]
+    runs = runs_of("scaling")
+    assert runs["ae"]["pretrain"]["objective"].pop("weights") == {"reconstruction": 0.1, "clip": 0.0, "ssl": 0.0}
+    del runs["joint"]["pretrain"]["objective"]["weights"]
+    assert runs["ae"] == runs["joint"]
 
 
-@pytest.mark.parametrize(
-    (
-        "name",
-        "parameters",
-        "flops",
-    ),  # millions, G; B and L are the paper's table 1, the others the same encoders counted
-    [("S", 43.2, None), ("B", 171.2, 87.7), ("L", 607.2, 311.1), ("ablation", 354.9, None)],
-)
-def test_reference_sets_are_the_papers(name, parameters, flops):
-    config = load(f"{ROOT}/pipelines/vtp/params.{name}.yaml:pretrain", Pretrain)
+def test_two_runs_of_the_adversarial_study_differ_in_the_adversary_alone():
+    runs = runs_of("adversarial")
+    assert runs["two_stage"]["pretrain"].pop("adversary") is None
+    early = {"discriminator_start": 0.0, "start": 0.0}
+    assert runs["joint"]["pretrain"].pop("adversary") == runs["joint"]["tune_decoder"]["adversary"] | early
+    assert runs["joint"] == runs["two_stage"]
+
+
+# Millions, G; B and L are the paper's table 1, the others the same encoders counted.
+SIZES = {
+    "paper.yaml": (171.2, 87.7),
+    "sizes/S.yaml": (43.2, None),
+    "sizes/L.yaml": (607.2, 311.1),
+    "sizes/ablation.yaml": (354.9, None),
+}
+
+
+@pytest.mark.parametrize("overlay", SIZES)
+def test_sizes_are_the_papers(overlay):
+    config = load(f"{OVERLAYS / overlay}:pretrain", Pretrain)
+    parameters, flops = SIZES[overlay]
     with torch.device("meta"):
         model = VisualTokenizer(config.architecture)
     counts = [sum(p.numel() for p in part.parameters()) for part in (model.trunk, model.pixel_decoder)]
@@ -168,9 +215,70 @@ def test_reference_sets_are_the_papers(name, parameters, flops):
     assert config.objective.weights.model_dump() == {"reconstruction": 0.1, "clip": 1.0, "ssl": 1.0}
 
 
+PRESETS = {  # size, steps, samples drawn, samples compared
+    "B-80ep": ("B", 100_091, 10_000, [10_000]),
+    "XL-80ep": ("XL", 100_091, 50_000, [10_000, 50_000]),
+    "XL-600ep": ("XL", 750_684, 50_000, [10_000, 50_000]),
+    "1p0B-80ep": ("1p0B", 100_091, 50_000, [10_000, 50_000]),
+    "stable": ("B", 100_000, 10_000, [10_000]),
+}
+
+
+def test_there_is_every_preset_and_size():
+    assert PRESETS.keys() == {path.stem for path in (OVERLAYS / "presets").iterdir()}
+    assert SIZES.keys() == {"paper.yaml", *(f"sizes/{path.name}" for path in (OVERLAYS / "sizes").iterdir())}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_lie_over_every_size(tmp_path, size, preset):
+    """The generator is the preset's, its times and all of the tokenizer are the size's."""
+    (tmp_path / "params.yaml").write_text(f"base: [{OVERLAYS / size}, {OVERLAYS}/presets/{preset}.yaml]\n")
+    checked = check(tmp_path / "params.yaml", Pipeline.of(ROOT / "pipelines/vtp/dvc.yaml")._replace(tracked=[]))
+    values, of_size = checked.shared, read_parameters(OVERLAYS / size).values
+    trained = values["train_generator"]
+    steps = trained["training"]["length"]["samples"] / trained["batch_size"]
+    found = (trained["model"]["size"]["name"], steps, values["generate"]["samples"])
+    assert (*found, values["evaluate_generator"]["counts"]) == PRESETS[preset]
+    assert trained["objective"]["timesteps"] == of_size["train_generator"]["objective"]["timesteps"]
+    assert all(values[name] == of_size[name] for name in ("pretrain", "tune_decoder", "reference"))
+    assert trained["model"]["use_qknorm"] is (preset == "stable")
+
+
 def test_schema_is_current():
-    """Else: python -m stages.check params.yaml --schema > params.schema.json"""
-    assert json.loads((ROOT / "params.schema.json").read_text()) == schema(uses(ROOT / "dvc.yaml"))
+    """Else: python -m stages.check --schema > params.schema.json"""
+    assert json.loads((ROOT / "params.schema.json").read_text()) == schema()
+
+
+FILES = [*(params for _, params in PARAMETERS), *sorted(OVERLAYS.rglob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_editors_accept_every_parameter_file(path):
+    named = path.read_text().splitlines()[0].removeprefix("# yaml-language-server: $schema=")
+    jsonschema.validate(read_yaml(path), json.loads((path.parent / named).read_text()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "generate: {samlpes: 3}",
+        "generate: {samples: many}",
+        "mine: {base: generate, samlpes: 3}",
+        "runs: {a: {pretrain: {objective: {weights: {clipp: 0.0}}}}}",
+        "base: 3",
+    ],
+)
+def test_editors_mark_what_is_wrong(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(read_yaml(tmp_path / "params.yaml"), json.loads((ROOT / "params.schema.json").read_text()))
+
+
+def test_definitions_of_the_schema_stand_once():
+    definitions = schema()["$defs"]
+    texts = [json.dumps(definition, sort_keys=True) for definition in definitions.values()]
+    assert len(texts) == len(set(texts))
 
 
 def test_every_section_has_a_comment_or_a_description():

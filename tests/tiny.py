@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.config import read_yaml
+from vtp.params import write_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,13 +102,14 @@ def _sections(params: Path) -> dict[str, Any]:
     return read_yaml(params)
 
 
-def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with nested `changes`; a union member is replaced as a whole, as is what is empty."""
+def merged(values: dict[str, Any], changes: dict[str, Any], *, new: bool = False) -> dict[str, Any]:
+    """`values` with nested `changes`; a union member is replaced as a whole, as is what is empty. `new`: keys may be."""
     result = dict(values)
     for key, change in changes.items():
-        assert key in values, key
-        nested = isinstance(change, dict) and isinstance(values[key], dict) and values[key] and "name" not in change
-        result[key] = merged(values[key], change) if nested else change
+        assert new or key in values, key
+        before = values.get(key)
+        nested = isinstance(change, dict) and isinstance(before, dict) and before and "name" not in change
+        result[key] = merged(before, change, new=new) if nested else change
     return result
 
 
@@ -124,10 +126,7 @@ def write_shards(folder: Path) -> None:
 
 def write_params(values: dict[str, Any], path: Path) -> None:
     """As YAML."""
-    from ruamel.yaml import YAML
-
-    with path.open("w", encoding="utf-8") as file:
-        YAML().dump(values, file)
+    write_yaml(path, values)
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 300) -> None:

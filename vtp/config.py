@@ -1,19 +1,20 @@
-"""Typed access to `params.yaml`.
+"""Typed parameter records.
 
-A stage's parameters are one frozen pydantic model: unknown keys are errors, wrong types are errors, and
-nothing that changes a result has a default, so `params.yaml` is complete and DVC sees every change. YAML is
-read by ruamel.yaml as YAML 1.2, the dialect of DVC (`1e-4` is a number there, and a string in YAML 1.1).
+A stage's parameters are one frozen pydantic model: unknown keys are errors, wrong types are errors, and nothing that
+changes a result has a default, so parameters are complete and DVC sees every change. YAML is read by ruamel.yaml as
+YAML 1.2, the dialect of DVC (`1e-4` is a number there, and a string in YAML 1.1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML, YAMLError
 
-C = TypeVar("C", bound="Config")
+Keys = tuple[str | int, ...]
+LONGEST = 80  # characters of a value that a message shows
 
 
 class ConfigError(ValueError):
@@ -26,12 +27,13 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @classmethod
-    def parse(cls, values: Any, *, where: str) -> Self:  # noqa: ANN401 - whatever YAML holds
-        """Validate `values`; `where` names their place in messages. Raises ConfigError."""
+    def parse(cls, values: Any, *, where: str | Callable[[Keys], str]) -> Self:  # noqa: ANN401 - whatever YAML holds
+        """Validate `values`. `where` names their place in messages, or gives the place of a key. Raises ConfigError."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(_explain(error, where)) from None
+            place = where if callable(where) else lambda keys: ".".join(map(str, (where, *keys)))
+            raise ConfigError(_explain(error, cls, values, place)) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -47,42 +49,64 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def split_address(address: str) -> tuple[Path, str]:
-    """`params.yaml:pretrain` -> (Path("params.yaml"), "pretrain")."""
-    path, _, section = address.rpartition(":")
-    if not path or not section:
-        raise ConfigError(f"{address!r}: expected FILE:SECTION, such as params.yaml:pretrain")
-    return Path(path), section
+def did_you_mean(name: object, known: Iterable[object]) -> str:
+    """`; did you mean X?` for the nearest known name, or nothing."""
+    near = get_close_matches(str(name), [str(each) for each in known], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def load(address: str, config: type[C]) -> C:
-    """The section at `FILE:SECTION` as a `config`. Raises ConfigError."""
-    path, section = split_address(address)
-    values = read_yaml(path)
-    if section not in values:
-        raise ConfigError(f"{path}: no section {section!r}; it has {', '.join(map(str, values))}")
-    return config.parse(values[section], where=f"{path}:{section}")
-
-
-def _explain(error: ValidationError, where: str) -> str:
+def _explain(error: ValidationError, model: type[Config], values: Any, place: Callable[[Keys], str]) -> str:  # noqa: ANN401
     lines = []
     for problem in error.errors(include_url=False):
-        place = ".".join([where, *_keys(problem["loc"])])
-        given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
+        location = problem["loc"]
+        given = "" if problem["type"] == "missing" else f" (given: {_short(problem['input'])})"
         message = problem["msg"]
         if problem["type"] == "extra_forbidden":
-            message = "unknown key; remove it or correct its spelling"
+            hint = did_you_mean(location[-1], _fields_beside(model, location))
+            message = f"unknown key{hint or '; remove it or correct its spelling'}"
         elif problem["type"] == "union_tag_invalid":
             about = problem.get("ctx", {})
             known = [name.strip(" '") for name in about["expected_tags"].split(",")]
-            near = get_close_matches(about["tag"], known, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            message, given = f"no such name {about['tag']!r}; {hint}known are {', '.join(known)}", ""
+            hint = did_you_mean(about["tag"], known)
+            message, given = f"no such name {about['tag']!r}; known are {', '.join(known)}{hint}", ""
         elif problem["type"] == "value_error":
             message = message.removeprefix("Value error, ")
-        lines.append(f"{place}: {message}{given}")
+        lines.append(f"{place(_keys(location, values))}: {message}{given}")
     return "\n".join(lines)
 
 
-def _keys(location: Sequence[str | int]) -> list[str]:
-    return [str(part) for part in location]
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def _keys(location: Sequence[str | int], values: Any) -> Keys:  # noqa: ANN401 - whatever YAML holds
+    """The keys that lead to a place, without what pydantic calls the members of unions on the way."""
+    keys: list[str | int] = []
+    here = values
+    for part in location:
+        if isinstance(here, Mapping):
+            if part not in here and part == here.get("name"):
+                continue
+        elif not isinstance(here, list) or not isinstance(part, int):
+            continue
+        keys.append(part)
+        here = here.get(part) if isinstance(here, Mapping) else here[int(part)]
+    return tuple(keys)
+
+
+def _fields_beside(model: type[Config], location: Sequence[str | int]) -> set[str]:
+    """Names of the fields of the record in which the last part of a location stands."""
+    models = [model]
+    for part in location[:-1]:
+        fields = [m.model_fields[str(part)] for m in models if part in m.model_fields]
+        inner = [each for field in fields for each in _models_in(field.annotation)]
+        named = [m for m in models if "name" in m.model_fields and part in get_args(m.model_fields["name"].annotation)]
+        models = inner or named or models  # neither: a place in a list, or a key of a mapping
+    return {name for each in models for name in each.model_fields}
+
+
+def _models_in(annotation: object) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

@@ -47,6 +47,7 @@ class Sampled(NamedTuple):
     """The figures of one setting, of its largest number of samples."""
 
     setting: str
+    end: str  # of the names of its figures
     features: str
     number: str
     guidance: str
@@ -54,31 +55,52 @@ class Sampled(NamedTuple):
     others: tuple[float | None, ...]  # IS, precision, recall
 
 
-def own_row(
-    *,
-    reconstruction: Mapping[str, Any],
-    understanding: Mapping[str, float],
-    generator: Mapping[str, float],
-    generation: Mapping[str, Mapping[str, float]],
-) -> tuple[str | float | None, ...]:
+class RunFigures(NamedTuple):
+    """What was measured of a run."""
+
+    reconstruction: Mapping[str, Any]  # by the decoder of the samples
+    understanding: Mapping[str, float]
+    generator: Mapping[str, float]
+    generation: Mapping[str, Mapping[str, float]]  # by setting
+
+    @property
+    def best(self) -> tuple["Sampled | None", "Sampled | None"]:
+        """The setting of the lowest gFID without guidance, and with."""
+        every = [one for setting, figures in self.generation.items() if (one := _sampled(setting, figures)) is not None]
+        plain = min((s for s in every if s.guidance == "unguided"), key=lambda s: s.gfid, default=None)
+        return plain, min((s for s in every if s.guidance != "unguided"), key=lambda s: s.gfid, default=None)
+
+
+def headline_figures(run: RunFigures) -> dict[str, float]:
+    """The columns of the paper's tables under their full names: each says what was measured."""
+    accuracies = ("zero_shot_top1_squash", "linear_probe_bottleneck", "linear_probe_multi")
+    figures = {name: run.understanding[name] for name in accuracies if name in run.understanding}
+    figures |= {name: v for name, v in run.reconstruction.items() if name == "psnr" or name.startswith("rfid_")}
+    for sampled in filter(None, run.best):
+        own = run.generation[sampled.setting]
+        for name in ("gfid", "is", "precision", "recall"):
+            if (value := own.get(f"{name}_{sampled.end}")) is not None:
+                figures[f"{name}_{sampled.end}"] = value
+    return figures
+
+
+def own_row(run: RunFigures) -> tuple[str | float | None, ...]:
     """The run in the columns of `HEAD`: its best setting without guidance, and with. Its name says what was measured."""
-    found = [sampled for setting, figures in generation.items() if (sampled := _sampled(setting, figures)) is not None]
-    plain = min((s for s in found if s.guidance == "unguided"), key=lambda s: s.gfid, default=None)
-    guided = min((s for s in found if s.guidance != "unguided"), key=lambda s: s.gfid, default=None)
+    plain, guided = run.best
     some = plain or guided
     measured = f" ({some.features}, {some.number} samples)" if some else ""
     names = (f"; {plain.setting}" if plain else "") + (f"; guided: {guided.setting}" if guided else "")
     accuracy = [
-        100 * understanding[name] if name in understanding else None
+        100 * run.understanding[name] if name in run.understanding else None
         for name in ("zero_shot_top1_squash", "linear_probe_multi")
     ]
-    rfid = next((v for name, v in reconstruction.items() if name.startswith("rfid_")), None)
+    rfid = next((v for name, v in run.reconstruction.items() if name.startswith("rfid_")), None)
     return (
         f"this run{measured}{names}",
         rfid,
         *accuracy,
-        f"{generator['parameters'] / 1e6:.3g}M",
-        generator["epochs"],
+        f"{run.generator['parameters'] / 1e6:.3g}M",
+        run.generator["epochs"],
         *_cells(plain),
         *_cells(guided),
     )
@@ -90,10 +112,12 @@ def _cells(sampled: Sampled | None) -> tuple[float | None, ...]:
 
 def _sampled(setting: str, figures: Mapping[str, float]) -> Sampled | None:
     """None for the baseline, which is no generator."""
-    found = [match for name in figures if (match := FIGURE.fullmatch(name)) and match["guidance"] != "noise"]
-    if not found:
+    matches = [match for name in figures if (match := FIGURE.fullmatch(name)) and match["guidance"] != "noise"]
+    if not matches:
         return None
-    largest = max(found, key=lambda match: int(match["count"]) * (1000 if match["thousand"] else 1))
+    largest = max(matches, key=lambda match: int(match["count"]) * (1000 if match["thousand"] else 1))
     others = tuple(figures.get(f"{name}_{largest['end']}") for name in ("is", "precision", "recall"))
     count = largest["count"] + largest["thousand"]
-    return Sampled(setting, largest["features"], count, largest["guidance"], figures[largest[0]], others)
+    return Sampled(
+        setting, largest["end"], largest["features"], count, largest["guidance"], figures[largest[0]], others
+    )

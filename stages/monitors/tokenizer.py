@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from vtp.objectives.pretrain_state import export_tokenizer
 from vtp.step import Logs, StepContext
 
 BATCH = 256
+END = "end"  # the milestone at which a run ends
 
 
 class KnnProbeConfig(Config):
@@ -40,7 +42,9 @@ class TokenizerMonitorConfig(Config):
     evaluations: int = Field(ge=1, description="evaluations, evenly spaced over the run; the last is at its end")
     pictures: int = Field(ge=0, description="validation images that are reconstructed at every evaluation")
     probe: KnnProbeConfig | None = Field(description="k-NN accuracy at every evaluation; null for none")
-    milestones: list[float] = Field(description="training FLOPs at which the tokenizer is exported")
+    milestones: list[Annotated[float, Field(gt=0)] | Literal["end"]] = Field(
+        description="training FLOPs at which the tokenizer is exported; `end`: when the run ends"
+    )
 
 
 class TokenizerMonitor:
@@ -127,10 +131,17 @@ class TokenizerMilestones:
     """Tokenizers at chosen training FLOPs: the paper's scaling figures evaluate along the run."""
 
     def __init__(
-        self, objective: PretrainObjective, flops: Sequence[float], *, step_flops: float, weights: str, host: Host
+        self,
+        objective: PretrainObjective,
+        milestones: Sequence[float | str],
+        *,
+        step_flops: float,
+        weights: str,
+        host: Host,
     ) -> None:
         self._objective = objective
-        self._flops = sorted(flops)
+        self._flops = sorted(milestone for milestone in milestones if not isinstance(milestone, str))
+        self._at_end = END in milestones
         self._step_flops = step_flops
         self._folder = host.folder / "milestones"
         self._weights = weights
@@ -139,8 +150,8 @@ class TokenizerMilestones:
         return bool(self._reached(context))
 
     def evaluate(self, context: StepContext) -> Logs:
-        for flops in self._reached(context):
-            folder = self._folder / f"{flops:.3e}"
+        for name in self._reached(context):
+            folder = self._folder / name
             export_tokenizer(self._objective, folder, weights=self._weights)
             if ranks().first:
                 write_json(folder / "milestone.json", {"step": context.step + 1, "flops": self._after(context)})
@@ -156,7 +167,13 @@ class TokenizerMilestones:
     def _after(self, context: StepContext) -> float:
         return (context.step + 1) * self._step_flops
 
-    def _reached(self, context: StepContext) -> list[float]:
-        return [
-            flops for flops in self._flops if self._after(context) - self._step_flops < flops <= self._after(context)
-        ]
+    def _reached(self, context: StepContext) -> list[str]:
+        """Names of the milestones that this step comes to."""
+        after = self._after(context)
+        names = [milestone_name(flops) for flops in self._flops if after - self._step_flops < flops <= after]
+        return names + ([END] if self._at_end and context.step + 1 == context.steps else [])
+
+
+def milestone_name(milestone: float | str) -> str:
+    """The folder of a milestone."""
+    return milestone if isinstance(milestone, str) else f"{milestone:.3e}"

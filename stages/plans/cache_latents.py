@@ -13,7 +13,7 @@ from stages.plans.estimate import (
     inputs_of,
     options_for,
 )
-from vtp.config import load
+from vtp.params import load
 
 
 def plan(arguments: list[str]) -> Estimate:

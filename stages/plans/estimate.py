@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from stages.prepare_data import PrepareData
 from stages.pretrain import Pretrain
-from vtp.config import ConfigError, load, read_yaml, split_address
+from vtp.config import ConfigError
 from vtp.curation.ingest.compose import EmbeddedConfig
 from vtp.models.tokenizer import TokenizerConfig
 from vtp.objectives.cost import decoder_flops, encoder_flops
+from vtp.params import load, read_parameters, split_address
 
 FLOAT = 4  # bytes
 LABEL = 8  # bytes
@@ -128,11 +129,11 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
 def inputs_of(options: argparse.Namespace) -> PlannedInputs:
     """Tokenizer, images and classes, from the options and the parameter file. Raises ConfigError."""
     file, _ = split_address(options.address)
-    sections = read_yaml(file)
+    sections = read_parameters(file).values
     if options.tokenizer is None and "pretrain" not in sections:
         raise ConfigError(
             f"{file}: no section 'pretrain', whose tokenizer a plan takes; name one by --tokenizer FILE:SECTION, such as "
-            "pipelines/vtp/params.L.yaml:pretrain"
+            "pipelines/overlays/sizes/L.yaml:pretrain"
         )
     tokenizer = load(options.tokenizer or f"{file}:pretrain", Pretrain).architecture
     train, validation = (SplitSize(IMAGENET[name], IMAGENET[name]) for name in ("images", "validation_images"))

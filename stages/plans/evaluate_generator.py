@@ -5,7 +5,7 @@ from stages.generate import Generate
 from stages.plans.estimate import FLOAT, GIGA, Estimate, Figure, add_input_options, beside, inputs_of, options_for
 from stages.plans.reference import Passes, add_passes, reference_flops
 from stages.reference import ReferenceStatistics
-from vtp.config import load
+from vtp.params import load
 
 
 def plan(arguments: list[str]) -> Estimate:

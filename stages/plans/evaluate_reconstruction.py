@@ -4,8 +4,8 @@ from stages.evaluate_reconstruction import EvaluateReconstruction
 from stages.plans.estimate import Estimate, add_input_options, beside, inputs_of, options_for
 from stages.plans.reference import Passes, add_passes, images_of, reference_flops
 from stages.reference import ReferenceStatistics
-from vtp.config import load
 from vtp.objectives.cost import perceptual_flops
+from vtp.params import load
 
 
 def plan(arguments: list[str]) -> Estimate:

@@ -5,9 +5,9 @@ import math
 from stages.evaluate_understanding import EvaluateUnderstanding
 from stages.plans.estimate import Estimate, Figure, add_input_options, inputs_of, options_for
 from stages.plans.reference import Passes, add_passes
-from vtp.config import load
 from vtp.layers.preprocess import CentreView
 from vtp.objectives.cost import encoder_flops, text_flops
+from vtp.params import load
 
 
 def plan(arguments: list[str]) -> Estimate:

@@ -19,7 +19,7 @@ from stages.plans.estimate import (
 )
 from stages.plans.train_generator import forward_passes, generator_flops, generator_of
 from stages.train_generator import TrainGenerator
-from vtp.config import load
+from vtp.params import load
 
 
 def plan(arguments: list[str]) -> Estimate:

@@ -20,10 +20,11 @@ from stages.plans.estimate import (
     options_for,
 )
 from stages.pretrain import Pretrain
-from vtp.config import ConfigError, load
+from vtp.config import ConfigError
 from vtp.models.heads import DinoHead
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.cost import items, paper_flops, pretrain_cost
+from vtp.params import load
 from vtp.training.fit import run_length
 
 

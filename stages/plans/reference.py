@@ -16,12 +16,12 @@ from stages.plans.estimate import (
     options_for,
 )
 from stages.reference import ReferenceStatistics
-from vtp.config import load
 from vtp.evaluation.features import AnyFeaturesConfig
 from vtp.evaluation.networks import DINO_SIZES
 from vtp.layers.flops import forward_flops
 from vtp.losses.perceptual import RandomVggDistanceConfig
 from vtp.objectives.cost import perceptual_flops
+from vtp.params import load
 
 INCEPTION_SIDE = 299
 DINO_SIDE = 224

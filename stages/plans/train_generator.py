@@ -27,11 +27,11 @@ from stages.plans.estimate import (
     per_gpu,
 )
 from stages.train_generator import TrainGenerator
-from vtp.config import load
 from vtp.flow import SamplerConfig, flow_matching_loss
 from vtp.flow.sampler import time_grid
 from vtp.layers.flops import TRAINING, forward_flops
 from vtp.models.lightningdit import LightningDiT
+from vtp.params import load
 from vtp.training.fit import run_length
 
 

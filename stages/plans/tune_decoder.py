@@ -23,7 +23,6 @@ from stages.plans.estimate import (
     per_gpu,
 )
 from stages.tune_decoder import TuneDecoder
-from vtp.config import load
 from vtp.layers.flops import FROZEN, TRAINING
 from vtp.layers.random_vgg import STAGES, ConvStages
 from vtp.losses.perceptual import PerceptualConfig
@@ -39,6 +38,7 @@ from vtp.models.frozen_backbone import bare_backbone
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.adversary import Adversary
 from vtp.objectives.cost import perceptual_flops
+from vtp.params import load
 from vtp.training.fit import run_length
 
 

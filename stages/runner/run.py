@@ -29,7 +29,8 @@ from stages.runner.fingerprint import InputDigests, code_digest
 from stages.runner.launch import RankJob, run_ranks, several
 from stages.runner.scratch import Scratch, prune
 from vtp.artefact import remove, write_json
-from vtp.config import Config, ConfigError, load
+from vtp.config import Config, ConfigError
+from vtp.params import load
 
 Input = Annotated[Path, "input"]
 Output = Annotated[Path, "output"]
@@ -91,7 +92,7 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
     stage = stage_name(run)
     address, inputs, outputs, provenance = _parse(run, stage, arguments)
     config = load(address, config_class(run))
-    root = _project_root()
+    root = _repository()
     known = InputDigests(root / ".scratch" / "digests.json")
     digests = {name: _input_digest(name, path, known) for name, path in inputs.items()}
     identity = {"stage": stage, "config": config.model_dump(mode="json"), "inputs": digests}
@@ -117,8 +118,12 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
                 provenance_path, {"format_version": FORMAT_VERSION, **identity, "code": code, "facts": host.recorded()}
             )
             scratch.finish(destinations)
-        if (drift := _drift(address, config, stage, code)) is not None:
-            print(f"error: {drift}; the finished work is kept and used when they are set back", file=sys.stderr)
+        if code_digest(f"stages.{stage}") != code:  # DVC records the code as it is now
+            print(
+                f"error: the code of {stage} was edited during the run; the finished work is kept and used when it is set "
+                "back",
+                file=sys.stderr,
+            )
             return DRIFTED
         scratch.publish(destinations)
     return 0
@@ -179,7 +184,7 @@ def _run_ranks(body: _Body, host: LocalHost, scratch: Scratch) -> str | None:
     inputs = {n: [str(p) for p in path] if isinstance(path, list) else str(path) for n, path in body.inputs.items()}
     outputs = {name: str(path) for name, path in body.outputs.items()}
     stage, config = stage_name(body.run), body.config.model_dump(mode="json")
-    job = RankJob(stage, config, inputs, outputs, str(host.folder), str(_project_root()))
+    job = RankJob(stage, config, inputs, outputs, str(host.folder), str(_repository()))
     problem = run_ranks(job, scratch.root, host.runtime, lock=scratch.lock_descriptor)
     if problem is None and not body.written and (scratch.root / STOP).exists():
         raise Interrupted
@@ -220,23 +225,16 @@ def _input_digest(name: str, path: Path | list[Path], known: InputDigests) -> st
     return known.of(path)
 
 
-def _drift(address: str, config: Config, stage: str, code: str) -> str | None:
-    """What changed since the start, if anything: DVC records parameters and code as they are now."""
-    try:
-        same = load(address, type(config)) == config
-    except ConfigError:
-        same = False
-    if not same:
-        return f"{address} was edited during the run"
-    return None if code_digest(f"stages.{stage}") == code else f"the code of {stage} was edited during the run"
+def _repository() -> Path:
+    """The folder of the repository, which holds `.scratch` and `weights` of all its DVC projects.
 
-
-def _project_root() -> Path:
-    """$DVC_ROOT, which names the original repository in an experiment's copy too; else the nearest folder with .dvc."""
-    if "DVC_ROOT" in os.environ:
-        return Path(os.environ["DVC_ROOT"])
+    $DVC_ROOT names the project, the original one in an experiment's copy too; a study's has a link to the code.
+    """
     here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+    nearest = next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+    project = Path(os.environ.get("DVC_ROOT", nearest))
+    code = project / "stages"
+    return code.resolve().parent if code.is_dir() else project
 
 
 def _log_start(path: Path) -> None:

@@ -3,10 +3,28 @@
 import pytest
 from tiny import ROOT, merged, tiny_params, write_params
 
-from stages.check import disagreements, problems, stage_config, uses
+from stages.check import Pipeline, Use, check, disagreements, main, stage_config
 from stages.import_tokenizer import ImportTokenizer
+from vtp.config import ConfigError, read_yaml
 
-USES = uses(ROOT / "dvc.yaml")
+RECIPE = Pipeline.of(ROOT / "dvc.yaml")._replace(tracked=[])
+# A pipeline that compares two kinds of generators: their training and their samples, with one evaluation for all.
+COMPARISON = Pipeline(
+    [
+        Use("train_generator", "train_generator", True),
+        Use("generate", "generate", True),
+        Use("report", "report", False),
+    ],
+    [],
+)
+
+
+def said_of(path, pipeline=RECIPE):
+    try:
+        check(path, pipeline)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def said(tmp_path, changes=None, *, without=()):
@@ -14,7 +32,19 @@ def said(tmp_path, changes=None, *, without=()):
     for section in without:
         del values[section]
     write_params(values, tmp_path / "params.yaml")
-    return "\n".join(problems(tmp_path / "params.yaml", USES))
+    return said_of(tmp_path / "params.yaml")
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Write a study on top of the tiny recipe; what `check` says of it."""
+    write_params(tiny_params(), tmp_path / "root.yaml")
+
+    def write(text, pipeline=RECIPE):
+        (tmp_path / "params.yaml").write_text(f"base: root.yaml\n{text}\n")
+        return said_of(tmp_path / "params.yaml", pipeline).replace(f"{tmp_path}/", "")
+
+    return write
 
 
 def test_the_recipe_is_valid(tmp_path):
@@ -77,6 +107,102 @@ def test_unknown_names(tmp_path):
     values["pretrian"] = values.pop("pretrain")
     values["generate"]["stpes"] = 3
     write_params(values, tmp_path / "params.yaml")
-    found = "\n".join(problems(tmp_path / "params.yaml", USES))
+    found = said_of(tmp_path / "params.yaml")
     assert "no stage reads section 'pretrian'; did you mean 'pretrain'?" in found
     assert "generate.stpes: unknown key" in found
+
+
+def test_an_error_names_the_file_of_the_chain_in_which_it_stands(study, tmp_path):
+    (tmp_path / "more.yaml").write_text("base: root.yaml\ngenerate: {samples: 0}\n")
+    found = study("cache_latents: {dtipe: float32}").splitlines()
+    assert found == ["params.yaml:cache_latents.dtipe: unknown key; did you mean 'dtype'? (given: 'float32')"]
+    (tmp_path / "params.yaml").write_text("base: more.yaml\n")
+    assert said_of(tmp_path / "params.yaml").startswith(
+        f"{tmp_path}/more.yaml:generate.samples: Input should be greater"
+    )
+    (tmp_path / "params.yaml").write_text("base: mroe.yaml\n")
+    assert "params.yaml: base names mroe.yaml; there is no file" in said_of(tmp_path / "params.yaml")
+
+
+def test_sections_of_other_stages_may_stand_in_a_base_alone(study, tmp_path):
+    values = tiny_params() | {"summary": {"title": "T", "metrics": ["a"], "published": {}}}
+    write_params(values, tmp_path / "root.yaml")
+    assert study("") == ""
+    assert study("summary: {title: Mine}") == "params.yaml: no stage reads section 'summary'"
+
+
+def test_a_base_that_dvc_would_not_watch(study, tmp_path):
+    watched = RECIPE._replace(tracked=[tmp_path / "params.yaml"])
+    assert study("", watched) == (
+        "params.yaml: based on root.yaml, which dvc.yaml does not track: add it to the deps of its stage check"
+    )
+    assert study("", watched._replace(tracked=[tmp_path])) == ""
+
+
+def test_runs_are_changes_of_sections(study, tmp_path):
+    text = """
+runs:
+  plain: {}
+  long: {train_generator: {training: {length: {samples: 192}}}}
+  guided: {generate: {settings: {guided: {guidance_scale: 4.0}}}}
+"""
+    assert study(text, COMPARISON) == ""
+    checked = check(tmp_path / "params.yaml", COMPARISON)
+    assert checked.runs.keys() == {"plain", "long", "guided"}
+    assert checked.shared.keys() == {"report"}
+    plain, long, guided = (checked.runs[name] for name in ("plain", "long", "guided"))
+    tiny = read_yaml(tmp_path / "root.yaml")
+    assert plain == {name: tiny[name] for name in ("train_generator", "generate")}
+    assert long["train_generator"]["training"]["length"].pop("samples") == 192
+    del plain["train_generator"]["training"]["length"]["samples"]
+    assert long == plain | {"generate": plain["generate"]}
+    assert guided["generate"]["settings"]["guided"]["guidance_scale"] == 4.0
+    assert guided["generate"]["settings"]["unguided"] == plain["generate"]["settings"]["unguided"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "params.yaml: no runs; name at least one, such as `runs: {joint: {}}`"),
+        ("runs: {a: null}", "params.yaml:runs.a: expected changes of sections, or {} for none; found None"),
+        ("runs: {a: {report: {title: T}}}", "params.yaml:runs.a.report: a run changes generate, train_generator"),
+        (
+            "runs: {a: {genrate: {}}}",
+            "params.yaml:runs.a.genrate: a run changes generate, train_generator; did you mean",
+        ),
+        ("runs: {a: {generate: {seeed: 1}}}", "params.yaml:runs.a.generate.seeed: unknown key; did you mean 'seed'?"),
+        ("runs: {a: {generate: {samples: 0}}, b: {}}", "params.yaml:runs.a.generate.samples: Input should be greater"),
+        ("generate: {samples: 0}\nruns: {a: {}, b: {}}", "params.yaml:generate.samples: Input should be greater"),
+        ("runs: {../a: {}}", "params.yaml:runs.../a: a run is a folder; name it with letters, digits, ., _ and -"),
+    ],
+)
+def test_bad_runs_are_named(study, text, message):
+    found = study(text, COMPARISON)
+    assert found.startswith(message)
+    assert len(found.splitlines()) == 1
+
+
+def test_points_are_milestones_of_every_run(study):
+    pipeline = Pipeline([Use("pretrain", "pretrain", True)], [])
+    text = "runs: {all: {pretrain: {monitor: {milestones: [1.0e+8, end]}}}, one: {}}\npoints: ['1.000e+08', end]"
+    assert (
+        study(text, pipeline)
+        == ("params.yaml:points: 'end' is none of the milestones of the run one: 1.000e+08\n").strip()
+    )
+
+
+def test_resolved_parameters_are_written(study, tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").write_text(
+        "stages: {a: {cmd: 'python -m stages.generate runs/${item.run}.json:generate'},"
+        " b: {cmd: 'python -m stages.report p:report'}, check: {cmd: c, deps: [params.yaml, root.yaml]}}"
+    )
+    study("generate: {samples: 30}\nruns: {one: {}, two: {generate: {samples: 31}}}")
+    paths = {name: str(tmp_path / name) for name in ("resolved", "runs", "code")}
+    arguments = [word for name, path in paths.items() for word in (f"--{name}", path)]
+    monkeypatch.setattr("sys.argv", ["check", str(tmp_path / "params.yaml"), *arguments])
+    main()
+    assert read_yaml(tmp_path / "resolved").keys() == {"report"}
+    values = tiny_params()["generate"]
+    assert read_yaml(tmp_path / "runs/one.json") == {"generate": values | {"samples": 30}}
+    assert read_yaml(tmp_path / "runs/two.json") == {"generate": values | {"samples": 31}}
+    assert {path.name for path in (tmp_path / "code").iterdir()} == {"generate.txt", "report.txt"}

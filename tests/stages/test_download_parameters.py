@@ -65,7 +65,7 @@ def test_the_store_is_that_of_what_a_picture_depends_on():
         ({"policy": {"allowed_ports": [0]}}, "policy.allowed_ports.0"),
         ({"encoding": {"name": "gif", "quality": 95}}, "download.encoding"),
         ({"encoding": {"name": "png", "compression": 95}}, "less than or equal to 9"),
-        ({"resize": {"name": "no", "size": 5}}, "resize.no.size: unknown key"),
+        ({"resize": {"name": "no", "size": 5}}, "resize.size: unknown key"),
         ({"max_pixels": 90_000_000}, "max_pixels"),
         ({"user_agent_token": "my\nbot"}, "user_agent_token"),
     ],

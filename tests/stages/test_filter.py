@@ -131,7 +131,7 @@ def test_mistakes_end_the_command_in_words(metadata, tmp_path):
     process = start(tmp_path, [PATTERN | {"regex": "a(b"}], rows)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 2
-    assert "params.yaml:filter_metadata.rules.0.pattern.regex: not a regular expression of RE2" in said
+    assert "params.yaml:filter_metadata.rules.0.regex: not a regular expression of RE2" in said
     (rows / "b.parquet").write_bytes((rows / "a.parquet").read_bytes()[:-9])
     process = start(tmp_path, [SIZE], rows)
     said = process.communicate(timeout=300)[1]

@@ -44,7 +44,7 @@ def latents(samples, setting, first=0, count=COUNT):
     return samples.of(setting).latents(first, count)
 
 
-def test_settings_differ_and_load_pretrain_state_the_same_noise(inputs, drawn):
+def test_settings_differ_and_start_from_the_same_noise(inputs, drawn):
     data = LatentDataset(inputs / "latents")
     noise = draw_noise(0, range(COUNT), data.shape)
     torch.testing.assert_close(latents(drawn, NOISE), data.statistics.denormalise(noise))
@@ -120,7 +120,7 @@ def test_guided_by_an_earlier_generator(inputs, drawn, tmp_path):
 
 
 def test_a_sweep_is_all_combinations(inputs, tmp_path):
-    sweep = {"base": "guided", "scales": [1.0, 2.5], "intervals": [[0.0, 1.0], [0.25, 0.75]], "shifts": [0.5, 1.0]}
+    sweep = {"setting": "guided", "scales": [1.0, 2.5], "intervals": [[0.0, 1.0], [0.25, 0.75]], "shifts": [0.5, 1.0]}
     samples = Samples(draw(inputs, tmp_path, sweep=sweep, samples=4))
     assert len(samples.settings) == 2 + 8 + 1
     plain, guided = (latents(samples, f"w{scale}_t0-1_s0p5", 0, 4) for scale in ("1", "2p5"))
@@ -141,8 +141,11 @@ def test_half_precision_is_near(inputs, drawn, tmp_path):
     ("changes", "message"),
     [
         ({"settings": {"guided": {"guide": "generator"}}}, r"guided\.guide is `generator`: .* by --guide FOLDER"),
-        ({"sweep": {"base": "guide", "scales": [1.0], "intervals": [[0.0, 1.0]], "shifts": [1.0]}}, "none of settings"),
-        ({"sweep": {"base": "guided", "scales": [1.0], "intervals": [[1.0, 0.0]], "shifts": [1.0]}}, "start < end"),
+        (
+            {"sweep": {"setting": "guide", "scales": [1.0], "intervals": [[0.0, 1.0]], "shifts": [1.0]}},
+            "none of settings",
+        ),
+        ({"sweep": {"setting": "guided", "scales": [1.0], "intervals": [[1.0, 0.0]], "shifts": [1.0]}}, "start < end"),
         ({"settings": {"guided": {"guidance_channels": 9}}}, "guidance_channels is 9, the latents have 8"),
     ],
 )

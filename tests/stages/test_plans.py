@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from stages.plans import estimate, reference, train_generator, tune_decoder
 from stages.runner.fingerprint import closure
 from stages.runner.run import main
-from vtp.config import ConfigError, load, read_yaml
+from vtp.config import ConfigError
 from vtp.flow import SamplerConfig, sample
 from vtp.layers.random_vgg import STAGES, ConvStages
+from vtp.params import load, read_parameters
 
 PAPER = ROOT / "pipelines/imagenet/params.paper.yaml"
 STAGES_WITH_A_PLAN = [
@@ -37,7 +38,7 @@ def paper(tmp_path):
     """The paper's parameters with changes."""
 
     def write(changes):
-        write_params(merged(read_yaml(PAPER), changes), tmp_path / "paper.yaml")
+        write_params(merged(read_parameters(PAPER).values, changes), tmp_path / "paper.yaml")
         return tmp_path / "paper.yaml"
 
     return write
@@ -68,7 +69,7 @@ def test_a_stage_without_a_plan_says_so(monkeypatch, capsys):
 
 def test_plan_of_vtp_l():
     """The plan of a run on 256 devices; its cost is what a count by another route gave (1,049 GFLOP a sample)."""
-    address = f"{ROOT}/pipelines/vtp/params.L.yaml:pretrain"
+    address = f"{ROOT}/pipelines/overlays/sizes/L.yaml:pretrain"
     plan = plan_of("pretrain", address, "--gpus", "256", "--micro-batch", "64")
     assert plan["per sample"].value / 1e9 == pytest.approx(1049, rel=0.02)
     assert plan["activations, clip"].value > 0

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from stages.figures.drawing import Panel, grid, panels
-from stages.figures.paper_table import HEAD, TABLE_2, own_row
+from stages.figures.paper_table import HEAD, TABLE_2, RunFigures, headline_figures, own_row
 from stages.report import Section, _page, flatten
 
 FIGURES = [("gfid", 2.6), ("is", 197.0), ("precision", 0.79), ("recall", 0.62)]
@@ -63,13 +63,22 @@ def test_a_run_has_a_row_in_the_papers_table():
         "noise": {"gfid_inception_50k_noise_random": 0.1},
     }
     generation["unguided"]["gfid_inception_10k_unguided_random"] = 1.0
-    row = own_row(
+    figures = RunFigures(
         reconstruction={"psnr": 30.0, "rfid_inception_50k": 0.4},
-        understanding={"zero_shot_top1_squash": 0.75},
+        understanding={"zero_shot_top1_squash": 0.75, "knn20_last": 0.7},
         generator={"parameters": 675_000_000, "epochs": 80.0},
         generation=generation,
     )
+    row = own_row(figures)
     name, *cells = row
     assert name == "this run (inception, 50k samples); unguided; guided: weak"
     assert cells == [0.4, 75.0, None, "675M", 80.0, 2.6, 197.0, 0.79, 0.62, 2.0, 250.0, None, None]
     assert all(len(line) == len(HEAD) for line in (row, *TABLE_2))
+    assert headline_figures(figures) == {
+        "zero_shot_top1_squash": 0.75,
+        "psnr": 30.0,
+        "rfid_inception_50k": 0.4,
+        **{f"{name}_inception_50k_unguided_random": value for name, value in FIGURES},
+        "gfid_inception_50k_cfg1p2_random": 2.0,
+        "is_inception_50k_cfg1p2_random": 250.0,
+    }

@@ -6,7 +6,7 @@ import pytest
 
 from stages.runner.environment import LocalHost, Runtime
 from stages.summary import Summary, run
-from vtp.artefact import ArtefactError, digest, write_json
+from vtp.artefact import ArtefactError, digest, read_json, write_json
 from vtp.config import ConfigError
 
 METRICS = ["understanding.zero_shot_top1", "generation.gfid"]
@@ -22,9 +22,10 @@ def points(root, values):
     return root / "points"
 
 
-def summarised(root, folder, published, name="summary"):
-    config = Summary.parse({"title": "T", "metrics": METRICS, "published": published}, where="params.yaml:summary")
-    run(config, points=folder, summary=root / name, host=LocalHost(root / "scratch" / "folder", root, Runtime()))
+def summarised(root, folder, published, name="summary", metrics=METRICS):
+    config = Summary.parse({"title": "T", "metrics": metrics, "published": published}, where="params.yaml:summary")
+    host = LocalHost(root / "scratch" / "folder", root, Runtime())
+    run(config, points=folder, summary=root / name, headline=root / f"{name}.json", host=host)
     return (root / name / "table.md").read_text().splitlines()
 
 
@@ -39,6 +40,23 @@ def test_runs_along_their_training(tmp_path):
         "| joint | 9.5e+11 | 0.1 | 4 |",
         "| joint | 1.2e+12 | 0.3 | 3.25 |",
     ]
+
+
+def test_the_end_of_a_run(tmp_path):
+    """Its place is what the run took; what was measured of the whole run counts there; and it is the headline."""
+    folder = points(tmp_path, {"joint/9.5e+11": (0.1, 4), "joint/end": (0.3, 3.25), "ae/end": (None, 5)})
+    for name, flops in (("joint", 2.0e12), ("ae", 1.5e12)):
+        write_json(folder / name / "pretrain.json", {"pretrain": {"flops": flops}, "generation": {"is": 7}})
+    lines = summarised(tmp_path, folder, {}, metrics=[*METRICS, "generation.is"])
+    assert lines[2:] == [
+        "| ae | 1.5e+12 | - | 5 | 7 |",
+        "| joint | 9.5e+11 | 0.1 | 4 | - |",
+        "| joint | 2e+12 | 0.3 | 3.25 | 7 |",
+    ]
+    assert read_json(tmp_path / "summary.json") == {
+        "ae": {"generation.gfid": 5, "generation.is": 7},
+        "joint": {"understanding.zero_shot_top1": 0.3, "generation.gfid": 3.25, "generation.is": 7},
+    }
 
 
 def test_published_figures_stand_beside_ours(tmp_path):

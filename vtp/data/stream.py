@@ -6,6 +6,7 @@ once.
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -37,6 +38,10 @@ class Drawn(NamedTuple):
 class StreamConfig(Config):
     """How shards become a stream of training samples."""
 
+    samples: int | None = Field(
+        ge=1,
+        description="the first so many samples of every source, so that smaller sets lie in larger ones; null: all",
+    )
     window: int | None = Field(ge=1, description="shards that are shuffled together; null: all of them at once")
     mixture: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         description="share of each source, by the name of its folder; null: every sample once an epoch"
@@ -60,8 +65,9 @@ class Stream:
         self.config = config
         self.seed = seed
         self._limit = config.max_replaced
-        self._first = np.concatenate([[0], np.cumsum([len(source) for source in sources], dtype=np.int64)])
-        self._shards = tuple(size for source in sources for size in source.sizes)
+        self._sizes = [_first_sizes(source.sizes, config.samples) for source in sources]  # of shards, by source
+        self._first = np.concatenate([[0], np.cumsum([sum(sizes) for sizes in self._sizes], dtype=np.int64)])
+        self._shards = tuple(size for sizes in self._sizes for size in sizes)
         self._mixture = None
         if config.mixture is not None:
             names = [source.folder.name for source in sources]
@@ -69,7 +75,7 @@ class Stream:
                 given, wanted = ", ".join(names), ", ".join(config.mixture)
                 raise ConfigError(f"data.stream.mixture has weights for {wanted}; the shards given are {given}")
             self._mixture = Mixture([config.mixture[name] for name in names], seed)
-        together = [self._shards] if self._mixture is None else [source.sizes for source in sources]
+        together = [self._shards] if self._mixture is None else self._sizes
         for sizes in together:
             _check_order(sizes, config.window)
         for source in sources:
@@ -87,10 +93,10 @@ class Stream:
             return epochs(positions, self._shards, self.seed, window=self.config.window)
         numbers = np.empty(count, dtype=np.int64)
         of_source, places = self._mixture.of(positions)
-        for number, source in enumerate(self.sources):
+        for number in range(len(self.sources)):
             chosen = of_source == number
             seed = address(self.seed, "source", number)
-            drawn = epochs(places[chosen], source.sizes, seed, window=self.config.window)
+            drawn = epochs(places[chosen], self._sizes[number], seed, window=self.config.window)
             numbers[chosen] = self._first[number] + drawn
         return numbers
 
@@ -112,7 +118,8 @@ class Stream:
             except (SampleError, DecodeError) as error:
                 self._replace(f"{source.name(index)}: {error}", first=attempt == 0)
             others = source.neighbours(index)
-            index = int(numpy_draws(self.seed, "replacement", position, attempt).integers(others.start, others.stop))
+            stop = min(others.stop, int(self._first[which + 1] - self._first[which]))
+            index = int(numpy_draws(self.seed, "replacement", position, attempt).integers(others.start, stop))
         raise DataError(
             f"{self._first_replaced[-1]}; {REPLACEMENTS} others of its shard cannot be used either: fetch it again"
         )
@@ -127,6 +134,15 @@ class Stream:
                 f"{self._replaced} of {self._seen} samples cannot be used, data.stream.max_replaced is "
                 f"{self._limit}: {'; '.join(self._first_replaced)}"
             )
+
+
+def _first_sizes(sizes: Sequence[int], samples: int | None) -> list[int]:
+    """Sizes of the shards that hold the first so many samples, the last one cut."""
+    if samples is None:
+        return list(sizes)
+    ends = accumulate(sizes)
+    cut = [size - max(0, end - samples) for size, end in zip(sizes, ends, strict=True)]
+    return [size for size in cut if size > 0]
 
 
 def _check_order(sizes: Sequence[int], window: int | None) -> None:

@@ -30,8 +30,9 @@ from urllib.parse import SplitResult, urlsplit
 
 import h11
 
-from vtp.config import ConfigError, read_yaml, split_address
+from vtp.config import ConfigError, read_yaml
 from vtp.curation.download.policy import DEADLINE_HEADER, PREFIX, SCHEMES, Policy
+from vtp.params import split_address
 
 MAX_HEAD = 64 << 10
 CHUNK = 64 << 10

@@ -1,0 +1,109 @@
+"""The folders of pipelines/ as DVC projects of their own, and the dvc.yaml files that are derived.
+
+    python -m stages.runner.project [FOLDER ...]   make or bring up to date these folders, or all of them
+
+Each folder is a project, so that DVC speaks of that study alone; all share one cache, where DVC finds the run of a stage
+that another project made by what went in. `stages` and `vtp` are links to the code, so that DVC watches it, and an
+experiment in a temporary copy runs its own.
+
+Derived are `imagenet` and `vtp`, whose stages are the root's with another source, and every folder whose params.yaml
+compares runs, whose stages are those of `pipelines/comparison.dvc.yaml`.
+"""
+
+import sys
+from pathlib import Path
+
+from vtp.artefact import whole_file
+from vtp.config import ConfigError, read_yaml
+from vtp.params import RUNS
+
+CONFIG = """\
+[core]
+    analytics = false
+    autostage = true
+[cache]
+    dir = ../../../.dvc/cache
+    type = "reflink,hardlink,symlink,copy"
+"""
+IGNORED = "/config.local\n/tmp\n/cache\n"
+NOT_HASHED = "__pycache__\n*.pyc\n*.tmp\n"
+HERE = Path(__file__).parents[2]
+CHAIN = "../../params.yaml, ../overlays"  # what parameter files of studies are based on
+DERIVED_FROM_ROOT = {
+    "imagenet": "# The whole recipe on ImageNet: the stages are those of the root, and prepare_data reads data/imagenet.",
+    "vtp": "# The paper's recipe: the stages are those of the root, on captioned images first and labelled ones after.",
+}
+
+
+def update(folder: Path, root: Path = HERE) -> None:
+    """Make `folder` a project. Raises ConfigError when it has no params.yaml."""
+    params = folder / "params.yaml"
+    if not params.is_file():
+        raise ConfigError(f"{params}: no such file; write the study's changes there first")
+    if not (folder / ".dvc" / "config").is_file():  # else it may hold a team's remote
+        _write(folder / ".dvc" / "config", CONFIG)
+    _write(folder / ".dvc" / ".gitignore", IGNORED)
+    _write(folder / ".dvcignore", NOT_HASHED)
+    for package in ("stages", "vtp"):
+        link = folder / package
+        if not link.is_symlink():
+            link.symlink_to(Path("..", "..", package))
+    if (text := derived(folder, root)) is not None:
+        _write(folder / "dvc.yaml", text)
+
+
+def derived(folder: Path, root: Path = HERE) -> str | None:
+    """The dvc.yaml of a study that has none of its own making; None for the others."""
+    if folder.name in DERIVED_FROM_ROOT:
+        return _from_root(folder.name, (root / "dvc.yaml").read_text(encoding="utf-8"))
+    if RUNS in read_yaml(folder / "params.yaml"):
+        return (root / "pipelines/comparison.dvc.yaml").read_text(encoding="utf-8")
+    return None
+
+
+def _from_root(study: str, text: str) -> str:
+    """The root's dvc.yaml with another source of data."""
+    _, separator, stages = text.partition("stages:\n")
+    note = "# Derived from the root's by `python -m stages.runner.project`; README.md says what to put into data/."
+    checked = "deps: [params.yaml, vtp, stages]"
+    stages = _replaced(stages, checked, f"deps: [params.yaml, {CHAIN}, vtp, stages]")
+    text = f"{DERIVED_FROM_ROOT[study]}\n{note}\n{separator}{stages}"
+    before, _, rest = text.partition("  prepare_data:\n")
+    prepare, _, rest = rest.partition("  reference:\n")
+    if study == "imagenet":
+        prepare = _replaced(prepare, "--shards work/shards", "--source data/imagenet --shards work/shards")
+        prepare = _replaced(prepare, "prepare_data.txt]", "prepare_data.txt, data/imagenet]")
+        prepare = _replaced(prepare, "compose captioned pictures into shards", "write the pictures as canonical shards")
+        return f"{before}  prepare_data:\n{prepare}  reference:\n{rest}"
+    first, _, rest = rest.partition("  pretrain:\n")
+    pretrain, _, rest = rest.partition("  tune_decoder:\n")
+    labelled = (part.replace("work/shards", "data/labelled") for part in (first, rest))
+    captioned = _replaced(pretrain, "work/shards", "data/captioned")
+    first, rest = labelled
+    return f"{before}  reference:\n{first}  pretrain:\n{captioned}  tune_decoder:\n{rest}"
+
+
+def _replaced(text: str, old: str, new: str) -> str:
+    if old not in text:
+        raise ConfigError(f"dvc.yaml: expected {old!r} in it; bring stages/runner/project.py up to date with it")
+    return text.replace(old, new)
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Command line."""
+    folders = [Path(name) for name in sys.argv[1:]]
+    try:
+        for folder in folders or sorted(path.parent for path in (HERE / "pipelines").glob("*/params.yaml")):
+            update(folder)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Parameter files that say only what differs: overlays on other files, and mappings that begin as others do.
+
+    base: [../../params.yaml, ../overlays/paper.yaml]   files that this one changes, relative to it, in their order
+    generate: {samples: 50000}                          a change; all else is as in the files before
+    generate_auto: {base: generate, seed: 1}            a section that begins as another one
+    report: {base: null, title: Mine}                   a mapping that begins empty
+    prepare_data: null                                  a section that is none
+
+Mappings merge, and lists and values replace. A record with another `name` is another choice, and replaces as a whole, as
+does a mapping that says where it begins. A file that comes twice in a chain counts once, where it comes first: two
+overlays may share what they are based on.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from ruamel.yaml import YAML
+
+from vtp.artefact import whole_file
+from vtp.config import Config, ConfigError, Keys, did_you_mean, read_yaml
+
+C = TypeVar("C", bound=Config)
+BASE = "base"
+RUNS, POINTS = "runs", "points"  # keys of a file that compares runs, beside its sections
+
+
+class Origin(NamedTuple):
+    """Where a value was set last."""
+
+    file: Path
+    keys: Keys
+
+    def then(self, key: str | int) -> "Origin":
+        """Of what stands in it under a key."""
+        return Origin(self.file, (*self.keys, key))
+
+    def __str__(self) -> str:
+        return f"{self.file}:{_dotted(self.keys)}"
+
+
+class Parameters(NamedTuple):
+    """What a parameter file comes to."""
+
+    path: Path
+    values: dict[str, Any]  # by section
+    files: tuple[Path, ...]  # the whole chain, the file itself last
+    origins: dict[Keys, Origin]
+
+    def parse(self, section: str, config: type[C]) -> C:
+        """A section as a record. Raises ConfigError that names the file of the chain in which a wrong key stands."""
+        if section not in self.values:
+            known = ", ".join(map(str, self.values))
+            raise ConfigError(
+                f"{self.path}: no section {section!r}{did_you_mean(section, self.values)}; it has {known}"
+            )
+        return config.parse(self.values[section], where=lambda keys: self._place((section, *keys)))
+
+    def changed(self, changes: Mapping[str, Any], at: Keys) -> "Parameters":
+        """With `changes` on its sections, which stand in the file at the place `at`. Raises ConfigError."""
+        new = self._replace(values=deepcopy(self.values), origins=dict(self.origins))
+        for name in changes:
+            if name not in new.values:
+                hint = did_you_mean(name, new.values)
+                raise ConfigError(f"{Origin(self.path, (*at, name))}: no such section{hint}")
+        _merge(new.values, changes, Origin(self.path, at), (), new.origins)
+        _begin(new, (), ())
+        return new
+
+    def _place(self, keys: Keys) -> str:
+        """Where a value stands; one that is not there, where it would."""
+        for end in range(len(keys), 0, -1):
+            if (origin := self.origins.get(keys[:end])) is not None:
+                return str(Origin(origin.file, (*origin.keys, *keys[end:])))
+        return str(Origin(self.path, keys))
+
+
+def read_parameters(path: Path) -> Parameters:
+    """Read a file and what it is based on. Raises ConfigError for a base that is missing, or based on itself."""
+    layers: dict[Path, tuple[Path, dict[str, Any]]] = {}
+    _collect(path, (), layers)
+    parameters = Parameters(path, {}, tuple(file for file, _ in layers.values()), {})
+    for file, layer in layers.values():
+        _merge(parameters.values, layer, Origin(file, ()), (), parameters.origins)
+    _begin(parameters, (), ())
+    for section in [name for name, value in parameters.values.items() if value is None]:
+        del parameters.values[section]
+    return parameters
+
+
+def split_address(address: str) -> tuple[Path, str]:
+    """`params.yaml:pretrain` -> (Path("params.yaml"), "pretrain"). Raises ConfigError."""
+    path, _, section = address.rpartition(":")
+    if not path or not section:
+        raise ConfigError(f"{address!r}: expected FILE:SECTION, such as params.yaml:pretrain")
+    return Path(path), section
+
+
+def load(address: str, config: type[C]) -> C:
+    """The section at `FILE:SECTION` as a record. Raises ConfigError."""
+    path, section = split_address(address)
+    return read_parameters(path).parse(section, config)
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Plain YAML 1.2, equal bytes for equal values."""
+    yaml = YAML(pure=True)
+    yaml.width = 1 << 20
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yaml.dump(dict(values), file)
+
+
+def _collect(path: Path, above: tuple[Path, ...], layers: dict[Path, tuple[Path, dict[str, Any]]]) -> None:
+    """The files that `path` is based on, then itself, each once."""
+    real = path.resolve()
+    if real in above:
+        chain = " -> ".join(file.name for file in (*above[above.index(real) :], real))
+        raise ConfigError(f"{path}: based on itself: {chain}")
+    if real in layers:
+        return
+    values = read_yaml(path)
+    bases = values.pop(BASE, [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base is {bases!r}; expected a file or a list of files, such as ../../params.yaml")
+    for base in bases:
+        file = path.parent / base
+        if not file.is_file():
+            raise ConfigError(f"{path}: base names {base}; there is no file {file}")
+        _collect(file, (*above, real), layers)
+    layers[real] = (path, values)
+
+
+def _merge(
+    old: dict[Any, Any], new: Mapping[Any, Any], source: Origin, place: Keys, origins: dict[Keys, Origin]
+) -> None:
+    """Lay `new`, which stands at `source`, over what is at `place`."""
+    for key, value in new.items():
+        here, before = (*place, key), old.get(key)
+        origins[here] = source.then(key)
+        if isinstance(before, dict):
+            if isinstance(value, Mapping) and not _replaces(before, value):
+                _merge(before, value, source.then(key), here, origins)
+                continue
+            for gone in [known for known in origins if known[: len(here)] == here and known != here]:
+                del origins[gone]
+        old[key] = _plain(value, source.then(key), here, origins)
+
+
+def _replaces(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is no change of the one before, but another in its place."""
+    return BASE in new or ("name" in new and new["name"] != old.get("name"))
+
+
+def _plain(value: Any, source: Origin, place: Keys, origins: dict[Keys, Origin]) -> Any:  # noqa: ANN401 - YAML's
+    """A copy without the mark of an empty beginning; every key of it stands at `source`."""
+    if not isinstance(value, Mapping):
+        return deepcopy(value)
+    copy: dict[Any, Any] = {}
+    for key, item in value.items():
+        if key != BASE or item is not None:
+            origins[(*place, key)] = source.then(key)
+            copy[key] = _plain(item, source.then(key), (*place, key), origins)
+    return copy
+
+
+def _begin(parameters: Parameters, place: Keys, above: tuple[Keys, ...]) -> None:
+    """Let every mapping at `place` and below that names a `base` begin as that one, which is done first."""
+    node = _at(parameters.values, place)
+    if not isinstance(node, dict):
+        return
+    if BASE in node:
+        _begin_as(parameters, place, node, above)
+        node = _at(parameters.values, place)
+    for key in list(node):
+        _begin(parameters, (*place, key), above)
+
+
+def _begin_as(parameters: Parameters, place: Keys, node: dict[Any, Any], above: tuple[Keys, ...]) -> None:
+    base, origins = node[BASE], parameters.origins
+    where = origins[(*place, BASE)]
+    target = tuple(base.split(".")) if isinstance(base, str) else ()
+    if not isinstance(_at(parameters.values, target), dict) or not target:
+        hint = did_you_mean(base, [name for name in parameters.values if name != _dotted(place)])
+        raise ConfigError(f"{where}: no mapping {base!r} to begin as{hint}")
+    if target in (*above, place) or place[: len(target)] == target:
+        chain = " -> ".join(map(_dotted, (*above, place, target)))
+        raise ConfigError(f"{where}: based on itself: {chain}")
+    _begin(parameters, target, (*above, place))
+    own = {
+        known: origin for known, origin in origins.items() if known[: len(place)] == place and len(known) > len(place)
+    }
+    inherited = {
+        (*place, *known[len(target) :]): origin
+        for known, origin in origins.items()
+        if known[: len(target)] == target and len(known) > len(target)
+    }
+    begun = deepcopy(_at(parameters.values, target))
+    changes = {key: value for key, value in node.items() if key != BASE}
+    _merge(begun, changes, where, place, inherited)
+    origins.update(inherited)
+    origins.update(own)
+    parent = _at(parameters.values, place[:-1])
+    parent[place[-1]] = begun
+
+
+def _at(values: Any, place: Keys) -> Any:  # noqa: ANN401 - YAML's
+    """What stands at a place; None where nothing does."""
+    for key in place:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _dotted(keys: Keys) -> str:
+    return ".".join(map(str, keys))
