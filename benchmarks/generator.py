@@ -46,7 +46,8 @@ from stages.train_generator import GeneratorConfig, TrainGenerator
 from vtp.data.batches import LatentBatch, LatentBatches, RankSlice, count_micro_batches
 from vtp.data.latents import LatentDataset
 from vtp.data.loader import load_batches
-from vtp.models.lightningdit import SIZES, LightningDiT
+from vtp.models.generator_folder import SIZES
+from vtp.models.lightningdit import LightningDiT
 from vtp.objectives.generation import GenerationObjective
 from vtp.params import load
 from vtp.step import StepContext

@@ -37,7 +37,8 @@ from benchmarks.generator import prepare
 from stages.runner.environment import LocalHost, Runtime, keep_freed_memory
 from vtp.flow import sample
 from vtp.layers.flops import forward_flops
-from vtp.models.lightningdit import SIZES, LightningDiT
+from vtp.models.generator_folder import SIZES
+from vtp.models.lightningdit import LightningDiT
 from vtp.training.throughput import memory_bytes, peak_flops
 
 

@@ -15,7 +15,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stages.figures.drawing import grid
 from stages.figures.guidance import Guided, draw_guidance
 from stages.runner.run import Input, OptionalInput, OptionalOutput, Output, main
 from vtp.artefact import whole_file, write_json
@@ -32,6 +31,7 @@ from vtp.evaluation.manifold import precision_recall
 from vtp.evaluation.reference import Reference
 from vtp.evaluation.samples import Samples, SettingSamples
 from vtp.host import Host
+from vtp.inference.grid import grid
 from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer

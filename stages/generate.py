@@ -14,15 +14,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages.runner.run import Input, OptionalInput, Output, main
-from vtp.artefact import save_tensors
+from vtp.artefact import ArtefactError, save_tensors
 from vtp.config import Config, ConfigError
 from vtp.data.latents import LatentDataset
 from vtp.data.shared_files import SharedFiles
 from vtp.distributed import ranks
-from vtp.evaluation.samples import FORMAT_VERSION, NOISE, Labels, SamplesArtefact, SettingName, draw_labels, draw_noise
-from vtp.flow import SamplerConfig, sample
+from vtp.evaluation.samples import FORMAT_VERSION, NOISE, Labels, SamplesArtefact, SettingName, draw_labels
+from vtp.flow import SamplerConfig, draw_noise, sample
 from vtp.flow.sampler import Interval
 from vtp.host import Host
+from vtp.layers.latent_space import LatentSpace
 from vtp.models.lightningdit import LightningDiT
 from vtp.training.parallelize import compile_units
 
@@ -78,15 +79,22 @@ class Generate(Config):
 
 @torch.no_grad()
 def run(
-    config: Generate, *, latents: Input, generator: Input, guide: OptionalInput = None, samples: Output, host: Host
+    config: Generate,
+    *,
+    generator: Input,
+    guide: OptionalInput = None,
+    latents: OptionalInput = None,
+    samples: Output,
+    host: Host,
 ) -> None:
-    data = LatentDataset(latents)
-    model, weak = _load(generator, data, host), _guide(config, guide, data, host)
-    drawing = _Drawing(config, config.all_settings, data, model, weak, host.device)
+    """`latents` are those that a generator from elsewhere learnt, whose folder does not say what they mean."""
+    model = _load(generator, host)
+    space = _space(model, generator, latents)
+    drawing = _Drawing(config, config.all_settings, space, model, _guide(config, guide, space, host), host.device)
     artefact = SamplesArtefact(
         format_version=FORMAT_VERSION,
-        encoder=data.encoder,
-        classes=data.classes,
+        encoder=space.encoder,
+        classes=space.classes,
         samples=config.samples,
         shard_size=config.shard_size,
         labels=config.labels,
@@ -100,7 +108,7 @@ def run(
                 rows = range(first, min(first + config.batch_size, shard.rows.stop))
                 parts.append(drawing.draw(shard.split, rows))
                 bar.update(len(rows) * ranks().size)
-            labels = draw_labels(config.labels, config.seed, shard.rows, len(data.classes))
+            labels = draw_labels(config.labels, config.seed, shard.rows, len(space.classes))
             save_tensors(shard.path(shared.folder), {"latents": torch.cat(parts), "labels": labels})
             if host.stop_seen:
                 break
@@ -116,17 +124,17 @@ class _Drawing(NamedTuple):
 
     config: Generate
     settings: dict[str, SamplerConfig]
-    data: LatentDataset
+    space: LatentSpace
     model: LightningDiT
     guide: LightningDiT | None
     device: str
 
     def draw(self, setting: str, rows: range) -> Tensor:
         """The latents [n, d, h, w] of these samples, in the tokenizer's own scale, on the CPU."""
-        noise = draw_noise(self.config.seed, rows, self.data.shape)
+        noise = draw_noise(self.config.seed, rows, self.model.latent_shape)
         if setting == NOISE:
-            return self.data.statistics.denormalise(noise)
-        labels = draw_labels(self.config.labels, self.config.seed, rows, len(self.data.classes))
+            return self.space.statistics.denormalise(noise)
+        labels = draw_labels(self.config.labels, self.config.seed, rows, len(self.space.classes))
         # Always full batches: nothing is compiled for a second size, and a sample is computed alike in all of them.
         filled = torch.arange(self.config.batch_size) % len(rows)
         sampler = self.settings[setting]
@@ -139,23 +147,38 @@ class _Drawing(NamedTuple):
                 guide_model=guide,
                 **sampler.arguments(),
             )
-        return self.data.statistics.denormalise(drawn[: len(rows)].float()).cpu()
+        return self.space.statistics.denormalise(drawn[: len(rows)].float()).cpu()
 
     def _precision(self) -> AbstractContextManager[object]:
         device = torch.device(self.device).type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
 
-def _load(folder: Input, data: LatentDataset, host: Host) -> LightningDiT:
+def _load(folder: Input, host: Host) -> LightningDiT:
     model = LightningDiT.from_pretrained(folder)
-    if model.encoder is not None:
-        data.require_encoder(model.encoder, str(folder))
     compile_units(model.compiled_units, host)
     return model.to(host.device).eval()
 
 
-def _guide(config: Generate, folder: OptionalInput, data: LatentDataset, host: Host) -> LightningDiT | None:
-    """The weaker generator. Raises ConfigError when one is asked for and not given, or the other way round."""
+def _space(model: LightningDiT, folder: Input, latents: OptionalInput) -> LatentSpace:
+    """Raises ConfigError when two folders say what the latents mean, or none does."""
+    if model.space is None:
+        if latents is None:
+            raise ConfigError(
+                f"{folder}: a generator from elsewhere, whose folder does not say which latents it learnt; give them by "
+                "--latents FOLDER on the command, and under its deps"
+            )
+        return LatentDataset(latents).space
+    if latents is not None:
+        raise ConfigError(f"--latents {latents}: {folder} says itself which latents it learnt; leave --latents out")
+    return model.space
+
+
+def _guide(config: Generate, folder: OptionalInput, space: LatentSpace, host: Host) -> LightningDiT | None:
+    """The weaker generator. Raises ConfigError when one is asked for and not given, or the other way round.
+
+    Raises ArtefactError when it learnt other latents.
+    """
     wanted = [name for name, sampler in config.all_settings.items() if sampler.guide == "generator"]
     if wanted and folder is None:
         raise ConfigError(
@@ -168,7 +191,12 @@ def _guide(config: Generate, folder: OptionalInput, data: LatentDataset, host: H
         raise ConfigError(
             f"--guide {folder}: no setting has `guide: generator`; choose it for one, or leave --guide out"
         )
-    return _load(folder, data, host)
+    guide = _load(folder, host)
+    if guide.space is not None and guide.space.encoder != space.encoder:
+        raise ArtefactError(
+            f"--guide {folder} learnt the latents of another encoder; give an earlier or smaller generator"
+        )
+    return guide
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from vtp.draws import address
 from vtp.evaluation.features import build_features
 from vtp.evaluation.reference import Reference
 from vtp.host import Host
-from vtp.models.lightningdit import SIZES, GeneratorSize, LightningDiT, LightningDiTConfig, save_generator
+from vtp.models.generator_folder import SIZES, GeneratorSize, LightningDiTConfig, save_generator
+from vtp.models.lightningdit import LightningDiT
 from vtp.models.loading import load_tokenizer
 from vtp.objectives.generation import GenerationObjective, GenerationObjectiveConfig
 from vtp.step import OptimConfig
@@ -119,7 +120,9 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     if not ranks().first:
         return
     result = states.pop(f"ema-{config.objective.ema[0]:g}")
-    save_generator(generator, model.config, result, encoder=data.encoder, others=states | milestones.saved())
+    sampler = config.monitor.sampler.model_dump(mode="json")
+    others = states | milestones.saved()
+    save_generator(generator, model.config, result, space=data.space, sampler=sampler, others=others)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     epochs = length.samples / len(data)
     write_json(metrics, {"train_generator": length._asdict() | {"parameters": parameters, "epochs": epochs}})

@@ -85,9 +85,17 @@ def train(
     return out
 
 
-def draw(inputs: Path, root: Path, *, guide: Path | None = None, stop_after: int | None = None, **changes: Any) -> Path:
-    """Samples of the generator of `inputs`."""
+def draw(
+    generator: Path,
+    root: Path,
+    *,
+    guide: Path | None = None,
+    latents: Path | None = None,
+    stop_after: int | None = None,
+    **changes: Any,
+) -> Path:
+    """Samples of a generator."""
     config = Generate.parse(merged(tiny_params()["generate"], changes), where="test")
-    paths = {"latents": inputs / "latents", "generator": inputs / "generator", "samples": root / "samples"}
-    generate(config, **paths, guide=guide, host=work_in(root, stop_after=stop_after))
+    paths = {"generator": generator, "guide": guide, "latents": latents, "samples": root / "samples"}
+    generate(config, **paths, host=work_in(root, stop_after=stop_after))
     return root / "samples"

@@ -17,7 +17,8 @@ LAYERS = [
     {"layers"},
     {"models", "losses", "flow", "data"},
     {"curation"},
-    {"objectives", "training", "evaluation"},
+    {"objectives", "training", "evaluation", "inference"},
+    {"__main__"},
 ]
 # The same of `stages/`: the body of a stage may use what stands before it, plans and `check` read bodies.
 STAGES = [{"runner"}, {"figures"}, {"monitors"}, {"a stage"}, {"plans"}, {"check"}]
@@ -118,7 +119,7 @@ def test_card(path):
 
 def test_the_library_does_not_print():
     """But for programs of its own, which talk to a terminal or a log."""
-    programs = {"vtp/curation/download/worker.py"}
+    programs = {"vtp/__main__.py", "vtp/curation/download/worker.py"}
     printing = {str(path.relative_to(ROOT)) for path in SOURCES if "vtp" in path.parts and "print(" in path.read_text()}
     assert printing == programs
 

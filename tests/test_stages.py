@@ -17,6 +17,7 @@ from stages.runner.environment import LocalHost, Runtime
 from stages.runner.run import path_flags
 from vtp import LightningDiT, load_tokenizer
 from vtp.config import Config
+from vtp.data.latents import LatentDataset
 
 STAGES = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
 ORDER = [name for name in STAGES if name != "check"]
@@ -147,7 +148,6 @@ def test_tuning_leaves_the_encoder_alone(results):
 
 def test_latents_are_those_of_the_encoder(results):
     from vtp.data.dataset import ShardDataset
-    from vtp.data.latents import LatentDataset
     from vtp.layers.images import normalise
 
     root, *_ = results
@@ -166,7 +166,8 @@ def test_generator_loads_beside_what_was_kept_on_its_way(results):
     root, *_ = results
     model, early = (LightningDiT.from_pretrained(root / "work/generator" / place) for place in (".", "at-0.2"))
     assert model.null_label == early.null_label == 6
-    assert model.encoder == early.encoder == load_tokenizer(root / "work/tokenizer").encoder_digest()
+    assert model.space.encoder == early.space.encoder == load_tokenizer(root / "work/tokenizer").encoder_digest()
+    assert model.space.classes == early.space.classes == LatentDataset(root / "work/latents").classes
     assert not torch.equal(model.final_layer.linear.weight, early.final_layer.linear.weight)
 
 

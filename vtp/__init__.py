@@ -7,16 +7,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vtp.inference.generator import load_generator
     from vtp.models.lightningdit import LightningDiT
     from vtp.models.loading import load_tokenizer
     from vtp.models.tokenizer import VisualTokenizer
 
-__all__ = ["LightningDiT", "VisualTokenizer", "load_tokenizer"]
+__all__ = ["LightningDiT", "VisualTokenizer", "load_generator", "load_tokenizer"]
 
 _HOMES = {
     "VisualTokenizer": "vtp.models.tokenizer",
     "load_tokenizer": "vtp.models.loading",
     "LightningDiT": "vtp.models.lightningdit",
+    "load_generator": "vtp.inference.generator",
 }
 
 

@@ -1,67 +1,12 @@
-"""Pictures with fixed names and equal bytes for equal content: grids of images, and curves."""
+"""Curves with equal bytes for equal content."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from PIL.ImageFont import FreeTypeFont, ImageFont
-
-NOTE_LINE = 15  # pixels of a line of notes
-SCALE = 96  # least side of an image in a grid, in pixels
 UNINFORMED = "_uninformed"  # ends the name of a column with what a model that knows nothing would score
-
-
-def grid(
-    rows: Sequence[Tensor],
-    names: Sequence[str],
-    path: Path,
-    *,
-    title: str,
-    notes: Sequence[Sequence[str]] | None = None,
-) -> None:
-    """Rows of uint8 images [n, 3, H, W], each under its name, as one PNG; `notes` stand below the images, cut to fit."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    side = rows[0].shape[-1]
-    factor = max(1, -(-SCALE // side))
-    tile, gap, margin, line = side * factor, 4, 12, 22
-    font, small = ImageFont.load_default(14), ImageFont.load_default(11)
-    below = [
-        0 if notes is None else NOTE_LINE * max(note.count("\n") + 1 for note in notes[n]) for n in range(len(rows))
-    ]
-    columns = max(len(row) for row in rows)
-    left = margin + max(int(font.getlength(name)) for name in names) + 10
-    width = max(left + columns * (tile + gap), margin + int(font.getlength(title))) + margin
-    height = margin + line + sum(tile + gap + extra for extra in below) + margin
-    canvas = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((margin, margin), title, fill="black", font=font)
-    top = margin + line
-    for number, (row, name) in enumerate(zip(rows, names, strict=True)):
-        draw.text((margin, top + tile // 2 - 8), name, fill="black", font=font)
-        for column, pixels in enumerate(row.permute(0, 2, 3, 1).cpu().numpy()):
-            image = Image.fromarray(np.ascontiguousarray(pixels)).resize((tile, tile), Image.Resampling.NEAREST)
-            at = left + column * (tile + gap)
-            canvas.paste(image, (at, top))
-            if notes is not None:
-                text = "\n".join(_cut(part, tile, small) for part in notes[number][column].split("\n"))
-                draw.multiline_text((at, top + tile), text, fill="dimgrey", font=small, spacing=2)
-        top += tile + gap + below[number]
-    canvas.save(path, format="PNG")
-
-
-def _cut(text: str, width: int, font: "ImageFont | FreeTypeFont") -> str:
-    """A text that fits; of one that is too long the end, which tells keys apart."""
-    kept = text
-    while kept and font.getlength(text if kept == text else f"..{kept}") > width:
-        kept = kept[1:]
-    return text if kept == text else f"..{kept}"
 
 
 @contextmanager

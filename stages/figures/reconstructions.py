@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from stages.figures.drawing import Panel, grid, panels
+from stages.figures.drawing import Panel, panels
 from vtp.artefact import whole_file
 from vtp.data.dataset import ShardDataset
 from vtp.distributed import own_rows
 from vtp.evaluation.latents import LatentDiagnostics
+from vtp.inference.grid import grid
 from vtp.layers.images import normalise, to_uint8
 from vtp.models.base import Tokenizer
 

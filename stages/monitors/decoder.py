@@ -7,13 +7,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stages.figures.drawing import UNINFORMED, grid
+from stages.figures.drawing import UNINFORMED
 from stages.monitors.snapshots import SnapshotStore
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.reconstruction import psnr
 from vtp.host import Host
+from vtp.inference.grid import grid
 from vtp.layers.images import normalise, to_uint8
 from vtp.losses.perceptual import PerceptualDistance
 from vtp.models.base import Tokenizer

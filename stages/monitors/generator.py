@@ -9,7 +9,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stages.figures.drawing import grid
 from stages.monitors.snapshots import SnapshotStore
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config
@@ -17,9 +16,9 @@ from vtp.data.latents import LatentDataset
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.features import FeatureExtractor, count_name
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
-from vtp.evaluation.samples import draw_noise
-from vtp.flow import SamplerConfig, flow_matching_loss, sample
+from vtp.flow import SamplerConfig, draw_noise, flow_matching_loss, sample
 from vtp.host import Host
+from vtp.inference.grid import grid
 from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
 from vtp.objectives.generation import GenerationObjective

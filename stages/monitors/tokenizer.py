@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stages.figures.drawing import grid
 from stages.monitors.snapshots import SnapshotStore
 from vtp.artefact import write_json
 from vtp.config import Config
@@ -18,6 +17,7 @@ from vtp.data.dataset import ShardDataset
 from vtp.distributed import ranks
 from vtp.evaluation.neighbours import knn_accuracy
 from vtp.host import Host
+from vtp.inference.grid import grid
 from vtp.layers.images import normalise, to_uint8
 from vtp.models.vit import VisionTransformer
 from vtp.objectives.pretrain import PretrainObjective

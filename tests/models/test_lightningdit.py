@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from vtp import LightningDiT
 from vtp.artefact import ArtefactError
 from vtp.config import ConfigError
-from vtp.models.lightningdit import OFFICIAL_DEFAULTS, SIZES, LightningDiTConfig
+from vtp.models.generator_folder import OFFICIAL_DEFAULTS, SIZES, LightningDiTConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
 

@@ -14,7 +14,8 @@ from vtp import LightningDiT
 from vtp.artefact import ArtefactError, digest, read_json, write_json
 from vtp.config import ConfigError
 from vtp.data.latents import LatentDataset
-from vtp.evaluation.samples import NOISE, Samples, draw_labels, draw_noise
+from vtp.evaluation.samples import NOISE, Samples, draw_labels
+from vtp.flow import draw_noise
 
 COUNT = 24
 SETTINGS = {"unguided": {"solver": "heun"}, "guided": {}}
@@ -37,7 +38,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(inputs, tmp_path_factory):
-    return Samples(draw(inputs, tmp_path_factory.mktemp("drawn"), settings=SETTINGS))
+    return Samples(draw(inputs / "generator", tmp_path_factory.mktemp("drawn"), settings=SETTINGS))
 
 
 def latents(samples, setting, first=0, count=COUNT):
@@ -57,7 +58,7 @@ def test_settings_differ_and_start_from_the_same_noise(inputs, drawn):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_a_sample_does_not_depend_on_its_batch(inputs, drawn, tmp_path, batch_size):
-    other = Samples(draw(inputs, tmp_path, settings=SETTINGS, batch_size=batch_size))
+    other = Samples(draw(inputs / "generator", tmp_path, settings=SETTINGS, batch_size=batch_size))
     assert torch.equal(latents(other, NOISE), latents(drawn, NOISE))  # the noise, bit for bit
     for setting in SETTINGS:
         torch.testing.assert_close(latents(other, setting), latents(drawn, setting), atol=1e-4, rtol=0)
@@ -67,7 +68,9 @@ def test_a_sample_does_not_depend_on_its_batch(inputs, drawn, tmp_path, batch_si
 @pytest.mark.parametrize("labels", ["balanced", "random"])
 def test_more_samples_begin_with_the_same(inputs, tmp_path, labels):
     few, many = (
-        Samples(draw(inputs, tmp_path / str(count), samples=count, labels=labels, batch_size=8, shard_size=16))
+        Samples(
+            draw(inputs / "generator", tmp_path / str(count), samples=count, labels=labels, batch_size=8, shard_size=16)
+        )
         for count in (11, 24)
     )
     assert torch.equal(latents(few, "guided", 0, 11), latents(many, "guided", 0, 11))
@@ -85,10 +88,10 @@ def test_labels_by_chance():
 
 def test_a_stopped_run_goes_on_with_the_files_that_are_missing(inputs, drawn, tmp_path):
     with pytest.raises(Interrupted):
-        draw(inputs, tmp_path, settings=SETTINGS, stop_after=1)
+        draw(inputs / "generator", tmp_path, settings=SETTINGS, stop_after=1)
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "scratch/folder/samples").iterdir()}
     assert set(done) == {"unguided-00000.safetensors"}
-    samples = draw(inputs, tmp_path, settings=SETTINGS)
+    samples = draw(inputs / "generator", tmp_path, settings=SETTINGS)
     assert {name: (samples / name).stat().st_mtime_ns for name in done} == done
     assert digest(samples) == digest(drawn.folder)
 
@@ -96,7 +99,7 @@ def test_a_stopped_run_goes_on_with_the_files_that_are_missing(inputs, drawn, tm
 def test_ranks_draw_the_same_bytes(inputs, drawn, tmp_path):
     """Two real ones, by the command line."""
     params = merged(tiny_params()["generate"], {"settings": SETTINGS})
-    paths = {"latents": inputs / "latents", "generator": inputs / "generator", "samples": "samples"}
+    paths = {"generator": inputs / "generator", "samples": "samples"}
     on_two_ranks(tmp_path, "generate", params, paths)
     assert json.loads((tmp_path / "provenance.json").read_text())["facts"]["samples"] == 3 * COUNT
     assert digest(tmp_path / "samples") == digest(drawn.folder)
@@ -106,22 +109,18 @@ def test_guided_by_an_earlier_generator(inputs, drawn, tmp_path):
     """Scale 1 is the generator itself, scale 0 the other one."""
     settings = {"unguided": SETTINGS["unguided"], "guided": {"guide": "generator", "guidance_interval": [0.0, 1.0]}}
     early = inputs / "generator" / "at-0.2"
-    samples = Samples(draw(inputs, tmp_path, guide=early, settings=settings))
+    samples = Samples(draw(inputs / "generator", tmp_path, guide=early, settings=settings))
     assert samples.guidance("guided") == "auto2"
     assert not torch.allclose(latents(samples, "guided"), latents(drawn, "guided"), atol=1e-3)
     settings["guided"]["guidance_scale"] = 0.0
-    weak = Samples(draw(inputs, tmp_path / "weak", guide=early, settings=settings))
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    (alone / "latents").symlink_to(inputs / "latents")
-    (alone / "generator").symlink_to(early)
-    plain = Samples(draw(alone, alone / "out", settings={"unguided": {"solver": "euler"}}))
+    weak = Samples(draw(inputs / "generator", tmp_path / "weak", guide=early, settings=settings))
+    plain = Samples(draw(early, tmp_path / "alone", settings={"unguided": {"solver": "euler"}}))
     torch.testing.assert_close(latents(weak, "guided"), latents(plain, "unguided"), atol=1e-5, rtol=1e-5)
 
 
 def test_a_sweep_is_all_combinations(inputs, tmp_path):
     sweep = {"setting": "guided", "scales": [1.0, 2.5], "intervals": [[0.0, 1.0], [0.25, 0.75]], "shifts": [0.5, 1.0]}
-    samples = Samples(draw(inputs, tmp_path, sweep=sweep, samples=4))
+    samples = Samples(draw(inputs / "generator", tmp_path, sweep=sweep, samples=4))
     assert len(samples.settings) == 2 + 8 + 1
     plain, guided = (latents(samples, f"w{scale}_t0-1_s0p5", 0, 4) for scale in ("1", "2p5"))
     assert torch.equal(plain, latents(samples, "w1_t0p25-0p75_s0p5", 0, 4))
@@ -131,7 +130,7 @@ def test_a_sweep_is_all_combinations(inputs, tmp_path):
 
 
 def test_half_precision_is_near(inputs, drawn, tmp_path):
-    other = Samples(draw(inputs, tmp_path, settings=SETTINGS, precision="bfloat16"))
+    other = Samples(draw(inputs / "generator", tmp_path, settings=SETTINGS, precision="bfloat16"))
     assert latents(other, "guided").dtype == torch.float32
     assert not torch.equal(latents(other, "guided"), latents(drawn, "guided"))
     torch.testing.assert_close(latents(other, "guided"), latents(drawn, "guided"), atol=0.05, rtol=0.05)
@@ -151,13 +150,13 @@ def test_half_precision_is_near(inputs, drawn, tmp_path):
 )
 def test_mistakes_are_told(inputs, tmp_path, changes, message):
     with pytest.raises((ConfigError, ValueError), match=message):
-        draw(inputs, tmp_path, **changes)
+        draw(inputs / "generator", tmp_path, **changes)
     assert not (tmp_path / "samples").exists()
 
 
 def test_a_guide_that_nothing_asks_for(inputs, tmp_path):
     with pytest.raises(ConfigError, match="no setting has `guide: generator`"):
-        draw(inputs, tmp_path, guide=inputs / "generator")
+        draw(inputs / "generator", tmp_path, guide=inputs / "generator")
 
 
 def test_the_baseline_keeps_its_name():
@@ -167,13 +166,26 @@ def test_the_baseline_keeps_its_name():
         Generate.parse(values, where="test")
 
 
-def test_a_generator_of_other_latents(inputs, tmp_path):
+def test_a_generator_from_elsewhere_needs_its_latents(inputs, drawn, tmp_path):
+    """Its folder does not say what they mean; ours does, and takes no second word for it."""
     other = LightningDiT.from_pretrained(inputs / "generator")
-    other.encoder = "another"
+    other.space = None
     other.save_pretrained(tmp_path / "generator")
-    (tmp_path / "latents").symlink_to(inputs / "latents")
-    with pytest.raises(ArtefactError, match=r"holds the latents of another encoder than that of .*generator"):
-        draw(tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"a generator from elsewhere, .* give them by --latents FOLDER"):
+        draw(tmp_path / "generator", tmp_path)
+    samples = draw(tmp_path / "generator", tmp_path, latents=inputs / "latents", settings=SETTINGS)
+    assert digest(samples) == digest(drawn.folder)
+    with pytest.raises(ConfigError, match=r"--latents .*generator says itself which latents it learnt"):
+        draw(inputs / "generator", tmp_path, latents=inputs / "latents")
+
+
+def test_a_guide_of_other_latents(inputs, tmp_path):
+    other = LightningDiT.from_pretrained(inputs / "generator")
+    other.space = other.space._replace(encoder="another")
+    other.save_pretrained(tmp_path / "other")
+    settings = {"guided": {"guide": "generator"}}
+    with pytest.raises(ArtefactError, match=r"--guide .*other learnt the latents of another encoder"):
+        draw(inputs / "generator", tmp_path, guide=tmp_path / "other", settings=settings)
 
 
 def test_a_folder_that_is_not_whole(drawn, tmp_path):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.figures.drawing import Panel, grid, panels
+from stages.figures.drawing import Panel, panels
 from stages.figures.paper_table import HEAD, TABLE_2, RunFigures, headline_figures, own_row
 from stages.report import Section, _page, flatten
+from vtp.inference.grid import grid
 
 FIGURES = [("gfid", 2.6), ("is", 197.0), ("precision", 0.79), ("recall", 0.62)]
 METRICS = {

@@ -18,27 +18,13 @@ from torch import Tensor
 
 from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, whole_file, write_json
 from vtp.draws import numpy_draws
+from vtp.layers.latent_space import LatentSpace, LatentStatistics
 
 if TYPE_CHECKING:
     from vtp.data.dataset import ShardDataset
 
 FORMAT_VERSION = 2
 CHUNK = 256  # latents that the statistics hold in float64 at a time
-
-
-class LatentStatistics(NamedTuple):
-    """Mean and standard deviation per channel over a whole cache, [1, d, 1, 1]."""
-
-    mean: Tensor
-    std: Tensor
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        """To zero mean and unit variance per channel."""
-        return (latents - self.mean.to(latents)) / self.std.to(latents)
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """Back to the tokenizer's own scale."""
-        return latents * self.std.to(latents) + self.mean.to(latents)
 
 
 class LatentShard(NamedTuple):
@@ -100,9 +86,8 @@ def finish_cache(
     if not bool((std > 0).all()):
         dead = int((std == 0).sum())
         raise ArtefactError(f"{dead} latent channels are constant over the data set: the encoder has collapsed")
-    save_tensors(
-        folder / "statistics.safetensors",
-        {"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)},
+    LatentStatistics(mean.float().view(1, -1, 1, 1), std.float().view(1, -1, 1, 1)).save(
+        folder / "statistics.safetensors"
     )
     splits: dict[str, dict[str, Any]] = {}
     for shard in shards:
@@ -155,7 +140,7 @@ class LatentDataset:
             raise ArtefactError(
                 f"{folder}: {len(self.labels)} latents, config.json says {entry['samples']}; cache them again"
             )
-        self.statistics = LatentStatistics(**load_tensors(folder / "statistics.safetensors"))
+        self.statistics = LatentStatistics.load(folder / "statistics.safetensors")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -180,6 +165,11 @@ class LatentDataset:
     def encoder(self) -> str:
         """Digest of the encoder whose latents these are."""
         return self.config["encoder"]
+
+    @property
+    def space(self) -> LatentSpace:
+        """What these latents mean."""
+        return LatentSpace(self.encoder, self.classes, self.statistics)
 
     def require_encoder(self, digest: str, who: str) -> None:
         """Raises ArtefactError when these are not the latents of the encoder with that digest."""

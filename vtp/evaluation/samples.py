@@ -6,7 +6,6 @@
 The setting `noise` is where all others begin: Gaussian noise with the latents' own statistics, a baseline.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -111,11 +110,6 @@ class SettingSamples:
             parts.append(self._latents[shard][start : start + count].float())
             first, count = first + len(parts[-1]), count - len(parts[-1])
         return torch.cat(parts)
-
-
-def draw_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int], *, purpose: str = "noise") -> Tensor:
-    """What these samples start from, [n, d, h, w]; each is a function of (seed, purpose, index)."""
-    return torch.stack([torch.randn(shape, generator=torch_draws(seed, purpose, index)) for index in indices])
 
 
 def draw_labels(mode: Labels, seed: int, rows: range, classes: int) -> Tensor:

@@ -5,95 +5,28 @@ both ways. The forward pass is pure: whoever trains replaces dropped labels by `
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, whole_folder, write_json
-from vtp.config import Config
+from vtp.artefact import assign_weights
+from vtp.layers.latent_space import LatentSpace
 from vtp.layers.norm import RMSNorm
+from vtp.models.generator_folder import LightningDiTConfig, read_generator, save_generator
 
-FORMAT_VERSION = 1
 FREQUENCIES = 256  # width of the sinusoidal time embedding
-
-
-class LightningDiTConfig(Config):
-    """Architecture, under the official argument names."""
-
-    input_size: int = Field(ge=1, description="side of the latent grid")
-    patch_size: int = Field(ge=1, description="side of a token in latents")
-    in_channels: int = Field(ge=1, description="latent channels")
-    hidden_size: int = Field(ge=1, description="width")
-    depth: int = Field(ge=1, description="number of blocks")
-    num_heads: int = Field(ge=1, description="attention heads")
-    mlp_ratio: float = Field(gt=0, description="hidden width of the feed-forward layers over the width")
-    num_classes: int = Field(ge=1, description="classes; one more entry stands for no class")
-    use_qknorm: bool = Field(description="normalise queries and keys per head; steadies training")
-    use_swiglu: bool = Field(description="SwiGLU, else GELU feed-forward layers")
-    use_rope: bool = Field(description="rotary positions beside the fixed sine table")
-    use_rmsnorm: bool = Field(description="RMSNorm with weights, else LayerNorm without")
-    wo_shift: bool = Field(description="leave the shifts out of adaLN")
-
-    @model_validator(mode="after")
-    def _sizes_divide(self) -> Self:
-        if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
-        if self.hidden_size % 4 or self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} must be divisible by 4 and by num_heads {self.num_heads}")
-        if self.use_rope and self.hidden_size // self.num_heads % 4:
-            raise ValueError(f"use_rope needs heads of a width divisible by 4, got {self.hidden_size}/{self.num_heads}")
-        return self
-
-
-# Defaults of the official constructor, for published config files that leave keys out.
-OFFICIAL_DEFAULTS: Mapping[str, Any] = {
-    "input_size": 32,
-    "patch_size": 2,
-    "in_channels": 32,
-    "hidden_size": 1152,
-    "depth": 28,
-    "num_heads": 16,
-    "mlp_ratio": 4.0,
-    "num_classes": 1000,
-    "use_qknorm": False,
-    "use_swiglu": False,
-    "use_rope": False,
-    "use_rmsnorm": False,
-    "wo_shift": False,
-}
-_TRAINING_ONLY = ("class_dropout_prob", "use_checkpoint")
-
-
-class GeneratorSize(NamedTuple):
-    """Depth, width and heads of a named model."""
-
-    depth: int
-    hidden_size: int
-    num_heads: int
-
-
-SIZES: Mapping[str, GeneratorSize] = {
-    "S": GeneratorSize(12, 384, 6),
-    "B": GeneratorSize(12, 768, 12),
-    "L": GeneratorSize(24, 1024, 16),
-    "XL": GeneratorSize(28, 1152, 16),
-    "1p0B": GeneratorSize(24, 1536, 24),
-    "1p6B": GeneratorSize(28, 1792, 28),
-}
 
 
 class LightningDiT(nn.Module):
     """Velocity of noisy latents: (x [B, C, H, W], t [B] in [0, 1], labels [B]) -> [B, C, H, W]."""
 
     pos_embed: nn.Parameter
-    encoder: str | None = None  # digest of the encoder whose latents it makes; None: the file does not say
+    space: LatentSpace | None = None  # of its latents; None: the folder does not say, as published ones do not
     recompute = False  # whether blocks compute their activations again in the backward pass instead of keeping them
 
     def __init__(self, config: LightningDiTConfig) -> None:
@@ -115,6 +48,11 @@ class LightningDiT(nn.Module):
         return self.config.num_classes
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.config.in_channels, self.config.input_size, self.config.input_size
+
+    @property
     def compiled_units(self) -> Sequence[nn.Module]:
         """What torch.compile takes one by one, so that equal blocks are compiled once."""
         return [*self.blocks, self.final_layer]
@@ -134,8 +72,8 @@ class LightningDiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; equal weights give equal bytes."""
-        save_generator(Path(folder), self.config, self.state_dict(), encoder=self.encoder)
+        """Write a folder as `save_generator` does; equal weights give equal bytes."""
+        save_generator(Path(folder), self.config, self.state_dict(), space=self.space)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
@@ -143,29 +81,11 @@ class LightningDiT(nn.Module):
 
         A `.pt` holds `ema`, which is taken first, or `model`. Raises ArtefactError naming what does not fit.
         """
-        source = Path(source)
-        folder = source if source.is_dir() or source.suffix != ".pt" else source.parent
-        weights = folder / "model.safetensors" if source == folder else source
-        if not weights.exists() and source == folder and (found := sorted(folder.glob("*.pt"))):
-            if len(found) > 1:
-                names = ", ".join(path.name for path in found)
-                raise ArtefactError(f"{folder} holds several checkpoints ({names}); give the path of one")
-            weights = found[0]
-        config, encoder = _read_config(folder / "config.json")
-        model = cls(config)
-        model.encoder = encoder
-        tensors = _official_checkpoint(weights) if weights.suffix == ".pt" else load_tensors(weights)
-        expected = model.state_dict()
-        wrong = [f"missing {key}" for key in sorted(expected.keys() - tensors.keys())]
-        wrong += [f"unknown {key}" for key in sorted(tensors.keys() - expected.keys())]
-        wrong += [
-            f"{key} has shape {list(tensors[key].shape)}, config.json asks for {list(value.shape)}"
-            for key, value in expected.items()
-            if key in tensors and tensors[key].shape != value.shape
-        ]
-        if wrong:
-            raise ArtefactError(f"{weights} does not fit {folder / 'config.json'}: {'; '.join(wrong[:5])}")
-        model.load_state_dict(tensors)
+        config, tensors, where, space = read_generator(Path(source))
+        with torch.device("meta"):
+            model = cls(config)
+        assign_weights(model, tensors, where=where)
+        model.space = space
         return model.eval()
 
     def _initialise(self) -> None:
@@ -182,27 +102,6 @@ class LightningDiT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
-
-
-def save_generator(
-    folder: Path,
-    config: LightningDiTConfig,
-    weights: Mapping[str, Tensor],
-    *,
-    encoder: str | None,
-    others: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> None:
-    """Write a generator, given by its state dict and the digest of the encoder whose latents it learnt.
-
-    `others`, such as slower averages, become folders inside of it.
-    """
-    pipeline = {"format_version": FORMAT_VERSION} | ({"encoder": encoder} if encoder else {})
-    description = config.model_dump() | {"vtp_pipeline": pipeline}
-    with whole_folder(folder) as temporary:
-        for place, state in {".": weights, **(others or {})}.items():
-            (temporary / place).mkdir(exist_ok=True)
-            write_json(temporary / place / "config.json", description)
-            save_tensors(temporary / place / "model.safetensors", state)
 
 
 class LatentEmbed(nn.Module):
@@ -367,31 +266,3 @@ def _head_norm(config: LightningDiTConfig) -> nn.Module:
         return nn.Identity()
     dim = config.hidden_size // config.num_heads
     return RMSNorm(dim, eps=1e-6) if config.use_rmsnorm else nn.LayerNorm(dim)
-
-
-def _read_config(path: Path) -> tuple[LightningDiTConfig, str | None]:
-    """The architecture, and the digest of the encoder that belongs to it, if it is known."""
-    values = dict(OFFICIAL_DEFAULTS) | read_json(path)
-    pipeline = values.pop("vtp_pipeline", {"format_version": FORMAT_VERSION})
-    if pipeline.get("format_version") != FORMAT_VERSION:
-        raise ArtefactError(f"{path}: format {pipeline.get('format_version')!r}, this code reads {FORMAT_VERSION}")
-    if values.pop("learn_sigma", False):
-        raise ArtefactError(f"{path}: learn_sigma is not supported; no LightningDiT was published with it")
-    for key in _TRAINING_ONLY:
-        values.pop(key, None)
-    return LightningDiTConfig.parse(values, where=str(path)), pipeline.get("encoder")
-
-
-def _official_checkpoint(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise ArtefactError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError) as error:
-        raise ArtefactError(f"{path}: not a checkpoint of plain tensors ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{path}: holds a {type(content).__name__}, expected a dict with ema or model")
-    for name in ("ema", "model"):
-        if name in content:
-            return {key.removeprefix("module."): value for key, value in content[name].items()}
-    raise ArtefactError(f"{path}: holds {', '.join(map(str, content))}, expected ema or model")

@@ -1,0 +1,1 @@
+"""Finished artefacts at work: pictures from a generator and a tokenizer, without stages and parameter files."""

@@ -1,0 +1,138 @@
+"""A generator and the tokenizer of its latents, as one thing that draws pictures.
+
+generator = vtp.load_generator("work/generator")
+pictures = generator.sample("red apple", count=8)
+pictures[0].save("apple.png")
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtp.artefact import ArtefactError, read_json
+from vtp.config import did_you_mean
+from vtp.flow import SamplerConfig, draw_noise, sample
+from vtp.layers.images import to_uint8
+from vtp.models.base import Tokenizer
+from vtp.models.generator_folder import SAMPLER_FILE
+from vtp.models.lightningdit import LightningDiT
+from vtp.models.loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def load_generator(
+    folder: str | Path, tokenizer: str | Path | None = None, decoder: str | Path | None = None, *, device: str = "cpu"
+) -> "PictureGenerator":
+    """What the stage train_generator wrote, with the tokenizer whose latents it learnt.
+
+    Without `tokenizer` these are the folders `tokenizer` and, if there is one, `decoder` beside the generator's or one
+    level above. A tokenizer that is given decodes with its own decoder, unless one is given too. Raises ArtefactError when
+    a folder is missing, or when the generator learnt the latents of another encoder.
+    """
+    folder = Path(folder)
+    model = LightningDiT.from_pretrained(folder)
+    if model.space is None:
+        raise ArtefactError(
+            f"{folder}: config.json does not say which latents this generator learnt; one of the stage train_generator does"
+        )
+    given = Path(tokenizer) if tokenizer is not None else _beside(folder, "tokenizer")
+    if given is None:
+        raise ArtefactError(f"{folder}: no folder `tokenizer` beside it; name the one whose latents it learnt")
+    if decoder is None and tokenizer is None:
+        decoder = _beside(folder, "decoder")
+    pixels = load_tokenizer(given, decoder)
+    if pixels.encoder_digest() != model.space.encoder:
+        raise ArtefactError(f"{folder} learnt the latents of another encoder than that of {given}; name its tokenizer")
+    sampler = SamplerConfig.parse(read_json(folder / SAMPLER_FILE), where=str(folder / SAMPLER_FILE))
+    return PictureGenerator(model.to(device), pixels.to(device).eval(), sampler)
+
+
+class PictureGenerator:
+    """Draws pictures of classes. `sampler` says how, unless a call says otherwise."""
+
+    def __init__(self, model: LightningDiT, tokenizer: Tokenizer, sampler: SamplerConfig) -> None:
+        assert model.space is not None
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampler = sampler
+        self.space = model.space
+
+    @property
+    def classes(self) -> list[str]:
+        """Names, in the order of the labels."""
+        return self.space.classes
+
+    def sample(
+        self,
+        classes: str | int | Sequence[str | int],
+        count: int = 1,
+        *,
+        seed: int = 0,
+        batch_size: int = 16,
+        **changes: Any,  # noqa: ANN401 - of the record
+    ) -> "list[Image]":
+        """`count` pictures of every class, class by class; a class is a name or a label.
+
+        Picture n of every class begins with the noise of index n, which is that of the stage generate with this seed.
+        `changes` are those of the sampler, such as `guidance_scale=2.0`. Raises ValueError for a class that there is not,
+        ConfigError for a sampler that cannot be.
+        """
+        from PIL import Image
+
+        pixels = self.draw(classes, count, seed=seed, batch_size=batch_size, **changes)
+        return [Image.fromarray(picture.numpy()) for picture in pixels.permute(0, 2, 3, 1)]
+
+    def draw(
+        self,
+        classes: str | int | Sequence[str | int],
+        count: int = 1,
+        *,
+        seed: int = 0,
+        batch_size: int = 16,
+        **changes: Any,  # noqa: ANN401 - of the record
+    ) -> Tensor:
+        """What `sample` makes pictures of: uint8 [classes * count, 3, H, W], on the CPU."""
+        given = [classes] if isinstance(classes, str | int) else list(classes)
+        labels = torch.tensor([self.label(name) for name in given]).repeat_interleave(count)
+        indices = list(range(count)) * len(given)
+        sampler = SamplerConfig.parse(self.sampler.model_dump() | changes, where="sampler")
+        if sampler.guide == "generator":
+            raise ValueError("guide: generator needs a weaker one beside this; the stage generate takes it by --guide")
+        parts = [
+            self._draw(labels[first : first + batch_size], indices[first : first + batch_size], seed, sampler)
+            for first in range(0, len(labels), batch_size)
+        ]
+        return torch.cat(parts)
+
+    def label(self, name: str | int) -> int:
+        """That of a class. Raises ValueError for one that there is not, or whose name several have."""
+        if isinstance(name, int) or (name not in self.classes and name.isdecimal()):
+            if not 0 <= int(name) < len(self.classes):
+                raise ValueError(f"no class {name}; labels are 0 to {len(self.classes) - 1}")
+            return int(name)
+        found = [label for label, known in enumerate(self.classes) if known == name]
+        if not found:
+            shown = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
+            raise ValueError(f"no class {name!r}{did_you_mean(name, self.classes)}; known are {shown}")
+        if len(found) > 1:
+            raise ValueError(f"several classes are called {name!r}; say which: {', '.join(map(str, found))}")
+        return found[0]
+
+    @torch.no_grad()
+    def _draw(self, labels: Tensor, indices: Sequence[int], seed: int, sampler: SamplerConfig) -> Tensor:
+        """uint8 [n, 3, H, W] on the CPU."""
+        device = self.model.pos_embed.device
+        noise = draw_noise(seed, indices, self.model.latent_shape)
+        drawn = sample(self.model, noise.to(device), labels.to(device), **sampler.arguments())
+        return to_uint8(self.tokenizer.decode(self.space.statistics.denormalise(drawn))).cpu()
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+    """The folder of that name beside `folder`, or beside the nearest folder above it that has one."""
+    above = folder.resolve().parents[:2]
+    return next((parent / name for parent in above if (parent / name / "config.json").is_file()), None)
