@@ -114,12 +114,12 @@ class _FileBatches(Dataset[Tensor]):
 
 
 def _batches(own: Sequence[LatentShard], splits: Mapping[str, _SplitImages], size: int, count: int) -> _FileBatches:
-    found = []
+    batches = []
     for shard in own:
         images, singles = splits[shard.split]
         rows = singles.rows[shard.rows.start : shard.rows.stop]
-        found += [_FileBatch(shard, images, part, size) for part in np.split(rows, range(count, len(rows), count))]
-    return _FileBatches(found)
+        batches += [_FileBatch(shard, images, part, size) for part in np.split(rows, range(count, len(rows), count))]
+    return _FileBatches(batches)
 
 
 def _by_file(batches: _FileBatches, host: Host) -> Iterator[tuple[LatentShard, Iterator[Tensor]]]:
@@ -145,10 +145,10 @@ def _encode(model: Tokenizer, pictures: Tensor, config: CacheLatents) -> dict[st
     """Latents of pictures, and of their horizontal flips, as they are stored."""
     images = normalise(pictures)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        found = {"latents": model.encode(images)}
+        encoded = {"latents": model.encode(images)}
         if config.horizontal_flips:
-            found["flipped"] = model.encode(images.flip(3))
-    return {name: latents.to(getattr(torch, config.dtype)).cpu() for name, latents in found.items()}
+            encoded["flipped"] = model.encode(images.flip(3))
+    return {name: latents.to(getattr(torch, config.dtype)).cpu() for name, latents in encoded.items()}
 
 
 class _LatentWriter:

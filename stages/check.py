@@ -81,8 +81,8 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
     runs: dict[str, Any] = parameters.values.get(RUNS) or {}
     if any(use.of_runs for use in pipeline.uses) and not runs:
         problems.append(f"{params}: no {RUNS}; name at least one, such as `{RUNS}: {{joint: {{}}}}`")
-    shared, found = _configs(parameters, [use for use in pipeline.uses if not use.of_runs])
-    problems += found
+    shared, wrong = _configs(parameters, [use for use in pipeline.uses if not use.of_runs])
+    problems += wrong
     of_runs = [use for use in pipeline.uses if use.of_runs]
     written: dict[str, dict[str, Any]] = {}
     for name, changes in runs.items():
@@ -91,8 +91,8 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
         except ConfigError as error:
             problems.append(str(error))
             continue
-        configs, found = _configs(own, of_runs)
-        problems += [*found, *disagreements({**shared, **configs}), *_points(own, name, configs)]
+        configs, wrong = _configs(own, of_runs)
+        problems += [*wrong, *disagreements({**shared, **configs}), *_points(own, name, configs)]
         written[name] = {section: own.values[section] for section in configs}
     if not runs:
         problems += disagreements(shared)

@@ -113,7 +113,7 @@ def run(  # noqa: PLR0913 - one flag per path
             writer = None
             if export is not None:
                 writer = build_writer(config.export, export, name, image_size=model.image_size, scratch=host.folder)
-            found = decoding.features(extractor, writer, bar.update)
+            sets = decoding.features(extractor, writer, bar.update)
             shown = decoding.shown()
             if ranks().first:
                 title = f"Samples by class: {name}"
@@ -121,7 +121,7 @@ def run(  # noqa: PLR0913 - one flag per path
                 end = f"{drawn.guidance(name)}_{drawn.config.labels}"
                 table[name] = {
                     figure: value
-                    for features in found
+                    for features in sets
                     for figure, value in _figures(config, extractor, features, reals, end).items()
                 }
     if ranks().first:
@@ -149,14 +149,14 @@ class _Decoding:
         self, extractor: FeatureExtractor, writer: SampleWriter | None, report: Callable[[int], object]
     ) -> list[FeatureSet]:
         """Of the first samples, one set per count, on every rank; pixels go to `writer` and to the pictures on their way."""
-        found, reported, labels = [FeatureSet.of(extractor) for _ in self._config.counts], 0, self._samples.labels
+        sets, reported, labels = [FeatureSet.of(extractor) for _ in self._config.counts], 0, self._samples.labels
         batches = torch.arange(len(labels)).split(self._config.batch_size)
         for number in own_rows(len(batches)):
             indices = batches[number]
             first, latents = int(indices[0]), self._samples.latents(int(indices[0]), len(indices))
             images = to_uint8(self._model.decode(latents.to(extractor.device)))
             extracted = extractor(images)
-            for features, count in zip(found, self._config.counts, strict=True):
+            for features, count in zip(sets, self._config.counts, strict=True):
                 if first < count:
                     features.update(extracted.first(count - first), keep=count - first)
             if writer is not None:
@@ -168,7 +168,7 @@ class _Decoding:
         report(len(labels) - reported)
         if writer is not None:
             writer.finish(labels)
-        return [features.over_ranks() for features in found]
+        return [features.over_ranks() for features in sets]
 
     def shown(self) -> list[Tensor]:
         """The pictured samples [n, 3, S, S] uint8 of every pictured class."""
@@ -205,43 +205,43 @@ def _official(path: Path, known: Reference, extractor: FeatureExtractor, batch_s
     batch = AdmReference(path)
     if batch.image_size != known.image_size:
         raise ConfigError(f"--adm {path}: images of {batch.image_size} pixels, the samples have {known.image_size}")
-    found, numbers = FeatureSet.of(extractor), own_rows(-(-batch.count // batch_size))
+    features, numbers = FeatureSet.of(extractor), own_rows(-(-batch.count // batch_size))
     with host.progress(total=batch.count, description="ADM's images", unit="image") as bar:
         for images in batch.images(batch_size, numbers):
-            found.update(extractor(images), keep=len(images))
+            features.update(extractor(images), keep=len(images))
             bar.update(len(images) * ranks().size)
-    return _Real("_adm", batch.statistics, batch.spatial, found.over_ranks().features)
+    return _Real("_adm", batch.statistics, batch.spatial, features.over_ranks().features)
 
 
 def _figures(
-    config: EvaluateGenerator, extractor: FeatureExtractor, found: FeatureSet, reals: list[_Real], end: str
+    config: EvaluateGenerator, extractor: FeatureExtractor, generated: FeatureSet, reals: list[_Real], end: str
 ) -> dict[str, float]:
     """All figures of a set of samples, by name; `end` says how they were drawn."""
-    end = f"{extractor.name}_{count_name(found.count)}_{end}"
-    table = _inception_score(extractor, found, end, splits=config.inception_splits)
+    end = f"{extractor.name}_{count_name(generated.count)}_{end}"
+    table = _inception_score(extractor, generated, end, splits=config.inception_splits)
     for real in reals:
-        table |= _compare(config, extractor, found, real, end + real.suffix)
+        table |= _compare(config, extractor, generated, real, end + real.suffix)
     return table
 
 
 def _compare(
-    config: EvaluateGenerator, extractor: FeatureExtractor, found: FeatureSet, real: _Real, end: str
+    config: EvaluateGenerator, extractor: FeatureExtractor, generated: FeatureSet, real: _Real, end: str
 ) -> dict[str, float]:
-    drawn, features = found.features.to(extractor.device), real.features[: found.count].to(extractor.device)
+    drawn, features = generated.features.to(extractor.device), real.features[: generated.count].to(extractor.device)
     manifold = precision_recall(features, drawn, neighbours=config.neighbours)
-    table = {f"gfid_{end}": frechet_distance(found.statistics, real.statistics)}
-    if found.spatial is not None and real.spatial is not None:
-        table[f"sfid_{end}"] = frechet_distance(found.spatial, real.spatial)
+    table = {f"gfid_{end}": frechet_distance(generated.statistics, real.statistics)}
+    if generated.spatial is not None and real.spatial is not None:
+        table[f"sfid_{end}"] = frechet_distance(generated.spatial, real.spatial)
     if (kernel := config.kernel) is not None:
         subsets = {"subsets": kernel.subsets, "subset_size": kernel.subset_size, "seed": kernel.seed}
         table[f"kid_{end}"] = kernel_distance(drawn, features, **subsets).mean
     return table | {f"precision_{end}": manifold.precision, f"recall_{end}": manifold.recall}
 
 
-def _inception_score(extractor: FeatureExtractor, found: FeatureSet, end: str, *, splits: int) -> dict[str, float]:
+def _inception_score(extractor: FeatureExtractor, generated: FeatureSet, end: str, *, splits: int) -> dict[str, float]:
     if not extractor.has_logits:
         return {}
-    return {f"is_{end}": inception_score(extractor.logits(found.features), splits=splits).mean}
+    return {f"is_{end}": inception_score(extractor.logits(generated.features), splits=splits).mean}
 
 
 def _write_curves(path: Path, samples: Samples, table: Mapping[str, Mapping[str, float]]) -> list[Guided]:

@@ -69,16 +69,19 @@ def run(
     groupings = _groupings(images.manifest)
     probing = Probing(config.probes, extraction, train=train, validation=validation, groupings=groupings, host=host)
     multi = probing.multi(tables)
-    found = [probing.single(tables), multi]  # what the first rank does alone comes last: nobody waits for it in between
+    results = [
+        probing.single(tables),
+        multi,
+    ]  # what the first rank does alone comes last: nobody waits for it in between
     if not ranks().first:
         return
     table = {} if prompts is None else _zero_shot(config, model, prompts, tables, validation.labels)
-    for probes in found:
+    for probes in results:
         table |= probes.accuracies
         host.record(**probes.chosen)
     table |= probing.neighbours(tables, config.neighbours)
     write_json(metrics, {"understanding": table | {"chance": 1 / len(images.manifest.classes)}})
-    _write([row for probes in found for row in probes.rows], curves)
+    _write([row for probes in results for row in probes.rows], curves)
     host.record(train_samples=len(train.rows), validation_samples=len(validation.rows))
 
 
@@ -91,10 +94,10 @@ def _labelled(images: ShardDataset, most: int | None = None) -> LabelledSplit:
 
 def _groupings(manifest: Manifest) -> dict[str, Tensor]:
     """Label of every class, by the suffix of a metric: the class itself, and its category where there are some."""
-    found = {"": torch.arange(len(manifest.classes))}
+    labels = {"": torch.arange(len(manifest.classes))}
     if manifest.categories:
-        found["_category"] = torch.tensor(manifest.category_of_class)
-    return found
+        labels["_category"] = torch.tensor(manifest.category_of_class)
+    return labels
 
 
 def _prompts(config: EvaluateUnderstanding, model: Tokenizer, manifest: Manifest) -> Prompts | None:
@@ -114,11 +117,11 @@ def _zero_shot(
         classifier = build_classifier(
             lambda texts: model.encode_text(model.tokenize(texts).to(device)), prompts.classes, prompts.templates
         )
-    found: dict[str, float] = {}
+    accuracies: dict[str, float] = {}
     for protocol in dict.fromkeys(config.protocols):
         accuracy = top_k_accuracy(tables.validation[protocol], classifier.cpu(), labels, ks=(1, 5))
-        found |= {f"zero_shot_top{k}_{protocol}": value for k, value in accuracy.items()}
-    return found
+        accuracies |= {f"zero_shot_top{k}_{protocol}": value for k, value in accuracy.items()}
+    return accuracies
 
 
 def _write(rows: list[Row], path: Path) -> None:

@@ -38,12 +38,12 @@ class Sweep(Config):
 
     def settings(self, base: SamplerConfig) -> dict[str, SamplerConfig]:
         """By names that say what varies."""
-        found = {}
+        settings = {}
         for scale, (start, end), shift in product(self.scales, self.intervals, self.shifts):
             name = f"w{scale:g}_t{start:g}-{end:g}_s{shift:g}".replace(".", "p")
             changed = {"guidance_scale": scale, "guidance_interval": (start, end), "timestep_shift": shift}
-            found[name] = SamplerConfig.parse(base.model_dump() | changed, where="generate.sweep")
-        return found
+            settings[name] = SamplerConfig.parse(base.model_dump() | changed, where="generate.sweep")
+        return settings
 
 
 class Generate(Config):

@@ -38,8 +38,8 @@ class ReferenceStatistics(Config):
 
 class _ReferenceSplit(NamedTuple):
     chosen: Chosen
-    found: FeatureSet  # of the first images, all ranks together
-    state: Path  # where `found` is kept while it grows
+    features: FeatureSet  # of the first images, all ranks together
+    state: Path  # where `features` is kept while it grows
 
 
 @torch.inference_mode()
@@ -52,18 +52,18 @@ def run(config: ReferenceStatistics, *, shards: Input, reference: Output, host: 
             choose(ShardDataset(shards, name, cache=ShardCache.of(host)), wanted),
             host.folder / f"{name}.partial",
         )
-        found = FeatureSet.of(extractor)
+        features = FeatureSet.of(extractor)
         if state.exists():
-            found = FeatureSet.of_tensors(load_tensors(state), where=str(state))
-        splits[name] = _ReferenceSplit(chosen, found, state)
+            features = FeatureSet.of_tensors(load_tensors(state), where=str(state))
+        splits[name] = _ReferenceSplit(chosen, features, state)
     images = sum(len(split.chosen.rows) for split in splits.values())
-    done = sum(split.found.count for split in splits.values())
+    done = sum(split.features.count for split in splits.values())
     with host.progress(total=images, description="features", unit="image", done=done) as bar:
         for split in splits.values():
             _grow(split, extractor, config, host, bar.update)
     if ranks().first:
-        found = {name: (split.chosen, split.found) for name, split in splits.items()}
-        save_reference(reference, found, features=config.features, image_size=config.image_size)
+        collected = {name: (split.chosen, split.features) for name, split in splits.items()}
+        save_reference(reference, collected, features=config.features, image_size=config.image_size)
     host.record(images=images)
 
 
@@ -74,15 +74,15 @@ def _grow(
     host: Host,
     report: Callable[[int], object],
 ) -> None:
-    """Add the images that are missing to `split.found`, some batches of every rank at a time."""
+    """Add the images that are missing to `split.features`, some batches of every rank at a time."""
     rows, saved = split.chosen.rows, time.monotonic()
     batches = np.split(rows, range(config.batch_size, len(rows), config.batch_size))[
-        -(-split.found.count // config.batch_size) :
+        -(-split.features.count // config.batch_size) :
     ]
     at_once = BATCHES * ranks().size
     for start in range(0, len(batches), at_once):
         chunk = batches[start : start + at_once]
-        first = split.found.count + int(sum(map(len, chunk[: own_rows(len(chunk)).start])))
+        first = split.features.count + int(sum(map(len, chunk[: own_rows(len(chunk)).start])))
         part, reported = FeatureSet.of(extractor), 0
         for number in own_rows(len(chunk)):
             pixels = split.chosen.images.images(chunk[number], config.image_size)
@@ -91,11 +91,11 @@ def _grow(
             report(len(pixels) * ranks().size)
             reported += len(pixels) * ranks().size
         report(sum(map(len, chunk)) - reported)
-        split.found.merge(part.over_ranks())
+        split.features.merge(part.over_ranks())
         stop = bool(total(torch.tensor(int(host.stop_requested))))
-        over = split.found.count == len(rows)
+        over = split.features.count == len(rows)
         if ranks().first and (stop or over or time.monotonic() - saved > host.checkpoint_seconds):
-            save_tensors(split.state, split.found.tensors())
+            save_tensors(split.state, split.features.tensors())
             saved = time.monotonic()
         if stop:
             host.stop()

@@ -149,12 +149,12 @@ def digest(path: Path, *, of_file: Callable[[Path], str] | None = None) -> str:
 
 def files(folder: Path) -> list[Path]:
     """All files under `folder`, sorted by relative path. Links are followed, save those to a parent of theirs."""
-    found: list[Path] = []
+    paths: list[Path] = []
     for parent, names, members in os.walk(folder, followlinks=True):
         here = os.path.realpath(parent)
         names[:] = [name for name in names if not _contains(os.path.realpath(os.path.join(parent, name)), here)]
-        found += (path for name in members if (path := Path(parent, name)).is_file())
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        paths += (path for name in members if (path := Path(parent, name)).is_file())
+    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _contains(folder: str, path: str) -> bool:
@@ -176,6 +176,6 @@ def verified_weights(
     remedy = f"put {what} there, by hand or with `dvc import-url`, or {instead}"
     if not path.is_file():
         raise ArtefactError(f"{path}: no such weights; {remedy}")
-    if (found := digest(path)) != sha256:
-        raise ArtefactError(f"{path}: sha256 is {found}, params.yaml expects {sha256}; {remedy}")
+    if (actual := digest(path)) != sha256:
+        raise ArtefactError(f"{path}: sha256 is {actual}, params.yaml expects {sha256}; {remedy}")
     return path

@@ -37,15 +37,15 @@ def code_digest(module: str) -> str:
 
 def closure(module: str) -> dict[str, Path]:
     """Modules of our packages that `module` imports, anywhere in their code, itself included; name -> file."""
-    found: dict[str, Path] = {}
+    modules: dict[str, Path] = {}
     queue = [module]
     while queue:
         name = queue.pop()
-        if name in found or _is_left_out(name) or (path := _file(name)) is None:
+        if name in modules or _is_left_out(name) or (path := _file(name)) is None:
             continue
-        found[name] = path
+        modules[name] = path
         queue += _imports(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+    return modules
 
 
 def _is_left_out(name: str) -> bool:
@@ -150,10 +150,10 @@ class InputDigests:
 
     def of(self, path: Path) -> str:
         """SHA-256 of a file or folder, as `vtp.artefact.digest` gives it. Raises ArtefactError when missing."""
-        found = digest(path, of_file=self._of_file)
+        sha256 = digest(path, of_file=self._of_file)
         if self._new:
             self._save()
-        return found
+        return sha256
 
     def _of_file(self, path: Path) -> str:
         status = path.stat()

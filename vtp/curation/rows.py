@@ -26,10 +26,10 @@ def order_of(keys: Iterable[str]) -> np.ndarray:
 
 def parts(folder: Path) -> list[Path]:
     """The parquet files of a folder of rows, in order. Raises ArtefactError when there are none."""
-    found = sorted(folder.glob("part-*.parquet"))
-    if not found:
+    parts = sorted(folder.glob("part-*.parquet"))
+    if not parts:
         raise ArtefactError(f"{folder}: no part-*.parquet; expected rows written by the stage filter or download")
-    return found
+    return parts
 
 
 def counts(files: Sequence[Path]) -> list[int]:

@@ -71,17 +71,17 @@ class ShardDataset:
 
     def singles(self, most: int | None = None) -> "LabelledSamples":
         """The samples that have a class: all, or the first `most`, whose shards alone are looked at."""
-        rows, labels, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
+        rows, labels, seen = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
         known = sum(self.split.class_counts)
         wanted = known if most is None else min(most, known)
         for shard, first in zip(self.shards, self._first[:-1].tolist(), strict=True):
-            if found >= wanted:
+            if seen >= wanted:
                 break
             classes = _read_beside(self.folder, shard, ["label"])["label"].to_numpy()
             singles = np.flatnonzero(classes != NO_LABEL)
             rows.append(first + singles)
             labels.append(classes[singles])
-            found += len(singles)
+            seen += len(singles)
         return LabelledSamples(np.concatenate(rows)[:wanted], np.concatenate(labels)[:wanted])
 
     def key(self, index: int) -> str:

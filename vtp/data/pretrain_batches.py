@@ -206,14 +206,14 @@ class PretrainBatches(Dataset[PretrainBatch]):
 
         def crops(place: int) -> list[Crop] | None:
             """Every crop of the picture, or None when all of it is needed."""
-            view, found = config.reconstruction_view, []
+            view, picture_crops = config.reconstruction_view, []
             if place in in_rec and isinstance(view, CentreCropView):
                 return None
             if place in in_rec and isinstance(view, RandomCropView):
-                found.append(reconstruction_crop(view, self.image_size, seed, first + place))
+                picture_crops.append(reconstruction_crop(view, self.image_size, seed, first + place))
             if place in in_clip or (place in in_rec and isinstance(view, SharedView)):
-                found.append(clip_crop(config.clip_view, seed, first + place))
-            return found + (ssl_crops(config.ssl_views, seed, first + place)[0] if place in in_ssl else [])
+                picture_crops.append(clip_crop(config.clip_view, seed, first + place))
+            return picture_crops + (ssl_crops(config.ssl_views, seed, first + place)[0] if place in in_ssl else [])
 
         def decode(picture: "Image", place: int) -> "Image":
             wanted = crops(place) if config.stream.decode == "reduced" else None

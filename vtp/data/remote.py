@@ -109,9 +109,9 @@ def verify_remote(location: str, shards: "Sequence[Shard]") -> None:
     sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed}
     for shard in asked:
         if sizes.get(shard.name) != shard.bytes:
-            found = f"{sizes[shard.name]} bytes" if shard.name in sizes else "nothing"
+            actual = f"{sizes[shard.name]} bytes" if shard.name in sizes else "nothing"
             raise ArtefactError(
-                f"{location}/{shard.name}: manifest.json says {shard.bytes} bytes, found {found}; upload it again"
+                f"{location}/{shard.name}: manifest.json says {shard.bytes} bytes, found {actual}; upload it again"
             )
 
 

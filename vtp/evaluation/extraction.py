@@ -135,13 +135,13 @@ class Extraction:
             of_blocks = model.intermediate_features(images, self.blocks)
             last = of_blocks[-1]
             tokens = [*(features.cls for features in of_blocks), last.patches.float().mean(1)]
-            found = {"tokens": torch.cat([token.float() for token in tokens], 1), "latent": model.mean_latent(last)}
+            read = {"tokens": torch.cat([token.float() for token in tokens], 1), "latent": model.mean_latent(last)}
             for name in ("squash", "centre"):
                 if (view := getattr(views, name)) is not None:
                     assert isinstance(model, VisualTokenizer)
                     seen = last if view == views.probe else model.features(normalise(getattr(pixels, name)))
-                    found[name] = model.project_image(seen)
-        return {name: self._kept(values) for name, values in found.items()}
+                    read[name] = model.project_image(seen)
+        return {name: self._kept(values) for name, values in read.items()}
 
     def _kept(self, values: Tensor) -> Tensor:
         """On the CPU; of half precision when the encoder's is lower still."""

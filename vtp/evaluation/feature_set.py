@@ -78,9 +78,9 @@ class FeatureSet:
             prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             for prefix in (POOLED, SPATIAL)
         }
-        found = cls(0, None)
-        found.statistics = GaussianStatistics.of_tensors(parts[POOLED], where=where)
+        feature_set = cls(0, None)
+        feature_set.statistics = GaussianStatistics.of_tensors(parts[POOLED], where=where)
         if parts[SPATIAL]:
-            found.spatial = GaussianStatistics.of_tensors(parts[SPATIAL], where=where)
-        found._kept = [tensors.get(FEATURES, torch.empty(0, len(found.statistics.mean)))]
-        return found
+            feature_set.spatial = GaussianStatistics.of_tensors(parts[SPATIAL], where=where)
+        feature_set._kept = [tensors.get(FEATURES, torch.empty(0, len(feature_set.statistics.mean)))]
+        return feature_set

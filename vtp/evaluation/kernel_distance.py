@@ -33,14 +33,14 @@ def kernel_distance(fake: Tensor, real: Tensor, *, subsets: int, subset_size: in
         )
     require_features(real, fake)
     draws = np.random.RandomState(seed)  # the legacy generator, as there
-    found = []
+    estimates = []
     for _ in range(subsets):
         x, y = (
             each[torch.from_numpy(draws.choice(len(each), subset_size, replace=False)).to(each.device)].double()
             for each in (fake, real)
         )
-        found.append(_squared_discrepancy(x, y))
-    distances = torch.stack(found)
+        estimates.append(_squared_discrepancy(x, y))
+    distances = torch.stack(estimates)
     return KernelDistance(distances.mean().item(), distances.std(correction=0).item())
 
 

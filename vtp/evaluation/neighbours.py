@@ -42,8 +42,8 @@ def _nearest(queries: Tensor, features: Tensor, labels: Tensor, k: int) -> tuple
     of_best = labels.new_empty(len(unit), 0).to(unit.device)
     for block, of_block in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):
         cosines = unit @ F.normalize(block.to(unit.device).float(), dim=1).T
-        found, places = cosines.topk(min(k, len(block)), dim=1)
-        candidates = torch.cat([best, found], 1)
+        nearest, places = cosines.topk(min(k, len(block)), dim=1)
+        candidates = torch.cat([best, nearest], 1)
         best, kept = candidates.topk(min(k, candidates.shape[1]), dim=1)
         of_best = torch.cat([of_best, of_block.to(unit.device)[places]], 1).gather(1, kept)
     return best, of_best

@@ -146,9 +146,9 @@ class Clip(nn.Module):
         with _fitting(path, f"CLIP {architecture}"):
             kernel, positions = tensors["visual.conv1.weight"], tensors["visual.positional_embedding"]
             patch, width = kernel.shape[-1], kernel.shape[0]
-            found = (patch, width, patch * round((len(positions) - 1) ** 0.5))
-            if found != CLIP_SHAPES[architecture]:
-                raise RuntimeError(f"patch, width and resolution are {found}, not {CLIP_SHAPES[architecture]}")
+            shape = (patch, width, patch * round((len(positions) - 1) ** 0.5))
+            if shape != CLIP_SHAPES[architecture]:
+                raise RuntimeError(f"patch, width and resolution are {shape}, not {CLIP_SHAPES[architecture]}")
             self.network: Any = build_model(tensors, torch.float32).visual
         self.dim: int = self.network.output_dim
 

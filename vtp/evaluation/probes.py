@@ -78,7 +78,7 @@ class Row(NamedTuple):
     validation: float | None  # None: not computed
 
 
-class Found(NamedTuple):
+class ProbeResults(NamedTuple):
     """What probes say."""
 
     accuracies: dict[str, float]  # on validation, by metric
@@ -114,11 +114,11 @@ class Probing:
         self._host = host
         self._held = draw_holdout(len(train.rows), config.holdout, config.seed)
 
-    def multi(self, tables: Tables) -> Found:
+    def multi(self, tables: Tables) -> ProbeResults:
         """Table 2's probe, by the first rank; nothing where there are no features. All ranks must ask."""
         model = self._extraction.model
         if not model.has_features:
-            return Found({}, [], {})
+            return ProbeResults({}, [], {})
         depths = sorted({min(blocks, model.num_blocks) for blocks in self._config.blocks})
         sets = [
             ProbeFeatures(
@@ -129,9 +129,13 @@ class Probing:
         ]
         return self._by_sgd("multi", sets, self._config.multi, tables, augment=self._config.augment)
 
-    def single(self, tables: Tables) -> Found:
+    def single(self, tables: Tables) -> ProbeResults:
         """The bottleneck's probe and, where there are features, the last block's, by the first rank. All must ask."""
-        solver, found, variants = self._config.single, Found({}, [], {}), _single_variants(self._extraction.model)
+        solver, results, variants = (
+            self._config.single,
+            ProbeResults({}, [], {}),
+            _single_variants(self._extraction.model),
+        )
         if not ranks().first:
             variants = []
         if isinstance(solver, SgdSolverConfig):
@@ -152,27 +156,27 @@ class Probing:
                     config=solver,
                     held=self._held,
                 )
-                found.accuracies[name] = result.accuracy
-                found.chosen[name] = f"l2 {result.l2:g}"
-                found.rows.extend(Row(one.name + suffix, l2, of, None) for l2, of in result.holdout_accuracy.items())
-        return found
+                results.accuracies[name] = result.accuracy
+                results.chosen[name] = f"l2 {result.l2:g}"
+                results.rows.extend(Row(one.name + suffix, l2, of, None) for l2, of in result.holdout_accuracy.items())
+        return results
 
     def neighbours(self, tables: Tables, k: int) -> dict[str, float]:
         """Accuracies of nearest neighbours on what single probes read, by metric."""
-        found = {}
+        accuracies = {}
         for one in _single_variants(self._extraction.model):
             seen, asked = (table[one.table][:, -one.width :] for table in tables)
-            found[f"knn{k}_{one.name}"] = knn_accuracy(
+            accuracies[f"knn{k}_{one.name}"] = knn_accuracy(
                 seen, self._train.labels, asked, self._validation.labels, k=k, device=self._host.device
             )
-        return found
+        return accuracies
 
     def _features(self, table: Mapping[str, Tensor], variant: _Variant) -> Tensor:
         return table[variant.table][:, -variant.width :].to(self._host.device)
 
     def _by_sgd(
         self, name: str, sets: list[ProbeFeatures], config: SgdConfig, tables: Tables, *, augment: AugmentConfig | None
-    ) -> Found:
+    ) -> ProbeResults:
         """The first rank trains heads, and keeps what every epoch made of them; all take features of augmented images."""
         probe, path = None, self._host.folder / f"{name}.safetensors"
         if ranks().first:
@@ -193,7 +197,7 @@ class Probing:
                 bar.update(1)
                 if total(torch.tensor(int(self._host.stop_requested))):
                     self._host.stop()
-        return Found({}, [], {}) if probe is None else _judged(probe)
+        return ProbeResults({}, [], {}) if probe is None else _judged(probe)
 
     def _learn(self, probe: SgdProbe, seen: Mapping[str, Tensor], tables: Tables) -> None:
         """One epoch, from features `seen` of all training images."""
@@ -208,14 +212,14 @@ def _single_variants(model: Tokenizer) -> list[_Variant]:
     return [bottleneck, _Variant("last", "tokens", 2 * model.feature_dim)] if model.has_features else [bottleneck]
 
 
-def _judged(probe: SgdProbe) -> Found:
-    found = Found({}, [], {})
+def _judged(probe: SgdProbe) -> ProbeResults:
+    results = ProbeResults({}, [], {})
     for name in dict.fromkeys(one.probe for one in probe.sets):
         for metric, choice in ((name, probe.chosen(name)), (f"{name}_best_on_val", probe.best_on_val(name))):
-            found.accuracies[f"linear_probe_{metric}"] = choice.accuracy
-            found.chosen[f"linear_probe_{metric}"] = _words(choice)
-        found.rows.extend(Row(*candidate) for candidate in probe.candidates(name))
-    return found
+            results.accuracies[f"linear_probe_{metric}"] = choice.accuracy
+            results.chosen[f"linear_probe_{metric}"] = _words(choice)
+        results.rows.extend(Row(*candidate) for candidate in probe.candidates(name))
+    return results
 
 
 def _words(choice: Choice) -> str:

@@ -130,11 +130,11 @@ class Reference:
             )
         path = self.folder / f"{split}.safetensors"
         tensors = load_tensors(path)
-        found, rows = FeatureSet.of_tensors(tensors, where=str(path)), tensors.get(ROWS, torch.empty(0))
+        feature_set, rows = FeatureSet.of_tensors(tensors, where=str(path)), tensors.get(ROWS, torch.empty(0))
         facts = self._config.splits[split]
-        if (len(rows), found.count, len(found.features)) != (facts.count, facts.count, facts.kept):
+        if (len(rows), feature_set.count, len(feature_set.features)) != (facts.count, facts.count, facts.kept):
             raise ArtefactError(f"{path} is not what {self.folder / 'config.json'} says; run the stage reference again")
-        return SplitReference(rows.numpy(), found.statistics, found.spatial, found.features)
+        return SplitReference(rows.numpy(), feature_set.statistics, feature_set.spatial, feature_set.features)
 
 
 class Chosen(NamedTuple):
@@ -173,15 +173,15 @@ def save_reference(
         crop="adm_centre",
         data=_data(some.images),
         splits={
-            name: SplitFacts(count=found.count, labelled=chosen.config.labelled, kept=len(found.features))
-            for name, (chosen, found) in splits.items()
+            name: SplitFacts(count=feature_set.count, labelled=chosen.config.labelled, kept=len(feature_set.features))
+            for name, (chosen, feature_set) in splits.items()
         },
     )
     with whole_folder(folder) as temporary:
         write_json(temporary / "config.json", config.model_dump(mode="json"))
-        for name, (chosen, found) in splits.items():
+        for name, (chosen, feature_set) in splits.items():
             path = temporary / f"{name}.safetensors"
-            save_tensors(path, {ROWS: torch.from_numpy(chosen.rows)} | found.tensors())
+            save_tensors(path, {ROWS: torch.from_numpy(chosen.rows)} | feature_set.tensors())
 
 
 def _data(images: ShardDataset) -> str:

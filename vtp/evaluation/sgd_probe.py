@@ -123,8 +123,8 @@ class SgdProbe:
     def end_epoch(self, *, holdout: Tensor, validation: Tensor) -> None:
         """An epoch is over: accuracies as `judge` gives them, on held-out samples and on validation."""
         count = len(self.config.learning_rates)
-        for name, found in (("holdout", holdout[:, :count]), ("validation", validation[:, count:])):
-            self._history[name] = torch.cat([self._history[name], found[None]])
+        for name, scores in (("holdout", holdout[:, :count]), ("validation", validation[:, count:])):
+            self._history[name] = torch.cat([self._history[name], scores[None]])
 
     @torch.no_grad()
     def judge(self, tables: Mapping[str, Tensor], labels: Tensor) -> Tensor:

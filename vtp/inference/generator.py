@@ -115,13 +115,13 @@ class PictureGenerator:
             if not 0 <= int(name) < len(self.classes):
                 raise ValueError(f"no class {name}; labels are 0 to {len(self.classes) - 1}")
             return int(name)
-        found = [label for label, known in enumerate(self.classes) if known == name]
-        if not found:
+        labels = [label for label, known in enumerate(self.classes) if known == name]
+        if not labels:
             shown = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
             raise ValueError(f"no class {name!r}{did_you_mean(name, self.classes)}; known are {shown}")
-        if len(found) > 1:
-            raise ValueError(f"several classes are called {name!r}; say which: {', '.join(map(str, found))}")
-        return found[0]
+        if len(labels) > 1:
+            raise ValueError(f"several classes are called {name!r}; say which: {', '.join(map(str, labels))}")
+        return labels[0]
 
     @torch.no_grad()
     def _draw(self, labels: Tensor, indices: Sequence[int], seed: int, sampler: SamplerConfig) -> Tensor:

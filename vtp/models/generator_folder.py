@@ -98,11 +98,11 @@ def read_generator(source: Path) -> StoredGenerator:
     """
     folder = source if source.is_dir() or source.suffix != ".pt" else source.parent
     weights = folder / "model.safetensors" if source == folder else source
-    if not weights.exists() and source == folder and (found := sorted(folder.glob("*.pt"))):
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
+    if not weights.exists() and source == folder and (checkpoints := sorted(folder.glob("*.pt"))):
+        if len(checkpoints) > 1:
+            names = ", ".join(path.name for path in checkpoints)
             raise ArtefactError(f"{folder} holds several checkpoints ({names}); give the path of one")
-        weights = found[0]
+        weights = checkpoints[0]
     config, space = _read_config(folder)
     tensors = _official_checkpoint(weights) if weights.suffix == ".pt" else load_tensors(weights)
     return StoredGenerator(config, tensors, weights, space)

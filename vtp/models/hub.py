@@ -16,10 +16,10 @@ def checkpoint_folder(name: str | Path) -> Path:
     are used. A `Path` is never looked up. Raises ArtefactError that says why neither a folder nor the hub has it.
     """
     folder = Path(name)
-    found = HUB_ID.fullmatch(name) if isinstance(name, str) else None
-    if folder.exists() or found is None:
+    match = HUB_ID.fullmatch(name) if isinstance(name, str) else None
+    if folder.exists() or match is None:
         return folder
-    fetched = _fetch(found["id"], found["revision"])
+    fetched = _fetch(match["id"], match["revision"])
     if missing := [file for file in FILES if not (fetched / file).is_file()]:
         raise ArtefactError(f"{name}: {missing[0]} is not in this repository of the hub: no checkpoint of VTP")
     return fetched

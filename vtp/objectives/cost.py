@@ -51,25 +51,25 @@ def items(
 ) -> list[Item]:
     """The parts of a global step, those of absent objectives left out."""
     vision = tokenizer.vision
-    found: list[Item] = []
+    items: list[Item] = []
     if active.clip:
         assert tokenizer.text is not None
         text, bottleneck = tokenizer.text, not vision.bottleneck_ae_only
-        found.append(_encoder("clip: encoder", vision, data.clip_view.size, active.clip, bottleneck=bottleneck))
+        items.append(_encoder("clip: encoder", vision, data.clip_view.size, active.clip, bottleneck=bottleneck))
         width = vision.feature_bottleneck if bottleneck else vision.embed_dim
         per_pair = text_flops(text) + 2 * width * text.embed_dim + 2 * active.clip * text.embed_dim
-        found.append(Item("clip: text tower and contrast", active.clip * per_pair, TRAINING * active.clip * per_pair))
+        items.append(Item("clip: text tower and contrast", active.clip * per_pair, TRAINING * active.clip * per_pair))
     if active.ssl:
-        found += _ssl(tokenizer, data, objective, active.ssl)
+        items += _ssl(tokenizer, data, objective, active.ssl)
     shared = data.reconstruction_view.name == "shared"
     size, count = data.clip_view.size if shared else tokenizer.image_size, active.reconstruction
-    found.append(_encoder("reconstruction: encoder", vision, size, count, bottleneck=True))
+    items.append(_encoder("reconstruction: encoder", vision, size, count, bottleneck=True))
     decoding = count * decoder_flops(tokenizer.decoder, vision, size)
-    found.append(Item("reconstruction: decoder", decoding, TRAINING * decoding))
+    items.append(Item("reconstruction: decoder", decoding, TRAINING * decoding))
     network = count * perceptual_flops(objective.reconstruction.perceptual, size)
     # Of the two images only the reconstruction passes a gradient on.
-    found.append(Item("reconstruction: perceptual network", 2 * network, (1 + FROZEN) * network))
-    return found
+    items.append(Item("reconstruction: perceptual network", 2 * network, (1 + FROZEN) * network))
+    return items
 
 
 def _ssl(

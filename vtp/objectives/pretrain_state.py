@@ -84,8 +84,8 @@ def _require_equal(ours: TokenizerConfig, theirs: TokenizerConfig, folder: Path)
     for part, one, other in (("vision", ours.vision, theirs.vision), ("decoder", ours.decoder, theirs.decoder)):
         for name, value in one.model_dump().items():
             if value != other.model_dump()[name] and name not in ("bottleneck_ae_only", "clip_feat"):
-                found = other.model_dump()[name]
-                raise ArtefactError(f"{folder}: {part}.{name} is {found!r} there, tokenizer.{part}.{name} is {value!r}")
+                there = other.model_dump()[name]
+                raise ArtefactError(f"{folder}: {part}.{name} is {there!r} there, tokenizer.{part}.{name} is {value!r}")
 
 
 def _load_parts(objective: PretrainObjective, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -97,9 +97,9 @@ def _load_parts(objective: PretrainObjective, tensors: Mapping[str, Tensor], fol
         if part not in offered:
             continue
         if name not in tensors or tensors[name].shape != state[name].shape:
-            found = f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"
+            problem = f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"
             raise ArtefactError(
-                f"{folder}: {name} {found}, this run needs {list(state[name].shape)}; "
+                f"{folder}: {name} {problem}, this run needs {list(state[name].shape)}; "
                 "begin from a model of the same architecture, or leave --init-from out"
             )
         state[name].copy_(tensors[name])

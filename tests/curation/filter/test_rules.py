@@ -144,7 +144,7 @@ def test_objects_are_not_unpickled(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({**RULES[10], "regex": "(unclosed"}, r"rule\.pattern\.regex: .*not a regular expression of RE2: .*missing \)"),
+        ({**RULES[10], "regex": "(unclosed"}, r"rule\.regex: .*not a regular expression of RE2: .*missing \)"),
         ({**RULES[10], "regex": "(?=ahead)"}, "invalid perl operator"),
         ({**RULES[10], "matches": "maybe"}, "'keep' or 'drop'"),
         ({**RULES[0], "min_side": None, "max_side": None}, "all bounds are null"),

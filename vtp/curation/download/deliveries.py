@@ -224,8 +224,8 @@ def _adopt(folder: Path, statistics: Path, store: Store) -> Adopted | None:
             members = _members(tar if tar.exists() else kept_tar, batch.extension)
         except (ValueError, KeyError, OSError, tarfile.TarError, pa.ArrowException):
             return None
-        found = [_record(row, log_row.get(row["row"]), members, f"tars/{kept_tar.name}") for row in asked]
-        records = [record for record in found if record is not None]
+        candidates = [_record(row, log_row.get(row["row"]), members, f"tars/{kept_tar.name}") for row in asked]
+        records = [record for record in candidates if record is not None]
         if count != len(asked) or any(record.status == SUCCESS and not record.size for record in records):
             return None
         if len(log_row) < count and shutil.disk_usage(store.folder).free < NEARLY_FULL:
@@ -251,13 +251,13 @@ def _asked(folder: Path, batch: DeliveryBatch, shard: int) -> list[dict]:
 
 def _members(path: Path, extension: str) -> dict[str, tuple[int, int]]:
     """Offset and size of every image in a tar, by img2dataset's key. Raises TarError when it is cut off."""
-    found = {}
+    places = {}
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             key, _, suffix = member.name.rpartition(".")
             if suffix == extension:
-                found[key] = (member.offset_data, member.size)
-    return found
+                places[key] = (member.offset_data, member.size)
+    return places
 
 
 def _record(asked: dict, log_row: dict | None, members: dict[str, tuple[int, int]], tar: str) -> DownloadRecord | None:

@@ -152,10 +152,10 @@ class EgressProxy:
 
     async def _resolve(self, host: str, port: int) -> list[str]:
         try:
-            found = await self._soon(asyncio.get_running_loop().getaddrinfo(host, port, proto=6))
+            resolved = await self._soon(asyncio.get_running_loop().getaddrinfo(host, port, proto=6))
         except (OSError, UnicodeError):
             raise Refused("host not found") from None
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in resolved))
         # All of them: which one is tried must not decide.
         if not all(self._policy.allows_address(address) for address in addresses):
             raise Refused("address refused", HTTPStatus.FORBIDDEN)
@@ -244,14 +244,14 @@ def robots_directives(tag: str) -> list[str]:
 
     img2dataset takes all before the first colon for a robot, so `noai, max-snippet: 5` would be no refusal to it.
     """
-    robot, found = "", []
+    robot, directives = "", []
     for part in tag.split(","):
         name, colon, rest = (piece.strip() for piece in part.partition(":"))
         if colon and name.lower() not in VALUED and " " not in name:  # in a date, a colon may follow a blank
             robot, name = name and f"{name}: ", rest
         if name and name.partition(":")[0].strip().lower() not in VALUED:
-            found.append(robot + name)
-    return found
+            directives.append(robot + name)
+    return directives
 
 
 def _phrase(status: int) -> str:

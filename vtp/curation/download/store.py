@@ -126,15 +126,15 @@ class Store:
         keys, here = [KEY, URL], np.arange(len(rows))
         known = self._overlapping(rows[ORDER].to_numpy())
         asked = pa.table({name: rows[name] for name in keys}).append_column("at", pa.array(here))
-        found = asked.join(known.drop_columns([ORDER]), keys, join_type="left outer").sort_by("at")
-        if len(found) != len(rows):
+        joined = asked.join(known.drop_columns([ORDER]), keys, join_type="left outer").sort_by("at")
+        if len(joined) != len(rows):
             raise ArtefactError(f"{self.folder}: rows are recorded twice; delete this folder to fetch all again")
-        status, error, sha256, once = (texts(found[name]) for name in ("status", "error", "sha256", "expected"))
+        status, error, sha256, once = (texts(joined[name]) for name in ("status", "error", "sha256", "expected"))
         expected = expected_sha256(rows, verify=verify)
         stale = (status == SUCCESS) & (expected != "") & (sha256 != expected)
         stale |= (error == SHA256_DIFFERS) & (once != expected)
-        valid = found.select(OUTCOME).take(pa.array(here, mask=stale))
-        return valid.set_column(valid.schema.get_field_index("attempt"), "attempt", found["attempt"])
+        valid = joined.select(OUTCOME).take(pa.array(here, mask=stale))
+        return valid.set_column(valid.schema.get_field_index("attempt"), "attempt", joined["attempt"])
 
     def _overlapping(self, order: np.ndarray) -> "pa.Table":
         """The latest record of every row in the range of `order`."""

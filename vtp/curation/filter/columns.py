@@ -162,14 +162,14 @@ def _needs(
 ) -> list[Need]:
     """What the files must have, under their own names."""
     kinds: dict[str, ColumnKind] = {KEY: "any", URL: "text", CAPTION: "text", WIDTH: "number", HEIGHT: "number"}
-    found = [Need(column, kinds.get(role, "text")) for role, column in roles.items() if column]
+    needs = [Need(column, kinds.get(role, "text")) for role, column in roles.items() if column]
     for need in wanted:
         if need.column in roles and roles[need.column] is None:
             known = ", ".join(role for role, column in roles.items() if column)
             raise ConfigError(f"a rule reads {need.column!r}, which columns {columns.name!r} lacks; there is {known}")
         if need.column not in roles and need.column != ORDER:
-            found.append(need)
-    return found
+            needs.append(need)
+    return needs
 
 
 def _kept(
@@ -237,6 +237,6 @@ def _schema(footers: Sequence[_Footer], layout: Layout) -> "pa.Schema":
         try:
             fields.append(pa.unify_schemas(singles, promote_options="permissive").field(0))
         except (pa.ArrowInvalid, pa.ArrowTypeError):
-            found = ", ".join(sorted(map(str, kinds)))
-            raise ConfigError(f"column {name!r} is of other types in other files: {found}; make them agree") from None
+            types = ", ".join(sorted(map(str, kinds)))
+            raise ConfigError(f"column {name!r} is of other types in other files: {types}; make them agree") from None
     return pa.schema(fields)

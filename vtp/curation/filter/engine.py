@@ -238,8 +238,8 @@ class FilterEngine:
         emitted = tuple(job.emitted for job in emits)
         match rule:
             case Duplicates() | PerceptualDuplicates():
-                found = Listed(self._group(rule, emitted, folder, sum(sizes)))
-                return [_Verdict(job, found) for job in emits]
+                listed = Listed(self._group(rule, emitted, folder, sum(sizes)))
+                return [_Verdict(job, listed) for job in emits]
             case TopFraction() | ClipScore(keep=BestShare()):
                 fraction = rule.fraction if isinstance(rule, TopFraction) else _share(rule)
                 threshold, ties = best_codes(emitted, fraction)

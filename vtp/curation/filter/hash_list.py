@@ -70,13 +70,13 @@ def contains(listed: Prepared, texts: list[str]) -> np.ndarray:
     """Which of the texts [n] are hashes of the list; case does not matter."""
     if not len(listed.high) or not texts:
         return np.zeros(len(texts), bool)
-    pairs, found = hex_prefixes(texts, listed.digits)
+    pairs, matches = hex_prefixes(texts, listed.digits)
     first = np.searchsorted(listed.high, pairs[:, 0], side="left")
     last = np.searchsorted(listed.high, pairs[:, 0], side="right")
-    for index in np.flatnonzero(found):
+    for index in np.flatnonzero(matches):
         low = listed.low[first[index] : last[index]]  # nearly always none or one
-        found[index] = bool((low == pairs[index, 1]).any())
-    return found
+        matches[index] = bool((low == pairs[index, 1]).any())
+    return matches
 
 
 def _open(file: Path) -> tuple[int, int, Iterator[np.ndarray]]:

@@ -153,8 +153,8 @@ def _category(rule: Category, table: "pa.Table") -> np.ndarray:
     import pyarrow.compute as pc
 
     names = _column(table, rule.column).cast(pa.string())
-    found = pc.is_in(names, pa.array(rule.allowed, pa.string()))
-    return _decided(pc.if_else(pc.is_valid(names), found, None), rule.missing)
+    is_allowed = pc.is_in(names, pa.array(rule.allowed, pa.string()))
+    return _decided(pc.if_else(pc.is_valid(names), is_allowed, None), rule.missing)
 
 
 def _hash_list(rule: HashList, table: "pa.Table", lists: Path) -> np.ndarray:

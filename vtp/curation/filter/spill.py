@@ -116,12 +116,12 @@ def write_record_spill(path: Path, records: np.ndarray, part: np.ndarray, parts:
 
 def read_record_spill(paths: Sequence[Path], part: int, parts: int, width: int) -> np.ndarray:
     """The records [n, width] of a part in all files."""
-    found = [np.empty((0, width), np.uint64)]
+    slices = [np.empty((0, width), np.uint64)]
     for path in paths:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
         start, stop = (parts + 1 + width * int(values[part + side]) for side in (0, 1))
-        found.append(np.array(values[start:stop]).reshape(-1, width))
-    return np.concatenate(found)
+        slices.append(np.array(values[start:stop]).reshape(-1, width))
+    return np.concatenate(slices)
 
 
 def save_array(path: Path, values: np.ndarray) -> None:

@@ -101,13 +101,13 @@ def list_folder(config: FolderSource, source: Path, ignored: Counter[str]) -> It
     for split, folder in folders.items():
         if not (source / folder).is_dir():
             raise IngestError(f"{source / folder}: no such folder; {source} holds {holds(source)}")
-        found = False
+        seen = False
         for path in pictures_under(source / folder, ignored):
-            found = True
+            seen = True
             class_id, _, rest = path.partition("/")
             name = path if folder == "." else f"{folder}/{path}"
             yield Entry(split, safe_key(name), name, class_id=text_of(class_id) if rest else None)
-        if not found:
+        if not seen:
             raise IngestError(
                 f"{source / folder}: no pictures; expected a folder per class, found {holds(source / folder)}"
             )
@@ -134,8 +134,8 @@ def pictures_under(folder: Path, ignored: Counter[str]) -> Iterator[str]:
     stack: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(folder),))]
     while stack:
         prefix, parents = stack.pop()
-        with os.scandir(folder / prefix) as found:
-            for entry in found:
+        with os.scandir(folder / prefix) as entries:
+            for entry in entries:
                 extension, hidden = os.path.splitext(entry.name)[1].lower(), entry.name.startswith(".")
                 if entry.is_dir():
                     real = os.path.realpath(entry.path)

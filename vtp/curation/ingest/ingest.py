@@ -89,9 +89,9 @@ class Ingest:
                 self._finished |= {result.job: result.finished for result in results if result.whole}
                 broken_off += [result for result in results if not result.whole]
             progress(workers.seen - reported)
-        found = self._finished | {result.job: result.finished for result in broken_off}
-        if sum(done.rejected for done in found.values()) > self._allowed:
-            raise self._too_many(found)
+        finished = self._finished | {result.job: result.finished for result in broken_off}
+        if sum(done.rejected for done in finished.values()) > self._allowed:
+            raise self._too_many(finished)
         if len(self._finished) < len(self._jobs):
             raise Stopped
         return self._assemble()
@@ -109,11 +109,11 @@ class Ingest:
         there = moved or (tar.exists() and tar.stat().st_size == finished.summary.shard.bytes)
         return finished if there and tar.with_suffix(".parquet").exists() else None
 
-    def _too_many(self, found: dict[ShardJob, Finished]) -> IngestError:
-        examples = [example for job in sorted(found) for example in found[job].examples]
-        count = sum(done.rejected for done in found.values())
+    def _too_many(self, finished: dict[ShardJob, Finished]) -> IngestError:
+        examples = [example for job in sorted(finished) for example in finished[job].examples]
+        count = sum(done.rejected for done in finished.values())
         return IngestError(
-            f"{count} of {self.total} pictures are unreadable{' so far' if len(found) < len(self._jobs) else ''}, "
+            f"{count} of {self.total} pictures are unreadable{' so far' if len(finished) < len(self._jobs) else ''}, "
             f"max_unreadable allows {self._allowed}; {self._task.state}/*.csv lists them:\n  "
             + "\n  ".join(examples[:NAMED])
         )

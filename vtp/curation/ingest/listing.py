@@ -144,12 +144,12 @@ def _with_labels(table: "pa.Table", class_ids: list[str], naming: Naming) -> "pa
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    found = pc.index_in(table["class_id"], pa.array(class_ids, pa.string()))  # pyright: ignore[reportAttributeAccessIssue]
+    places = pc.index_in(table["class_id"], pa.array(class_ids, pa.string()))  # pyright: ignore[reportAttributeAccessIssue]
     table = table.append_column(ORDER, pa.array(order_of(table["key"].to_pylist())))
-    table = table.append_column("label", pc.fill_null(found.cast(pa.int64()), NO_LABEL))
+    table = table.append_column("label", pc.fill_null(places.cast(pa.int64()), NO_LABEL))
     if naming.template is not None and class_ids:
         texts = pa.array([naming.template.replace("{}", naming.name(name)) for name in class_ids])
-        captions = pc.fill_null(texts.take(found.combine_chunks()), "")
+        captions = pc.fill_null(texts.take(places.combine_chunks()), "")
         table = table.set_column(table.schema.get_field_index("caption"), "caption", captions)
     return table.drop_columns(["class_id"])
 

@@ -177,6 +177,6 @@ def _move(path: Path, location: str) -> None:
     target = f"{folder}/{path.name}"
     system.makedirs(folder, exist_ok=True)
     system.put_file(str(path), target)
-    if (found := system.size(target)) != path.stat().st_size:
-        raise IngestError(f"{location}/{path.name}: {found} bytes after an upload of {path.stat().st_size}")
+    if (uploaded := system.size(target)) != path.stat().st_size:
+        raise IngestError(f"{location}/{path.name}: {uploaded} bytes after an upload of {path.stat().st_size}")
     path.unlink()
