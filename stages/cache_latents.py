@@ -35,14 +35,14 @@ class StatisticsConfig(Config):
     """What normalises the latents."""
 
     images: int | None = Field(ge=2, description="training images behind mean and deviation; null: all")
-    seed: int = Field(description="of their choice")
+    seed: int = Field(description="seed of the choice of those images")
 
 
 class CacheLatents(Config):
     """The section `cache_latents`."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="of the stored latents")
-    precision: Literal["float32", "bfloat16"] = Field(description="of the encoder's forward pass")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="floating-point type of the stored latents")
+    precision: Literal["float32", "bfloat16"] = Field(description="precision of the encoder's forward pass")
     horizontal_flips: bool = Field(description="store the latents of horizontally flipped images as well")
     batch_size: int = Field(ge=1, description="images per forward pass")
     shard_size: int = Field(ge=1, description="images per file")

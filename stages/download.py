@@ -48,22 +48,22 @@ class Lossy(Config):
     """JPEG or WebP."""
 
     name: Literal["jpg", "webp"]
-    quality: int = Field(ge=1, le=100)
+    quality: int = Field(ge=1, le=100, description="quality from 1 to 100")
 
 
 class Png(Config):
     """Without loss."""
 
     name: Literal["png"]
-    compression: int = Field(ge=0, le=9)
+    compression: int = Field(ge=0, le=9, description="zlib's level from 0 to 9")
 
 
 class Multiprocessing(Config):
     """On this machine."""
 
     name: Literal["multiprocessing"]
-    processes: int = Field(ge=1)
-    threads: int = Field(ge=1, description="of each process; a picture is on its way in each")
+    processes: int = Field(ge=1, description="processes that fetch")
+    threads: int = Field(ge=1, description="threads of each process; a picture is on its way in each")
 
 
 class Spark(Config):
@@ -71,7 +71,7 @@ class Spark(Config):
 
     name: Literal["pyspark"]
     master: str = Field(min_length=1, description="URL of the cluster; local[N] for N cores of this machine")
-    threads: int = Field(ge=1, description="of each task")
+    threads: int = Field(ge=1, description="threads of each task")
     conf: dict[str, str] = Field(description="Spark's own settings")
     proxy: str | None = Field(
         description="HOST:PORT of `python -m vtp.curation.download.egress_proxy` on every node; null: on this machine"
@@ -92,7 +92,7 @@ class Download(Config):
 
     resize: NoResize | Resize = Field(discriminator="name")
     encoding: Lossy | Png = Field(discriminator="name")
-    rows_per_shard: int = Field(ge=1)
+    rows_per_shard: int = Field(ge=1, description="rows of a shard of the pool")
     policy: Policy
     max_pixels: int = Field(ge=1, le=LARGEST_PIXELS, description="a header that announces more is refused")
     retries: int = Field(ge=0, description="further attempts within a run, at once")

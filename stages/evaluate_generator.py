@@ -40,27 +40,27 @@ from vtp.models.loading import load_tokenizer
 class KernelConfig(Config):
     """Random subsets behind the kernel distance; 100 of 1000 for published numbers."""
 
-    subsets: int = Field(ge=1)
-    subset_size: int = Field(ge=2)
-    seed: int
+    subsets: int = Field(ge=1, description="number of random subsets that are averaged; published: 100")
+    subset_size: int = Field(ge=2, description="images of a subset; published: 1000")
+    seed: int = Field(description="seed of the choice of subsets")
 
 
 class EvaluateGenerator(Config):
     """The section `evaluate_generator`."""
 
-    split: str = Field(min_length=1, description="of the reference: what the generator learnt")
+    split: str = Field(min_length=1, description="split of the reference that the generator learnt")
     counts: list[Annotated[int, Field(ge=2)]] = Field(
         min_length=1, description="how many of the samples are compared, the first so many; published: 10000, 50000"
     )
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="images of a forward pass")
     neighbours: int = Field(ge=1, description="k of precision and recall")
-    kernel: KernelConfig | None = Field(description="of KID; null leaves it out")
+    kernel: KernelConfig | None = Field(description="subsets of the kernel distance (KID); null leaves it out")
     inception_splits: int = Field(
-        ge=1, description="of the inception score, where features have classes; published: 10"
+        ge=1, description="splits of the inception score, where features have classes; published: 10"
     )
     export: ExportConfig = Field(description="form of the decoded samples, where --export asks for them")
-    pictures_per_class: int = Field(ge=1)
-    pictured_classes: int = Field(ge=1)
+    pictures_per_class: int = Field(ge=1, description="samples that are shown of every class")
+    pictured_classes: int = Field(ge=1, description="classes that are shown, the first so many")
 
     @property
     def compared(self) -> int:

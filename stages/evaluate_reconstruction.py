@@ -34,8 +34,8 @@ from vtp.models.loading import load_tokenizer
 class NoiseRobustnessConfig(Config):
     """PSNR of what is decoded from latents with noise."""
 
-    seed: int
-    levels: list[float] = Field(min_length=1, description="of the noise, in standard deviations of each channel")
+    seed: int = Field(description="seed of the noise")
+    levels: list[float] = Field(min_length=1, description="levels of the noise, in standard deviations of each channel")
     samples: int = Field(ge=1, description="the first so many images")
 
     @model_validator(mode="after")
@@ -49,15 +49,17 @@ class SpeedConfig(Config):
     """How long encoder and decoder are timed."""
 
     warmup: int = Field(ge=0, description="batches before the clock starts")
-    batches: int = Field(ge=1)
+    batches: int = Field(ge=1, description="batches that are timed")
 
 
 class EvaluateReconstruction(Config):
     """The section `evaluate_reconstruction`."""
 
-    split: str = Field(min_length=1, description="of the shards; the reference must have it")
+    split: str = Field(
+        min_length=1, description="split of the shards that is reconstructed; the reference must have it"
+    )
     perceptual: PerceptualConfig = Field(description="the distance under LPIPS's formula")
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="images of a forward pass")
     pictures: int = Field(ge=1, description="images in each of the comparisons")
     noise: NoiseRobustnessConfig
     speed: SpeedConfig

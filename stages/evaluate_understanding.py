@@ -37,7 +37,7 @@ class EvaluateUnderstanding(Config):
 
     batch_size: int = Field(ge=1, description="images of a forward pass")
     precision: Literal["float32", "bfloat16"] = Field(
-        description="of the forward pass; official: bfloat16. Features are kept in float32, or float16"
+        description="precision of the forward pass; official: bfloat16. Features are kept in float32, or float16"
     )
     train_samples: int = Field(ge=1, description="labelled training images that the probes see")
     prompts: PromptsConfig

@@ -27,7 +27,7 @@ class Filter(Config):
     keep_columns: list[str] | Literal["all"] = Field(
         description="columns of the source, by its names, that the output carries besides the roles; a pool's own always"
     )
-    rules: list[Rule] = Field(description="in order; each sees what those before it left")
+    rules: list[Rule] = Field(description="rules in their order; each sees what those before it left")
     rows_per_part: int = Field(ge=1, description="rows of a file of the output")
     max_unreadable: float = Field(
         ge=0, le=1, description="share of rows with an unreadable key, text or image above which the stage fails"

@@ -32,9 +32,9 @@ class Sweep(Config):
     """One setting at many strengths of guidance: all combinations, each a setting of its own."""
 
     setting: SettingName = Field(description="the setting whose scale, interval and shift are replaced")
-    scales: list[float] = Field(min_length=1)
-    intervals: list[Interval] = Field(min_length=1)
-    shifts: list[float] = Field(min_length=1)
+    scales: list[float] = Field(min_length=1, description="guidance scales of the sweep")
+    intervals: list[Interval] = Field(min_length=1, description="guidance intervals of the sweep")
+    shifts: list[float] = Field(min_length=1, description="timestep shifts of the sweep")
 
     def settings(self, base: SamplerConfig) -> dict[str, SamplerConfig]:
         """By names that say what varies."""
@@ -49,12 +49,12 @@ class Sweep(Config):
 class Generate(Config):
     """The section `generate`."""
 
-    seed: int
-    samples: int = Field(ge=1, description="per setting")
+    seed: int = Field(description="seed of noise and random labels")
+    samples: int = Field(ge=1, description="number of samples per setting")
     labels: Labels = Field(description="balanced: classes in turn; random: each by chance")
-    batch_size: int = Field(ge=1, description="of every forward pass; a short batch is filled up")
+    batch_size: int = Field(ge=1, description="samples of every forward pass; a short batch is filled up")
     shard_size: int = Field(ge=1, description="samples per file")
-    precision: Literal["float32", "bfloat16"] = Field(description="of the generator; states are float32")
+    precision: Literal["float32", "bfloat16"] = Field(description="precision of the generator; states are float32")
     settings: dict[SettingName, SamplerConfig] = Field(min_length=1, description="ways to draw, by name")
     sweep: Sweep | None = Field(description="one of the settings at many strengths; or null")
 

@@ -39,8 +39,8 @@ class BackboneSource(BackboneConfig):
     weights: str = Field(
         pattern=r"\.safetensors$", description="file under weights/: model.safetensors of timm's model"
     )
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    seed: int = Field(description="of the decoder's weights")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="digest that the file must have")
+    seed: int = Field(description="seed of the decoder's first weights")
 
 
 class ImportTokenizer(Config):

@@ -35,7 +35,7 @@ from vtp.training.parallelize import parallelize
 class Pretrain(Config):
     """The section `pretrain`."""
 
-    seed: int
+    seed: int = Field(description="seed of weights, data and masks")
     tokenizer: TokenizerConfig
     data: PretrainDataConfig
     objective: PretrainObjectiveConfig
@@ -44,7 +44,9 @@ class Pretrain(Config):
     adversary: AdversaryConfig | None = Field(description="a GAN term from the start; null, as in the paper: none")
     training: TrainingConfig
     monitor: TokenizerMonitorConfig
-    export: Literal["student", "teacher"] = Field(description="whose weights the tokenizer gets")
+    export: Literal["student", "teacher"] = Field(
+        description="weights that the tokenizer gets: those of the student or of the teacher"
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -32,8 +32,10 @@ class ReferenceStatistics(Config):
 
     features: FeaturesConfig
     image_size: int = Field(ge=1, description="side of the crops, that of the tokenizer")
-    batch_size: int = Field(ge=1)
-    splits: dict[SplitName, SplitConfig] = Field(min_length=1)
+    batch_size: int = Field(ge=1, description="images of a forward pass")
+    splits: dict[SplitName, SplitConfig] = Field(
+        min_length=1, description="splits of the shards that are measured, by name"
+    )
 
 
 class _ReferenceSplit(NamedTuple):

@@ -38,7 +38,7 @@ img { max-width: 100% }
 class Report(Config):
     """The section `report`."""
 
-    title: str = Field(min_length=1)
+    title: str = Field(min_length=1, description="heading of the page")
 
 
 class Section(NamedTuple):

@@ -22,10 +22,10 @@ from vtp.host import Host
 class Summary(Config):
     """The section `summary`."""
 
-    title: str = Field(min_length=1)
+    title: str = Field(min_length=1, description="heading of the figure")
     metrics: list[str] = Field(min_length=1, description="names joined by dots, as in the tables of the report")
     published: dict[str, dict[str, float]] = Field(
-        description="by run, what others report of its last point: name, value"
+        description="figures that others report, by run and name, for its last point"
     )
 
     @model_validator(mode="after")

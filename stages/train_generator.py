@@ -36,22 +36,22 @@ class OwnSize(Config):
     """Any other size."""
 
     name: Literal["own"]
-    hidden_size: int = Field(ge=1)
-    depth: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
+    hidden_size: int = Field(ge=1, description="width of the transformer")
+    depth: int = Field(ge=1, description="number of blocks")
+    num_heads: int = Field(ge=1, description="number of attention heads")
 
 
 class GeneratorConfig(Config):
     """LightningDiT; latent size, channels and classes come from the latents."""
 
     size: Annotated[NamedSize | OwnSize, Field(discriminator="name")]
-    mlp_ratio: float = Field(gt=0)
-    patch_size: int = Field(ge=1)
-    use_qknorm: bool
-    use_swiglu: bool
-    use_rope: bool
-    use_rmsnorm: bool
-    wo_shift: bool
+    mlp_ratio: float = Field(gt=0, description="hidden width of the feed-forward layers over the width")
+    patch_size: int = Field(ge=1, description="side of a token in latents")
+    use_qknorm: bool = Field(description="normalise queries and keys per head; steadies training")
+    use_swiglu: bool = Field(description="SwiGLU in the feed-forward layers, else GELU")
+    use_rope: bool = Field(description="rotary positions beside the fixed sine table")
+    use_rmsnorm: bool = Field(description="RMSNorm with weights, else LayerNorm without")
+    wo_shift: bool = Field(description="leave the shifts out of adaLN")
 
     def architecture(self, shape: tuple[int, int, int], classes: int) -> LightningDiTConfig:
         """For latents (d, h, w) of so many classes."""
@@ -65,7 +65,7 @@ class GeneratorConfig(Config):
 class TrainGenerator(Config):
     """The section `train_generator`."""
 
-    seed: int
+    seed: int = Field(description="seed of weights, data, noise and timesteps")
     batch_size: int = Field(ge=1, description="latents of a step over all devices")
     model: GeneratorConfig
     objective: GenerationObjectiveConfig

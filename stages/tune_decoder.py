@@ -37,13 +37,13 @@ from vtp.training.parallelize import parallelize
 class TuneDecoder(Config):
     """The section `tune_decoder`."""
 
-    seed: int
+    seed: int = Field(description="seed of data, noise and the discriminator's weights")
     batch_size: int = Field(ge=1, description="images of a step over all devices")
     stream: StreamConfig
     view: Annotated[CentreCropView | RandomCropView, Field(discriminator="name")]
     objective: DecoderObjectiveConfig
     adversary: AdversaryConfig | None = Field(description="null tunes without a discriminator")
-    optim: OptimConfig = Field(description="of the decoder")
+    optim: OptimConfig = Field(description="optimiser of the decoder")
     training: TrainingConfig
     monitor: DecoderMonitorConfig
 

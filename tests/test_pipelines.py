@@ -1,6 +1,7 @@
 """Wiring: dvc.yaml, parameter files, the stages and the schema agree."""
 
 import json
+import re
 import shlex
 from importlib import import_module
 from pathlib import Path
@@ -281,7 +282,15 @@ def test_definitions_of_the_schema_stand_once():
     assert len(texts) == len(set(texts))
 
 
-def test_every_section_has_a_comment_or_a_description():
-    """What a number does stands beside it or in the schema."""
-    text = (ROOT / "params.yaml").read_text()
-    assert text.count("#") > 40
+FRAGMENT = re.compile(r"(of|on|at|in|by|with|after|from|to|per|whose|such as|null:|\{\})( |$)")
+
+
+def test_every_parameter_has_a_tooltip():
+    """A phrase that says by itself what the number is; records say it once for all their fields."""
+    for name, definition in schema()["$defs"].items():
+        for field, entry in definition.get("properties", {}).items():
+            if name == "Sections" or field in ("base", "name"):
+                continue
+            text = entry.get("description", "" if "$ref" not in json.dumps(entry) else "a record of its own")
+            assert len(text.split()) >= 3, f"{name}.{field}: {text!r}"
+            assert not FRAGMENT.match(text), f"{name}.{field}: {text!r}"

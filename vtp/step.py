@@ -52,13 +52,17 @@ class OptimConfig(Config):
 
     lr: float = Field(gt=0, description="peak learning rate")
     final_lr: float = Field(ge=0, description="learning rate at the end of the cosine")
-    schedule: Literal["cosine", "constant"] = Field(description="after warm-up")
+    schedule: Literal["cosine", "constant"] = Field(description="course of the learning rate after warm-up")
     warmup: float = Field(ge=0, le=1, description="share of the run in which the rate rises from 0")
-    beta1: float = Field(ge=0, lt=1)
-    beta2: float = Field(ge=0, lt=1)
-    eps: float = Field(gt=0)
-    weight_decay: float = Field(ge=0, description="on matrices and tokens: biases, norms and scales are exempt")
-    final_weight_decay: float = Field(ge=0, description="at the end of a cosine that begins at weight_decay (DINOv2)")
+    beta1: float = Field(ge=0, lt=1, description="decay of the mean of gradients (AdamW)")
+    beta2: float = Field(ge=0, lt=1, description="decay of the mean of squared gradients (AdamW)")
+    eps: float = Field(gt=0, description="what is added to the root of squared gradients (AdamW)")
+    weight_decay: float = Field(
+        ge=0, description="weight decay of matrices and tokens; biases, norms and scales are exempt"
+    )
+    final_weight_decay: float = Field(
+        ge=0, description="weight decay at the end of a cosine that begins at weight_decay (DINOv2)"
+    )
     clip_norm: float | None = Field(gt=0, description="largest norm of the whole gradient, null for no limit")
 
 

@@ -47,9 +47,11 @@ def forward_passes(sampler: SamplerConfig) -> ForwardPasses | None:
     if sampler.solver == "dopri5":
         return None
     steps = pairwise(time_grid(sampler.steps, sampler.timestep_shift).tolist())
-    times = [t for step in steps for t in (step if sampler.solver == "heun" else step[:1])]
+    timesteps = [t for step in steps for t in (step if sampler.solver == "heun" else step[:1])]
     start, end = sampler.guidance_interval
-    return ForwardPasses(len(times), 0 if sampler.guidance_scale == 1 else sum(start <= t <= end for t in times))
+    return ForwardPasses(
+        len(timesteps), 0 if sampler.guidance_scale == 1 else sum(start <= t <= end for t in timesteps)
+    )
 
 
 def plan(arguments: list[str]) -> Estimate:

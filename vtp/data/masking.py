@@ -23,7 +23,9 @@ class MaskConfig(Config):
 
     probability: float = Field(ge=0, le=1, description="share of the crops that are masked at all")
     ratio_min: float = Field(ge=0, le=1, description="least share of masked patches in a masked crop")
-    ratio_max: float = Field(ge=0, lt=1, description="largest; ratios are spread evenly between the two")
+    ratio_max: float = Field(
+        ge=0, lt=1, description="largest share of masked patches; ratios are spread evenly between the two"
+    )
 
 
 def draw_masks(crops: int, height: int, width: int, config: MaskConfig, draws: np.random.Generator) -> Tensor:

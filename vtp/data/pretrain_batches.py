@@ -57,9 +57,11 @@ class PretrainBatch(NamedTuple):
 class BatchSizes(Config):
     """Samples per step and objective over all devices (paper 3.6: 16k, 4k, 2k)."""
 
-    clip: int = Field(ge=1)
-    ssl: int = Field(ge=1)
-    reconstruction: int = Field(ge=1)
+    clip: int = Field(ge=1, description="image-text pairs of a step, over all devices")
+    ssl: int = Field(ge=1, description="images of self-supervision in a step, over all devices")
+    reconstruction: int = Field(
+        ge=1, description="images that are reconstructed in a step, over all devices; the number of blocks"
+    )
 
     @model_validator(mode="after")
     def _nested(self) -> Self:

@@ -47,7 +47,7 @@ class StreamConfig(Config):
         description="share of each source, by the name of its folder; null: every sample once an epoch"
     )
     decode: Literal["full", "reduced"] = Field(
-        description="of JPEGs much larger than their views, all coefficients or those that the views need"
+        description="whether JPEGs much larger than their views are decoded in full, or only as far as the views need"
     )
     max_replaced: float = Field(ge=0, le=1, description="largest share of samples that cannot be used")
 

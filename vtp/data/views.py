@@ -81,29 +81,31 @@ class BlurProbabilities(Config):
     """Others."""
 
     name: Literal["probabilities"]
-    first: float = Field(ge=0, le=1, description="of the first global view")
-    second: float = Field(ge=0, le=1, description="of the second global view")
-    local: float = Field(ge=0, le=1)
+    first: float = Field(ge=0, le=1, description="probability of blur in the first global view")
+    second: float = Field(ge=0, le=1, description="probability of blur in the second global view")
+    local: float = Field(ge=0, le=1, description="probability of blur in each local view")
 
 
 class SslViewsConfig(Config):
     """Two global and several local crops with colour augmentation (DINOv2)."""
 
-    global_size: int = Field(ge=1)
-    local_size: int = Field(ge=1)
-    local_views: int = Field(ge=0)
+    global_size: int = Field(ge=1, description="side of the two global crops in pixels")
+    local_size: int = Field(ge=1, description="side of the local crops in pixels")
+    local_views: int = Field(ge=0, description="number of local crops")
     global_scale_min: float = Field(gt=0, le=1, description="area of a global crop is at least this share")
-    local_scale_min: float = Field(gt=0, le=1)
+    local_scale_min: float = Field(gt=0, le=1, description="area of a local crop is at least this share")
     local_scale_max: float = Field(gt=0, le=1, description="area of a local crop is at most this share")
     flip: float = Field(ge=0, le=1, description="probability of a horizontal flip")
     jitter: float = Field(ge=0, le=1, description="probability of colour jitter")
-    brightness: float = Field(ge=0, le=1)
-    contrast: float = Field(ge=0, le=1)
-    saturation: float = Field(ge=0, le=1)
-    hue: float = Field(ge=0, le=0.5)
+    brightness: float = Field(ge=0, le=1, description="largest change of the factor 1 on brightness")
+    contrast: float = Field(ge=0, le=1, description="largest change of the factor 1 on contrast")
+    saturation: float = Field(ge=0, le=1, description="largest change of the factor 1 on saturation")
+    hue: float = Field(ge=0, le=0.5, description="largest shift of the hue, in turns")
     grey: float = Field(ge=0, le=1, description="probability of a grey image")
     blur: BlurAsTrained | BlurAsIntended | BlurProbabilities = Field(discriminator="name")
-    blur_sigma_max: float = Field(gt=0, description="in pixels; the least is 0.1")
+    blur_sigma_max: float = Field(
+        gt=0, description="largest standard deviation of the blur in pixels; the least is 0.1"
+    )
     solarize: float = Field(ge=0, le=1, description="probability, second global view only")
 
 

@@ -20,7 +20,7 @@ class RandomVggFeaturesConfig(Config):
     """The last stage of a VGG16 with seeded random weights, averaged over space."""
 
     name: Literal["random_vgg16"]
-    seed: int
+    seed: int = Field(description="seed of the network's weights")
 
 
 class InceptionFeaturesConfig(Config):
@@ -28,25 +28,29 @@ class InceptionFeaturesConfig(Config):
 
     name: Literal["inception"]
     weights: str = Field(description="file under weights/: weights-inception-2015-12-05-6726825d.pth of torch-fidelity")
-    sha256: str
+    sha256: str = Field(description="digest that the file must have")
 
 
 class DinoV2FeaturesConfig(Config):
     """The class token of DINOv2 (Oquab et al. 2023; Stein et al. 2023 recommend ViT-L), as torch-fidelity takes it."""
 
     name: Literal["dinov2"]
-    architecture: Literal["vit-s-14", "vit-b-14", "vit-l-14", "vit-g-14"]
+    architecture: Literal["vit-s-14", "vit-b-14", "vit-l-14", "vit-g-14"] = Field(
+        description="vision transformer of DINOv2 whose weights the file holds"
+    )
     weights: str = Field(description="file under weights/: dinov2_vitl14_pretrain.pth, or timm's safetensors")
-    sha256: str
+    sha256: str = Field(description="digest that the file must have")
 
 
 class ClipFeaturesConfig(Config):
     """The image embedding of OpenAI's CLIP (Kynkäänniemi et al. 2023), as torch-fidelity takes it."""
 
     name: Literal["clip"]
-    architecture: Literal["vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px"]
+    architecture: Literal["vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px"] = Field(
+        description="vision transformer of OpenAI's CLIP whose weights the file holds"
+    )
     weights: str = Field(description="file under weights/: open_clip_model.safetensors of timm/vit_..._clip_224.openai")
-    sha256: str
+    sha256: str = Field(description="digest that the file must have")
 
 
 AnyFeaturesConfig = RandomVggFeaturesConfig | InceptionFeaturesConfig | DinoV2FeaturesConfig | ClipFeaturesConfig

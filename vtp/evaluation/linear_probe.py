@@ -22,7 +22,7 @@ class LbfgsConfig(Config):
     l2: list[Annotated[float, Field(gt=0)]] = Field(
         min_length=1, description="candidates for l in mean cross-entropy + l/2 |W|^2 on standardised features"
     )
-    max_iterations: int = Field(ge=1, description="of L-BFGS")
+    max_iterations: int = Field(ge=1, description="most iterations of L-BFGS")
 
 
 class ProbeResult(NamedTuple):

@@ -36,7 +36,7 @@ class AugmentConfig(Config):
 class ProbesConfig(Config):
     """Linear probes on frozen features."""
 
-    seed: int
+    seed: int = Field(description="seed of the held-out share, of heads and of batches")
     holdout: float = Field(gt=0, lt=1, description="share of the training samples that chooses hyper-parameters")
     resize: int = Field(ge=1, description="the short side of an image before its centre is cut; official: 256")
     size: int = Field(ge=1, description="side of that centre, also for k-NN; official: 224")
@@ -45,10 +45,12 @@ class ProbesConfig(Config):
     )
     blocks: list[Annotated[int, Field(ge=1)]] = Field(
         min_length=1,
-        description="of `multi`: class tokens of the last so many blocks, each a feature set; official: 1, 4",
+        description="feature sets of `multi`: class tokens of the last so many blocks; official: 1, 4",
     )
     multi: SgdConfig
-    augment: AugmentConfig | None = Field(description="of `multi`: crops anew in every epoch; null: cached features")
+    augment: AugmentConfig | None = Field(
+        description="random crops for `multi`, encoded anew in every epoch; null: cached features"
+    )
 
     @model_validator(mode="after")
     def _the_centre_is_inside(self) -> Self:

@@ -33,7 +33,7 @@ class SgdConfig(Config):
     epochs: int = Field(
         ge=1, description="passes over the training samples; the official 12,500 batches of 1,024 are 10"
     )
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="features of a step")
 
 
 class SgdSolverConfig(SgdConfig):

@@ -39,7 +39,7 @@ class GivenPrompts(Config):
 
     name: Literal["given"]
     templates: list[Annotated[str, AfterValidator(_with_place)]] = Field(
-        min_length=1, description="{} stands for the class"
+        min_length=1, description="prompts of zero-shot classification; {} stands for the class"
     )
 
 

@@ -25,8 +25,8 @@ class LogitNormal(Config):
     """t = sigmoid(mu + sigma n). Smaller mu trains more on noise; VTP-L uses -0.75, 1.0; VTP-S and B -0.5, 1.25."""
 
     name: Literal["logit_normal"]
-    mu: float
-    sigma: float = Field(gt=0)
+    mu: float = Field(description="mean of the logit of t; below 0 dwells on noise")
+    sigma: float = Field(gt=0, description="standard deviation of the logit of t")
 
 
 class Auto(Config):
@@ -37,7 +37,9 @@ class Auto(Config):
     """
 
     name: Literal["auto"]
-    sigma: float = Field(gt=0)
+    sigma: float = Field(
+        gt=0, description="standard deviation of the logit of t, whose mean follows from the size of the latents"
+    )
 
     def resolved(self, elements: int) -> LogitNormal:
         """For latents of so many numbers."""

@@ -25,8 +25,8 @@ Derivative = Callable[[float, Tensor], Tensor]  # (t, x) -> dx/dt
 class SamplerConfig(Config):
     """How a sample is drawn."""
 
-    solver: Solver
-    steps: int = Field(ge=1, description="real steps; dopri5 chooses its own")
+    solver: Solver = Field(description="method of integration")
+    steps: int = Field(ge=1, description="number of steps; dopri5 chooses its own")
     timestep_shift: float = Field(ge=0, description="t' = s t / (1 + (s - 1) t); below 1 dwells on noise; 0 or 1: none")
     guidance_scale: float = Field(ge=0, description="1 is no guidance")
     guidance_interval: Interval = Field(description="timesteps between which guidance acts; 0 is noise")
@@ -99,15 +99,15 @@ def sample(  # noqa: PLR0913 - the sampler's own degrees of freedom
     start, end = guidance_interval
 
     def velocity(t: float, x: Tensor) -> Tensor:
-        times = torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device)
+        timesteps = torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device)
         if guidance_scale == 1 or not start <= t <= end:
-            return model(x, times, condition).to(x)
+            return model(x, timesteps, condition).to(x)
         # Extrapolated in the precision of x: the difference of two bfloat16 velocities loses what guidance multiplies.
         if guide_model is not None:
-            strong, weak = model(x, times, condition).to(x), guide_model(x, times, condition).to(x)
+            strong, weak = model(x, timesteps, condition).to(x), guide_model(x, timesteps, condition).to(x)
         else:
             assert null_condition is not None
-            both = model(torch.cat([x, x]), times.repeat(2), torch.cat([condition, null_condition]))
+            both = model(torch.cat([x, x]), timesteps.repeat(2), torch.cat([condition, null_condition]))
             strong, weak = both.to(x).chunk(2)
         guided = weak + guidance_scale * (strong - weak)
         return torch.cat([guided[:, :channels], strong[:, channels:]], dim=1)

@@ -24,14 +24,14 @@ class SinkhornConfig(Config):
     """Sinkhorn-Knopp: every prototype gets an equal share of the batch (SwAV; DINOv2's long recipe)."""
 
     name: Literal["sinkhorn"]
-    iterations: int = Field(ge=1)
+    iterations: int = Field(ge=1, description="number of row and column normalisations")
 
 
 class CenteringConfig(Config):
     """Subtract a running mean of the teacher's logits (DINO; DINOv2's short recipe)."""
 
     name: Literal["centering"]
-    momentum: float = Field(ge=0, lt=1)
+    momentum: float = Field(ge=0, lt=1, description="momentum of the running centre of the teacher's logits")
 
 
 TargetsConfig = Annotated[SinkhornConfig | CenteringConfig, Field(discriminator="name")]

@@ -18,7 +18,7 @@ class RandomVggDistanceConfig(Config):
     """Stages of a VGG16 with seeded random weights."""
 
     name: Literal["random_vgg16"]
-    seed: int
+    seed: int = Field(description="seed of the network's weights")
     stages: int = Field(ge=1, le=5, description="the first so many stages; fewer are cheaper")
 
 
@@ -27,7 +27,7 @@ class LpipsConfig(Config):
 
     name: Literal["lpips"]
     weights: str = Field(description="file under weights/: the state dict of lpips.LPIPS(net='vgg')")
-    sha256: str
+    sha256: str = Field(description="digest that the file must have")
 
 
 PerceptualConfig = Annotated[RandomVggDistanceConfig | LpipsConfig, Field(discriminator="name")]

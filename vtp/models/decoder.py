@@ -21,8 +21,8 @@ class DecoderConfig(Config):
     embed_dim: int = Field(ge=4, description="width of the decoder")
     depth: int = Field(ge=1, description="number of blocks")
     num_heads: int = Field(ge=1, description="attention heads; width / heads must be divisible by 4")
-    ffn_layer: FfnName = Field(description="feed-forward layer")
-    norm_layer: NormName = Field(description="normalisation")
+    ffn_layer: FfnName = Field(description="kind of the feed-forward layers")
+    norm_layer: NormName = Field(description="kind of normalisation layers")
     use_qk_norm: bool = Field(description="RMS-normalise queries and keys")
     init_values: float | None = Field(description="initial LayerScale, null for none")
 

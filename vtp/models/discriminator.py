@@ -37,9 +37,9 @@ class TimmFeaturesConfig(Config):
     """A pretrained vision transformer of timm."""
 
     name: Literal["timm"]
-    model: str = Field(min_length=1, description="such as vit_small_patch8_224.dino")
+    model: str = Field(min_length=1, description="name of timm's model, such as vit_small_patch8_224.dino")
     weights: str = Field(description="file under weights/: timm's safetensors of that model")
-    sha256: str
+    sha256: str = Field(description="digest that the file must have")
     image_size: int = Field(ge=1, description="side in pixels that images are scaled to")
     blocks: int = Field(ge=1, description="heads on so many blocks, evenly over the depth")
 

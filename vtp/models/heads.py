@@ -11,9 +11,9 @@ from vtp.config import Config
 class DinoHeadConfig(Config):
     """A head for class tokens, masked patches or both."""
 
-    hidden_dim: int = Field(ge=1)
-    bottleneck_dim: int = Field(ge=1)
-    prototypes: int = Field(ge=2, description="K")
+    hidden_dim: int = Field(ge=1, description="width of the hidden layers of the projection")
+    bottleneck_dim: int = Field(ge=1, description="width of the vectors that are compared with prototypes")
+    prototypes: int = Field(ge=2, description="number of prototypes K")
     weight_norm: bool = Field(description="true: prototypes are unit vectors with a learned scale; false: plain (v3)")
 
 

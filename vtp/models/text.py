@@ -18,16 +18,20 @@ class TextConfig(Config):
     vocab_size: int = Field(ge=3, description="49408 for open_clip's byte-pair tokenizer")
     embed_dim: int = Field(ge=1, description="width of the tower and of the shared image-text space")
     depth: int = Field(ge=1, description="number of blocks")
-    num_heads: int = Field(ge=1, description="attention heads")
-    mlp_ratio: float = 4.0
-    ls_init_value: float | None = None
-    embed_cls: bool = False
-    pad_id: int = 0
-    no_causal_mask: bool = False
-    pool_type: Literal["argmax", "first", "last", "none"] = "argmax"
-    proj_type: Literal["linear", "none"] = "linear"
-    proj_bias: bool = False
-    quick_gelu: bool = False
+    num_heads: int = Field(ge=1, description="number of attention heads")
+    mlp_ratio: float = Field(default=4.0, description="hidden width of the feed-forward layers over the width")
+    ls_init_value: float | None = Field(default=None, description="initial LayerScale; null: none")
+    embed_cls: bool = Field(default=False, description="a learned class token at the end, as in CoCa")
+    pad_id: int = Field(default=0, description="token that pads captions")
+    no_causal_mask: bool = Field(default=False, description="let every token see all others")
+    pool_type: Literal["argmax", "first", "last", "none"] = Field(
+        default="argmax", description="token that stands for the caption"
+    )
+    proj_type: Literal["linear", "none"] = Field(
+        default="linear", description="kind of projection into the shared space"
+    )
+    proj_bias: bool = Field(default=False, description="a bias in that projection")
+    quick_gelu: bool = Field(default=False, description="OpenAI's approximation of GELU")
 
 
 def build_text_tower(config: TextConfig) -> nn.Module:

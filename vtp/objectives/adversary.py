@@ -36,13 +36,15 @@ DISCRIMINATOR = "discriminator"  # the phase that trains it
 class AdversaryConfig(Config):
     """The adversarial term and its schedule, the discriminator and its optimiser."""
 
-    weight: float = Field(gt=0, description="of the adversarial term, times the adaptive weight")
-    max_adaptive_weight: float = Field(gt=0)
+    weight: float = Field(gt=0, description="weight of the adversarial term, times the adaptive weight")
+    max_adaptive_weight: float = Field(
+        gt=0, description="largest factor by which the ratio of gradients may scale the adversarial term"
+    )
     discriminator_start: float = Field(ge=0, le=1, description="share of the run after which the discriminator trains")
     start: float = Field(ge=0, le=1, description="share of the run after which the decoder sees it")
     augmentation: AugmentationConfig
     discriminator: DiscriminatorConfig
-    optim: OptimConfig = Field(description="of the discriminator")
+    optim: OptimConfig = Field(description="optimiser of the discriminator")
 
     @model_validator(mode="after")
     def _head_start(self) -> Self:

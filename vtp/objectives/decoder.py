@@ -38,7 +38,7 @@ class DecoderObjectiveConfig(Config):
     """The loss of the second stage, without the adversary."""
 
     perceptual: PerceptualConfig
-    perceptual_weight: float = Field(ge=0)
+    perceptual_weight: float = Field(ge=0, description="weight of the perceptual distance beside L1")
     noise: LatentNoiseConfig
     ema: float = Field(ge=0, lt=1, description="momentum of the averaged decoder, which is the result")
 

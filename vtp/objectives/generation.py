@@ -22,7 +22,7 @@ class GenerationObjectiveConfig(Config):
 
     timesteps: TimestepSamplingConfig
     uniform_from: float = Field(ge=0, le=1, description="share of the run after which timesteps are uniform; 1: never")
-    cosine_weight: float = Field(ge=0, description="of the cosine between velocities, beside the squared error")
+    cosine_weight: float = Field(ge=0, description="weight of the cosine between velocities, beside the squared error")
     label_dropout: float = Field(ge=0, lt=1, description="share of samples that train the null class")
     ema: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         min_length=1, description="momenta of averaged weights; the first is the result, the others lie beside it"

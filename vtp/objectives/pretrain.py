@@ -37,9 +37,11 @@ MAX_LOGIT_SCALE = 4.6052  # ln 100, as CLIP clamps it
 class WeightsConfig(Config):
     """Weights of the three objectives (paper 3.5: 0.1, 1, 1). Zero switches an objective and its cost off."""
 
-    reconstruction: float = Field(ge=0, description="L1 and perceptual distance")
-    clip: float = Field(ge=0, description="image-text contrast")
-    ssl: float = Field(ge=0, description="self-distillation and masked image modelling")
+    reconstruction: float = Field(ge=0, description="weight of L1 and perceptual distance together")
+    clip: float = Field(ge=0, description="weight of the image-text contrast; 0 switches it and its cost off")
+    ssl: float = Field(
+        ge=0, description="weight of self-distillation and masked image modelling; 0 switches them and their cost off"
+    )
 
     @model_validator(mode="after")
     def _something_to_train(self) -> Self:
@@ -53,15 +55,21 @@ class ReconstructionConfig(Config):
 
     l1_space: Literal["normalised", "unit"] = Field(description="ImageNet-normalised pixels, or pixels in [-1, 1]")
     perceptual: PerceptualConfig
-    perceptual_weight: float = Field(ge=0, description="of the perceptual distance beside L1")
+    perceptual_weight: float = Field(ge=0, description="weight of the perceptual distance beside L1")
 
 
 class DropPathConfig(Config):
     """Share of the samples that each residual branch leaves out, per objective (stochastic depth)."""
 
-    clip: float = Field(ge=0, lt=1)
-    ssl: float = Field(ge=0, lt=1)
-    reconstruction: float = Field(ge=0, lt=1)
+    clip: float = Field(ge=0, lt=1, description="share of samples that a residual branch leaves out under CLIP")
+    ssl: float = Field(
+        ge=0,
+        lt=1,
+        description="share of samples that a residual branch leaves out under self-supervision, in the student",
+    )
+    reconstruction: float = Field(
+        ge=0, lt=1, description="share of samples that a residual branch leaves out under reconstruction"
+    )
     blocks: int = Field(ge=1, description="blocks of the batch that share a draw, so that counts are exact")
 
 

@@ -15,17 +15,17 @@ from vtp.step import ParameterGroup
 class ModuleRates(Config):
     """Factors for one module."""
 
-    lr: float = Field(ge=0)
-    weight_decay: float = Field(ge=0)
+    lr: float = Field(ge=0, description="factor on the learning rate")
+    weight_decay: float = Field(ge=0, description="factor on the weight decay")
 
 
 class RatesConfig(Config):
     """Factors on `optim.lr` and `optim.weight_decay`."""
 
-    encoder: ModuleRates = Field(description="trunk and bottleneck")
-    decoder: ModuleRates
-    text: ModuleRates = Field(description="text tower, CLIP's projection, logit scale and bias")
-    heads: ModuleRates = Field(description="of self-supervision")
+    encoder: ModuleRates = Field(description="rates of trunk and bottleneck")
+    decoder: ModuleRates = Field(description="rates of the pixel decoder")
+    text: ModuleRates = Field(description="rates of text tower, CLIP's projection, logit scale and bias")
+    heads: ModuleRates = Field(description="rates of the heads of self-supervision")
     layer_decay: float = Field(gt=0, le=1, description="factor on the rate per block below the top of the encoder")
     patch_embed: float = Field(ge=0, description="further factor on the rate of the patch embedding (DINOv2: 0.2)")
     frozen_prototypes: float = Field(ge=0, le=1, description="share of the run in which prototypes do not learn")

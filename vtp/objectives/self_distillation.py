@@ -44,15 +44,15 @@ class ConstantMomentum(Config):
     """The same throughout: the teacher keeps following the other objectives (SILC, DINOv3)."""
 
     name: Literal["constant"]
-    value: float = Field(ge=0, le=1)
+    value: float = Field(ge=0, le=1, description="momentum of the teacher in every step")
 
 
 class CosineMomentum(Config):
     """From start to end along half a cosine (DINOv2: 0.992 or 0.994 to 1)."""
 
     name: Literal["cosine"]
-    start: float = Field(ge=0, le=1)
-    end: float = Field(ge=0, le=1)
+    start: float = Field(ge=0, le=1, description="momentum of the teacher at the start")
+    end: float = Field(ge=0, le=1, description="momentum of the teacher at the end")
 
 
 class SslConfig(Config):
@@ -61,11 +61,11 @@ class SslConfig(Config):
     features: Literal["trunk", "latent"] = Field(description="what the head reads: the encoder's width, or d channels")
     pooling: Literal["cls", "pooled"] = Field(description="DINO and KoLeo: class token, or mean of the patches")
     head: DinoHeadConfig
-    patch_head: DinoHeadConfig | None = Field(description="of iBOT; null: shared with DINO")
+    patch_head: DinoHeadConfig | None = Field(description="head of iBOT on patches; null: shared with DINO")
     targets: TargetsConfig
-    student_temperature: float = Field(gt=0)
-    teacher_temperature_start: float = Field(gt=0)
-    teacher_temperature_end: float = Field(gt=0)
+    student_temperature: float = Field(gt=0, description="temperature of the student's softmax")
+    teacher_temperature_start: float = Field(gt=0, description="temperature of the teacher's softmax at the start")
+    teacher_temperature_end: float = Field(gt=0, description="temperature of the teacher's softmax after its warm-up")
     teacher_temperature_warmup: float = Field(ge=0, le=1, description="share of the run from start to end")
     momentum: Annotated[ConstantMomentum | CosineMomentum, Field(discriminator="name")]
     teacher_projection: bool = Field(description="the teacher keeps CLIP's image projection too")

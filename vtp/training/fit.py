@@ -34,14 +34,16 @@ class SamplesLength(Config):
     """The run ends when this many samples have been seen."""
 
     name: Literal["samples"]
-    samples: int = Field(ge=1)
+    samples: int = Field(
+        ge=1, description="samples of the run; of pre-training, image-text pairs or the largest batch that there is"
+    )
 
 
 class FlopsLength(Config):
     """The run ends when its training FLOPs (forward, backward, teacher and losses) reach this number."""
 
     name: Literal["flops"]
-    flops: float = Field(gt=0)
+    flops: float = Field(gt=0, description="training FLOPs of the run, forward and backward")
 
 
 Length = Annotated[SamplesLength | FlopsLength, Field(discriminator="name")]
@@ -66,7 +68,7 @@ class TrainingConfig(Config):
     """What every training run has."""
 
     length: Length
-    precision: Literal["float32", "bfloat16"] = Field(description="of the forward pass; weights stay float32")
+    precision: Literal["float32", "bfloat16"] = Field(description="precision of the forward pass; weights stay float32")
     log_every: int = Field(ge=1, description="steps per row of the curves; a row holds means over them")
     max_skipped: int = Field(ge=0, description="steps with a gradient that is not finite, skipped before the run fails")
 

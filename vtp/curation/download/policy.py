@@ -24,11 +24,15 @@ PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
 class Policy(Config):
     """What the proxy between img2dataset and the network lets through."""
 
-    timeout: float = Field(gt=0, description="seconds that one operation on a socket may take")
-    deadline: float = Field(gt=0, description="seconds that an attempt may take, redirects and slow drips included")
-    max_bytes: int = Field(ge=1, description="largest body")
+    timeout: float = Field(gt=0, description="time in seconds that one operation on a socket may take")
+    deadline: float = Field(
+        gt=0, description="time in seconds that an attempt may take, redirects and slow drips included"
+    )
+    max_bytes: int = Field(ge=1, description="bytes of the largest body")
     allowed_networks: list[str] = Field(description="CIDR blocks that are allowed beside the public internet")
-    allowed_ports: list[Annotated[int, Field(ge=1, le=65535)]] | None = Field(description="null: any")
+    allowed_ports: list[Annotated[int, Field(ge=1, le=65535)]] | None = Field(
+        description="ports that may be asked; null: any"
+    )
 
     @model_validator(mode="after")
     def _networks_are_networks(self) -> Self:

@@ -42,12 +42,12 @@ class MappedColumns(Config):
     """The source's own names; null for what it does not have."""
 
     name: Literal["mapped"]
-    key: str | None = Field(description="null: a digest of URL and caption")
-    url: str | None
-    caption: str | None
-    width: str | None
-    height: str | None
-    sha256: str | None
+    key: str | None = Field(description="column of the keys; null: a digest of URL and caption")
+    url: str | None = Field(description="column of the URLs; null: none")
+    caption: str | None = Field(description="column of the captions; null: none")
+    width: str | None = Field(description="column of the widths in pixels; null: none")
+    height: str | None = Field(description="column of the heights in pixels; null: none")
+    sha256: str | None = Field(description="column of the pictures' digests; null: none")
 
     @model_validator(mode="after")
     def _rows_can_be_told_apart(self) -> Self:

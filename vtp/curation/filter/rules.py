@@ -65,30 +65,30 @@ class PixelSize(_Bounded):
     """Sides and area of the image in pixels: as the metadata claims before the download, measured in a pool."""
 
     name: Literal["size"]
-    min_side: int | None = Field(ge=0, description="of the shorter side")
-    max_side: int | None = Field(ge=0, description="of the longer side")
-    min_area: int | None = Field(ge=0)
-    max_area: int | None = Field(ge=0)
-    missing: KeepOrDrop
+    min_side: int | None = Field(ge=0, description="least length of the shorter side; null: no limit")
+    max_side: int | None = Field(ge=0, description="largest length of the longer side; null: no limit")
+    min_area: int | None = Field(ge=0, description="least area in pixels; null: no limit")
+    max_area: int | None = Field(ge=0, description="largest area in pixels; null: no limit")
+    missing: KeepOrDrop = Field(description="what becomes of rows without a width or height")
 
 
 class AspectRatio(Config):
     """Longer side by shorter side."""
 
     name: Literal["aspect_ratio"]
-    max: float = Field(ge=1)
-    missing: KeepOrDrop
+    max: float = Field(ge=1, description="largest ratio of the longer to the shorter side")
+    missing: KeepOrDrop = Field(description="what becomes of rows without a width or height")
 
 
 class CaptionLength(_Bounded):
     """Words (between white space) and characters of the caption."""
 
     name: Literal["caption_length"]
-    min_words: int | None = Field(ge=0)
-    max_words: int | None = Field(ge=0)
-    min_characters: int | None = Field(ge=0)
-    max_characters: int | None = Field(ge=0)
-    missing: KeepOrDrop
+    min_words: int | None = Field(ge=0, description="fewest words of a caption; null: no limit")
+    max_words: int | None = Field(ge=0, description="most words of a caption; null: no limit")
+    min_characters: int | None = Field(ge=0, description="fewest characters of a caption; null: no limit")
+    max_characters: int | None = Field(ge=0, description="most characters of a caption; null: no limit")
+    missing: KeepOrDrop = Field(description="what becomes of rows without a caption")
 
 
 class Language(Config):
@@ -96,55 +96,55 @@ class Language(Config):
 
     name: Literal["language"]
     allowed: list[str] = Field(min_length=1, description="ISO 639-1 codes")
-    min_probability: float = Field(ge=0, le=1)
-    missing: KeepOrDrop
+    min_probability: float = Field(ge=0, le=1, description="least probability of the language that is detected")
+    missing: KeepOrDrop = Field(description="what becomes of rows without a caption")
 
 
 class Number(_Bounded):
     """A column of numbers, such as a similarity, an NSFW or a watermark score; NaN counts as missing."""
 
     name: Literal["number"]
-    column: str
-    min: float | None
-    max: float | None
-    missing: KeepOrDrop
+    column: str = Field(description="column of the numbers")
+    min: float | None = Field(description="least number that stays; null: no limit")
+    max: float | None = Field(description="largest number that stays; null: no limit")
+    missing: KeepOrDrop = Field(description="what becomes of rows without a number")
 
 
 class Category(Config):
     """A column with names, such as a language or an NSFW verdict."""
 
     name: Literal["category"]
-    column: str
-    allowed: list[str] = Field(min_length=1)
-    missing: KeepOrDrop
+    column: str = Field(description="column whose values decide")
+    allowed: list[str] = Field(min_length=1, description="values that stay")
+    missing: KeepOrDrop = Field(description="what becomes of rows without a value")
 
 
 class Pattern(Config):
     """A text that holds what the regular expression describes (RE2 syntax; `(?i)` ignores case)."""
 
     name: Literal["pattern"]
-    column: str
-    regex: Regex
+    column: str = Field(description="column of the texts")
+    regex: Regex = Field(description="regular expression in RE2's syntax, found anywhere in the text")
     matches: KeepOrDrop = Field(description="keep: rows that match stay, the others go; drop: rows that match go")
-    missing: KeepOrDrop
+    missing: KeepOrDrop = Field(description="what becomes of rows without a text")
 
 
 class HashList(Config):
     """A list of hashes of 128 bits and more: text with one hexadecimal number a line, or DataComp's .npy of uids."""
 
     name: Literal["hash_list"]
-    column: str
-    file: FileName = Field(description="in the folder --lists")
-    action: Literal["allow", "block"]
-    missing: KeepOrDrop
+    column: str = Field(description="column whose values are looked up")
+    file: FileName = Field(description="name of the list in the folder --lists")
+    action: Literal["allow", "block"] = Field(description="whether rows in the list stay or go")
+    missing: KeepOrDrop = Field(description="what becomes of rows without a value")
 
 
 class Duplicates(Config):
     """Rows with the same value; the one that comes first in the output's order stays. Nulls are equal to nothing."""
 
     name: Literal["duplicates"]
-    by: str
-    missing: KeepOrDrop
+    by: str = Field(description="column or role whose equal values make duplicates; the first row stays")
+    missing: KeepOrDrop = Field(description="what becomes of rows without a value")
 
 
 class PerceptualDuplicates(Config):
@@ -154,26 +154,30 @@ class PerceptualDuplicates(Config):
     """
 
     name: Literal["perceptual_duplicates"]
-    max_distance: int = Field(ge=0, le=12, description="bits; 0: equal hashes. Near copies differ in 0 to 6")
+    max_distance: int = Field(
+        ge=0,
+        le=12,
+        description="bits in which the hashes of duplicates may differ; 0: equal hashes. Near copies differ in 0 to 6",
+    )
 
 
 class TopFraction(Config):
     """The best share of the rows that have a score, rounded down; among equals, those first in the output's order."""
 
     name: Literal["top_fraction"]
-    column: str
-    fraction: float = Field(gt=0, le=1)
-    best: Literal["highest", "lowest"]
-    missing: KeepOrDrop
+    column: str = Field(description="column of the scores")
+    fraction: float = Field(gt=0, le=1, description="share of the rows that stay")
+    best: Literal["highest", "lowest"] = Field(description="whether the highest or the lowest scores are best")
+    missing: KeepOrDrop = Field(description="what becomes of rows without a score")
 
 
 class OpenClipModel(Config):
     """A model of open_clip with weights from a file."""
 
     name: Literal["open_clip"]
-    architecture: str = Field(pattern=r"^[\w.-]+$", description="such as ViT-L-14-quickgelu")
+    architecture: str = Field(pattern=r"^[\w.-]+$", description="name of open_clip's model, such as ViT-L-14-quickgelu")
     weights: FileName = Field(description="file under weights/, .safetensors or .pt")
-    sha256: str
+    sha256: str = Field(description="digest that the file must have")
 
 
 class TokenizerModel(Config):
@@ -186,14 +190,14 @@ class Minimum(Config):
     """Scores that are at least so high."""
 
     name: Literal["min"]
-    value: float = Field(ge=-1, le=1, description="cosine")
+    value: float = Field(ge=-1, le=1, description="least cosine between image and caption")
 
 
 class BestShare(Config):
     """As in `top_fraction`."""
 
     name: Literal["top_fraction"]
-    fraction: float = Field(gt=0, le=1)
+    fraction: float = Field(gt=0, le=1, description="share of the rows that stay")
 
 
 class ClipScore(Config):
@@ -210,7 +214,7 @@ class Subset(Config):
     """The rows that come first in the output's order, which is random: a smaller subset lies within a larger one."""
 
     name: Literal["subset"]
-    size: int = Field(ge=1)
+    size: int = Field(ge=1, description="number of rows that stay: those with the smallest hash of their key")
 
 
 RowRule = (

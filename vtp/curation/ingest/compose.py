@@ -48,14 +48,14 @@ class EmbeddedConfig(Config):
     """The embedded data set: OpenMoji pictures on plain backgrounds."""
 
     name: Literal["openmoji"]
-    seed: int
+    seed: int = Field(description="seed of the compositions")
     image_size: int = Field(ge=8, description="side in pixels")
     classes: int = Field(ge=3, description="number of pictures; each is a class, its emoji category a second label")
-    train_samples: int = Field(ge=1)
+    train_samples: int = Field(ge=1, description="number of training compositions")
     validation_samples: int = Field(ge=1, description="held-out compositions of the same classes")
     scene_fraction: float = Field(ge=0, le=1, description="share of the samples that are scenes of several pictures")
     scale_min: float = Field(gt=0, le=1, description="size of a single picture, in shares of the side")
-    scale_max: float = Field(gt=0, le=1)
+    scale_max: float = Field(gt=0, le=1, description="largest size of a single picture, in shares of the side")
     rotation: float = Field(ge=0, le=180, description="largest turn of a picture in degrees")
 
     @model_validator(mode="after")

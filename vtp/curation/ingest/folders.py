@@ -41,21 +41,21 @@ class HeldOut(Config):
     """Validation is a share of the pictures, chosen by a hash of their names."""
 
     name: Literal["held_out"]
-    share: float = Field(gt=0, lt=1)
+    share: float = Field(gt=0, lt=1, description="share of the pictures that becomes the validation split")
 
 
 class OwnFolder(Config):
     """Validation has a folder of its own."""
 
     name: Literal["folder"]
-    folder: RelativePath
+    folder: RelativePath = Field(description="folder of the validation pictures within the source")
 
 
 class OwnTable(Config):
     """Validation has a table of its own."""
 
     name: Literal["table"]
-    table: RelativePath
+    table: RelativePath = Field(description="table of the validation pictures within the source")
 
 
 class FolderSource(Config):
@@ -64,7 +64,7 @@ class FolderSource(Config):
     name: Literal["folder"]
     train: RelativePath = Field(description="folder of the classes within the source; . is the source itself")
     validation: HeldOut | OwnFolder = Field(discriminator="name")
-    caption: str | None = Field(description="of every picture, {} stands for the class; null: none")
+    caption: str | None = Field(description="caption of every picture, {} stands for the class; null: none")
     templates: Templates
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ class ImageNetSource(Config):
     layout: Literal["folders", "tars", "parquet"] = Field(
         description="train/<synset>/ and val/; the official tars, never unpacked; or data/*.parquet of Hugging Face"
     )
-    caption: str | None = Field(description="of every picture, {} stands for the class; null: none")
+    caption: str | None = Field(description="caption of every picture, {} stands for the class; null: none")
 
 
 def describe_imagenet(synsets: list[str]) -> Description:
