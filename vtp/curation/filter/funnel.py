@@ -26,7 +26,7 @@ class RemovedRow(NamedTuple):
 
 
 class Tally:
-    """Counts and examples of a piece of the host, by line of the funnel."""
+    """Counts and examples of a piece of the work, by line of the funnel."""
 
     def __init__(self) -> None:
         self.removed: dict[str, int] = {}

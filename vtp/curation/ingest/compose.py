@@ -1,4 +1,4 @@
-"""Compose captioned pictures: single ones for class-conditional host, and scenes whose captions say what is where.
+"""Compose captioned pictures: single ones for class conditions, and scenes whose captions say what is where.
 
 Sample i of a split is a function of the parameters and (seed, split, i), so any number of samples is one parameter and
 validation holds compositions that training never sees.
