@@ -1,7 +1,7 @@
 """One page on how the run went: per part of the recipe its figures and pictures, and the training curves.
 
-`report.html` needs no other file and no network; `metrics.md` holds all figures under their full names. The headline is what
-DVC shows of an experiment: the columns of the paper's tables.
+`report.html` needs no other file and no network; `metrics.md` holds all figures under their full names, `overview.png` is
+originals, reconstructions and samples. The headline is what DVC shows of an experiment: the columns of the paper's tables.
 """
 
 import base64
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from stages.figures.drawing import curves
+from stages.figures.drawing import curves, stack
 from stages.figures.paper_table import HEAD, TABLE_2, RunFigures, headline_figures, own_row
 from stages.figures.tables import flatten, markdown, number
 from stages.runner.run import Input, Output, main
@@ -24,6 +24,7 @@ from vtp.host import Host
 MEASURED = ("pretrain", "understanding", "tune_decoder", "reconstruction", "speed", "train_generator", "generation")
 RECONSTRUCTIONS = ("first", "worst", "median", "best")
 TABLE_TITLE = "Beside the paper's table 2 (ImageNet 256 x 256, Inception, 50k)"
+OVERVIEW = 434  # pixels of each part of the overview: all reconstructions, and samples of four classes
 STYLE = """
 body { font: 15px/1.4 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; margin: .5em 0 1em }
@@ -81,6 +82,9 @@ def run(config: Report, *, metrics: Input, plots: Input, report: Output, headlin
     rows = [[name, number(value)] for name, value in flatten(everything).items()]
     (report / "metrics.md").write_text(markdown(["metric", "value"], rows), encoding="utf-8")
     (report / "report.html").write_text(_page(config.title, sections), encoding="utf-8")
+    sampled = next(filter(None, reversed(figures.best)), None)  # guided, where a setting is
+    drawn = [] if sampled is None else [plots / "samples" / f"{sampled.setting}.png"]
+    stack([plots / "reconstructions" / "first.png", *drawn], report / "overview.png", tallest=OVERVIEW)
     flops = {"pretrain_flops": measured["pretrain"]["pretrain"]["flops"]}
     write_json(headline, flops | headline_figures(figures))
 

@@ -97,7 +97,10 @@ class Study:
         small = {section: change for section, change in SMALL.items() if section in sections}
         values = read_yaml(self.folder / "params.yaml")
         self.values = merged(merged(values, small, new=True), changes, new=True)
-        write_params(self.values, self.folder / "params.yaml")
+        self.write({})
+
+    def write(self, changes):
+        write_params(merged(self.values, changes, new=True), self.folder / "params.yaml")
 
     def dvc(self, *arguments, status=0):
         output, ended = self.clone.dvc(*arguments, cwd=self.folder)

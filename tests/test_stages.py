@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from PIL import Image
 from ruamel.yaml import YAML
 from tiny import ROOT, merged, tiny_params
 
@@ -179,6 +180,10 @@ def test_report_stands_alone(results):
     assert "gfid_random-vgg16_24_cfg2_balanced" in page
     own = "this run (random-vgg16, 24 samples); unguided; guided: guided"
     assert page.index(own) < page.index("<td>VTP-L<td>0.36<td>78.2<td>85.7<td>675M<td>600<td>1.85")
+    overview = Image.open(root / "work/report/overview.png")
+    parts = [Image.open(root / "plots" / name) for name in ("reconstructions/first.png", "samples/guided.png")]
+    assert overview.width == max(part.width for part in parts)
+    assert overview.height == sum(min(part.height, 434) for part in parts)
     figures = (root / "work/report" / "metrics.md").read_text()
     for name in (
         "generation.guided.gfid_random-vgg16_24_cfg2_balanced",

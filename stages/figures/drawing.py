@@ -1,4 +1,4 @@
-"""Curves with equal bytes for equal content."""
+"""Curves and composed pictures, with equal bytes for equal content."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,6 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 UNINFORMED = "_uninformed"  # ends the name of a column with what a model that knows nothing would score
+
+
+def stack(pictures: Sequence[Path], path: Path, *, tallest: int) -> None:
+    """Pictures below each other as one PNG of 256 colours, each cut to `tallest` pixels."""
+    from PIL import Image
+
+    parts = [Image.open(picture).convert("RGB") for picture in pictures]
+    parts = [part.crop((0, 0, part.width, min(part.height, tallest))) for part in parts]
+    canvas = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    top = 0
+    for part in parts:
+        canvas.paste(part, (0, top))
+        top += part.height
+    canvas.quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
 
 
 @contextmanager

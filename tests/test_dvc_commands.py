@@ -1,0 +1,246 @@
+"""What users ask DVC, asked for real: at the root and in a study, on a fresh clone and after a run.
+
+One clone serves all tests of this file, in order.
+"""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from clone import Clone, Study, ran
+
+from vtp.artefact import digest
+
+pytestmark = pytest.mark.slow
+METRICS = [
+    "reconstruction.validation_centre16.tuned.psnr",
+    "generation.unguided.gfid_random-vgg16_24_unguided_balanced",
+]
+# Of one length; the second has an adversary from the start.
+RUNS = {
+    "plain": {},
+    "gan": {"pretrain": {"adversary": {"base": "tune_decoder.adversary", "discriminator_start": 0.0, "start": 0.0}}},
+}
+COMPARED = {"pretrain": {"monitor": {"milestones": [1.0e8, "end"]}}, "summary": {"metrics": METRICS}}
+
+
+def commit(clone, message):
+    clone.git("add", "-A")
+    clone.git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", message)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    clone = Clone(tmp_path_factory.mktemp("commands") / "clone")
+    commit(clone, "start")
+    return clone
+
+
+@pytest.fixture(scope="module")
+def finished(clone):
+    clone.repro()
+    commit(clone, "reference run")
+    return clone
+
+
+@pytest.fixture(scope="module")
+def study(finished):
+    """`scaling` with runs and points of this test, finished."""
+    study = Study(finished, "scaling", **COMPARED)
+    study.values |= {"runs": RUNS, "points": ["1.000e+08", "end"]}
+    study.write({})
+    study.first = study.dvc("repro")
+    commit(finished, "study")
+    return study
+
+
+def asked(clone, *arguments, cwd=None):
+    output, status = clone.dvc(*arguments, cwd=cwd)
+    assert status == 0, output
+    return output
+
+
+def table(clone, *arguments, cwd=None):
+    """Rows of `dvc exp show` by the name of the experiment."""
+    output = asked(clone, "exp", "show", "--csv", *arguments, cwd=cwd)
+    rows = csv.DictReader(io.StringIO(output[output.index("Experiment,") :]))
+    return {row["Experiment"] or row["rev"]: row for row in rows}
+
+
+def changed(row):
+    return {name.removeprefix("params.yaml:"): value for name, value in row.items() if name.startswith("params.yaml:")}
+
+
+def wait_for_queue(clone, cwd=None):
+    asked(clone, "queue", "start", cwd=cwd)
+    deadline = time.monotonic() + 300
+    while True:
+        status = asked(clone, "queue", "status", cwd=cwd)
+        assert "Failed" not in status, asked(clone, "queue", "logs", "later", cwd=cwd)
+        if "Success" in status:
+            return
+        assert time.monotonic() < deadline, status
+        time.sleep(1)
+
+
+def test_a_fresh_root_speaks_of_itself_alone(clone):
+    status = asked(clone, "status")
+    assert "pipelines" not in status
+    assert len(status.splitlines()) < 130
+    assert len(asked(clone, "dag").splitlines()) < 50
+    for command in (("metrics", "show"), ("params", "diff"), ("exp", "show", "--only-changed")):
+        assert len(asked(clone, *command).splitlines()) < 10
+    output, _ = clone.dvc("checkout")  # fails, as there is nothing yet
+    assert "pipelines" not in output
+    assert not (clone.folder / "pipelines/scaling/dvc.lock").exists()
+
+
+def test_a_fresh_study_speaks_of_itself_alone(clone):
+    folder = clone.folder / "pipelines/scaling"
+    status = asked(clone, "status", cwd=folder)
+    stages = [line for line in status.splitlines() if line.endswith(":") and not line.startswith("\t")]
+    assert len(stages) == 4 + 2 + 7 * 6
+    assert "evaluate_generator@joint-end:" in stages
+    assert not (clone.folder / "dvc.lock").exists()
+
+
+def test_a_finished_root_is_quiet(finished):
+    assert asked(finished, "status").splitlines() == ["Data and pipelines are up to date."]
+    assert asked(finished, "checkout") == ""
+    shown = asked(finished, "metrics", "show")
+    assert max(map(len, shown.splitlines())) < 500
+    figures = json.loads((finished.folder / "metrics.json").read_text())
+    assert {
+        "zero_shot_top1_squash",
+        "psnr",
+        "gfid_random-vgg16_24_unguided_balanced",
+        "pretrain_flops",
+    } < figures.keys()
+
+
+def test_an_experiment_shows_what_changed(finished):
+    before = digest(finished.folder / "work/decoder")
+    output = asked(finished, "exp", "run", "-n", "other", "-S", "tune_decoder.seed=1")
+    assert "WARNING" not in output
+    assert ran(output)[:2] == ["check", "tune_decoder"]
+    assert digest(finished.folder / "work/decoder") != before
+    diff = asked(finished, "params", "diff", "--targets", "params.yaml", "--", "HEAD", "other")
+    assert [line.split() for line in diff.splitlines()[1:]] == [["params.yaml", "tune_decoder.seed", "0", "1"]]
+    rows = table(finished, "--only-changed")
+    assert changed(rows["other"]) == {"tune_decoder.seed": "1"}
+    assert "psnr" in rows["other"]
+    assert len(rows["other"]) < 60
+    asked(finished, "exp", "apply", "other")
+    assert "psnr" in asked(finished, "metrics", "diff", "--", "HEAD", "workspace")
+    finished.git("checkout", "-q", "--", ".")
+    asked(finished, "checkout")
+    assert digest(finished.folder / "work/decoder") == before
+
+
+@pytest.mark.parametrize("how", ["--temp", "--queue"])
+def test_experiments_in_a_copy(finished, how):
+    """The working tree stays as it is; stages that nothing changed for are not run again."""
+    name = {"--temp": "apart", "--queue": "later"}[how]
+    before = digest(finished.folder / "params.yaml")
+    output = asked(finished, "exp", "run", how, "-n", name, "-S", "generate.settings.guided.guidance_scale=3.0")
+    if how == "--temp":
+        assert ran(output)[:2] == ["check", "generate"]
+    else:
+        wait_for_queue(finished)
+    row = table(finished, "--only-changed")[name]
+    assert changed(row)["generate.settings.guided.guidance_scale"] == "3.0"
+    assert row["gfid_random-vgg16_24_cfg3_balanced"]
+    assert digest(finished.folder / "params.yaml") == before
+
+
+def test_a_typo_in_an_experiment_is_named(finished):
+    output, status = finished.dvc("exp", "run", "-S", "+pretrain.sed=1")
+    assert status != 0
+    assert "params.yaml:pretrain.sed: unknown key; did you mean 'seed'?" in output
+    finished.git("checkout", "-q", "--", ".")
+    asked(finished, "checkout")
+    assert asked(finished, "status").splitlines() == ["Data and pipelines are up to date."]
+
+
+def test_a_study_compares_its_runs(study):
+    """Every stage of every run and point; a table and figures of all."""
+    done = ran(study.first)
+    assert len(done) == 2 + 2 + 7 * 4  # data and reference are those of the root
+    assert done[0] == "check"
+    assert done[-1] == "summary"
+    assert study.first.count("is cached - skipping run") == 2
+    lines = (study.folder / "work/summary/table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["gan", "gan", "plain", "plain"]
+    figures = study.json("metrics.json")
+    assert set(figures) == {"plain", "gan"}
+    assert list(figures["plain"]) == METRICS
+    assert (study.folder / "work/plain/1.000e+08/generator/sampler.json").exists()
+
+
+def test_a_finished_study_is_quiet(study):
+    assert asked(study.clone, "status", cwd=study.folder).splitlines() == ["Data and pipelines are up to date."]
+    assert asked(study.clone, "checkout", cwd=study.folder) == ""
+    assert "Data and pipelines are up to date" in study.dvc("repro")
+    assert asked(study.clone, "status").splitlines() == ["Data and pipelines are up to date."]  # the root's
+
+
+def test_a_change_of_one_run_runs_that_alone(study):
+    study.write({"runs": {"plain": {"generate": {"seed": 1}}}})
+    done = ran(study.dvc("repro"))
+    assert done[0] == "check"
+    assert {"generate@plain-end", "generate@plain-1.000e+08"} < set(done)
+    assert {name.partition("@")[0] for name in done} <= {"check", "generate", "evaluate_generator", "summary"}
+    assert not [name for name in done if "gan" in name]
+    study.clone.git("checkout", "-q", "--", ".")
+    assert ran(study.dvc("repro")) == []  # all of it is in the cache of runs
+
+
+def test_a_change_of_the_base_runs_what_reads_it(study):
+    study.clone.write({"generate": {"shard_size": 21}})
+    # The study says itself how large its files are, so the root's number does not matter.
+    assert ran(study.dvc("repro")) == ["check"]
+    study.clone.write({"evaluate_generator": {"inception_splits": 3}})
+    done = ran(study.dvc("repro"))
+    assert {name.partition("@")[0] for name in done} <= {"check", "evaluate_generator", "summary"}
+    assert len(done) >= 1 + 4
+    study.clone.git("checkout", "-q", "--", ".")
+    study.dvc("checkout")
+
+
+@pytest.mark.parametrize("how", ["", "--temp", "--queue"])
+def test_experiments_of_a_study(study, how):
+    """A key that the overlay lacks is added: `-S +section.key`."""
+    clone, folder = study.clone, study.folder
+    name = {"": "here", "--temp": "apart", "--queue": "later"}[how]
+    lacked = "+evaluate_generator.neighbours=4"
+    asked(clone, "exp", "run", *filter(None, [how]), "-n", name, "-S", "summary.title=Mine", "-S", lacked, cwd=folder)
+    if how == "--queue":
+        wait_for_queue(clone, folder)
+    diff = asked(clone, "params", "diff", "--targets", "params.yaml", "--", "HEAD", name, cwd=folder)
+    assert "Mine" in diff
+    of_row = changed(table(clone, "--only-changed", cwd=folder)[name])
+    assert of_row == {"summary.title": "Mine", "evaluate_generator.neighbours": "4"}
+    clone.git("checkout", "-q", "--", ".")
+    study.dvc("checkout")
+
+
+def test_a_run_of_two_studies_is_trained_once(study):
+    """A new study is a file of a few lines: its run `plain` is the other's, and comes from the cache of runs."""
+    folder = study.clone.folder / "pipelines/again"
+    folder.mkdir()
+    (folder / "params.yaml").write_text("base: ../overlays/comparison.yaml\nruns: {plain: {}}\npoints: [end]\n")
+    subprocess.run(
+        [sys.executable, "-m", "stages.runner.project", "pipelines/again"],
+        cwd=study.clone.folder,
+        env=study.clone.environment() | {"PYTHONPATH": str(study.clone.folder)},
+        check=True,
+    )
+    again = Study(study.clone, "again", **COMPARED)
+    output = again.dvc("repro")
+    assert ran(output) == ["check", "summary"]
+    assert output.count("is cached - skipping run") == 2 + 1 + 7
+    assert digest(again.folder / "work/plain/end/generator") == digest(study.folder / "work/plain/end/generator")
