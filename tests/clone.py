@@ -62,10 +62,10 @@ class Clone:
             start_new_session=True,
         )
 
-    def dvc(self, *arguments, cwd=None, **settings):
+    def dvc(self, *arguments, cwd=None, seconds=600, **settings):
         """Output of a dvc command and its status."""
         process = self.start(*arguments, cwd=cwd, **settings)
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=seconds)
         return output, process.returncode
 
     def repro(self, *arguments, **settings):
@@ -102,8 +102,8 @@ class Study:
     def write(self, changes):
         write_params(merged(self.values, changes, new=True), self.folder / "params.yaml")
 
-    def dvc(self, *arguments, status=0):
-        output, ended = self.clone.dvc(*arguments, cwd=self.folder)
+    def dvc(self, *arguments, status=0, seconds=600):
+        output, ended = self.clone.dvc(*arguments, cwd=self.folder, seconds=seconds)
         assert ended == status, output
         return output
 

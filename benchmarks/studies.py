@@ -1,0 +1,62 @@
+"""How long DVC takes to find that nothing is to be done in a study that compares runs.
+
+    python -m benchmarks.studies --runs 12 --points 3
+
+A clone of this project in a temporary folder gets a study of so many runs and points, at the size of the tests, and runs
+it: half a minute per run and point. Then `dvc repro` and `dvc status` of the finished study are timed, beside `dvc
+version`, which is what it takes to start DVC.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).parents[1] / "tests")
+)  # the recipe at a size of seconds, and a clone to run it in
+
+from clone import Clone, Study, ran
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser("python -m benchmarks.studies", description=__doc__)
+    parser.add_argument("--runs", type=int, default=12)
+    parser.add_argument("--points", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=3, help="times that each command is timed; the median counts")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        study = build(Path(folder) / "clone", options.runs, options.points)
+        stages = len(ran(study.dvc("repro", seconds=7200)))
+        print(f"{stages} stages: {options.runs} runs, {options.points} points, 8 stages of each")
+        for command in ("repro", "status", "version"):
+            seconds = sorted(timed(study, command) for _ in range(options.repeat))[options.repeat // 2]
+            print(f"dvc {command:8} {seconds:6.1f} s")
+
+
+def build(folder: Path, runs: int, points: int) -> Study:
+    """`scaling` with runs that differ in their seeds, and milestones at even distances."""
+    milestones = [*(float(f"{(number + 1) * 5e7:.3e}") for number in range(points - 1)), "end"]
+    summary = {"metrics": ["reconstruction.validation_centre16.tuned.psnr"]}
+    monitor = {"milestones": milestones}
+    study = Study(Clone(folder), "scaling", pretrain={"monitor": monitor}, summary=summary)
+    study.values |= {
+        "runs": {f"seed-{number}": {"pretrain": {"seed": number}} for number in range(runs)},
+        "points": [name if name == "end" else f"{name:.3e}" for name in milestones],
+    }
+    study.write({})
+    return study
+
+
+def timed(study: Study, command: str) -> float:
+    """Seconds of a command that finds nothing to do."""
+    start = time.perf_counter()
+    output = study.dvc(command)
+    assert command == "version" or "up to date" in output, output
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
