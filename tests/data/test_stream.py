@@ -103,6 +103,35 @@ def test_sources_are_mixed_by_weight(tmp_path):
         stream_of(*folders, mixture={"a": 1.0, "c": 1.0})
 
 
+@pytest.mark.parametrize("shards", SPLITS)
+def test_a_subset_is_the_first_so_many_samples(tmp_path, shards):
+    """Whatever shards hold them; smaller ones lie in larger ones, and every epoch has each of their samples once."""
+    folder = write_shards(tmp_path / "shards", SPLITS[shards])
+    for count in (8, 40, 64, 96):
+        stream = stream_of(folder, samples=count)
+        assert len(stream) == count
+        drawn = seen(stream, range(2 * count // POOL), ranks=2)
+        for epoch in drawn.split(count // POOL):
+            assert sorted(epoch.flatten().tolist()) == list(range(count))
+    assert torch.equal(seen(stream, range(12)), seen(stream_of(folder), range(12)))  # all are no subset
+    with pytest.raises(ConfigError, match=r"data\.stream\.samples is 97, .*shards has 96"):
+        stream_of(folder, samples=97)
+
+
+def test_a_subset_is_of_every_source(tmp_path):
+    folders = [write_shards(tmp_path / name, [64], first=first) for name, first in (("a", 0), ("b", 1000))]
+    together = seen(stream_of(*folders, samples=16), range(4))
+    assert sorted(together.flatten().tolist()) == [*range(16), *range(1000, 1016)]
+    mixed = seen(stream_of(*folders, samples=16, mixture={"a": 0.5, "b": 0.5}), range(4))
+    assert set(mixed.flatten().tolist()) == {*range(16), *range(1000, 1016)}
+
+
+def test_what_takes_the_place_of_a_sample_is_in_the_subset(tmp_path):
+    folder = write_shards(tmp_path / "shards", [48], change=lambda n: {"caption": ""} if n in (2, 5) else {})
+    drawn = seen(stream_of(folder, samples=8), range(12))
+    assert set(drawn.flatten().tolist()) == set(range(8)) - {2, 5}
+
+
 BOMB = (
     bytes.fromhex("89504e470d0a1a0a0000000d49484452")
     + (60000).to_bytes(4, "big") * 2

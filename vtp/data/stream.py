@@ -65,6 +65,9 @@ class Stream:
         self.config = config
         self.seed = seed
         self._limit = config.max_replaced
+        for source in sources:
+            if config.samples is not None and config.samples > len(source):
+                raise ConfigError(f"data.stream.samples is {config.samples:,}, {source.folder} has {len(source):,}")
         self._sizes = [_first_sizes(source.sizes, config.samples) for source in sources]  # of shards, by source
         self._first = np.concatenate([[0], np.cumsum([sum(sizes) for sizes in self._sizes], dtype=np.int64)])
         self._shards = tuple(size for sizes in self._sizes for size in sizes)
