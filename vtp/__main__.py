@@ -1,6 +1,6 @@
 """Finished artefacts from the command line.
 
-python -m vtp sample work/generator --class "red apple" --count 8
+python -m vtp sample work/generator --class frog "snow-capped mountain" --count 8
 """
 
 import argparse

@@ -24,6 +24,8 @@ from vtp.models.loading import load_tokenizer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SHOWN = 40  # names of classes that a message lists
+
 
 def load_generator(
     folder: str | Path, tokenizer: str | Path | None = None, decoder: str | Path | None = None, *, device: str = "cpu"
