@@ -1,8 +1,8 @@
 """A generator and the tokenizer of its latents, as one thing that draws pictures.
 
 generator = vtp.load_generator("work/generator")
-pictures = generator.sample("red apple", count=8)
-pictures[0].save("apple.png")
+pictures = generator.sample("frog", count=8)
+pictures[0].save("frog.png")
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,8 @@ from vtp.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+SHOWN = 40  # names of classes that a message lists
 
 SHOWN = 40  # names of classes that a message lists
 
@@ -119,7 +121,7 @@ class PictureGenerator:
             return int(name)
         labels = [label for label, known in enumerate(self.classes) if known == name]
         if not labels:
-            shown = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
+            shown = ", ".join(self.classes[:SHOWN]) + (", ..." if len(self.classes) > SHOWN else "")
             raise ValueError(f"no class {name!r}{did_you_mean(name, self.classes)}; known are {shown}")
         if len(labels) > 1:
             raise ValueError(f"several classes are called {name!r}; say which: {', '.join(map(str, labels))}")
