@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 SHOWN = 40  # names of classes that a message lists
 
-SHOWN = 40  # names of classes that a message lists
-
 
 def load_generator(
     folder: str | Path, tokenizer: str | Path | None = None, decoder: str | Path | None = None, *, device: str = "cpu"
