@@ -17,27 +17,27 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ruamel.yaml import YAML
-
 from stages.evaluate_generator import EvaluateGenerator
 from stages.evaluate_reconstruction import EvaluateReconstruction
 from stages.evaluate_understanding import EvaluateUnderstanding
 from stages.generate import Generate
 from stages.import_tokenizer import ImportTokenizer
-from stages.monitors.tokenizer import milestone_name
 from stages.prepare_data import PrepareData
 from stages.pretrain import Pretrain
 from stages.reference import ReferenceStatistics
 from stages.runner.fingerprint import code_digest
 from stages.runner.run import BAD_PARAMETERS, config_class
 from stages.runner.schema import schema_of
+from stages.summary import Summary
 from vtp.artefact import whole_folder, write_json
-from vtp.config import Config, ConfigError, did_you_mean
-from vtp.params import BASE, POINTS, RUNS, Parameters, read_parameters, write_yaml
+from vtp.config import Config, ConfigError, did_you_mean, read_yaml
+from vtp.params import BASE, POINTS, RUNS, Origin, Parameters, milestone_name, read_parameters, write_yaml
+from vtp.training.fit import FlopsLength
 
 C = TypeVar("C", bound=Config)
-NAME = re.compile(r"\w[\w.-]*", re.ASCII)
-COMMAND = re.compile(r"python -m stages\.(\w+)\s+(\S+):(\w+)")
+NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
+RUN, AT = "${item.run}", "${item.at}"  # in a dvc.yaml: name of a run, of a point
+COMMAND = re.compile(r"python -m stages\.(\w+)\s+(\S+):(\S+)")
 
 
 class Use(NamedTuple):
@@ -53,17 +53,41 @@ class Pipeline(NamedTuple):
 
     uses: list[Use]
     tracked: list[Path]  # dependencies of its stage `check`
+    taken: frozenset[str] = frozenset()  # names beside the folders of runs
+    has_points: bool = False  # stages that run at every point of a run
 
     @classmethod
     def of(cls, dvc_file: Path) -> "Pipeline":
-        """Read `python -m stages.<module> FILE:SECTION` of every stage; a file of runs has ${item.run} in its name."""
-        stages = YAML(typ="safe", pure=True).load(dvc_file.read_text(encoding="utf-8"))["stages"]
+        """Read `python -m stages.<module> FILE:SECTION` of every stage; a file of runs has ${item.run} in its name.
+
+        Raises ConfigError when there is no such file.
+        """
+        try:
+            stages = read_yaml(dvc_file)["stages"] if dvc_file.exists() else {}
+        except KeyError:
+            stages = {}
+        if not stages:
+            raise ConfigError(f"{dvc_file}: no file with stages; an overlay is checked where a pipeline reads it")
         uses = []
+        words: set[str] = set()
         for stage in stages.values():
-            if match := COMMAND.search(" ".join(stage["cmd"].split())):
-                uses.append(Use(match[1], match[3], "${item.run}" in match[2]))
-        tracked = [dvc_file.parent / path for path in stages.get("check", {}).get("deps", [])]
-        return cls(list(dict.fromkeys(uses)), tracked)
+            command = (stage.get("do") or stage).get("cmd", "")
+            commands = [command] if isinstance(command, str) else command
+            for command in commands:
+                words |= set(command.split())
+                if match := COMMAND.search(" ".join(command.split())):
+                    uses.append(Use(match[1], match[3], RUN in match[2]))
+        deps = stages.get("check", {}).get("deps", [])
+        tracked = [dvc_file.parent / (dep if isinstance(dep, str) else next(iter(dep))) for dep in deps]
+        return cls(list(dict.fromkeys(uses)), tracked, _taken(words), any(AT in word for word in words))
+
+
+def _taken(paths: Iterable[str]) -> frozenset[str]:
+    """What lies beside a folder of a run; so can be no name of one."""
+    split = [path.split("/") for path in paths]
+    parents = {tuple(parts[: parts.index(RUN)]) for parts in split if RUN in parts}
+    beside = {parts[len(parent)] for parts in split for parent in parents if tuple(parts[:-1])[: len(parent)] == parent}
+    return frozenset(name for name in beside if "$" not in name)
 
 
 class Checked(NamedTuple):
@@ -78,26 +102,31 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
     """Resolve a parameter file for a pipeline. Raises ConfigError with everything that is wrong, a line each."""
     parameters = read_parameters(params)
     problems = _untracked(parameters, pipeline) + _unread(parameters, pipeline)
-    runs: dict[str, Any] = parameters.values.get(RUNS) or {}
-    if any(use.of_runs for use in pipeline.uses) and not runs:
+    of_runs = [use for use in pipeline.uses if use.of_runs]
+    if of_runs and not parameters.runs:
         problems.append(f"{params}: no {RUNS}; name at least one, such as `{RUNS}: {{joint: {{}}}}`")
+    if pipeline.has_points:
+        problems += _malformed_points(parameters)
     shared, wrong = _configs(parameters, [use for use in pipeline.uses if not use.of_runs])
     problems += wrong
-    of_runs = [use for use in pipeline.uses if use.of_runs]
     written: dict[str, dict[str, Any]] = {}
-    for name, changes in runs.items():
+    for name in parameters.runs if of_runs else ():
         try:
-            own = parameters.changed(_of_run(changes, name, params, of_runs), at=(RUNS, name))
+            _require_own(parameters, name, of_runs, pipeline.taken)
+            own = parameters.of_run(name)
         except ConfigError as error:
             problems.append(str(error))
             continue
         configs, wrong = _configs(own, of_runs)
-        problems += [*wrong, *disagreements({**shared, **configs}), *_points(own, name, configs)]
+        between = [f"{RUNS}.{name}: {problem}" for problem in disagreements({**shared, **configs})]
+        problems += [*wrong, *between, *_points(own, name, configs)]
         written[name] = {section: own.values[section] for section in configs}
-    if not runs:
+    if not written:
         problems += disagreements(shared)
+    problems += _not_here(parameters) if of_runs else []
+    problems += _unknown_runs(parameters, shared) if of_runs else []
     if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+        raise ConfigError("\n".join(dict.fromkeys("\n".join(problems).splitlines())))
     modules = sorted({use.module for use in pipeline.uses})
     return Checked({section: parameters.values[section] for section in shared}, written, modules)
 
@@ -119,14 +148,22 @@ def _configs(parameters: Parameters, uses: Iterable[Use]) -> tuple[dict[str, Con
 
 def _unread(parameters: Parameters, pipeline: Pipeline) -> list[str]:
     """Sections that no stage reads. A base may hold what another pipeline reads, under the name of a stage."""
-    known = {use.section for use in pipeline.uses}
-    known |= {section.get(BASE) for section in parameters.values.values() if isinstance(section, dict)}
+    compares = any(use.of_runs for use in pipeline.uses)
+    known = {use.section for use in pipeline.uses} | ({POINTS} if pipeline.has_points else set())
+    keys = known | {BASE} | ({RUNS} if compares else set())
     stages = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")}
-    reserved = {RUNS, POINTS} if any(use.of_runs for use in pipeline.uses) else set()
-    return [
-        f"{parameters.origins[(name,)].file}: no stage reads section {name!r}{did_you_mean(name, known)}"
+    unread = [
+        name
         for name in parameters.values
-        if name not in known | reserved and not (name in stages and parameters.origins[(name,)].file != parameters.path)
+        if name not in known | parameters.bases
+        and not (name in stages and parameters.origins[(name,)].file != parameters.path)
+    ]
+    if parameters.runs and not compares:
+        unread.append(RUNS)
+    return [
+        f"{parameters.origins.get((name,), Origin(parameters.path, ())).file}: no stage reads section "
+        f"{name!r}{did_you_mean(name, keys)}"
+        for name in unread
     ]
 
 
@@ -140,31 +177,66 @@ def _untracked(parameters: Parameters, pipeline: Pipeline) -> list[str]:
     ]
 
 
-def _of_run(changes: Any, name: str, params: Path, uses: list[Use]) -> Mapping[str, Any]:  # noqa: ANN401 - YAML's
-    """The changes of a run. Raises ConfigError for those of a section that all runs share, and for a name of no folder."""
-    if not NAME.fullmatch(name):
-        raise ConfigError(f"{params}:{RUNS}.{name}: a run is a folder; name it with letters, digits, ., _ and -")
-    if not isinstance(changes, Mapping):
-        raise ConfigError(f"{params}:{RUNS}.{name}: expected changes of sections, or {{}} for none; found {changes!r}")
+def _require_own(parameters: Parameters, name: str, uses: list[Use], taken: frozenset[str]) -> None:
+    """Raises ConfigError for changes of a section that all runs share, and for a name that can be no folder's."""
     own = {use.section for use in uses}
-    for section in changes:
-        if section not in own:
-            hint = did_you_mean(section, own)
-            known = ", ".join(sorted(own))
-            raise ConfigError(f"{params}:{RUNS}.{name}.{section}: a run changes {known}{hint}")
-    return changes
+    for layer in parameters.runs[name]:
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"{layer.origin}: a run is a folder; name it with up to 64 letters, digits, ., _ and -")
+        if name in taken:
+            raise ConfigError(f"{layer.origin}: what all runs share is in a folder {name}; choose another name")
+        for section in layer.values:
+            if section not in own:
+                hint = did_you_mean(section, own)
+                raise ConfigError(f"{layer.origin.then(section)}: a run changes {', '.join(sorted(own))}{hint}")
+
+
+def _not_here(parameters: Parameters) -> list[str]:
+    """Runs and points of another file: DVC reads those of the file itself alone."""
+    places = [layer.origin for layers in parameters.runs.values() for layer in layers]
+    places += [parameters.origins[POINTS,]] if (POINTS,) in parameters.origins else []
+    return [
+        f"{place}: DVC reads {RUNS} and {POINTS} from {parameters.path} alone; say it there"
+        for place in places
+        if place.file != parameters.path
+    ]
+
+
+def _unknown_runs(parameters: Parameters, configs: Mapping[str, Config]) -> list[str]:
+    """Published figures of runs that there are not."""
+    return [
+        f"summary.published.{name}: no such run{did_you_mean(name, parameters.runs)}"
+        for config in configs.values()
+        if isinstance(config, Summary)
+        for name in config.published
+        if name not in parameters.runs
+    ]
+
+
+def _malformed_points(parameters: Parameters) -> list[str]:
+    """What is wrong with the points by themselves."""
+    place, points = parameters.origins.get((POINTS,), Origin(parameters.path, (POINTS,))), parameters.values.get(POINTS)
+    if not isinstance(points, list) or not points:
+        return [f"{place}: expected names of milestones in a list, such as [end]; found {points!r}"]
+    problems = [f"{place}: {point!r} is no text; put it into quotes" for point in points if not isinstance(point, str)]
+    repeated = sorted({str(point) for point in points if points.count(point) > 1})
+    return problems + [f"{place}: {point!r} comes twice" for point in repeated]
 
 
 def _points(parameters: Parameters, name: str, configs: Mapping[str, Config]) -> list[str]:
     """Points of the comparison at which a run exports no tokenizer."""
     milestones = [
-        each for config in configs.values() if isinstance(config, Pretrain) for each in config.monitor.milestones
+        milestone_name(each)
+        for config in configs.values()
+        if isinstance(config, Pretrain)
+        for each in config.monitor.milestones
     ]
-    exported = [milestone_name(milestone) for milestone in milestones]
+    points = parameters.values.get(POINTS)
     return [
-        f"{parameters.path}:{POINTS}: {point!r} is none of the milestones of the run {name}: {', '.join(exported)}"
-        for point in parameters.values.get(POINTS, [])
-        if point not in exported
+        f"{parameters.origins[POINTS,]}: {point!r} is none of {name}'s pretrain.monitor.milestones, which are called "
+        f"{', '.join(milestones)}"
+        for point in (points if isinstance(points, list) and milestones else ())
+        if isinstance(point, str) and point not in milestones
     ]
 
 
@@ -190,6 +262,17 @@ class Recipe:
         for name, config in self._configs.items():
             if isinstance(config, kind):
                 yield name, config
+
+
+def _milestones_are_reached(recipe: Recipe) -> Iterator[str]:
+    for name, pretrain in recipe.of(Pretrain):
+        if isinstance(length := pretrain.training.length, FlopsLength):
+            for milestone in pretrain.monitor.milestones:
+                if not isinstance(milestone, str) and milestone > length.flops:
+                    yield (
+                        f"{name}.monitor.milestones: {milestone:.3e} FLOPs are more than {name}.training.length.flops, "
+                        f"{length.flops:.3e}"
+                    )
 
 
 def _pictures_are_not_enlarged(recipe: Recipe) -> Iterator[str]:
@@ -256,6 +339,7 @@ def _reference_keeps_enough(recipe: Recipe) -> Iterator[str]:
 
 
 RULES = (
+    _milestones_are_reached,
     _pictures_are_not_enlarged,
     _prompts_are_for_the_data,
     _probes_see_whole_patches,

@@ -1,6 +1,7 @@
 """Pre-train a visual tokenizer jointly on CLIP, self-supervision and reconstruction (paper 3.3 to 3.6)."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -21,7 +22,7 @@ from vtp.host import Host
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.text import CaptionTokenizer
 from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
-from vtp.objectives.adversary import DISCRIMINATOR, AdversaryConfig, build_adversary
+from vtp.objectives.adversary import DISCRIMINATOR, Adversary, AdversaryConfig, build_adversary
 from vtp.objectives.cost import pretrain_cost
 from vtp.objectives.pretrain import PretrainObjective, PretrainObjectiveConfig
 from vtp.objectives.pretrain_state import export_tokenizer, load_pretrain_state, save_pretrain_state
@@ -104,8 +105,9 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     objective = build_objective(config, host)
     optimizer_state = load_pretrain_state(objective, init_from) if init_from is not None else {}
     parallelize(objective, host)
-    cost = step_cost(config, objective)
+    cost = step_cost(config, objective.adversary)
     length = run_length(config.training.length, samples=config.active.pool, flops=cost.flops)
+    _require_reachable(config.monitor.milestones, length.flops)
     host.record(**length._asdict())
 
     train, validation = (ShardDataset(shards[0], split, cache=ShardCache.of(host)) for split in ("train", "validation"))
@@ -134,13 +136,23 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
         exports.publish(milestones)
 
 
+def _require_reachable(milestones: Sequence[float | str], flops: float) -> None:
+    """Raises ConfigError for a milestone behind the end of the run, which would never be exported."""
+    if beyond := [each for each in milestones if not isinstance(each, str) and each > flops]:
+        raise ConfigError(
+            f"pretrain.monitor.milestones: {beyond[0]:.3e} FLOPs are more than the {flops:.3e} of the whole run; lower it, "
+            "or train for longer (training.length)"
+        )
+
+
 def slice_of(config: Pretrain, host: Host) -> RankSlice:
     """What this rank takes of every step. Raises ConfigError or ValueError for what no rank could do."""
     if config.adversary is not None and host.parallel == "fsdp" and ranks().size > 1:
         raise ConfigError("pretrain.adversary needs whole weights on every rank: unset VTP_PARALLEL, or set it to ddp")
+    named = "pretrain.data.batch.reconstruction"
     blocks, size = config.active.reconstruction, config.active.pool // config.active.reconstruction
     largest = max(1, (host.micro_batch or config.active.pool) // size)
-    return RankSlice(*ranks(), count_micro_batches(blocks, ranks().size, largest))
+    return RankSlice(*ranks(), count_micro_batches(blocks, ranks().size, largest, named=named))
 
 
 def build_objective(config: Pretrain, host: Host) -> PretrainObjective:
@@ -156,12 +168,12 @@ def build_objective(config: Pretrain, host: Host) -> PretrainObjective:
     )
 
 
-def step_cost(config: Pretrain, objective: PretrainObjective) -> StepCost:
+def step_cost(config: Pretrain, adversary: Adversary | None) -> StepCost:
     """Of a global step, the adversary included."""
     cost = pretrain_cost(config.architecture, config.data, config.objective, config.active)
-    if objective.adversary is None:
+    if adversary is None:
         return cost
-    adversarial = objective.adversary.step_flops(config.tokenizer.image_size) * config.active.reconstruction
+    adversarial = adversary.step_flops(config.tokenizer.image_size) * config.active.reconstruction
     return cost._replace(flops=cost.flops + adversarial)
 
 

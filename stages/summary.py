@@ -12,11 +12,11 @@ from pydantic import Field, model_validator
 
 from stages.figures.drawing import axes
 from stages.figures.tables import flatten, markdown, number
-from stages.monitors.tokenizer import END
 from stages.runner.run import Input, Output, main
 from vtp.artefact import ArtefactError, read_json, write_json
 from vtp.config import Config
 from vtp.host import Host
+from vtp.params import END
 
 
 class Summary(Config):

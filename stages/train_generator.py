@@ -88,7 +88,8 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     host: Host,
 ) -> None:
     largest = host.micro_batch or config.batch_size
-    rank_slice = RankSlice(*ranks(), count_micro_batches(config.batch_size, ranks().size, largest))
+    named = "train_generator.batch_size"
+    rank_slice = RankSlice(*ranks(), count_micro_batches(config.batch_size, ranks().size, largest, named=named))
     data, validation = (LatentDataset(latents, split) for split in ("train", "validation"))
     pixels = load_tokenizer(tokenizer, decoder).to(host.device)
     data.require_encoder(pixels.encoder_digest(), str(tokenizer))

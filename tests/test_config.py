@@ -1,6 +1,6 @@
 """Typed parameters."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
@@ -46,6 +46,70 @@ def test_broken_yaml(tmp_path):
     path.write_text("- 1\n")
     with pytest.raises(ConfigError, match="expected sections with keys, found list"):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: \xff\n", "not valid YAML"),
+        ("a: b\n".encode("utf-16"), "not valid YAML"),
+        (b"a: " + b"9" * 5000, "not valid YAML"),
+        (b"a: 1\na: 2\n", "remove one of the two"),
+        (b"a: &x {b: *x}\n", "more than 100,000 values or 64 levels"),
+        (b"a: " + b"[" * 80 + b"]" * 80, "more than 100,000 values or 64 levels"),
+        (
+            b"a: ["
+            + b"".join(b"&%c [%s], " % (97 + n, b"*%c, " % (96 + n) * 9 if n else b"x") for n in range(9))
+            + b"]",
+            "more than 100,000 values or 64 levels",
+        ),
+    ],
+)
+def test_files_that_no_person_writes(tmp_path, content, message):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as raised:
+        read_yaml(path)
+    assert str(path) in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop"])
+def test_what_is_no_file(tmp_path, kind):
+    path = tmp_path / "params.yaml"
+    path.mkdir() if kind == "folder" else path.symlink_to("params.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_yaml(path)
+
+
+class BySamples(Config):
+    name: Literal["samples"]
+    samples: int
+
+
+class ByFlops(Config):
+    name: Literal["flops"]
+    flops: float
+
+
+class Training(Config):
+    length: Annotated[BySamples | ByFlops, Field(discriminator="name")]
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ({"name": "samples", "sampels": 9}, "t.length.sampels: unknown key; did you mean 'samples'? (given: 9)"),
+        ({"name": "samples"}, "t.length.samples: Field required"),
+        ({"name": "samples", "samples": "x"}, "t.length.samples: Input should be a valid integer (given: 'x')"),
+        ({"name": "flops", "flops": 1.0, "samples": 3}, "t.length.samples: unknown key"),
+        ({"name": "lops"}, "t.length: no such name 'lops'; known are samples, flops; did you mean 'flops'?"),
+    ],
+)
+def test_a_choice_may_be_called_as_a_field_is(length, message):
+    with pytest.raises(ConfigError) as raised:
+        Training.parse({"length": length}, where="t")
+    assert message in str(raised.value)
 
 
 def test_records_are_frozen():

@@ -112,18 +112,60 @@ def test_a_section_may_be_none(write):
     assert values(write("q.yaml", "base: none.yaml\nb: {x: 1}\n"))["b"] == {"x": 1}
 
 
-def test_changes_of_a_run(write):
-    path = write("p.yaml", "base: root.yaml\nc: {base: a}\n")
+def test_a_record_that_begins_as_another_may_repeat_its_name(write):
+    text = "base: root.yaml\na: {sizes: {second: {base: a.model}}}\n"
+    write("one.yaml", text)
+    path = write("p.yaml", "base: one.yaml\na: {sizes: {second: {name: small, width: 9}}}\n")
+    assert values(path)["a"]["sizes"]["second"] == {"name": "small", "width": 9}
+    path = write("q.yaml", "base: one.yaml\na: {sizes: {second: {name: small}}}\n")
+    assert values(path)["a"]["sizes"]["second"] == {"name": "small", "width": 4}
+    path = write("r.yaml", "base: root.yaml\na: {sizes: {name: {name: small, width: 2}}}\n")
+    assert values(path)["a"]["sizes"].keys() == {"first", "name"}
+
+
+def test_a_run_is_one_more_layer(write):
+    path = write(
+        "p.yaml",
+        """
+base: root.yaml
+c: {base: a}
+runs:
+  plain: {}
+  mine: {a: {seed: 4, model: {base: a.sizes.first}}}
+  empty: {a: {sizes: {base: null, only: {name: large, width: 1}}}}
+  other: {b: {base: null, sizes: {base: c.sizes, only: {name: large, width: 1}}}}
+""",
+    )
     read = read_parameters(path)
-    changed = read.changed({"a": {"seed": 4, "model": {"base": "a.sizes.first"}}}, at=("runs", "mine"))
-    assert changed.values["a"]["seed"] == 4
-    assert changed.values["a"]["model"] == {"name": "small", "width": 1}
+    assert list(read.runs) == ["plain", "mine", "empty", "other"]
+    assert read.of_run("plain").values == read.values
+    assert "runs" not in read.values
+    mine = read.of_run("mine").values
+    assert mine["a"]["seed"] == mine["c"]["seed"] == 4  # what is based on a changed section follows
+    assert mine["a"]["model"] == mine["c"]["model"] == {"name": "small", "width": 1}
     assert read.values["a"]["seed"] == 0
-    with pytest.raises(ConfigError, match=r"p\.yaml:runs\.mine\.aa: no such section; did you mean 'a'\?"):
-        read.changed({"aa": {}}, at=("runs", "mine"))
-    wrong = read.changed({"a": {"rates": 4}}, at=("runs", "mine"))
-    with pytest.raises(ConfigError, match=r"p\.yaml:runs\.mine\.a\.rates: unknown key; did you mean 'rate'\?"):
-        wrong.parse("a", Section)
+    assert read.of_run("empty").values["a"]["sizes"] == {"only": {"name": "large", "width": 1}}
+    assert read.of_run("other").values["b"]["sizes"].keys() == {"first", "only"}
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ("[a, b]", "p.yaml:runs: expected changes by the name of a run, such as {joint: {}}; found ['a', 'b']"),
+        ("{1: {}}", "p.yaml:runs.1: the name of a run is text; put it into quotes"),
+        ("{base: {}}", "p.yaml:runs.base: `base` says where a mapping begins; choose another name for the run"),
+        ("{a: null}", "p.yaml:runs.a: expected changes of sections, or {} for none; found None"),
+        ("{mine: {aa: {}}}", "p.yaml:runs.mine.aa: no such section; did you mean 'a'?"),
+        ("{mine: {a: {rates: 4}}}", "p.yaml:runs.mine.a.rates: unknown key; did you mean 'rate'? (given: 4)"),
+        ("{mine: {a: {base: d}}}", "p.yaml:runs.mine.a.base: no mapping 'd' to begin as"),
+    ],
+)
+def test_runs_that_cannot_be(write, tmp_path, monkeypatch, runs, message):
+    monkeypatch.chdir(tmp_path)
+    write("p.yaml", f"base: root.yaml\nruns: {runs}\n")
+    with pytest.raises(ConfigError) as raised:
+        read_parameters(Path("p.yaml")).of_run("mine").parse("a", Section)
+    assert str(raised.value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +208,7 @@ def test_what_is_inherited_is_wrong_where_it_stands(write, tmp_path, monkeypatch
     ("text", "message"),
     [
         ("base: nowhere.yaml", "p.yaml: base names nowhere.yaml; there is no file"),
+        ("base: rot.yaml", "there is no file rot.yaml; did you mean 'root.yaml'?"),
         ("base: 3", "p.yaml: base is 3; expected a file or a list of files"),
         ("base: [root.yaml, 3]", "expected a file or a list of files"),
         ("base: p.yaml", "p.yaml: based on itself: p.yaml -> p.yaml"),

@@ -108,7 +108,9 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
 def assign_weights(
     module: "nn.Module", tensors: "Mapping[str, Tensor]", *, where: Path, name: Callable[[str], str] = str
 ) -> None:
-    """Give a module its weights; it may be on the meta device. `name` says what a key is called in the file.
+    """Give a module its weights, in its own precision; it may be on the meta device.
+
+    `name` says what a key is called in the file.
 
     Raises ArtefactError that lists what is missing, unknown or of another shape.
     """
@@ -120,12 +122,18 @@ def assign_weights(
         for key in sorted(expected.keys() & tensors.keys())
         if list(tensors[key].shape) != expected[key]
     ]
+    problems += [
+        f"{name(key)} is {tensors[key].dtype}"
+        for key in sorted(expected.keys() & tensors.keys())
+        if tensors[key].is_floating_point() != module.state_dict()[key].is_floating_point()
+    ]
     if problems:
         rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ArtefactError(
             f"{where} does not fit its config.json: {'; '.join(problems[:5])}{rest}; fetch both files again"
         )
-    module.load_state_dict(tensors, assign=True)
+    wanted = {key: value.dtype for key, value in module.state_dict().items()}
+    module.load_state_dict({key: value.to(wanted[key]) for key, value in tensors.items()}, assign=True)
 
 
 def digest(path: Path, *, of_file: Callable[[Path], str] | None = None) -> str:

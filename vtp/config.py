@@ -12,9 +12,11 @@ from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.constructor import DuplicateKeyError
 
 Keys = tuple[str | int, ...]
 LONGEST = 80  # characters of a value that a message shows
+MOST_NODES, DEEPEST = 100_000, 64  # of a parameter file
 
 
 class ConfigError(ValueError):
@@ -37,16 +39,40 @@ class Config(BaseModel):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML 1.2 file. Raises ConfigError when there is none."""
+    """The mapping in a YAML 1.2 file. Raises ConfigError when there is none, or one that no person writes."""
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such parameter file") from None
-    except YAMLError as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except DuplicateKeyError as error:
+        raise ConfigError(f"{path}: {error.problem}{error.problem_mark}; remove one of the two") from None
+    except (YAMLError, ValueError, RecursionError) as error:  # of UTF-8, of numbers
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections with keys, found {type(values).__name__}")
+    _require_bounded(values, path)
     return values
+
+
+def _require_bounded(values: Any, path: Path) -> None:  # noqa: ANN401 - whatever YAML holds
+    """Raises ConfigError when mappings and lists are too deep or too many, as aliases of aliases make them."""
+    level, nodes = [values], 0
+    for _ in range(DEEPEST):
+        level = [
+            item
+            for node in level
+            if isinstance(node, dict | list)
+            for item in (node.values() if isinstance(node, dict) else node)
+        ]
+        nodes += len(level)
+        if not level or nodes > MOST_NODES:
+            break
+    if level:
+        raise ConfigError(
+            f"{path}: more than {MOST_NODES:,} values or {DEEPEST} levels, counting what aliases stand for; write less"
+        )
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:
@@ -83,10 +109,11 @@ def _short(value: object) -> str:
 def _keys(location: Sequence[str | int], values: Any) -> Keys:  # noqa: ANN401 - whatever YAML holds
     """The keys that lead to a place, without what pydantic calls the members of unions on the way."""
     keys: list[str | int] = []
-    here = values
+    here, member = values, False
     for part in location:
         if isinstance(here, Mapping):
-            if part not in here and part == here.get("name"):
+            # A member of a union is called by its name, which may be that of a field too, which then comes after it.
+            if member := not member and part == here.get("name"):
                 continue
         elif not isinstance(here, list) or not isinstance(part, int):
             continue

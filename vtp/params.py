@@ -9,9 +9,12 @@
 Mappings merge, and lists and values replace. A record with another `name` is another choice, and replaces as a whole, as
 does a mapping that says where it begins. A file that comes twice in a chain counts once, where it comes first: two
 overlays may share what they are based on.
+
+A file that compares runs says what each changes (`runs: {first: {}, second: {pretrain: {seed: 1}}}`). The changes of a
+run are laid over all files like one more, so that what is based on something that it changes follows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +27,7 @@ from vtp.config import Config, ConfigError, Keys, did_you_mean, read_yaml
 C = TypeVar("C", bound=Config)
 BASE = "base"
 RUNS, POINTS = "runs", "points"  # keys of a file that compares runs, beside its sections
+END = "end"  # the point at which a run ends
 
 
 class Origin(NamedTuple):
@@ -40,13 +44,32 @@ class Origin(NamedTuple):
         return f"{self.file}:{_dotted(self.keys)}"
 
 
+class Layer(NamedTuple):
+    """Values, and where they stand."""
+
+    origin: Origin
+    values: Mapping[str, Any]
+
+
 class Parameters(NamedTuple):
     """What a parameter file comes to."""
 
     path: Path
     values: dict[str, Any]  # by section
-    files: tuple[Path, ...]  # the whole chain, the file itself last
     origins: dict[Keys, Origin]
+    layers: tuple[Layer, ...]  # of the files of the chain, the file itself last
+    runs: dict[str, tuple[Layer, ...]]  # the changes of every run, by its name
+
+    @property
+    def files(self) -> list[Path]:
+        """The whole chain, the file itself last."""
+        return [layer.origin.file for layer in self.layers]
+
+    @property
+    def bases(self) -> set[str]:
+        """Sections in which mappings begin, anywhere in the chain."""
+        of_runs = (layer for layers in self.runs.values() for layer in layers)
+        return {base.split(".")[0] for layer in (*self.layers, *of_runs) for base in _bases(layer.values)}
 
     def parse(self, section: str, config: type[C]) -> C:
         """A section as a record. Raises ConfigError that names the file of the chain in which a wrong key stands."""
@@ -57,16 +80,14 @@ class Parameters(NamedTuple):
             )
         return config.parse(self.values[section], where=lambda keys: self._place((section, *keys)))
 
-    def changed(self, changes: Mapping[str, Any], at: Keys) -> "Parameters":
-        """With `changes` on its sections, which stand in the file at the place `at`. Raises ConfigError."""
-        new = self._replace(values=deepcopy(self.values), origins=dict(self.origins))
-        for name in changes:
-            if name not in new.values:
-                hint = did_you_mean(name, new.values)
-                raise ConfigError(f"{Origin(self.path, (*at, name))}: no such section{hint}")
-        _merge(new.values, changes, Origin(self.path, at), (), new.origins)
-        _begin(new, (), ())
-        return new
+    def of_run(self, name: str) -> "Parameters":
+        """With the changes of a run. Raises ConfigError for a section that there is not."""
+        for layer in self.runs[name]:
+            for section in layer.values:
+                if section not in self.values:
+                    hint = did_you_mean(section, self.values)
+                    raise ConfigError(f"{layer.origin.then(section)}: no such section{hint}")
+        return _resolve(self.path, (*self.layers, *self.runs[name]))
 
     def _place(self, keys: Keys) -> str:
         """Where a value stands; one that is not there, where it would."""
@@ -78,15 +99,19 @@ class Parameters(NamedTuple):
 
 def read_parameters(path: Path) -> Parameters:
     """Read a file and what it is based on. Raises ConfigError for a base that is missing, or based on itself."""
-    layers: dict[Path, tuple[Path, dict[str, Any]]] = {}
+    layers: dict[Path, Layer] = {}
     _collect(path, (), layers)
-    parameters = Parameters(path, {}, tuple(file for file, _ in layers.values()), {})
-    for file, layer in layers.values():
-        _merge(parameters.values, layer, Origin(file, ()), (), parameters.origins)
-    _begin(parameters, (), ())
-    for section in [name for name, value in parameters.values.items() if value is None]:
-        del parameters.values[section]
-    return parameters
+    runs: dict[str, tuple[Layer, ...]] = {}
+    for layer in layers.values():
+        for name, changes in _runs(layer).items():
+            runs[name] = (*runs.get(name, ()), changes)
+    plain = [layer._replace(values={k: v for k, v in layer.values.items() if k != RUNS}) for layer in layers.values()]
+    return _resolve(path, tuple(plain))._replace(runs=runs)
+
+
+def milestone_name(milestone: float | str) -> str:
+    """What a milestone of a training is called, as a folder and as a point: its training FLOPs, or `end`."""
+    return milestone if isinstance(milestone, str) else f"{milestone:.3e}"
 
 
 def split_address(address: str) -> tuple[Path, str]:
@@ -114,7 +139,42 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
         yaml.dump(dict(values), file)
 
 
-def _collect(path: Path, above: tuple[Path, ...], layers: dict[Path, tuple[Path, dict[str, Any]]]) -> None:
+def _resolve(path: Path, layers: tuple[Layer, ...]) -> Parameters:
+    """What layers come to, one over the other."""
+    parameters = Parameters(path, {}, {}, layers, {})
+    for layer in layers:
+        _merge(parameters.values, layer.values, layer.origin, (), parameters.origins)
+    _begin(parameters, (), ())
+    for section in [name for name, value in parameters.values.items() if value is None]:
+        del parameters.values[section]
+    return parameters
+
+
+def _runs(layer: Layer) -> dict[str, Layer]:
+    """What a file says of every run. Raises ConfigError for what cannot be changes of sections by the name of a run."""
+    place, runs = layer.origin.then(RUNS), layer.values.get(RUNS, {})
+    if not isinstance(runs, Mapping):
+        raise ConfigError(f"{place}: expected changes by the name of a run, such as {{joint: {{}}}}; found {runs!r}")
+    for name, changes in runs.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{place}.{name}: the name of a run is text; put it into quotes")
+        if name == BASE:
+            raise ConfigError(f"{place}.{name}: `base` says where a mapping begins; choose another name for the run")
+        if not isinstance(changes, Mapping):
+            raise ConfigError(f"{place}.{name}: expected changes of sections, or {{}} for none; found {changes!r}")
+    return {name: Layer(place.then(name), changes) for name, changes in runs.items()}
+
+
+def _bases(values: Any) -> Iterator[str]:  # noqa: ANN401 - YAML's
+    """Every `base` in a mapping and below."""
+    if isinstance(values, Mapping):
+        if isinstance(base := values.get(BASE), str):
+            yield base
+        for value in values.values():
+            yield from _bases(value)
+
+
+def _collect(path: Path, above: tuple[Path, ...], layers: dict[Path, Layer]) -> None:
     """The files that `path` is based on, then itself, each once."""
     real = path.resolve()
     if real in above:
@@ -130,9 +190,11 @@ def _collect(path: Path, above: tuple[Path, ...], layers: dict[Path, tuple[Path,
     for base in bases:
         file = path.parent / base
         if not file.is_file():
-            raise ConfigError(f"{path}: base names {base}; there is no file {file}")
+            near = [other.name for other in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+            hint = did_you_mean(file.name, near)
+            raise ConfigError(f"{path}: base names {base}; there is no file {file}{hint}")
         _collect(file, (*above, real), layers)
-    layers[real] = (path, values)
+    layers[real] = Layer(Origin(path, ()), values)
 
 
 def _merge(
@@ -153,7 +215,10 @@ def _merge(
 
 def _replaces(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> bool:
     """Whether a mapping is no change of the one before, but another in its place."""
-    return BASE in new or ("name" in new and new["name"] != old.get("name"))
+    name = new.get("name")
+    if BASE in old and "name" not in old:  # it is not known yet; what it begins as is compared when it begins
+        return BASE in new
+    return BASE in new or (isinstance(name, str) and name != old.get("name"))
 
 
 def _plain(value: Any, source: Origin, place: Keys, origins: dict[Keys, Origin]) -> Any:  # noqa: ANN401 - YAML's
@@ -184,6 +249,10 @@ def _begin_as(parameters: Parameters, place: Keys, node: dict[Any, Any], above: 
     base, origins = node[BASE], parameters.origins
     where = origins[(*place, BASE)]
     target = tuple(base.split(".")) if isinstance(base, str) else ()
+    for end in range(1, len(target)):  # what the target stands in may itself begin as another
+        outer = _at(parameters.values, target[:end])
+        if isinstance(outer, dict) and BASE in outer and target[:end] not in (*above, place):
+            _begin_as(parameters, target[:end], outer, (*above, place))
     if not isinstance(_at(parameters.values, target), dict) or not target:
         hint = did_you_mean(base, [name for name in parameters.values if name != _dotted(place)])
         raise ConfigError(f"{where}: no mapping {base!r} to begin as{hint}")

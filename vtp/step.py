@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from vtp.config import Config
 
+UNINFORMED = "_uninformed"  # ends the name of a scalar with what a model that knows nothing would score
+
 Logs = Mapping[str, Tensor | float]
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-UNINFORMED = "_uninformed"  # ends the name of a column with what a model that knows nothing would score
+from vtp.step import UNINFORMED
 
 
 def stack(pictures: Sequence[Path], path: Path, *, tallest: int) -> None:

@@ -7,7 +7,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stages.figures.drawing import UNINFORMED
 from stages.monitors.snapshots import SnapshotStore
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
@@ -18,7 +17,7 @@ from vtp.inference.grid import grid
 from vtp.layers.images import normalise, to_uint8
 from vtp.losses.perceptual import PerceptualDistance
 from vtp.models.base import Tokenizer
-from vtp.step import Logs, StepContext
+from vtp.step import UNINFORMED, Logs, StepContext
 
 
 class DecoderMonitorConfig(Config):

@@ -38,7 +38,7 @@ class GeneratorMonitorConfig(Config):
     validation: int = Field(
         ge=0, description="held-out latents whose loss is taken, each with its own fixed t and noise"
     )
-    pictures: int = Field(ge=0, description="samples of fixed seeds that are drawn and decoded")
+    pictures: int = Field(ge=1, description="samples of fixed seeds that are drawn and decoded")
     sampler: SamplerConfig = Field(description="how the pictures and the samples of the Fréchet distance are drawn")
     batch_size: int = Field(ge=1, description="samples of a forward pass")
     fid: OnlineFidConfig | None = Field(
@@ -49,7 +49,9 @@ class GeneratorMonitorConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _ranks_step_alike(self) -> Self:
+    def _sampler_fits(self) -> Self:
+        if self.sampler.guide == "generator":
+            raise ValueError("sampler.guide: there is no weaker generator beside one in training; choose null_class")
         if self.sampler.solver == "dopri5":
             raise ValueError("sampler.solver: dopri5 takes other steps on every rank; choose euler or heun")
         return self
@@ -95,10 +97,9 @@ class GeneratorMonitor:
         logs: dict[str, Tensor | float] = {}
         if self._config.validation:
             logs["validation_mse"] = self._validation_loss()
-        if self._config.pictures:
-            pixels = gather_rows(torch.cat([part.cpu() for part in self._sample(self._config.pictures)]))
-            if ranks().first:
-                self._snapshots.save(context, pixels)
+        pixels = gather_rows(torch.cat([part.cpu() for part in self._sample(self._config.pictures)]))
+        if ranks().first:
+            self._snapshots.save(context, pixels)
         if self._config.fid is not None and self._reference is not None:
             extractor, real = self._reference
             count = self._config.fid.samples
@@ -115,7 +116,7 @@ class GeneratorMonitor:
         grid(list(rows.values()), list(rows), path, title="samples of the same noise along the run")
 
     def _validation_loss(self) -> float:
-        """Mean squared error of the velocity, at times that are evenly spaced over the samples."""
+        """Mean squared error of the velocity, at timesteps that are evenly spaced over the samples."""
         count = min(self._config.validation, len(self._validation))
         losses = []
         for indices, kept in _even(count, self._config.batch_size):

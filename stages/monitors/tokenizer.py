@@ -3,11 +3,11 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages.monitors.snapshots import SnapshotStore
@@ -22,10 +22,10 @@ from vtp.layers.images import normalise, to_uint8
 from vtp.models.vit import VisionTransformer
 from vtp.objectives.pretrain import PretrainObjective
 from vtp.objectives.pretrain_state import export_tokenizer
+from vtp.params import END, milestone_name
 from vtp.step import Logs, StepContext
 
 BATCH = 256
-END = "end"  # the milestone at which a run ends
 
 
 class KnnProbeConfig(Config):
@@ -40,11 +40,18 @@ class TokenizerMonitorConfig(Config):
     """Evaluations during pre-training."""
 
     evaluations: int = Field(ge=1, description="evaluations, evenly spaced over the run; the last is at its end")
-    pictures: int = Field(ge=0, description="validation images that are reconstructed at every evaluation")
+    pictures: int = Field(ge=1, description="validation images that are reconstructed at every evaluation")
     probe: KnnProbeConfig | None = Field(description="k-NN accuracy at every evaluation; null for none")
     milestones: list[Annotated[float, Field(gt=0)] | Literal["end"]] = Field(
         description="training FLOPs at which the tokenizer is exported; `end`: when the run ends"
     )
+
+    @model_validator(mode="after")
+    def _milestones_have_names(self) -> Self:
+        names = [milestone_name(milestone) for milestone in self.milestones]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"milestones: two are called {twice[0]}, by four digits; leave one out")
+        return self
 
 
 class TokenizerMonitor:
@@ -77,11 +84,10 @@ class TokenizerMonitor:
 
     @torch.no_grad()
     def evaluate(self, context: StepContext) -> Logs:
-        if len(self._images):
-            tokenizer = self._objective.tokenizer
-            pixels = to_uint8(tokenizer.decode(tokenizer.encode(normalise(self._images.to(self._device)))))
-            if ranks().first:
-                self._snapshots.save(context, pixels.cpu())
+        tokenizer = self._objective.tokenizer
+        pixels = to_uint8(tokenizer.decode(tokenizer.encode(normalise(self._images.to(self._device)))))
+        if ranks().first:
+            self._snapshots.save(context, pixels.cpu())
         return self._knn() if self._probe is not None else {}
 
     def draw(self, path: Path, *, steps: int) -> None:
@@ -172,8 +178,3 @@ class TokenizerMilestones:
         after = self._after(context)
         names = [milestone_name(flops) for flops in self._flops if after - self._step_flops < flops <= after]
         return names + ([END] if self._at_end and context.step + 1 == context.steps else [])
-
-
-def milestone_name(milestone: float | str) -> str:
-    """The folder of a milestone."""
-    return milestone if isinstance(milestone, str) else f"{milestone:.3e}"

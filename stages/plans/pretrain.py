@@ -1,10 +1,12 @@
 """The plan of pre-training: parameters, FLOPs, memory, time and disk."""
 
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from stages.plans.adversary import discriminator_of
 from stages.plans.estimate import (
     FLOAT,
     GIGA,
@@ -19,13 +21,14 @@ from stages.plans.estimate import (
     millions,
     options_for,
 )
-from stages.pretrain import Pretrain
+from stages.pretrain import Pretrain, step_cost
 from vtp.config import ConfigError
 from vtp.models.heads import DinoHead
 from vtp.models.tokenizer import VisualTokenizer
-from vtp.objectives.cost import items, paper_flops, pretrain_cost
+from vtp.objectives.adversary import Adversary
+from vtp.objectives.cost import items, paper_flops
 from vtp.params import load
-from vtp.training.fit import run_length
+from vtp.training.fit import RunLength, run_length
 
 
 def plan(arguments: list[str]) -> Estimate:
@@ -43,29 +46,39 @@ def plan(arguments: list[str]) -> Estimate:
         raise ConfigError(
             f"{active.reconstruction} blocks (batch.reconstruction) do not split over {options.gpus} GPUs"
         )
-    cost = pretrain_cost(config.architecture, config.data, config.objective, active)
+    discriminator = discriminator_of(config.adversary, model)
+    adversary = None
+    if discriminator is not None and config.adversary is not None:
+        adversary = Adversary(discriminator, config.adversary, seed=config.seed)
+    cost = step_cost(config, adversary)
     length = run_length(config.training.length, samples=active.pool, flops=cost.flops)
     estimate = Estimate()
 
     parameters = estimate.section("parameters")
     counts = {name: count_of(part) for name, part in model.named_children()}
-    parameters |= {name: millions(count, 1) for name, count in (counts | {"ssl heads": count_of(heads)}).items()}
+    extra = {"ssl heads": count_of(heads)}
+    if discriminator is not None:
+        extra["discriminator, trained"] = sum(p.numel() for p in discriminator.parameters() if p.requires_grad)
+    parameters |= {name: millions(count, 1) for name, count in (counts | extra).items()}
     autoencoder = counts["trunk"] + counts["pixel_decoder"]
     parameters["encoder and decoder"] = millions(autoencoder, 1)
-    flops = paper_flops(autoencoder)
-    parameters["their FLOPs as in table 1"] = Figure(flops, f"{flops / GIGA:,.1f} G (2 x parameters x 256 tokens)")
+    table_1 = paper_flops(autoencoder)
+    parameters["their FLOPs as in table 1"] = Figure(table_1, f"{table_1 / GIGA:,.1f} G (2 x parameters x 256 tokens)")
 
     sizes = f"{active.clip:,} clip, {active.ssl:,} ssl, {active.reconstruction:,} reconstruction"
     step = estimate.section(f"FLOPs of a step: {sizes}")
     for item in items(config.architecture, config.data, config.objective, active):
         shares = f"{item.forward:.3e} forward, {item.training:.3e} training ({item.training / cost.flops:.1%})"
         step[item.name] = Figure(item.training, shares)
+    if adversary is not None:
+        flops = adversary.step_flops(config.tokenizer.image_size) * active.reconstruction
+        step["discriminator"] = Figure(flops, f"{flops:.3e} ({flops / cost.flops:.1%})")
     per_sample = cost.flops / active.pool
     step["per sample"] = Figure(per_sample, f"{per_sample / GIGA:,.1f} G training")
     step["run"] = Figure(length.flops, f"{length.flops:.3e} in {length.steps:,} steps, {length.samples:,} samples seen")
 
     memory = estimate.section(f"memory per GPU, {options.gpus} GPUs")
-    trained = count_of(model) + count_of(heads)
+    trained = count_of(model) + sum(extra.values())
     teacher = counts["trunk"] + count_of(heads) if active.ssl else 0
     split = options.gpus if options.fsdp else 1
     static = {"weights": trained, "gradients": trained, "optimiser": 2 * trained, "teacher": teacher}
@@ -83,18 +96,24 @@ def plan(arguments: list[str]) -> Estimate:
         note = f"{passes} per step and GPU; clip and ssl features are computed twice"
         memory["micro-batches"] = Figure(passes, note)
 
-    time = estimate.section("time and disk")
+    state = {"checkpoint": (3 * trained + teacher) * FLOAT, "tokenizer": count_of(model) * FLOAT}
+    _add_time_and_disk(estimate.section("time and disk"), options, config, length, state)
+    return estimate
+
+
+def _add_time_and_disk(
+    time: dict[str, Figure], options: Namespace, config: Pretrain, length: RunLength, size: Mapping[str, float]
+) -> None:
+    """`size`: bytes on disk."""
     seconds = add_time(time, options, length.flops, precision=config.training.precision)
     time["step"] = Figure(seconds / length.steps, f"{seconds / length.steps:.3g} s")
     rate = length.samples / seconds
     time["images per second"] = Figure(rate, f"{rate:,.0f} from storage")
-    checkpoint = (3 * trained + teacher) * FLOAT
+    checkpoint = size["checkpoint"]
     kept = f"{checkpoint / GIGA:,.1f} GB, and {options.checkpoints_kept} are kept"
     time["checkpoint"] = Figure(checkpoint, kept)
-    tokenizer = count_of(model) * FLOAT
-    artefacts = f"{checkpoint / GIGA:,.1f} GB, {tokenizer / GIGA:,.1f} GB"
-    time["training state, tokenizer"] = Figure(checkpoint + tokenizer, artefacts)
-    return estimate
+    artefacts = f"{checkpoint / GIGA:,.1f} GB, {size['tokenizer'] / GIGA:,.1f} GB"
+    time["training state, tokenizer"] = Figure(checkpoint + size["tokenizer"], artefacts)
 
 
 def activations(config: Pretrain, model: VisualTokenizer) -> dict[str, float]:
@@ -111,8 +130,10 @@ def activations(config: Pretrain, model: VisualTokenizer) -> dict[str, float]:
             return [model.encode_image(_images(count, config.data.clip_view.size)), model.encode_text(tokens)]
 
         def ssl(count: int) -> list[Tensor]:
-            seen = model.trunk(_images(2 * count, views.global_size))
-            return [*seen, *model.trunk(_images(views.local_views * count, views.local_size))]
+            seen = [*model.trunk(_images(2 * count, views.global_size))]
+            if views.local_views:
+                seen += model.trunk(_images(views.local_views * count, views.local_size))
+            return seen
 
         def reconstruction(count: int) -> list[Tensor]:
             return [model.decode(model.encode(_images(count, config.tokenizer.image_size)))]
@@ -120,7 +141,7 @@ def activations(config: Pretrain, model: VisualTokenizer) -> dict[str, float]:
         passes: dict[str, Callable[[int], list[Tensor]]] = {"reconstruction": reconstruction}
         if config.active.clip:
             passes["clip"] = clip
-        if config.active.ssl and views.local_views:
+        if config.active.ssl:
             passes["ssl"] = ssl
         with autocast(config.training.precision):
             return {name: kept_per_sample(forward) for name, forward in passes.items()}

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.plans.adversary import discriminator_of
 from stages.plans.estimate import (
     FLOAT,
     GIGA,
@@ -26,15 +27,7 @@ from stages.tune_decoder import TuneDecoder
 from vtp.layers.flops import FROZEN, TRAINING
 from vtp.layers.random_vgg import STAGES, ConvStages
 from vtp.losses.perceptual import PerceptualConfig
-from vtp.models.discriminator import (
-    Discriminator,
-    FeatureDiscriminator,
-    PatchDiscriminator,
-    PatchDiscriminatorConfig,
-    TimmFeaturesConfig,
-)
-from vtp.models.discriminator_features import TokenizerFeatures, spread
-from vtp.models.frozen_backbone import bare_backbone
+from vtp.models.discriminator import Discriminator, PatchDiscriminator
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.adversary import Adversary
 from vtp.objectives.cost import perceptual_flops
@@ -51,7 +44,7 @@ def plan(arguments: list[str]) -> Estimate:
     config, inputs = load(options.address, TuneDecoder), inputs_of(options)
     with torch.device("meta"):
         model = VisualTokenizer(inputs.tokenizer)
-    discriminator = discriminator_of(config, model)
+    discriminator = discriminator_of(config.adversary, model)
     parts = cost(config, inputs, discriminator)
     of_image = sum(parts.values())
     length = run_length(config.training.length, samples=config.batch_size, flops=of_image * config.batch_size)
@@ -106,22 +99,6 @@ def cost(config: TuneDecoder, inputs: PlannedInputs, discriminator: Discriminato
     return {name: flops for name, flops in parts.items() if flops}
 
 
-def discriminator_of(config: TuneDecoder, tokenizer: VisualTokenizer) -> Discriminator | None:
-    """The discriminator without contents; that of --discriminator-features is taken to be as large as `tokenizer`."""
-    if config.adversary is None:
-        return None
-    record = config.adversary.discriminator
-    with torch.device("meta"):
-        if isinstance(record, PatchDiscriminatorConfig):
-            return PatchDiscriminator(record)
-        network = record.network
-        if isinstance(network, TimmFeaturesConfig):
-            features = _TimmShapes(network)
-        else:
-            features = TokenizerFeatures(tokenizer, blocks=network.blocks, size=network.image_size)
-        return FeatureDiscriminator(record, features, dim=features.dim, heads=network.blocks)
-
-
 def network_of(config: PerceptualConfig) -> nn.Module:
     """The convolutions behind a perceptual distance, without contents; LPIPS is a VGG16 too."""
     stages = config.stages if config.name == "random_vgg16" else len(STAGES)
@@ -152,21 +129,3 @@ def activations(
                 judge = discriminator.to_empty(device="cpu")
                 kept["discriminator"] = kept_per_sample(lambda count: [judge(torch.empty(2 * count, 3, side, side))])
         return kept | {"perceptual network": kept_per_sample(compare)}
-
-
-class _TimmShapes(nn.Module):
-    """`TimmFeatures` without its weights."""
-
-    def __init__(self, config: TimmFeaturesConfig) -> None:
-        super().__init__()
-        self._size = config.image_size
-        self.backbone = bare_backbone(config.model, config.image_size).requires_grad_(False)
-        self.dim: int = self.backbone.embed_dim
-        self._chosen = spread(config.blocks, len(self.backbone.blocks))
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        x = F.interpolate(images, (self._size, self._size))
-        of_blocks = self.backbone.forward_intermediates(
-            x, indices=self._chosen, output_fmt="NLC", intermediates_only=True
-        )
-        return [tokens.transpose(1, 2) for tokens in of_blocks]

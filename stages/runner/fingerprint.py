@@ -15,12 +15,11 @@ from vtp.artefact import digest, write_json
 
 ROOT = Path(__file__).parents[2]  # the packages lie beside each other, in an experiment's copy too
 PACKAGES = ("vtp", "stages")
-# Packages and files that cannot change a result: how a run is started, resumed, logged, planned and timed.
+# Packages and files that cannot change a result: how a run is started, resumed, planned and timed.
 LEFT_OUT = (
     "stages.runner",
     "stages.plans",
     "vtp.host",
-    "vtp.training.log",
     "vtp.training.checkpoint",
     "vtp.training.throughput",
 )

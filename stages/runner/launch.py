@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from stages.runner.environment import PREFIX, STOP, Runtime
 from vtp.artefact import read_json, remove, write_json
+from vtp.config import ConfigError
 from vtp.processes import follow_parent
 
 PORT = 29500
@@ -87,6 +88,10 @@ def command_of(job: Path, runtime: Runtime) -> list[str]:
     body = ["-m", "stages.runner.rank", str(job)]
     if nodes == 1:
         return [*torchrun, "--standalone", *body]
+    if runtime.rendezvous is None and "SLURM_JOB_NODELIST" not in os.environ:
+        raise ConfigError(
+            f"$VTP_NODES is {nodes}: set $VTP_RENDEZVOUS to HOST:PORT of the first machine, on all of them"
+        )
     head = runtime.rendezvous or f"{_first_host()}:{PORT}"
     rendezvous = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={head}", f"--rdzv-id={job.parent.name}"]
     command = [*torchrun, *rendezvous, *body]

@@ -1,6 +1,7 @@
 """The folders of pipelines/ as DVC projects of their own, and the dvc.yaml files that are derived.
 
-    python -m stages.runner.project [FOLDER ...]   make or bring up to date these folders, or all of them
+    python -m stages.runner.project pipelines/NAME ...   make these folders projects; without a name, all of them
+    python -m stages.runner.project --replace            write derived dvc.yaml files over those that differ
 
 Each folder is a project, so that DVC speaks of that study alone; all share one cache, where DVC finds the run of a stage
 that another project made by what went in. `stages` and `vtp` are links to the code, so that DVC watches it, and an
@@ -11,6 +12,7 @@ compares runs, whose stages are those of `pipelines/comparison.dvc.yaml`.
 """
 
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 from vtp.artefact import whole_file
@@ -27,7 +29,7 @@ CONFIG = """\
 """
 IGNORED = "/config.local\n/tmp\n/cache\n"
 NOT_HASHED = "__pycache__\n*.pyc\n*.tmp\n"
-HERE = Path(__file__).parents[2]
+HERE = Path(__file__).resolve().parents[2]  # a study has a link to the code
 CHAIN = "../../params.yaml, ../overlays"  # what parameter files of studies are based on
 DERIVED_FROM_ROOT = {
     "imagenet": "# The whole recipe on ImageNet: the stages are those of the root, and prepare_data reads data/imagenet.",
@@ -35,21 +37,31 @@ DERIVED_FROM_ROOT = {
 }
 
 
-def update(folder: Path, root: Path = HERE) -> None:
-    """Make `folder` a project. Raises ConfigError when it has no params.yaml."""
-    params = folder / "params.yaml"
+def update(folder: Path, root: Path = HERE, *, replace: bool = False) -> list[Path]:
+    """Make `folder` a project; the files that were written.
+
+    Raises ConfigError when it is none of pipelines/, when it has no params.yaml, and, unless told to `replace`, when it has
+    a dvc.yaml that is not the derived one: it may hold somebody's edits.
+    """
+    if folder.resolve().parent != root / "pipelines":
+        raise ConfigError(f"{folder}: a study is a folder of {root / 'pipelines'}")
+    folder, params = folder.resolve(), folder / "params.yaml"
     if not params.is_file():
         raise ConfigError(f"{params}: no such file; write the study's changes there first")
+    wanted = {folder / ".dvc" / ".gitignore": IGNORED, folder / ".dvcignore": NOT_HASHED}
     if not (folder / ".dvc" / "config").is_file():  # else it may hold a team's remote
-        _write(folder / ".dvc" / "config", CONFIG)
-    _write(folder / ".dvc" / ".gitignore", IGNORED)
-    _write(folder / ".dvcignore", NOT_HASHED)
-    for package in ("stages", "vtp"):
-        link = folder / package
-        if not link.is_symlink():
-            link.symlink_to(Path("..", "..", package))
+        wanted[folder / ".dvc" / "config"] = CONFIG
     if (text := derived(folder, root)) is not None:
-        _write(folder / "dvc.yaml", text)
+        wanted[dvc_file := folder / "dvc.yaml"] = text
+        if not replace and dvc_file.is_file() and dvc_file.read_text(encoding="utf-8") != text:
+            raise ConfigError(f"{dvc_file} has stages of its own; --replace writes the derived ones over them")
+    elif not (folder / "dvc.yaml").is_file():
+        raise ConfigError(
+            f"{params}: no `runs`, and no dvc.yaml beside it; a study that compares no runs writes its own"
+        )
+    for package in ("stages", "vtp"):
+        _link(folder / package, Path("..", "..", package))
+    return [path for path, text in wanted.items() if _write(path, text)]
 
 
 def derived(folder: Path, root: Path = HERE) -> str | None:
@@ -89,18 +101,37 @@ def _replaced(text: str, old: str, new: str) -> str:
     return text.replace(old, new)
 
 
-def _write(path: Path, text: str) -> None:
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        with whole_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+def _link(link: Path, target: Path) -> None:
+    if link.is_symlink() and link.readlink() == target:
+        return
+    if link.exists() and not link.is_symlink():
+        raise ConfigError(f"{link}: is to be a link to {target}, and is a file or a folder; move it away")
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+
+
+def _write(path: Path, text: str) -> bool:
+    """Whether the file was another one before."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return True
 
 
 def main() -> None:
     """Command line."""
-    folders = [Path(name) for name in sys.argv[1:]]
+    parser = ArgumentParser("python -m stages.runner.project", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "folders", metavar="FOLDER", type=Path, nargs="*", help="a study, such as pipelines/scaling; all"
+    )
+    parser.add_argument("--replace", action="store_true", help="write derived dvc.yaml files over those that differ")
+    arguments = parser.parse_args()
+    every = sorted(path.parent for path in (HERE / "pipelines").glob("*/params.yaml"))
     try:
-        for folder in folders or sorted(path.parent for path in (HERE / "pipelines").glob("*/params.yaml")):
-            update(folder)
+        for folder in arguments.folders or every:
+            for path in update(folder, replace=arguments.replace):
+                print(f"{path.relative_to(HERE)}: written")
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import ROOT
 
 import vtp
-from vtp.artefact import ArtefactError, digest, read_json, write_json
+from vtp.artefact import ArtefactError, digest, load_tensors, read_json, save_tensors, write_json
 from vtp.config import ConfigError
 from vtp.evaluation.samples import Samples
 from vtp.layers.images import to_uint8
@@ -89,6 +89,11 @@ def test_classes_that_are_not_there(generator):
         generator.sample(wrong)
     with pytest.raises(ValueError, match="no class 6; labels are 0 to 5"):
         generator.sample(["6"])
+    for wrong in ({"count": 0}, {"count": -1}):
+        with pytest.raises(ValueError, match="are none; ask for one at least"):
+            generator.sample(0, **wrong)
+    with pytest.raises(ValueError, match="0 classes are none"):
+        generator.sample([])
     twice = generator.space._replace(classes=["crane"] * 2 + generator.classes[2:])
     generator.space, kept = twice, generator.space
     try:
@@ -109,6 +114,14 @@ def test_what_belongs_together_is_found_and_verified(work, generator, tmp_path):
     shutil.copytree(work / "generator", tmp_path / "generator")
     with pytest.raises(ArtefactError, match="no folder `tokenizer` beside it"):
         vtp.load_generator(tmp_path / "generator")
+    copied = LightningDiT.from_pretrained(work / "generator")
+    copied.save_pretrained(tmp_path / "copy")
+    copy = vtp.load_generator(tmp_path / "copy", work / "tokenizer", work / "decoder")
+    assert np.array_equal(arrays(copy.sample(0))[0], arrays(generator.sample(0))[0])
+    copied.sampler = None
+    copied.save_pretrained(tmp_path / "mute")
+    with pytest.raises(ArtefactError, match=r"mute: no sampler\.json says how to draw from it"):
+        vtp.load_generator(tmp_path / "mute", work / "tokenizer")
     other = LightningDiT.from_pretrained(work / "generator")
     other.space = other.space._replace(encoder="another")
     other.save_pretrained(tmp_path / "other")
@@ -125,17 +138,44 @@ def test_a_folder_that_does_not_fit_itself(work, tmp_path):
     values = read_json(tmp_path / "generator/config.json")
     values["vtp_pipeline"]["classes"].pop()
     write_json(tmp_path / "generator/config.json", values)
-    with pytest.raises(ArtefactError, match="5 names and statistics of 8 channels, config.json has 6 classes and 8"):
+    with pytest.raises(
+        ArtefactError, match="5 names and statistics of shape .1, 8, 1, 1., config.json has 6 classes and 8"
+    ):
         LightningDiT.from_pretrained(tmp_path / "generator")
     values["vtp_pipeline"]["format_version"] = 1
     write_json(tmp_path / "generator/config.json", values)
     with pytest.raises(ArtefactError, match="format 1, this code reads 2; train the generator again"):
         LightningDiT.from_pretrained(tmp_path / "generator")
+    for wrong in (None, {"format_version": 2, "classes": "abcdef"}, {"format_version": 2, "clases": []}):
+        write_json(tmp_path / "generator/config.json", values | {"vtp_pipeline": wrong})
+        with pytest.raises(ValueError, match=r"config\.json"):
+            LightningDiT.from_pretrained(tmp_path / "generator")
+    with pytest.raises(ArtefactError, match="model_type is 'vtp'; this is no generator's folder"):
+        LightningDiT.from_pretrained(work / "tokenizer")
     (tmp_path / "generator/statistics.safetensors").unlink()
     values = read_json(work / "generator/config.json")
     write_json(tmp_path / "generator/config.json", values)
     with pytest.raises(ArtefactError, match=r"statistics\.safetensors: no such file"):
         LightningDiT.from_pretrained(tmp_path / "generator")
+
+
+def test_weights_are_taken_in_the_precision_of_the_model(work, generator, tmp_path):
+    shutil.copytree(work / "generator", tmp_path / "generator")
+    path = tmp_path / "generator/model.safetensors"
+    tensors = load_tensors(path)
+    save_tensors(path, {name: value.double() for name, value in tensors.items()})
+    double = vtp.load_generator(tmp_path / "generator", work / "tokenizer", work / "decoder")
+    assert np.array_equal(arrays(double.sample(0))[0], arrays(generator.sample(0))[0])
+    save_tensors(path, {name: value.int() for name, value in tensors.items()})
+    with pytest.raises(ArtefactError, match="is torch.int32"):
+        LightningDiT.from_pretrained(tmp_path / "generator")
+
+
+def test_a_damaged_decoder_is_not_passed_over(work, tmp_path):
+    shutil.copytree(work, tmp_path / "work")
+    (tmp_path / "work/decoder/config.json").unlink()
+    with pytest.raises(ArtefactError, match="decoder"):
+        vtp.load_generator(tmp_path / "work/generator")
 
 
 def command(*arguments, cwd):
@@ -173,6 +213,9 @@ def test_the_command_says_where_the_picture_is(work, generator, tmp_path):
         (["--count", "0"], "error: --count 0: at least 1"),
         (["--steps", "0"], "error: sampler.steps: Input should be greater than or equal to 1 (given: 0)"),
         (["--tokenizer", "nowhere"], "nowhere"),
+        (["--out", "picture.jpg"], "error: --out picture.jpg: the name of a PNG file, ending in .png"),
+        (["--device", "tpu"], "error: --device tpu: not on this machine"),
+        (["--out", "/dev/null/a.png"], "error: /dev/null"),
     ],
 )
 def test_mistakes_are_said_in_a_line(work, tmp_path, arguments, message):

@@ -16,6 +16,7 @@ COMPARISON = Pipeline(
         Use("report", "report", False),
     ],
     [],
+    frozenset({"shards"}),
 )
 
 
@@ -155,7 +156,7 @@ runs:
     assert plain == {name: tiny[name] for name in ("train_generator", "generate")}
     assert long["train_generator"]["training"]["length"].pop("samples") == 192
     del plain["train_generator"]["training"]["length"]["samples"]
-    assert long == plain | {"generate": plain["generate"]}
+    assert long == plain
     assert guided["generate"]["settings"]["guided"]["guidance_scale"] == 4.0
     assert guided["generate"]["settings"]["unguided"] == plain["generate"]["settings"]["unguided"]
 
@@ -172,8 +173,18 @@ runs:
         ),
         ("runs: {a: {generate: {seeed: 1}}}", "params.yaml:runs.a.generate.seeed: unknown key; did you mean 'seed'?"),
         ("runs: {a: {generate: {samples: 0}}, b: {}}", "params.yaml:runs.a.generate.samples: Input should be greater"),
+        ("runs: {a: {}, b: {report: {title: T}}}", "params.yaml:runs.b.report: a run changes"),
         ("generate: {samples: 0}\nruns: {a: {}, b: {}}", "params.yaml:generate.samples: Input should be greater"),
-        ("runs: {../a: {}}", "params.yaml:runs.../a: a run is a folder; name it with letters, digits, ., _ and -"),
+        (
+            "runs: {../a: {}}",
+            "params.yaml:runs.../a: a run is a folder; name it with up to 64 letters, digits, ., _ and -",
+        ),
+        (
+            "runs: {shards: {}}",
+            "params.yaml:runs.shards: what all runs share is in a folder shards; choose another name",
+        ),
+        ("run: {a: {}}\nruns: {a: {}}", "params.yaml: no stage reads section 'run'; did you mean 'runs'?"),
+        ("bse: x\nruns: {a: {}}", "params.yaml: no stage reads section 'bse'; did you mean 'base'?"),
     ],
 )
 def test_bad_runs_are_named(study, text, message):
@@ -182,13 +193,105 @@ def test_bad_runs_are_named(study, text, message):
     assert len(found.splitlines()) == 1
 
 
+POINTS = Pipeline([Use("pretrain", "pretrain", True)], [], has_points=True)
+
+
 def test_points_are_milestones_of_every_run(study):
-    pipeline = Pipeline([Use("pretrain", "pretrain", True)], [])
     text = "runs: {all: {pretrain: {monitor: {milestones: [1.0e+8, end]}}}, one: {}}\npoints: ['1.000e+08', end]"
-    assert (
-        study(text, pipeline)
-        == ("params.yaml:points: 'end' is none of the milestones of the run one: 1.000e+08\n").strip()
+    assert study(text, POINTS) == (
+        "params.yaml:points: 'end' is none of one's pretrain.monitor.milestones, which are called 1.000e+08"
     )
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ("end", "params.yaml:points: expected names of milestones in a list, such as [end]; found 'end'"),
+        ("[]", "params.yaml:points: expected names of milestones in a list, such as [end]; found []"),
+        ("null", "params.yaml:points: expected names of milestones in a list, such as [end]; found None"),
+        ("[1.0e+8]", "params.yaml:points: 100000000.0 is no text; put it into quotes"),
+        ("['1.000e+08', '1.000e+08']", "params.yaml:points: '1.000e+08' comes twice"),
+        (
+            "['1e8']",
+            "params.yaml:points: '1e8' is none of one's pretrain.monitor.milestones, which are called 1.000e+08",
+        ),
+    ],
+)
+def test_points_that_cannot_be(study, points, message):
+    assert study(f"runs: {{one: {{}}}}\npoints: {points}", POINTS) == message
+
+
+def test_runs_of_another_file_are_refused(study, tmp_path):
+    """DVC expands its matrix by params.yaml alone."""
+    (tmp_path / "runs.yaml").write_text("base: root.yaml\nruns: {a: {}}\npoints: ['1.000e+08']\n")
+    found = study("base: runs.yaml\nruns: {one: {}}".replace("base: runs.yaml\n", ""), POINTS)
+    assert "expected names of milestones" in found
+    (tmp_path / "params.yaml").write_text("base: runs.yaml\nruns: {one: {}}\n")
+    found = said_of(tmp_path / "params.yaml", POINTS).replace(f"{tmp_path}/", "")
+    assert found.splitlines() == [
+        "runs.yaml:runs.a: DVC reads runs and points from params.yaml alone; say it there",
+        "runs.yaml:points: DVC reads runs and points from params.yaml alone; say it there",
+    ]
+
+
+def test_published_figures_are_of_a_run(study):
+    pipeline = Pipeline([Use("generate", "generate", True), Use("summary", "summary", False)], [])
+    text = "runs: {one: {}}\nsummary: {title: T, metrics: [m], published: {on: {m: 1.0}}}"
+    assert study(text, pipeline) == "summary.published.on: no such run; did you mean 'one'?"
+
+
+def test_what_disagrees_is_said_of_its_run(study):
+    pipeline = Pipeline([Use("generate", "generate", True), Use("evaluate_generator", "evaluate_generator", True)], [])
+    found = study("runs: {one: {}, two: {generate: {samples: 23}}}", pipeline)
+    assert found == "runs.two: evaluate_generator.counts: 24, generate.samples is 23"
+
+
+def test_milestones_beyond_the_end(study):
+    change = "training: {length: {name: flops, flops: 1.0e+7}}, monitor: {milestones: [1.0e+8, end]}"
+    message = "pretrain.monitor.milestones: 1.000e+08 FLOPs are more than pretrain.training.length.flops, 1.000e+07"
+    assert message in study(f"pretrain: {{{change}}}")
+
+
+def test_two_milestones_of_one_name(study):
+    found = study("pretrain: {monitor: {milestones: [1.0001e+8, 1.0004e+8]}}")
+    assert "milestones: two are called 1.000e+08, by four digits; leave one out" in found
+
+
+def test_any_form_of_a_dvc_file(tmp_path):
+    (tmp_path / "dvc.yaml").write_text(
+        "stages: {a: {cmd: [echo 1, 'python -m stages.generate p.yaml:gen-two']}, b: {foreach: [1], do: {cmd: 'echo 2'}},"
+        " check: {cmd: c, deps: [{params.yaml: {hash: md5}}, vtp]}}"
+    )
+    pipeline = Pipeline.of(tmp_path / "dvc.yaml")
+    assert pipeline.uses == [Use("generate", "gen-two", False)]
+    assert pipeline.tracked == [tmp_path / "params.yaml", tmp_path / "vtp"]
+
+
+def test_a_wrong_run_is_not_asked_for_its_points(study):
+    found = study("runs: {one: {pretrain: {seed: x}}}\npoints: ['1.000e+08']", POINTS)
+    assert found == "params.yaml:runs.one.pretrain.seed: Input should be a valid integer (given: 'x')"
+
+
+def test_names_beside_the_folders_of_runs_are_taken():
+    taken = Pipeline.of(ROOT / "pipelines/comparison.dvc.yaml").taken
+    assert {"shards", "check", "reference", "points", "summary", "provenance"} <= taken
+
+
+def test_an_overlay_is_checked_where_a_pipeline_reads_it(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["check", str(ROOT / "pipelines/overlays/small.yaml")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "overlays/dvc.yaml: no file with stages" in capsys.readouterr().err
+
+
+def test_a_section_may_serve_as_a_base_alone(study):
+    text = "template: {base: generate, seed: 5}\nruns: {a: {generate: {base: template}}}"
+    assert study(text, COMPARISON) == "params.yaml:template.base: based on itself: generate -> template -> generate"
+    assert study(text.replace("base: generate", "samples: 24").replace("{base: template}", "{}"), COMPARISON) == (
+        "params.yaml: no stage reads section 'template'"
+    )
+    flat = "template: {name: euler}\nruns: {a: {generate: {settings: {unguided: {base: template}}}}}"
+    assert "no stage reads" not in study(flat, COMPARISON)
 
 
 def test_resolved_parameters_are_written(study, tmp_path, monkeypatch):

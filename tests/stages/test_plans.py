@@ -8,7 +8,8 @@ from tiny import ROOT, merged, tiny_params, write_params
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stages.plans import estimate, reference, train_generator, tune_decoder
-from stages.runner.fingerprint import closure
+from stages.plans.adversary import discriminator_of
+from stages.pretrain import Pretrain, step_cost
 from stages.runner.run import main
 from vtp.config import ConfigError
 from vtp.flow import SamplerConfig, sample
@@ -190,7 +191,7 @@ def test_tuning_costs_what_its_objective_says(tmp_path, changes):
     objective = DecoderObjective(model, adversary, config.objective, perceptual=perceptual, channel_std=std, seed=0)
     with torch.device("meta"):
         shapes = VisualTokenizer(inputs.tokenizer)
-    planned = tune_decoder.cost(config, inputs, tune_decoder.discriminator_of(config, shapes))
+    planned = tune_decoder.cost(config, inputs, discriminator_of(config.adversary, shapes))
     assert sum(planned.values()) == pytest.approx(objective.step_cost(1).flops, rel=0.01)
 
 
@@ -211,10 +212,28 @@ def test_a_tokenizer_of_another_file(tmp_path):
     assert plan["latents, validation"].value == 7 * 64 * 16 * 16 * 4 * 2  # float32, and horizontal flips
 
 
-@pytest.mark.parametrize("stage", STAGES_WITH_A_PLAN)
-def test_plans_change_no_result(stage):
-    """They are no part of what a stage's code means."""
-    assert not [name for name in closure(f"stages.{stage}") if name.startswith("stages.plans")]
+def test_an_adversary_costs_what_the_stage_says(tmp_path):
+    from vtp.models.tokenizer import VisualTokenizer
+    from vtp.objectives.adversary import build_adversary
+
+    values = tiny_params()
+    values["pretrain"]["adversary"] = values["tune_decoder"]["adversary"]
+    write_params(values, tmp_path / "params.yaml")
+    address = f"{tmp_path}/params.yaml:pretrain"
+    config = load(address, Pretrain)
+    model = VisualTokenizer(config.architecture)
+    built = build_adversary(config.adversary, None, seed=0, tokenizer=model, features=None)
+    plan = plan_of("pretrain", address)
+    assert plan["per sample"].value == pytest.approx(step_cost(config, built).flops / config.active.pool)
+    assert step_cost(config, built).flops > step_cost(config, None).flops
+    flops = built.step_flops(config.tokenizer.image_size) * config.active.reconstruction
+    assert plan["discriminator"].value == flops
+
+
+def test_self_distillation_without_local_views(small):
+    values = merged(tiny_params(), {"pretrain": {"data": {"ssl_views": {"local_views": 0}}}})
+    write_params(values, small)
+    assert plan_of("pretrain", f"{small}:pretrain")["activations, ssl"].value > 0
 
 
 def _options(params):

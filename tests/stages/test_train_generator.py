@@ -185,6 +185,8 @@ def test_latents_of_another_encoder(inputs, tmp_path):
     [
         ({"objective": {"ema": [0.9, 0.9]}}, "the same momentum twice"),
         ({"monitor": {"sampler": {"solver": "dopri5"}}}, "other steps on every rank"),
+        ({"monitor": {"sampler": {"guide": "generator"}}}, "no weaker generator beside one in training"),
+        ({"monitor": {"pictures": 0}}, "pictures: Input should be greater than or equal to 1"),
         ({"model": {"size": {"name": "M"}}}, "size"),
         ({"monitor": {"milestones": [1.5]}}, "milestones"),
     ],

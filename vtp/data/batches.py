@@ -55,7 +55,7 @@ class RankSlice(NamedTuple):
         return step, range(first, first + count)
 
 
-def count_micro_batches(blocks: int, ranks: int, largest: int, *, named: str = "batch.reconstruction") -> int:
+def count_micro_batches(blocks: int, ranks: int, largest: int, *, named: str) -> int:
     """The least number of equal micro-batches of at most `largest` blocks that a rank needs.
 
     Raises ValueError, which calls the number of blocks as it is `named`, when they cannot be split evenly over the ranks.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtp.artefact import ArtefactError, read_json
+from vtp.artefact import ArtefactError
 from vtp.config import did_you_mean
 from vtp.flow import SamplerConfig, draw_noise, sample
 from vtp.layers.images import to_uint8
@@ -50,7 +50,9 @@ def load_generator(
     pixels = load_tokenizer(given, decoder)
     if pixels.encoder_digest() != model.space.encoder:
         raise ArtefactError(f"{folder} learnt the latents of another encoder than that of {given}; name its tokenizer")
-    sampler = SamplerConfig.parse(read_json(folder / SAMPLER_FILE), where=str(folder / SAMPLER_FILE))
+    if model.sampler is None:
+        raise ArtefactError(f"{folder}: no {SAMPLER_FILE} says how to draw from it; train_generator writes one")
+    sampler = SamplerConfig.parse(model.sampler, where=str(folder / SAMPLER_FILE))
     return PictureGenerator(model.to(device), pixels.to(device).eval(), sampler)
 
 
@@ -100,6 +102,10 @@ class PictureGenerator:
     ) -> Tensor:
         """What `sample` makes pictures of: uint8 [classes * count, 3, H, W], on the CPU."""
         given = [classes] if isinstance(classes, str | int) else list(classes)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; draw one picture at a time at least")
+        if count < 1 or not given:
+            raise ValueError(f"{count} pictures of {len(given)} classes are none; ask for one at least")
         labels = torch.tensor([self.label(name) for name in given]).repeat_interleave(count)
         indices = list(range(count)) * len(given)
         sampler = SamplerConfig.parse(self.sampler.model_dump() | changes, where="sampler")
@@ -135,6 +141,8 @@ class PictureGenerator:
 
 
 def _beside(folder: Path, name: str) -> Path | None:
-    """The folder of that name beside `folder`, or beside the nearest folder above it that has one."""
-    above = folder.resolve().parents[:2]
-    return next((parent / name for parent in above if (parent / name / "config.json").is_file()), None)
+    """The folder of that name beside `folder`, or beside the nearest folder above it that has one.
+
+    One that cannot be read is found too: another decoder than the one that lies there would be drawn with in silence.
+    """
+    return next((parent / name for parent in folder.resolve().parents[:2] if (parent / name).exists()), None)

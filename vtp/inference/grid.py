@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from vtp.artefact import whole_file
+
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
@@ -50,7 +52,8 @@ def grid(
                 text = "\n".join(_cut(part, tile, small) for part in notes[number][column].split("\n"))
                 draw.multiline_text((at, top + tile), text, fill="dimgrey", font=small, spacing=2)
         top += tile + gap + below[number]
-    canvas.save(path, format="PNG")
+    with whole_file(path) as temporary:
+        canvas.save(temporary, format="PNG")
 
 
 def _cut(text: str, width: int, font: "ImageFont | FreeTypeFont") -> str:

@@ -45,6 +45,14 @@ class LightningDiTConfig(Config):
         return self
 
 
+class GeneratorOrigin(Config):
+    """`vtp_pipeline` in `config.json`: of the latents that the generator learnt."""
+
+    format_version: int
+    encoder: str | None = None  # digest; None: the folder does not say
+    classes: list[str] | None = None  # names
+
+
 # Defaults of the official constructor, for published config files that leave keys out.
 OFFICIAL_DEFAULTS: Mapping[str, Any] = {
     "input_size": 32,
@@ -89,6 +97,7 @@ class StoredGenerator(NamedTuple):
     weights: dict[str, Tensor]
     where: Path  # the weights are
     space: LatentSpace | None  # of its latents; None: it does not say
+    sampler: dict[str, Any] | None  # how to draw from it; None: it does not say
 
 
 def read_generator(source: Path) -> StoredGenerator:
@@ -105,7 +114,8 @@ def read_generator(source: Path) -> StoredGenerator:
         weights = checkpoints[0]
     config, space = _read_config(folder)
     tensors = _official_checkpoint(weights) if weights.suffix == ".pt" else load_tensors(weights)
-    return StoredGenerator(config, tensors, weights, space)
+    sampler = read_json(folder / SAMPLER_FILE) if (folder / SAMPLER_FILE).exists() else None
+    return StoredGenerator(config, tensors, weights, space, sampler)
 
 
 def save_generator(
@@ -143,22 +153,27 @@ def save_generator(
 def _read_config(folder: Path) -> tuple[LightningDiTConfig, LatentSpace | None]:
     """The architecture, and the space of its latents if the folder says it."""
     path = folder / "config.json"
-    values = dict(OFFICIAL_DEFAULTS) | read_json(path)
-    pipeline = values.pop("vtp_pipeline", {"format_version": FORMAT_VERSION})
-    if pipeline.get("format_version") != FORMAT_VERSION:
-        version = pipeline.get("format_version")
+    given = read_json(path)
+    if "model_type" in given:
+        raise ArtefactError(f"{path}: model_type is {given['model_type']!r}; this is no generator's folder")
+    values = dict(OFFICIAL_DEFAULTS) | given
+    known = values.pop("vtp_pipeline", {"format_version": FORMAT_VERSION})
+    if not isinstance(known, dict) or known.get("format_version") != FORMAT_VERSION:
+        version = known.get("format_version") if isinstance(known, dict) else known
         raise ArtefactError(f"{path}: format {version!r}, this code reads {FORMAT_VERSION}; train the generator again")
+    pipeline = GeneratorOrigin.parse(known, where=f"{path}:vtp_pipeline")
     if values.pop("learn_sigma", False):
         raise ArtefactError(f"{path}: learn_sigma is not supported; no LightningDiT was published with it")
     for key in _TRAINING_ONLY:
         values.pop(key, None)
     config = LightningDiTConfig.parse(values, where=str(path))
-    if "encoder" not in pipeline:
+    if pipeline.encoder is None or pipeline.classes is None:
         return config, None
-    space = LatentSpace(pipeline["encoder"], pipeline["classes"], LatentStatistics.load(folder / STATISTICS_FILE))
-    if len(space.classes) != config.num_classes or space.statistics.mean.shape[1] != config.in_channels:
+    space = LatentSpace(pipeline.encoder, pipeline.classes, LatentStatistics.load(folder / STATISTICS_FILE))
+    channels = list(space.statistics.mean.shape)
+    if len(space.classes) != config.num_classes or channels != [1, config.in_channels, 1, 1]:
         raise ArtefactError(
-            f"{folder}: {len(space.classes)} names and statistics of {space.statistics.mean.shape[1]} channels, config.json "
+            f"{folder}: {len(space.classes)} names and statistics of shape {channels}, config.json "
             f"has {config.num_classes} classes and {config.in_channels} channels; fetch the folder again"
         )
     return config, space

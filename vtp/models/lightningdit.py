@@ -5,9 +5,9 @@ both ways. The forward pass is pure: whoever trains replaces dropped labels by `
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ class LightningDiT(nn.Module):
 
     pos_embed: nn.Parameter
     space: LatentSpace | None = None  # of its latents; None: the folder does not say, as published ones do not
+    sampler: Mapping[str, Any] | None = (
+        None  # how to draw, unless one says otherwise; a record of vtp.flow.SamplerConfig
+    )
     recompute = False  # whether blocks compute their activations again in the backward pass instead of keeping them
 
     def __init__(self, config: LightningDiTConfig) -> None:
@@ -73,7 +76,7 @@ class LightningDiT(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder as `save_generator` does; equal weights give equal bytes."""
-        save_generator(Path(folder), self.config, self.state_dict(), space=self.space)
+        save_generator(Path(folder), self.config, self.state_dict(), space=self.space, sampler=self.sampler)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
@@ -81,11 +84,11 @@ class LightningDiT(nn.Module):
 
         A `.pt` holds `ema`, which is taken first, or `model`. Raises ArtefactError naming what does not fit.
         """
-        config, tensors, where, space = read_generator(Path(source))
+        stored = read_generator(Path(source))
         with torch.device("meta"):
-            model = cls(config)
-        assign_weights(model, tensors, where=where)
-        model.space = space
+            model = cls(stored.config)
+        assign_weights(model, stored.weights, where=stored.where)
+        model.space, model.sampler = stored.space, stored.sampler
         return model.eval()
 
     def _initialise(self) -> None:

@@ -19,9 +19,9 @@ from vtp.layers.block import Block, Blocks
 from vtp.layers.flops import FROZEN, TRAINING, forward_flops
 from vtp.layers.images import normalise
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
+from vtp.losses.reconstruction import reconstruction_distance
 from vtp.models.base import Encoding, Tokenizer
 from vtp.objectives.adversary import DISCRIMINATOR, Adversary, ReconstructionStep
-from vtp.objectives.pretrain import reconstruction_distance
 from vtp.step import Logs, ParameterGroup, StepContext, StepCost, Term
 
 

@@ -9,7 +9,7 @@ one would first write it, with one sum and one backward pass, is `benchmarks/_pl
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -21,15 +21,16 @@ from vtp.distributed import ranks
 from vtp.draws import torch_draws
 from vtp.layers.block import Block
 from vtp.layers.drop_path import drop_path_indices
-from vtp.layers.images import denormalise, normalise
+from vtp.layers.images import normalise
 from vtp.losses.clip import ContrastConfig, clip_loss, siglip_loss
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
+from vtp.losses.reconstruction import reconstruction_distance
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.adversary import DISCRIMINATOR, Adversary, ReconstructionStep
 from vtp.objectives.gradient_cache import GradientCache
 from vtp.objectives.rates import RatesConfig, groups
 from vtp.objectives.self_distillation import SelfDistillation, SslConfig, SslDropPathIndices
-from vtp.step import Logs, ParameterGroup, StepContext, Term
+from vtp.step import UNINFORMED, Logs, ParameterGroup, StepContext, Term
 
 MAX_LOGIT_SCALE = 4.6052  # ln 100, as CLIP clamps it
 
@@ -167,7 +168,7 @@ class PretrainObjective(nn.Module):
             self.ssl.after_step(self.tokenizer, context.progress)
             logs["teacher_temperature"] = self.ssl.teacher_temperature(context.progress)
             logs["teacher_momentum"] = self.ssl.momentum(context.progress)
-            logs["dino_loss_uninformed"] = math.log(self.config.ssl.head.prototypes)
+            logs[f"dino_loss{UNINFORMED}"] = math.log(self.config.ssl.head.prototypes)
         if self.adversary is not None:
             self.adversary.after_step(context)
         return logs
@@ -188,7 +189,7 @@ class PretrainObjective(nn.Module):
             loss = siglip_loss(image, text, tokenizer.logit_scale.exp(), tokenizer.logit_bias)
         logs: dict[str, Tensor | float] = {"clip_loss": loss.detach()}
         if self.config.contrast.name == "softmax":
-            logs["clip_loss_uninformed"] = math.log(ranks().size * len(image)) / ranks().size
+            logs[f"clip_loss{UNINFORMED}"] = math.log(ranks().size * len(image)) / ranks().size
         yield Term("clip", self.config.weights.clip * loss, logs, (image, text))
         for surrogate in cache.surrogates():
             yield Term("clip", surrogate, {}, (image, text))
@@ -246,23 +247,3 @@ class PretrainObjective(nn.Module):
             draws=lambda group: torch_draws(self.seed, f"drop_path/{objective}", step, part, group),
         )
         return None if indices is None else indices.to(self.tokenizer.trunk.cls_token.device, non_blocking=True)
-
-
-class Distance(NamedTuple):
-    """Batch means."""
-
-    l1: Tensor
-    perceptual: Tensor
-
-
-def reconstruction_distance(
-    perceptual: PerceptualDistance, reconstructions: Tensor, images: Tensor, *, l1_space: str = "normalised"
-) -> Distance:
-    """L1 and the perceptual distance of ImageNet-normalised images, in float32 (paper eq. 1).
-
-    The perceptual distance is taken in [-1, 1], L1 there (`unit`) or in normalised space.
-    """
-    reconstructions, images = reconstructions.float(), images.float()
-    ours, theirs = denormalise(reconstructions) * 2 - 1, denormalise(images) * 2 - 1
-    pair = (reconstructions, images) if l1_space == "normalised" else (ours, theirs)
-    return Distance((pair[0] - pair[1]).abs().mean(), perceptual(ours, theirs).mean())

@@ -248,6 +248,9 @@ def test_a_policy_is_read_from_the_parameters(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(json.dumps({"download": {"policy": LOOPBACK.model_dump(), "retries": 1}}))
     assert load_policy(f"{path}:download") == LOOPBACK
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(f"base: {path.name}\ndownload: {{policy: {{timeout: 7.0}}}}\n")
+    assert load_policy(f"{overlay}:download") == LOOPBACK.model_copy(update={"timeout": 7.0})
     with pytest.raises(ConfigError, match="no section 'other' with a policy"):
         load_policy(f"{path}:other")
     path.write_text(json.dumps({"download": {"policy": LOOPBACK.model_dump() | {"allowed_networks": ["10.0.0.1/8"]}}}))

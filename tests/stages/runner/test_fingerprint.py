@@ -55,7 +55,9 @@ def test_closures_are_narrow():
     assert "vtp.models.tokenizer" in cache
     assert not {name for name in cache if name.startswith(("vtp.losses", "vtp.objectives", "vtp.training"))}
     assert "vtp.models.lightningdit" not in pretrain
-    assert not [name for name in pretrain if name.startswith(LEFT_OUT)]
+    tune = closure("stages.tune_decoder")
+    assert not {"vtp.objectives.pretrain", "vtp.objectives.self_distillation", "stages.figures.drawing"} & tune.keys()
+    assert len(closure("stages.summary")) < 20
 
 
 def test_function_level_imports_count():

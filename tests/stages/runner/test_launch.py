@@ -145,6 +145,8 @@ def test_commands(monkeypatch, tmp_path):
     assert "--standalone" in command
     assert "--nproc-per-node=8" in command
     assert command[-3:] == ["-m", "stages.runner.rank", str(job)]
+    with pytest.raises(ConfigError, match=r"VTP_NODES is 2: set \$VTP_RENDEZVOUS to HOST:PORT"):
+        command_of(job, Runtime.of({"VTP_RANKS": "8", "VTP_NODES": "2"}))
     head = command_of(job, Runtime.of({"VTP_RANKS": "8", "VTP_NODES": "2", "VTP_RENDEZVOUS": "a:1"}))
     assert {"--nnodes=2", "--rdzv-endpoint=a:1", "--rdzv-id=abc"} <= set(head)
     # A Slurm job of several machines; scontrol is theirs, so a script stands in for it.

@@ -30,9 +30,9 @@ from urllib.parse import SplitResult, urlsplit
 
 import h11
 
-from vtp.config import ConfigError, read_yaml
+from vtp.config import ConfigError
 from vtp.curation.download.policy import DEADLINE_HEADER, PREFIX, SCHEMES, Policy
-from vtp.params import split_address
+from vtp.params import read_parameters, split_address
 
 MAX_HEAD = 64 << 10
 CHUNK = 64 << 10
@@ -261,7 +261,7 @@ def _phrase(status: int) -> str:
 def load_policy(address: str) -> Policy:
     """`policy` of the section at `FILE:SECTION`. Raises ConfigError."""
     path, section = split_address(address)
-    values = read_yaml(path).get(section)
+    values = read_parameters(path).values.get(section)
     if not isinstance(values, dict) or "policy" not in values:
         raise ConfigError(f"{path}: no section {section!r} with a policy")
     return Policy.parse(values["policy"], where=f"{address}.policy")

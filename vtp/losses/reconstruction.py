@@ -1,0 +1,28 @@
+"""What a reconstruction lacks (paper eq. 1)."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vtp.layers.images import denormalise
+from vtp.losses.perceptual import PerceptualDistance
+
+
+class Distance(NamedTuple):
+    """Batch means."""
+
+    l1: Tensor
+    perceptual: Tensor
+
+
+def reconstruction_distance(
+    perceptual: PerceptualDistance, reconstructions: Tensor, images: Tensor, *, l1_space: str = "normalised"
+) -> Distance:
+    """L1 and the perceptual distance of ImageNet-normalised images, in float32 (paper eq. 1).
+
+    The perceptual distance is taken in [-1, 1], L1 there (`unit`) or in normalised space.
+    """
+    reconstructions, images = reconstructions.float(), images.float()
+    ours, theirs = denormalise(reconstructions) * 2 - 1, denormalise(images) * 2 - 1
+    pair = (reconstructions, images) if l1_space == "normalised" else (ours, theirs)
+    return Distance((pair[0] - pair[1]).abs().mean(), perceptual(ours, theirs).mean())
