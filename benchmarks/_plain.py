@@ -1,7 +1,9 @@
-"""The joint step as one would first write it: the reference of benchmarks/pretrain.py.
+"""A joint step as one would first write it, on one page: the reference of benchmarks/pretrain.py.
 
 Three forwards, one sum, one backward. Losses after their papers, on whole matrices; AdamW without fusion; the teacher
-updated parameter by parameter; every scalar read at once.
+updated parameter by parameter; every scalar read at once. It takes as much computing as the step of the stage, and is
+not the same training: temperatures and the teacher's momentum are fixed, all parameters have one rate, nothing is left
+out by stochastic depth, and the logit scale is not clamped.
 """
 
 import copy
@@ -95,6 +97,33 @@ class PlainSsl(nn.Module):
         for average, module in ((self.teacher, trunk), (self.teacher_head, self.head)):
             for kept, current in zip(average.parameters(), module.parameters(), strict=True):
                 kept.data = kept.data * momentum + current.data * (1 - momentum)
+
+
+class PlainStep:
+    """The joint step. A batch goes in; the weights move."""
+
+    def __init__(self, tokenizer: VisualTokenizer, perceptual: nn.Module, config: Pretrain) -> None:
+        self.tokenizer, self.perceptual, self.config = tokenizer, perceptual, config
+        self.ssl = PlainSsl(tokenizer, config).to(tokenizer.logit_scale.device)
+        self.optimizer = adamw([tokenizer, self.ssl.head], config)
+
+    def __call__(self, batch: PretrainBatch) -> list[float]:
+        """The loss, and its three parts."""
+        tokenizer, weights = self.tokenizer, self.config.objective.weights
+        reduced = self.config.training.precision == "bfloat16"
+        with torch.autocast(tokenizer.logit_scale.device.type, torch.bfloat16, enabled=reduced):
+            image = tokenizer.encode_image(normalise(batch.clip_images))
+            clip = contrast(image, tokenizer.encode_text(batch.tokens), tokenizer.logit_scale.exp())
+            ssl = self.ssl(tokenizer.trunk, batch)
+            reconstruction = reconstruct(tokenizer, self.perceptual, normalise(batch.rec_images))
+            loss = weights.clip * clip + weights.ssl * ssl + weights.reconstruction * reconstruction
+        self.optimizer.zero_grad()
+        loss.backward()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=False)
+        self.optimizer.step()
+        self.ssl.follow(tokenizer.trunk, 0.99)
+        return [value.item() for value in (loss, clip, ssl, reconstruction)]
 
 
 def adamw(modules: list[nn.Module], config: Pretrain) -> torch.optim.AdamW:

@@ -3,9 +3,10 @@
     python -m benchmarks.pretrain                                                       # the reference recipe
     python -m benchmarks.pretrain pipelines/overlays/sizes/L.yaml:pretrain --divide 256     # what one of 256 GPUs does
 
-`joint` is our step as the environment says (VTP_COMPILE, VTP_RECOMPUTE, VTP_MICRO_BATCH). `plain` is the same step as one
-would first write it (benchmarks/_plain.py). `separate` is the sum of three steps on the same sizes: open_clip's model and
-loss, a reconstruction, a DINO-style one. Rounds alternate, so that a busy machine slows all alike; medians are compared.
+`joint` is our step as the environment says (VTP_COMPILE, VTP_RECOMPUTE, VTP_MICRO_BATCH). `plain` is a step of as much
+computing as one would first write it (benchmarks/_plain.py). `separate` is the sum of three steps on the same sizes:
+open_clip's model and loss, a reconstruction, a DINO-style one. Rounds alternate, so that a busy machine slows all alike;
+medians are compared.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks._pictures import stream_of, write_pictures
-from benchmarks._plain import PlainSsl, adamw, contrast, reconstruct
+from benchmarks._plain import PlainSsl, PlainStep, adamw, reconstruct
 from stages.pretrain import Pretrain, build_batches, build_objective, parallelize
 from stages.runner.environment import LocalHost, Runtime
 from vtp.data.batches import RankSlice, count_micro_batches
@@ -36,7 +37,7 @@ from vtp.training.optim import build_optimizer
 from vtp.training.throughput import memory_bytes, peak_flops
 from vtp.training.update import Update
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 def main() -> None:
@@ -86,27 +87,9 @@ def joint(config: Pretrain, micro_batches: list[PretrainBatch], host: LocalHost)
 
 
 def plain(config: Pretrain, batch: PretrainBatch, host: LocalHost) -> Step:
-    """The same step, written naively."""
-    tokenizer, perceptual = _models(config, host)
-    ssl = PlainSsl(tokenizer, config).to(host.device)
-    optimizer = adamw([tokenizer, ssl.head], config)
-    weights = config.objective.weights
-
-    def step() -> None:
-        with _precision(config, host):
-            image = tokenizer.encode_image(normalise(batch.clip_images))
-            clip = contrast(image, tokenizer.encode_text(batch.tokens), tokenizer.logit_scale.exp())
-            of_ssl = ssl(tokenizer.trunk, batch)
-            reconstruction = reconstruct(tokenizer, perceptual, normalise(batch.rec_images))
-            loss = weights.clip * clip + weights.ssl * of_ssl + weights.reconstruction * reconstruction
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0, foreach=False)
-        optimizer.step()
-        ssl.follow(tokenizer.trunk, 0.99)
-        _ = [value.item() for value in (loss, clip, of_ssl, reconstruction)]
-
-    return step
+    """A step of as much computing, written naively."""
+    step = PlainStep(*_models(config, host), config)
+    return lambda: step(batch)
 
 
 def separate(config: Pretrain, batch: PretrainBatch, host: LocalHost) -> dict[str, Step]:

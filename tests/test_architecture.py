@@ -120,7 +120,11 @@ def test_card(path):
 def test_the_library_does_not_print():
     """But for programs of its own, which talk to a terminal or a log."""
     programs = {"vtp/__main__.py", "vtp/curation/download/worker.py"}
-    printing = {str(path.relative_to(ROOT)) for path in SOURCES if "vtp" in path.parts and "print(" in path.read_text()}
+    printing = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if "vtp" in path.relative_to(ROOT).parts and "print(" in path.read_text()
+    }
     assert printing == programs
 
 

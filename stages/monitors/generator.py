@@ -145,9 +145,8 @@ class GeneratorMonitor:
         return torch.autocast(self._device, torch.bfloat16, enabled=self._precision == "bfloat16")
 
     def _noise(self, purpose: str, indices: Sequence[int]) -> Tensor:
-        noise = draw_noise(
-            self._seed, indices, self._validation.shape, purpose=f"looks/{purpose}"
-        )  # the address of these draws
+        # `looks/` is the address of these draws; by another name they would be other draws.
+        noise = draw_noise(self._seed, indices, self._validation.shape, purpose=f"looks/{purpose}")
         return noise.to(self._device)
 
 

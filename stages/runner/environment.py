@@ -50,7 +50,7 @@ class Runtime(Config):
     peak_flops: float | None = Field(None, gt=0, description="of a device per second, for utilisation")
     cache: str | None = Field(None, description="folder for shards that are fetched from elsewhere; in .scratch/")
     cache_gigabytes: float = Field(100, gt=0, description="largest size of that folder")
-    pool: str | None = Field(None, description="folder of pictures that were ever downloaded; .scratch/download/")
+    download_store: str | None = Field(None, description="folder of all that was ever downloaded; .scratch/download/")
     weights: str | None = Field(None, description="folder of external weights; weights/")
 
     @classmethod
@@ -141,7 +141,7 @@ class LocalHost:
 
     @property
     def download_store(self) -> Path | None:
-        return Path(self.runtime.pool) if self.runtime.pool else None
+        return Path(self.runtime.download_store) if self.runtime.download_store else None
 
     @property
     def checkpoint_seconds(self) -> float:

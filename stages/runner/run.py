@@ -68,7 +68,7 @@ def main(run: Callable[..., None], *, distributed: bool = False) -> None:
 def _plan_of(stage: str) -> Callable[[list[str]], Any]:
     """The function `plan` of a stage's plan. Raises StageError when it has none."""
     if not (Path(__file__).parents[1] / "plans" / f"{stage}.py").exists():
-        raise StageError(f"the stage {stage} has no plan: what it takes depends on its source alone")
+        raise StageError(f"the stage {stage} has no plan: it runs on no device, and takes what its inputs take")
     return import_module(f"stages.plans.{stage}").plan
 
 

@@ -9,17 +9,18 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from vtp.config import Config
+from vtp.params import BASE, POINTS, RUNS
 
 FILES = {
     "description": "files that this one changes, relative to it, in their order",
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
 }
-RUNS = {
+OF_RUNS = {
     "description": "runs that a study compares: each a few changes of the sections that it has",
     "type": "object",
     "additionalProperties": {"$ref": "#/$defs/Sections"},
 }
-POINTS = {
+OF_POINTS = {
     "description": "milestones of every run at which they are compared; `end` is where a run ends",
     "type": "array",
     "items": {"type": "string"},
@@ -40,7 +41,7 @@ def schema_of(stages: Mapping[str, type[Config]]) -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Parameters",
         "type": "object",
-        "properties": {"base": FILES, "runs": RUNS, "points": POINTS, **sections},
+        "properties": {BASE: FILES, RUNS: OF_RUNS, POINTS: OF_POINTS, **sections},
         "additionalProperties": {"anyOf": [*(references[config, "validation"] for config in stages.values()), NONE]},
         "$defs": definitions,
     }

@@ -189,7 +189,7 @@ def build_adversary(
     A discriminator on a tokenizer's features reads that in the folder `features`, or `tokenizer` when there is none.
     Raises ArtefactError or ValueError for weights, models and numbers of blocks that do not fit.
     """
-    torch.manual_seed(address(seed, "critic"))  # a name of its own would draw other weights than before
+    torch.manual_seed(address(seed, "critic"))  # by another name it would draw other weights
     network = build_discriminator(config.discriminator, host, tokenizer=tokenizer, folder=features)
     return Adversary(network, config, seed=seed)
 

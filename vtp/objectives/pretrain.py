@@ -3,8 +3,8 @@
     L = w_clip L_clip + w_ssl (L_dino + L_ibot + koleo) + w_rec (L1 + perceptual)
 
 Each objective sees its own share of the batch and is back-propagated before the next begins, so the step's memory is
-that of the largest and not of the sum. A term is this rank's part of the loss of the global batch. The same step as
-one would first write it, with one sum and one backward pass, is `benchmarks/_plain.py`.
+that of the largest and not of the sum. A term is this rank's part of the loss of the global batch. Such a step as one
+would first write it, with one sum and one backward pass, is `PlainStep` in `benchmarks/_plain.py`.
 """
 
 import math

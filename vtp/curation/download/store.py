@@ -50,7 +50,7 @@ OUTCOME = DownloadRecord._fields[3:]
 
 
 def record_schema() -> "pa.Schema":
-    """Of `Record`."""
+    """Of `DownloadRecord`."""
     import pyarrow as pa
 
     types = {"order": pa.uint64(), "attempt": pa.int32(), "offset": pa.int64(), "size": pa.int64()}

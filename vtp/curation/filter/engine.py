@@ -66,7 +66,7 @@ class FilterEngine:
         workers: WorkerPool,
         host: Host,
     ) -> None:
-        self.plan = FilterSteps.of(rules)
+        self.filter_steps = FilterSteps.of(rules)
         self._source, self._folder, self._pool = source, folder, pool
         self._workers, self._host = workers, host
         self._lists = folder / "lists"
@@ -80,7 +80,7 @@ class FilterEngine:
     @property
     def funnel(self) -> Funnel:
         """What was removed so far."""
-        return Funnel.of(self._source.rows, self.plan.names, self._tallies)
+        return Funnel.of(self._source.rows, self.filter_steps.names, self._tallies)
 
     def run(
         self,
@@ -92,12 +92,12 @@ class FilterEngine:
         threads: int,
     ) -> Funnel:
         """Filter into the folder `output`. Raises FilterError when more than a share of the rows is unreadable."""
-        lines, images = self.plan.lines, 0
+        lines, images = self.filter_steps.lines, 0
         spills = self._read()
         bad = self.funnel.removed((lines.unreadable_text, lines.no_key))
         self._check(bad, self._source.rows, max_unreadable, "rows have no key or a text that is not UTF-8")
         parts = self._sort(spills)
-        for number, step in enumerate(self.plan.steps):
+        for number, step in enumerate(self.filter_steps.steps):
             images = sum(part.left for part in parts)
             folder = self._folder / f"rule-{number:02}"
             folder.mkdir(exist_ok=True)
@@ -141,16 +141,16 @@ class FilterEngine:
                     pieces,
                     self._source.layout,
                     self._source.schema,
-                    self.plan.leading,
+                    self.filter_steps.leading,
                     self._lists,
-                    self.plan.lines,
+                    self.filter_steps.lines,
                     self._span,
                     self._count,
                 )
             )
             sizes.append(rows)
         self._pass(read_chunk, jobs, sizes, "reading")
-        self._tallies += [Tally.load_prepared(job.done) for job in jobs]
+        self._tallies += [Tally.load(job.done) for job in jobs]
         return tuple(path for job in jobs for path in job.spills)
 
     def _sort(self, spills: tuple[Path, ...]) -> list[_Part]:
@@ -164,12 +164,12 @@ class FilterEngine:
                 folder / f"{part:06}.npy",
                 spills,
                 part,
-                self.plan.lines.duplicate_key,
+                self.filter_steps.lines.duplicate_key,
             )
             for part in range(self._count if spills else 0)
         ]
         self._pass(sort_part, jobs, _shares(left, len(jobs)), "sorting")
-        tallies = [Tally.load_prepared(job.done) for job in jobs]
+        tallies = [Tally.load(job.done) for job in jobs]
         self._tallies += tallies
         return [_Part(job.rows, job.kept, tally.left) for job, tally in zip(jobs, tallies, strict=True)]
 
@@ -296,7 +296,7 @@ class FilterEngine:
             for number, verdict in enumerate(verdicts)
         ]
         self._pass(drop_rows, jobs, [part.left for part in parts], "removing")
-        tallies = [Tally.load_prepared(job.done) for job in jobs]
+        tallies = [Tally.load(job.done) for job in jobs]
         self._tallies += tallies
         return [
             part._replace(kept=job.kept_after, left=tally.left)

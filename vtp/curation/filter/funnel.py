@@ -55,7 +55,7 @@ class Tally:
         write_json(path, vars(self))
 
     @classmethod
-    def load_prepared(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> Self:
         """Read what `save` wrote."""
         values, tally = read_json(path), cls()
         tally.removed, tally.left = values["removed"], values["left"]
