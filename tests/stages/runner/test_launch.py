@@ -124,7 +124,7 @@ def test_an_error_of_a_rank_is_told(stage):
     process = stage(data={"batch": {"clip": 8, "ssl": 4, "reconstruction": 1}}).start(VTP_RANKS="2")
     _, said = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert "error: rank 0: batch.reconstruction 1 is not a multiple of the 2 ranks" in said
+    assert "error: rank 0: pretrain.data.batch.reconstruction 1 is not a multiple of the 2 ranks" in said
 
 
 @pytest.mark.slow
