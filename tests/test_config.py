@@ -55,13 +55,13 @@ def test_broken_yaml(tmp_path):
         ("a: b\n".encode("utf-16"), "not valid YAML"),
         (b"a: " + b"9" * 5000, "not valid YAML"),
         (b"a: 1\na: 2\n", "remove one of the two"),
-        (b"a: &x {b: *x}\n", "more than 100,000 values or 64 levels"),
-        (b"a: " + b"[" * 80 + b"]" * 80, "more than 100,000 values or 64 levels"),
+        (b"a: &x {b: *x}\n", "more than 1,000,000 values or 64 levels"),
+        (b"a: " + b"[" * 80 + b"]" * 80, "more than 1,000,000 values or 64 levels"),
         (
             b"a: ["
             + b"".join(b"&%c [%s], " % (97 + n, b"*%c, " % (96 + n) * 9 if n else b"x") for n in range(9))
             + b"]",
-            "more than 100,000 values or 64 levels",
+            "more than 1,000,000 values or 64 levels",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 
 Keys = tuple[str | int, ...]
 LONGEST = 80  # characters of a value that a message shows
-MOST_NODES, DEEPEST = 100_000, 64  # of a parameter file
+MOST_NODES, DEEPEST = 1_000_000, 64  # of a parameter file
 
 
 class ConfigError(ValueError):

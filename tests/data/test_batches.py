@@ -107,13 +107,9 @@ def test_an_image_is_decoded_once(shards, monkeypatch):
 
 
 def test_micro_batches():
-    assert count_micro_batches(2048, 256, 8) == 1
-    assert count_micro_batches(2048, 8, 8) == 32
-    assert count_micro_batches(6, 1, 4) == 2
-    assert count_micro_batches(7, 1, 4) == 7
-    with pytest.raises(ValueError, match=r"batch\.reconstruction 16 is not a multiple of the 3 ranks"):
-        count_micro_batches(16, 3, 8)
-    with pytest.raises(ValueError, match=r"tune_decoder\.batch_size 16 is not"):
+    for blocks, ranks, largest, expected in ((2048, 256, 8, 1), (2048, 8, 8, 32), (6, 1, 4, 2), (7, 1, 4, 7)):
+        assert count_micro_batches(blocks, ranks, largest, named="batch_size") == expected
+    with pytest.raises(ValueError, match=r"tune_decoder\.batch_size 16 is not a multiple of the 3 ranks"):
         count_micro_batches(16, 3, 8, named="tune_decoder.batch_size")
 
 
