@@ -2,12 +2,14 @@
 
     python -m benchmarks.studies --runs 12 --points 3
 
-A clone of this project in a temporary folder gets a study of so many runs and points, at the size of the tests, and runs
-it: half a minute per run and point. Then `dvc repro` and `dvc status` of the finished study are timed, beside `dvc
-version`, which is what it takes to start DVC.
+A clone of this project in a temporary folder gets a study of so many points, at the size of the tests, and runs one run
+of it, of which all others are copies that are committed (`dvc commit`): DVC sees as many stages, parameters and files.
+Then `dvc repro` and `dvc status` of the finished study are timed, beside `dvc version`, which is what it takes to start
+DVC.
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -17,7 +19,9 @@ sys.path.insert(
     0, str(Path(__file__).parents[1] / "tests")
 )  # the recipe at a size of seconds, and a clone to run it in
 
-from clone import Clone, Study, ran
+from clone import Clone, Study
+
+from vtp.params import milestone_name
 
 
 def main() -> None:
@@ -29,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         study = build(Path(folder) / "clone", options.runs, options.points)
-        stages = len(ran(study.dvc("repro", seconds=7200)))
+        stages = len(study.dvc("stage", "list", "--name-only").split())
         print(f"{stages} stages: {options.runs} runs, {options.points} points, 8 stages of each")
         for command in ("repro", "status", "version"):
             seconds = sorted(timed(study, command) for _ in range(options.repeat))[options.repeat // 2]
@@ -42,11 +46,17 @@ def build(folder: Path, runs: int, points: int) -> Study:
     summary = {"metrics": ["reconstruction.validation_centre16.tuned.psnr"]}
     monitor = {"milestones": milestones}
     study = Study(Clone(folder), "scaling", pretrain={"monitor": monitor}, summary=summary)
-    study.values |= {
-        "runs": {f"seed-{number}": {"pretrain": {"seed": number}} for number in range(runs)},
-        "points": [name if name == "end" else f"{name:.3e}" for name in milestones],
-    }
+    names = [f"seed-{number}" for number in range(runs)]
+    study.values |= {"runs": {names[0]: {}}, "points": [milestone_name(milestone) for milestone in milestones]}
     study.write({})
+    study.dvc("repro", seconds=3600)
+    for name in names[1:]:
+        for parent in ("work", "work/points", "plots"):
+            shutil.copytree(study.folder / parent / names[0], study.folder / parent / name)
+    study.values["runs"] = {name: {"pretrain": {"seed": number}} for number, name in enumerate(names)}
+    study.write({})
+    study.dvc("repro", "check")
+    study.dvc("commit", "--force", seconds=3600)
     return study
 
 
