@@ -118,16 +118,23 @@ def _comparison(runs: dict[str, list[Point]], published: dict[str, dict[str, flo
 
 
 def _figure(runs: dict[str, list[Point]], config: Summary, path: Path) -> None:
-    counted = any(point.flops is not None for curve in runs.values() for point in curve)
+    single = all(len(curve) == 1 for curve in runs.values())  # bars say more than a dot of each
+    counted = not single and any(point.flops is not None for curve in runs.values() for point in curve)
     with axes(len(config.metrics), path, columns=3, size=(4.6, 3.2), dpi=90) as every:
         for axis, name in zip(every, config.metrics, strict=True):
             for position, (run, curve) in enumerate(runs.items()):
-                _draw(axis, f"C{position}", run, curve, name)
+                if single:
+                    axis.bar(position, curve[0].values[name], width=0.6, color=f"C{position}", label=run)
+                else:
+                    _draw(axis, f"C{position}", run, curve, name)
                 if (theirs := config.published.get(run, {}).get(name)) is not None:
                     axis.axhline(theirs, color=f"C{position}", linestyle=":")
+            if single:
+                axis.set_xticks(range(len(runs)), list(runs))
+                axis.set_xlim(-0.5, len(runs) - 0.5)
             axis.set_title(name, fontsize=9)
             axis.set_xlabel("training FLOPs" if counted else "", fontsize=8)
-            axis.tick_params(labelsize=8, labelbottom=counted, bottom=counted)
+            axis.tick_params(labelsize=8, labelbottom=counted or single, bottom=counted)
         every[0].legend(fontsize=8)
         every[0].figure.suptitle(f"{config.title} (dotted: published)" if config.published else config.title)
 

@@ -42,6 +42,25 @@ def test_runs_along_their_training(tmp_path):
     ]
 
 
+def test_runs_of_one_point_are_bars(tmp_path, monkeypatch):
+    """Also where a run lacks the metric; several points are curves."""
+    from matplotlib.axes import Axes
+
+    bars, plain = [], Axes.bar
+    monkeypatch.setattr(Axes, "bar", lambda axis, *a, **k: bars.append(a[:2]) or plain(axis, *a, **k))
+    folder = points(tmp_path, {"joint/end": (0.3, 3.25), "ae/end": (None, 5)})
+    summarised(tmp_path, folder, {})
+    assert [(run, value) for run, value in bars if not math.isnan(value)] == [
+        ("joint", 0.3),
+        ("ae", 5),
+        ("joint", 3.25),
+    ]
+    bars.clear()
+    points(tmp_path, {"joint/9.5e+11": (0.1, 4)})
+    summarised(tmp_path, folder, {}, name="curves")
+    assert not bars
+
+
 def test_the_end_of_a_run(tmp_path):
     """Its place is what the run took; what was measured of the whole run counts there; and it is the headline."""
     folder = points(tmp_path, {"joint/9.5e+11": (0.1, 4), "joint/end": (0.3, 3.25), "ae/end": (None, 5)})
