@@ -50,11 +50,7 @@ def test_runs_of_one_point_are_bars(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "bar", lambda axis, *a, **k: bars.append(a[:2]) or plain(axis, *a, **k))
     folder = points(tmp_path, {"joint/end": (0.3, 3.25), "ae/end": (None, 5)})
     summarised(tmp_path, folder, {})
-    assert [(run, value) for run, value in bars if not math.isnan(value)] == [
-        ("joint", 0.3),
-        ("ae", 5),
-        ("joint", 3.25),
-    ]
+    assert [bar for bar in bars if not math.isnan(bar[1])] == [(1, 0.3), (0, 5), (1, 3.25)]
     bars.clear()
     points(tmp_path, {"joint/9.5e+11": (0.1, 4)})
     summarised(tmp_path, folder, {}, name="curves")
