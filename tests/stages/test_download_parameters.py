@@ -89,7 +89,7 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_an_empty_selection_is_an_error(tmp_path):
-    host = LocalHost(tmp_path / "download" / "run" / "folder", tmp_path, Runtime(pool=str(tmp_path / "pool")))
+    host = LocalHost(tmp_path / "download" / "run" / "folder", tmp_path, Runtime(download_store=str(tmp_path / "pool")))
     selection = write_selection([Row("a", "http://127.0.0.1/", "a", None, None)], tmp_path / "selection")
     path = selection / "part-00000.parquet"
     pq.write_table(pq.read_table(path).slice(1), path)
