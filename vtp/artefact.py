@@ -114,7 +114,8 @@ def assign_weights(
 
     Raises ArtefactError that lists what is missing, unknown or of another shape.
     """
-    expected = {key: list(value.shape) for key, value in module.state_dict().items()}
+    state = module.state_dict()
+    expected = {key: list(value.shape) for key, value in state.items()}
     problems = [f"missing {name(key)}" for key in sorted(expected.keys() - tensors.keys())]
     problems += [f"unknown {name(key)}" for key in sorted(tensors.keys() - expected.keys())]
     problems += [
@@ -125,15 +126,14 @@ def assign_weights(
     problems += [
         f"{name(key)} is {tensors[key].dtype}"
         for key in sorted(expected.keys() & tensors.keys())
-        if tensors[key].is_floating_point() != module.state_dict()[key].is_floating_point()
+        if tensors[key].is_floating_point() != state[key].is_floating_point()
     ]
     if problems:
         rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ArtefactError(
             f"{where} does not fit its config.json: {'; '.join(problems[:5])}{rest}; fetch both files again"
         )
-    wanted = {key: value.dtype for key, value in module.state_dict().items()}
-    module.load_state_dict({key: value.to(wanted[key]) for key, value in tensors.items()}, assign=True)
+    module.load_state_dict({key: value.to(state[key].dtype) for key, value in tensors.items()}, assign=True)
 
 
 def digest(path: Path, *, of_file: Callable[[Path], str] | None = None) -> str:
