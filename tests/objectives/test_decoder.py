@@ -128,7 +128,7 @@ def test_compiled_and_recomputed():
     assert found.keys() == plain.keys()
     for name, gradient in plain.items():
         # A compiler's float32 differs by processor (1.4e-4 on one of them); what is left out or twice is off by ones.
-        assert (found[name] - gradient).norm() < 1e-3 * gradient.norm() + 1e-8, name
+        assert (found[name] - gradient).norm() < 3e-4 * gradient.norm() + 1e-8, name
 
 
 def test_noise_is_that_of_the_channel_and_of_the_sample():
