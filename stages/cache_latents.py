@@ -23,6 +23,7 @@ from vtp.data.latents import LatentShard, finish_cache, plan_shards, write_laten
 from vtp.data.remote import ShardCache
 from vtp.data.shared_files import SharedFiles, row_count
 from vtp.distributed import ranks
+from vtp.finite import require_finite
 from vtp.host import Host
 from vtp.layers.images import normalise
 from vtp.models.base import Tokenizer
@@ -148,7 +149,11 @@ def _encode(model: Tokenizer, pictures: Tensor, config: CacheLatents) -> dict[st
         encoded = {"latents": model.encode(images)}
         if config.horizontal_flips:
             encoded["flipped"] = model.encode(images.flip(3))
-    return {name: latents.to(getattr(torch, config.dtype)).cpu() for name, latents in encoded.items()}
+    stored = {name: latents.to(getattr(torch, config.dtype)).cpu() for name, latents in encoded.items()}
+    for name, latents in stored.items():
+        remedy = "is the tokenizer sound? If so, set cache_latents.dtype to float32"
+        require_finite(latents, f"{name} of a batch as {config.dtype}", remedy)
+    return stored
 
 
 class _LatentWriter:

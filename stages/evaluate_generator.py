@@ -154,7 +154,8 @@ class _Decoding:
         for number in own_rows(len(batches)):
             indices = batches[number]
             first, latents = int(indices[0]), self._samples.latents(int(indices[0]), len(indices))
-            images = to_uint8(self._model.decode(latents.to(extractor.device)))
+            decoded = self._model.decode(latents.to(extractor.device))
+            images = to_uint8(decoded, f"images of setting {self._samples.setting} from number {first} on")
             extracted = extractor(images)
             for features, count in zip(sets, self._config.counts, strict=True):
                 if first < count:

@@ -20,6 +20,7 @@ from vtp.data.latents import LatentDataset
 from vtp.data.shared_files import SharedFiles
 from vtp.distributed import ranks
 from vtp.evaluation.samples import FORMAT_VERSION, NOISE, Labels, SamplesArtefact, SettingName, draw_labels
+from vtp.finite import require_finite
 from vtp.flow import SamplerConfig, draw_noise, sample
 from vtp.flow.sampler import Interval
 from vtp.host import Host
@@ -99,6 +100,7 @@ def run(
         shard_size=config.shard_size,
         labels=config.labels,
         settings=drawing.settings,
+        files={},
     )
     shared = SharedFiles(host.folder / "samples", artefact.shards)
     with host.progress(total=shared.total, description="sampling", unit="sample", done=shared.done) as bar:
@@ -147,7 +149,13 @@ class _Drawing(NamedTuple):
                 guide_model=guide,
                 **sampler.arguments(),
             )
-        return self.space.statistics.denormalise(drawn[: len(rows)].float()).cpu()
+        latents = self.space.statistics.denormalise(drawn[: len(rows)].float()).cpu()
+        require_finite(
+            latents,
+            f"samples of setting {setting} from number {rows.start} on",
+            f"see the generator's weights and lower its guidance scale of {sampler.guidance_scale:g}",
+        )
+        return latents
 
     def _precision(self) -> AbstractContextManager[object]:
         device = torch.device(self.device).type

@@ -93,7 +93,7 @@ def test_latents_are_those_of_the_encoder(judged):
     with torch.no_grad():
         encoded = tokenizer.encode(normalise(images.images(images.singles().rows[rows], SIZE)))
     torch.testing.assert_close(latents.rows(np.array(rows)), encoded, atol=1e-4, rtol=1e-4)
-    assert latents.config["encoder"] == tokenizer.encoder_digest()
+    assert latents.encoder == tokenizer.encoder_digest()
     assert latents.shape == tokenizer.latent_shape
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # torch is imported where it is used: processes that handle rows and images alone do without its 0.3 GB.
 CHUNK = 1 << 20
+LARGE = 16_000_000  # bytes; the digests of smaller files are taken every time
+
+remembered: dict[str, str] = {}  # digests of large files of this process by `_identity`
 
 
 class ArtefactError(ValueError):
@@ -112,7 +115,7 @@ def assign_weights(
 
     `name` says what a key is called in the file.
 
-    Raises ArtefactError that lists what is missing, unknown or of another shape.
+    Raises ArtefactError that lists what is missing, unknown, of another shape, or no number.
     """
     state = module.state_dict()
     expected = {key: list(value.shape) for key, value in state.items()}
@@ -133,26 +136,52 @@ def assign_weights(
         raise ArtefactError(
             f"{where} does not fit its config.json: {'; '.join(problems[:5])}{rest}; fetch both files again"
         )
+    if bad := [name(key) for key in sorted(tensors) if not tensors[key].isfinite().all()]:
+        raise ArtefactError(f"{where}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}; fetch it again")
     module.load_state_dict({key: value.to(state[key].dtype) for key, value in tensors.items()}, assign=True)
 
 
-def digest(path: Path, *, of_file: Callable[[Path], str] | None = None) -> str:
+def digest(path: Path) -> str:
     """SHA-256 of a file's bytes, or of a folder's relative paths and bytes. Raises ArtefactError when missing.
 
-    `of_file` gives the digest of a file's bytes, for whoever knows some already.
+    That of a large file is taken once: a start that reads terabytes first takes hours. A file is the one that was read
+    when its path, inode, size and time of change are, as for DVC.
     """
     if path.is_dir():
-        lines = [f"{(of_file or digest)(file)} {file.relative_to(path).as_posix()}\n" for file in files(path)]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        # Names are bytes: not every file system holds UTF-8.
+        lines = [b"%s %s\n" % (digest(file).encode(), os.fsencode(file.relative_to(path))) for file in files(path)]
+        return hashlib.sha256(b"".join(lines)).hexdigest()
     if not path.exists():
         raise ArtefactError(f"{path}: no such file or folder; {siblings(path)}")
-    if of_file is not None:
-        return of_file(path)
+    status = path.stat()
+    if status.st_size < LARGE:
+        return _digest_bytes(path)
+    place = os.fsencode(path.resolve()).decode(errors="backslashreplace")
+    identity = f"{place} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    if identity not in remembered:
+        remembered[identity] = _digest_bytes(path)
+    return remembered[identity]
+
+
+def _digest_bytes(path: Path) -> str:
     state = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             state.update(chunk)
     return state.hexdigest()
+
+
+def verify_files(folder: Path, digests: Mapping[str, str], *, remedy: str) -> None:
+    """See that files of a folder have their digests, by name.
+
+    Raises ArtefactError that names the first that is missing or was changed, cut or exchanged.
+    """
+    for name, expected in digests.items():
+        if (actual := digest(folder / name)) != expected:
+            raise ArtefactError(
+                f"{folder / name}: not the file that was written there: its sha256 is {actual[:12]}..., not "
+                f"{expected[:12]}...; {remedy}"
+            )
 
 
 def files(folder: Path) -> list[Path]:

@@ -56,7 +56,10 @@ class Comparison:
 
     def decode(self, latents: Tensor) -> dict[str, Tensor]:
         """What every decoder makes of latents, as a file would hold it: uint8 [B, 3, S, S]."""
-        return {name: to_uint8(model.decode(latents)) for name, model in self.models.items()}
+        return {
+            name: to_uint8(model.decode(latents), f"images of the {name} decoder")
+            for name, model in self.models.items()
+        }
 
     def write_images(self, values: Tensor, names: Sequence[str], path: Path) -> None:
         """A row per image: shard, key, and `values` [N, models, 3] under `<decoder>_<name>`. Equal bytes for equals."""

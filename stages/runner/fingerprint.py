@@ -7,14 +7,14 @@ comment changes no digest; a changed formula changes those of the stages that ca
 import ast
 import fcntl
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from vtp.artefact import digest, write_json
+from vtp.artefact import ArtefactError, read_json, remembered, write_json
 
 ROOT = Path(__file__).parents[2]  # the packages lie beside each other, in an experiment's copy too
 PACKAGES = ("vtp", "stages")
+DIGESTS = Path(".scratch", "digests.json")  # of large files, of all stages
 # Packages and files that cannot change a result: how a run is started, resumed, planned and timed.
 LEFT_OUT = (
     "stages.runner",
@@ -23,7 +23,6 @@ LEFT_OUT = (
     "vtp.training.checkpoint",
     "vtp.training.throughput",
 )
-LARGE = 16_000_000  # bytes; the digests of smaller files are taken every time
 
 
 def code_digest(module: str) -> str:
@@ -135,42 +134,25 @@ def _dump(node: object) -> str:
     return f"[{', '.join(map(_dump, node))}]" if isinstance(node, list) else repr(node)
 
 
-class InputDigests:
-    """Digests of inputs. Those of large files are remembered in the file `store`, which several stages may use at a time.
+def recall_digests(store: Path) -> None:
+    """Let this process know the digests of large files that others took; a damaged `store` knows none."""
+    remembered.update(_stored(store))
 
-    A file is the one that was read when its path, inode, size and time of change are, as for DVC: a start that reads
-    terabytes first takes hours.
-    """
 
-    def __init__(self, store: Path) -> None:
-        self._store = store
-        self._known = self._load()
-        self._new: dict[str, str] = {}
+def store_digests(store: Path) -> None:
+    """Keep what this process knows for others; several may do so at a time."""
+    if remembered.items() <= _stored(store).items():
+        return
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with store.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = _stored(store) | remembered
+        write_json(store, {name: known[name] for name in known if Path(name.rsplit(" ", 3)[0]).exists()})
 
-    def of(self, path: Path) -> str:
-        """SHA-256 of a file or folder, as `vtp.artefact.digest` gives it. Raises ArtefactError when missing."""
-        sha256 = digest(path, of_file=self._of_file)
-        if self._new:
-            self._save()
-        return sha256
 
-    def _of_file(self, path: Path) -> str:
-        status = path.stat()
-        if status.st_size < LARGE:
-            return digest(path)
-        name = f"{path.resolve()} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
-        if name not in self._known:
-            self._known[name] = self._new[name] = digest(path)
-        return self._known[name]
-
-    def _load(self) -> dict[str, str]:
-        return json.loads(self._store.read_text(encoding="utf-8")) if self._store.exists() else {}
-
-    def _save(self) -> None:
-        self._store.parent.mkdir(parents=True, exist_ok=True)
-        with self._store.with_suffix(".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            gone = [name for name in self._known if not Path(name.rsplit(" ", 3)[0]).exists()]
-            known = {name: value for name, value in (self._load() | self._new).items() if name not in gone}
-            write_json(self._store, known)
-        self._new.clear()
+def _stored(store: Path) -> dict[str, str]:
+    try:
+        known = read_json(store)
+    except ArtefactError:
+        return {}
+    return {name: value for name, value in known.items() if isinstance(value, str)}

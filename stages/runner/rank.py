@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from stages.runner.environment import Interrupted, LocalHost, Runtime, keep_freed_memory
+from stages.runner.fingerprint import DIGESTS, recall_digests
 from stages.runner.launch import RankJob
 from stages.runner.run import config_class
 from vtp.artefact import write_json
@@ -26,6 +27,7 @@ def main() -> None:
     job, rank = RankJob.load(path), int(os.environ["RANK"])
     runtime = Runtime.of(os.environ)
     keep_freed_memory(runtime)
+    recall_digests(Path(job.root) / DIGESTS)
     try:
         run = import_module(f"stages.{job.stage}").run
         config = config_class(run).parse(job.config, where=f"{path}:config")
@@ -45,9 +47,7 @@ def main() -> None:
                 logging.info("stopped")
     except Exception as error:
         logging.exception("rank %d failed", rank)
-        message = (
-            str(error) if isinstance(error, ValueError | FloatingPointError) else f"{type(error).__name__}: {error}"
-        )
+        message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         consequence = isinstance(error, RuntimeError) and any(word in str(error) for word in CONSEQUENCES)
         if consequence:
             message = f"waited for another rank, at most {runtime.timeout_seconds:g} s ({message.splitlines()[0]})"

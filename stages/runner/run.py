@@ -25,10 +25,10 @@ from types import FrameType
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from stages.runner.environment import STOP, Interrupted, LocalHost, Runtime, keep_freed_memory
-from stages.runner.fingerprint import InputDigests, code_digest
+from stages.runner.fingerprint import DIGESTS, code_digest, recall_digests, store_digests
 from stages.runner.launch import RankJob, run_ranks, several
 from stages.runner.scratch import Scratch, prune
-from vtp.artefact import remove, write_json
+from vtp.artefact import digest, remove, write_json
 from vtp.config import Config, ConfigError
 from vtp.params import load
 
@@ -93,8 +93,10 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
     address, inputs, outputs, provenance = _parse(run, stage, arguments)
     config = load(address, config_class(run))
     root = _repository()
-    known = InputDigests(root / ".scratch" / "digests.json")
-    digests = {name: _input_digest(name, path, known) for name, path in inputs.items()}
+    store = root / DIGESTS
+    recall_digests(store)
+    digests = {name: _input_digest(name, path) for name, path in inputs.items()}
+    store_digests(store)
     identity = {"stage": stage, "config": config.model_dump(mode="json"), "inputs": digests}
     code = code_digest(f"stages.{stage}")
     fingerprint = hashlib.sha256(json.dumps([identity, code], sort_keys=True).encode()).hexdigest()[:16]
@@ -150,7 +152,7 @@ def _work(body: _Body, host: LocalHost, scratch: Scratch, *, several: bool) -> i
         problem = _run_ranks(body, host, scratch) if several else _run_here(body, host)
     except Interrupted:
         return INTERRUPTED
-    except (ValueError, FloatingPointError) as error:
+    except ValueError as error:
         logging.exception("the stage failed")
         problem = str(error)
     except OSError as error:
@@ -217,12 +219,12 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _input_digest(name: str, path: Path | list[Path], known: InputDigests) -> str | list[str]:
+def _input_digest(name: str, path: Path | list[Path]) -> str | list[str]:
     if isinstance(path, list):
-        return [str(_input_digest(name, each, known)) for each in path]
+        return [str(_input_digest(name, each)) for each in path]
     if not path.exists():
         raise StageError(f"{_flag(name)} {path}: no such file or folder; run the stage that makes it, or dvc checkout")
-    return known.of(path)
+    return digest(path)
 
 
 def _repository() -> Path:

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vtp.distributed import StateError
+from vtp.finite import NotFiniteError
 from vtp.step import OptimConfig, ParameterGroup, StepContext, StepCost, Term
 from vtp.training.checkpoint import Checkpoints
-from vtp.training.fit import FlopsLength, NotFinite, Run, SamplesLength, TrainingConfig, fit, run_length
+from vtp.training.fit import FlopsLength, Run, SamplesLength, TrainingConfig, fit, run_length
 from vtp.training.log import Curves, Means
 from vtp.training.optim import build_optimizer, learning_rate, set_rates
 
@@ -199,7 +200,7 @@ def test_the_state_of_another_model_is_refused(tmp_path):
 
 def test_nan_stops_and_names_the_place(tmp_path):
     with pytest.raises(
-        NotFinite, match=r"step 5: the gradient is not finite, phase first, from square \(loss\) on rank 0"
+        NotFiniteError, match=r"step 5: the gradient is not finite, phase first, from square \(loss\) on rank 0"
     ):
         train(Host(tmp_path), batches=Lines(poisoned=(3, 5)))
 

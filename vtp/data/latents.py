@@ -1,6 +1,6 @@
 """Cached latents: sharded safetensors with labels, a table beside each, and the statistics that normalise them.
 
-    config.json               shape, type, classes, splits, and the digest of the encoder whose latents these are
+    config.json               type, classes, splits, digests of all files and of the encoder whose latents these are
     statistics.safetensors    mean and standard deviation per channel
     train-00000.safetensors   latents [n, d, h, w], those of the horizontal flips [n, d, h, w] if any, labels [n]
     train-00000.parquet       key, caption, label of each row
@@ -10,21 +10,57 @@ Shards are memory-mapped once; a random minibatch touches only its own rows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, whole_file, write_json
+from vtp.artefact import (
+    ArtefactError,
+    digest,
+    load_tensors,
+    read_json,
+    save_tensors,
+    verify_files,
+    whole_file,
+    write_json,
+)
+from vtp.config import Config, ConfigError
 from vtp.draws import numpy_draws
 from vtp.layers.latent_space import LatentSpace, LatentStatistics
 
 if TYPE_CHECKING:
     from vtp.data.dataset import ShardDataset
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+STATISTICS_FILE = "statistics.safetensors"
+REMEDY = "fetch the folder again (dvc checkout), or run cache_latents again"
 CHUNK = 256  # latents that the statistics hold in float64 at a time
+
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # of a file in the folder
+
+
+class LatentSplit(Config):
+    """What `config.json` says of a split."""
+
+    samples: int = Field(ge=1)
+    shards: list[FileName] = Field(min_length=1)
+
+
+class LatentsArtefact(Config):
+    """`config.json` of a folder of latents."""
+
+    format_version: Literal[3]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    image_size: int
+    classes: list[str]
+    encoder: str  # digest of that whose latents these are
+    statistics_images: int  # behind mean and deviation
+    splits: dict[str, LatentSplit]
+    files: dict[FileName, str]  # SHA-256 of every other file
 
 
 class LatentShard(NamedTuple):
@@ -86,18 +122,17 @@ def finish_cache(
     if not bool((std > 0).all()):
         dead = int((std == 0).sum())
         raise ArtefactError(f"{dead} latent channels are constant over the data set: the encoder has collapsed")
-    LatentStatistics(mean.float().view(1, -1, 1, 1), std.float().view(1, -1, 1, 1)).save(
-        folder / "statistics.safetensors"
-    )
+    LatentStatistics(mean.float().view(1, -1, 1, 1), std.float().view(1, -1, 1, 1)).save(folder / STATISTICS_FILE)
     splits: dict[str, dict[str, Any]] = {}
     for shard in shards:
         entry = splits.setdefault(shard.split, {"samples": 0, "shards": []})
         entry["samples"] += len(shard.rows)
         entry["shards"].append(shard.name)
-    write_json(
-        folder / "config.json",
-        {"format_version": FORMAT_VERSION, "splits": splits, "statistics_images": images, **description},
-    )
+    paths = [path for shard in shards for path in (shard.path(folder), shard.path(folder).with_suffix(".parquet"))]
+    written = {path.name: digest(path) for path in (*paths, folder / STATISTICS_FILE) if path.exists()}
+    values = {"format_version": FORMAT_VERSION, "splits": splits, "statistics_images": images, "files": written}
+    config = LatentsArtefact.parse(values | dict(description), where="config.json")
+    write_json(folder / "config.json", config.model_dump())
 
 
 def _statistics(folder: Path, shards: Sequence[LatentShard], most: int | None, seed: int) -> tuple[Tensor, Tensor, int]:
@@ -120,27 +155,28 @@ def _statistics(folder: Path, shards: Sequence[LatentShard], most: int | None, s
 
 
 class LatentDataset:
-    """A split of a folder of cached latents. Raises ArtefactError when it is incomplete."""
+    """A split of a folder of cached latents. Raises ArtefactError when a file is not the one that was written."""
 
     def __init__(self, folder: Path, split: str = "train") -> None:
         self.folder = folder
-        self.config = read_json(folder / "config.json")
-        if self.config.get("format_version") != FORMAT_VERSION:
-            version = self.config.get("format_version")
-            raise ArtefactError(f"{folder}: latents of format {version!r}, this code reads {FORMAT_VERSION}")
-        if split not in self.config["splits"]:
-            raise ArtefactError(f"{folder}: no split {split!r}; it has {', '.join(self.config['splits'])}")
-        entry = self.config["splits"][split]
-        shards = [load_tensors(folder / name) for name in entry["shards"]]
+        self.config = _read_config(folder)
+        if split not in self.config.splits:
+            raise ArtefactError(f"{folder}: no split {split!r}; it has {', '.join(self.config.splits)}")
+        entry = self.config.splits[split]
+        names = [STATISTICS_FILE, *entry.shards]
+        if unknown := [name for name in names if name not in self.config.files]:
+            raise ArtefactError(f"{folder / 'config.json'}: no digest of {unknown[0]}; {REMEDY}")
+        verify_files(folder, {name: self.config.files[name] for name in names}, remedy=REMEDY)
+        shards = [load_tensors(folder / name) for name in entry.shards]
         self._latents = [shard["latents"] for shard in shards]
         self._flipped = [shard["flipped"] for shard in shards if "flipped" in shard]
         self._starts = np.cumsum([0, *(len(latents) for latents in self._latents)])
         self.labels = torch.cat([shard["labels"] for shard in shards])
-        if len(self.labels) != entry["samples"]:
-            raise ArtefactError(
-                f"{folder}: {len(self.labels)} latents, config.json says {entry['samples']}; cache them again"
-            )
-        self.statistics = LatentStatistics.load(folder / "statistics.safetensors")
+        if len(self.labels) != entry.samples:
+            raise ArtefactError(f"{folder}: {len(self.labels)} latents, config.json says {entry.samples}; {REMEDY}")
+        for name, shard in zip(entry.shards, shards, strict=True):
+            require_labels(shard["labels"], len(self.classes), folder / name)
+        self.statistics = LatentStatistics.load(folder / STATISTICS_FILE)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -154,7 +190,7 @@ class LatentDataset:
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of the labels."""
-        return self.config["classes"]
+        return self.config.classes
 
     @property
     def has_flipped(self) -> bool:
@@ -164,7 +200,7 @@ class LatentDataset:
     @property
     def encoder(self) -> str:
         """Digest of the encoder whose latents these are."""
-        return self.config["encoder"]
+        return self.config.encoder
 
     @property
     def space(self) -> LatentSpace:
@@ -195,3 +231,23 @@ class LatentDataset:
         for row, (shard, offset, flip) in enumerate(places):
             out[row] = (self._flipped if flip else self._latents)[shard][offset]
         return out
+
+
+def require_labels(labels: Tensor, classes: int, where: Path) -> None:
+    """Raises ArtefactError when a label is none of `classes`."""
+    bad = labels[(labels < 0) | (labels >= classes)]
+    if len(bad):
+        raise ArtefactError(f"{where}: {len(bad)} labels are none of {classes} classes, the first is {int(bad[0])}")
+
+
+def _read_config(folder: Path) -> LatentsArtefact:
+    values = read_json(folder / "config.json")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ArtefactError(
+            f"{folder}: latents of format {values.get('format_version')!r}, this code reads {FORMAT_VERSION}; is this the "
+            "right folder? If so, run cache_latents again"
+        )
+    try:
+        return LatentsArtefact.parse(values, where=str(folder / "config.json"))
+    except ConfigError as error:
+        raise ArtefactError(f"{error}; run cache_latents again") from None

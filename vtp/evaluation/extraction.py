@@ -17,6 +17,7 @@ from vtp.artefact import load_tensors, remove, save_tensors
 from vtp.data.dataset import ShardDataset
 from vtp.data.loader import load_batches
 from vtp.distributed import barrier, gather_objects, ranks, total
+from vtp.finite import require_finite
 from vtp.host import Host
 from vtp.layers.images import normalise
 from vtp.layers.preprocess import View
@@ -146,8 +147,5 @@ class Extraction:
     def _kept(self, values: Tensor) -> Tensor:
         """On the CPU; of half precision when the encoder's is lower still."""
         values = values.to("cpu", torch.float16 if self._reduced else torch.float32)
-        if not values.isfinite().all():
-            raise ValueError(
-                f"the encoder gives features that are not finite as {values.dtype}; is the tokenizer sound?"
-            )
+        require_finite(values, f"features of the encoder as {values.dtype}", "is the tokenizer sound?")
         return values

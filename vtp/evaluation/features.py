@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vtp.artefact import verified_weights
 from vtp.config import Config
 from vtp.evaluation.networks import Clip, DinoV2, Extracted, Inception, RandomVgg
+from vtp.finite import require_finite
 
 
 class RandomVggFeaturesConfig(Config):
@@ -107,8 +108,9 @@ class FeatureExtractor:
         images = images.to(self.device)
         with torch.autocast(images.device.type, enabled=False):
             extracted = self._network(images)
-        if not all(bool(part.isfinite().all()) for part in extracted if part is not None):
-            raise ValueError(f"{self.name} features hold NaN or infinity; fetch the weights behind them again")
+        for part in extracted:
+            if part is not None:
+                require_finite(part, f"{self.name} features", "fetch the weights behind them again")
         return extracted
 
     def logits(self, pooled: Tensor) -> Tensor:

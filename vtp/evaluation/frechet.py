@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtp.artefact import ArtefactError
 from vtp.distributed import total
+from vtp.finite import require_finite
 
 BLOCK = 1024  # features that are squared at once
 
@@ -78,15 +79,11 @@ class GaussianStatistics:
     def update(self, features: Tensor) -> None:
         """Add features [B, D].
 
-        Raises ValueError for another dimension, and for values that are not finite: they would spoil all.
+        Raises ValueError for another dimension, NotFiniteError for values that would spoil all.
         """
         if features.ndim != 2 or features.shape[1] != len(self._mean):
             raise ValueError(f"statistics of {len(self._mean)} dimensions, given features {list(features.shape)}")
-        if (bad := (~features.isfinite().all(1)).nonzero()[:, 0]).numel():
-            raise ValueError(
-                f"{len(bad)} of {len(features)} features hold NaN or infinity, first that of image {int(bad[0])} of "
-                "the batch; check the weights and the model that made the images"
-            )
+        require_finite(features, "features", "check the weights and the model that made the images")
         if not len(self._block):
             self._block = torch.empty(BLOCK, len(self._mean), dtype=torch.float64)
         while len(features):
@@ -142,6 +139,8 @@ class GaussianStatistics:
         dim = shapes.get("mean", (0,))[0]
         if shapes != {"count": (), "mean": (dim,), "scatter": (dim, dim)}:
             raise ArtefactError(f"{where}: holds {shapes}, not Gaussian statistics; make it again")
+        for name in ("mean", "scatter"):
+            require_finite(tensors[name], f"rows of {name} in {where}", "make it again")
         statistics = cls(0)
         statistics._seen = int(tensors["count"])
         statistics._mean, statistics._scatter = tensors["mean"], tensors["scatter"]

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtp.finite import require_finite
+
 
 class InceptionScore(NamedTuple):
     """Mean and standard deviation (of the population) over the splits."""
@@ -25,8 +27,7 @@ def inception_score(logits: Tensor, *, splits: int, seed: int | None = None) -> 
     count = len(logits)
     if count < splits:
         raise ValueError(f"{splits} splits need at least as many samples, given {count}; lower `splits`")
-    if not bool(logits.isfinite().all()):
-        raise ValueError("logits hold NaN or infinity; check the features that they were made of")
+    require_finite(logits, "rows of logits", "check the features that they were made of")
     if seed is not None:
         # The legacy generator, so that a seed means what it means in torch-fidelity.
         logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(count)).to(logits.device)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from vtp.distributed import total
 from vtp.draws import torch_draws
 from vtp.evaluation.frechet import GaussianStatistics
+from vtp.finite import require_finite
 
 
 class PowerSpectrum(NamedTuple):
@@ -70,8 +71,7 @@ class LatentAccumulator:
         if latents.shape[1:] != self.shape:
             raise ValueError(f"latents are {list(latents.shape[1:])}, the tokenizer says {list(self.shape)}")
         values = latents.cpu().double()
-        if not values.isfinite().all():
-            raise ValueError("the tokenizer encodes an image to latents that are not finite")
+        require_finite(values, "images have latents that", "is the tokenizer sound?")
         tokens = values.movedim(1, -1).reshape(-1, self.shape[0])  # [B h w, d]
         self.tokens.update(tokens)
         lengths = tokens.norm(dim=1, keepdim=True)

@@ -1,6 +1,6 @@
 """Sampled latents: what `generate` writes and `evaluate_generator` reads.
 
-    config.json                    encoder of the latents, classes, and how each setting was drawn
+    config.json                    encoder of the latents, classes, how each setting was drawn, digests of all files
     <setting>-00000.safetensors    latents [n, d, h, w] in the tokenizer's own scale, labels [n]
 
 The setting `noise` is where all others begin: Gaussian noise with the latents' own statistics, a baseline.
@@ -13,13 +13,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vtp.artefact import ArtefactError, load_tensors, read_json, write_json
+from vtp.artefact import ArtefactError, digest, load_tensors, read_json, verify_files, write_json
 from vtp.config import Config, ConfigError
-from vtp.data.latents import LatentShard, plan_shards
+from vtp.data.latents import LatentShard, plan_shards, require_labels
 from vtp.draws import torch_draws
+from vtp.finite import require_finite
 from vtp.flow import SamplerConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+REMEDY = "fetch the folder again (dvc checkout), or run the stage generate again"
 NOISE = "noise"
 SettingName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files
 Labels = Literal["balanced", "random"]
@@ -28,13 +30,14 @@ Labels = Literal["balanced", "random"]
 class SamplesArtefact(Config):
     """`config.json` of a folder of samples."""
 
-    format_version: Literal[2]
+    format_version: Literal[3]
     encoder: str  # digest of that whose latents these are
     classes: list[str]
     samples: int = Field(ge=1)  # per setting
     shard_size: int = Field(ge=1)
     labels: Labels
     settings: dict[SettingName, SamplerConfig]
+    files: dict[str, str]  # SHA-256 of every file of samples; none before they are written
 
     @property
     def shards(self) -> list[LatentShard]:
@@ -42,8 +45,9 @@ class SamplesArtefact(Config):
         return plan_shards(dict.fromkeys((*self.settings, NOISE), self.samples), self.shard_size)
 
     def write(self, folder: Path) -> None:
-        """Which ends a folder of samples."""
-        write_json(folder / "config.json", self.model_dump(mode="json"))
+        """With the digests of all files, which ends a folder of samples."""
+        written = {shard.name: digest(shard.path(folder)) for shard in self.shards}
+        write_json(folder / "config.json", self.model_dump(mode="json") | {"files": written})
 
 
 class Samples:
@@ -60,7 +64,9 @@ class Samples:
         try:
             self.config = SamplesArtefact.parse(values, where=str(folder / "config.json"))
         except ConfigError as error:
-            raise ArtefactError(f"{error}; run the stage generate again") from None
+            raise ArtefactError(f"{error}; {REMEDY}") from None
+        if {shard.name for shard in self.config.shards} != self.config.files.keys():
+            raise ArtefactError(f"{folder / 'config.json'}: its files are not those of its settings; {REMEDY}")
 
     def __len__(self) -> int:
         """Of each setting."""
@@ -89,27 +95,33 @@ class Samples:
 
 
 class SettingSamples:
-    """Latents and labels of one setting; files are mapped, not read."""
+    """Latents and labels of one setting; files are verified and mapped, not read.
+
+    Raises ArtefactError when a file is not the one that was written.
+    """
 
     def __init__(self, samples: Samples, shards: list[LatentShard]) -> None:
-        tensors = [load_tensors(shard.path(samples.folder)) for shard in shards]
+        self.folder, self.setting = samples.folder, shards[0].split
+        verify_files(self.folder, {shard.name: samples.config.files[shard.name] for shard in shards}, remedy=REMEDY)
+        tensors = [load_tensors(shard.path(self.folder)) for shard in shards]
+        for shard, each in zip(shards, tensors, strict=True):
+            if {len(each.get(name, ())) for name in ("latents", "labels")} != {len(shard.rows)}:
+                raise ArtefactError(f"{shard.path(self.folder)}: not {len(shard.rows)} latents and labels; {REMEDY}")
+            require_labels(each["labels"], len(samples.config.classes), shard.path(self.folder))
         self._latents = [each["latents"] for each in tensors]
         self.labels = torch.cat([each["labels"] for each in tensors])  # [N]
         self._shard_size = samples.config.shard_size
-        if len(self.labels) != len(samples):
-            raise ArtefactError(
-                f"{samples.folder}: {len(self.labels)} samples of {shards[0].split}, config.json says {len(samples)}; "
-                "run the stage generate again"
-            )
 
     def latents(self, first: int, count: int) -> Tensor:
-        """[count, d, h, w] float32, those from `first` on."""
-        parts = []
-        while count:
-            shard, start = divmod(first, self._shard_size)
-            parts.append(self._latents[shard][start : start + count].float())
-            first, count = first + len(parts[-1]), count - len(parts[-1])
-        return torch.cat(parts)
+        """[count, d, h, w] float32, those from `first` on. Raises NotFiniteError for NaN and infinity."""
+        parts, place = [], first
+        while place < first + count:
+            shard, start = divmod(place, self._shard_size)
+            parts.append(self._latents[shard][start : start + first + count - place].float())
+            place += len(parts[-1])
+        latents = torch.cat(parts)
+        require_finite(latents, f"samples of {self.setting} in {self.folder} from number {first} on", REMEDY)
+        return latents
 
 
 def draw_labels(mode: Labels, seed: int, rows: range, classes: int) -> Tensor:

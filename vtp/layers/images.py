@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtp.finite import require_finite
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -29,8 +31,12 @@ def denormalise(images: Tensor) -> Tensor:
     return images * std + mean
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """ImageNet-normalised images to uint8, clamped and rounded."""
+def to_uint8(images: Tensor, what: str = "images") -> Tensor:
+    """ImageNet-normalised images [N, 3, H, W] to uint8, clamped and rounded.
+
+    Raises NotFiniteError for NaN and infinity, which are no colours; `what` the images are, for its message.
+    """
+    require_finite(images, what, "see the latents and the decoder that made them")
     return denormalise(images.float()).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -20,6 +20,13 @@ class LatentStatistics(NamedTuple):
         tensors = load_tensors(path)
         if tensors.keys() != {"mean", "std"}:
             raise ArtefactError(f"{path}: holds {', '.join(sorted(tensors))}, expected mean and std; make it again")
+        mean, std = tensors["mean"], tensors["std"]
+        if mean.ndim != 4 or mean.shape != std.shape or mean.shape != (1, mean.shape[1], 1, 1):
+            raise ArtefactError(
+                f"{path}: mean {list(mean.shape)} and std {list(std.shape)}, expected [1, channels, 1, 1]; make it again"
+            )
+        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+            raise ArtefactError(f"{path}: mean or std of some channels is no number, or std not above 0; make it again")
         return cls(**tensors)
 
     def save(self, path: Path) -> None:

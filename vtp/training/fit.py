@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from vtp.config import Config
 from vtp.data.loader import load_batches
 from vtp.distributed import fill, ranks
+from vtp.finite import NotFiniteError
 from vtp.host import Host
 from vtp.step import Logs, OptimConfig, ParameterGroup, StepContext, StepCost, Term
 from vtp.training.checkpoint import Checkpoints
@@ -109,10 +110,6 @@ class Monitor(Protocol):
         ...
 
 
-class NotFinite(FloatingPointError):
-    """Too many steps had a gradient that is NaN or infinite."""
-
-
 class Run(NamedTuple):
     """The numbers of a run."""
 
@@ -138,7 +135,7 @@ def fit(  # noqa: C901 - the one loop
     function of its number alone, so the order of the data survives a resume. `optimizer_state` is what another run's
     `fit` returned. Curves are in `host.folder / "curves.csv"` from the first interval on, rates in `throughput.csv`. A
     requested stop ends after the current step with a checkpoint. A step whose gradient is not finite is skipped and
-    logged; raises NotFinite, which names the objectives and ranks, when there are more than `max_skipped`; the last
+    logged; raises NotFiniteError, which names the objectives and ranks, when there are more than `max_skipped`; the last
     checkpoint stays.
     """
     steps, training = run.steps, run.training
@@ -244,7 +241,7 @@ def in_precision(terms: Iterator[Term], device: str, precision: str) -> Iterator
 def _report(context: StepContext, nonfinite: str, skipped: int, largest: int) -> None:
     message = f"step {context.step}: the gradient is not finite, {nonfinite}"
     if skipped > largest:
-        raise NotFinite(
+        raise NotFiniteError(
             f"{message}; {skipped} skipped, training.max_skipped is {largest}; "
             "lower the learning rate or set clip_norm; the last checkpoint is kept"
         )

@@ -1,12 +1,13 @@
 """What a run is known by: code digests, and digests of inputs, which are remembered where they are large."""
 
+import hashlib
+import json
 import os
-from pathlib import Path
 
 import pytest
 
-from stages.runner import fingerprint
-from stages.runner.fingerprint import LEFT_OUT, InputDigests, closure, code_digest, meaning
+from stages.runner.fingerprint import LEFT_OUT, closure, code_digest, meaning, recall_digests, store_digests
+from vtp import artefact
 from vtp.artefact import digest
 
 CODE = '''
@@ -76,26 +77,39 @@ def test_left_out_modules_exist():
 
 
 def test_large_files_are_read_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprint, "LARGE", 100)
+    monkeypatch.setattr(artefact, "LARGE", 100)
     store, folder, read = tmp_path / ".scratch" / "digests.json", tmp_path / "shards", []
     folder.mkdir()
     large, small = folder / "a large.tar", folder / "small.json"
     large.write_bytes(b"x" * 100)
     small.write_bytes(b"y" * 99)
+    plain = artefact._digest_bytes
+    monkeypatch.setattr(artefact, "_digest_bytes", lambda path: read.append(path.name) or plain(path))
 
-    def reading(path: Path, **how):
-        read.extend([path.name] if path.is_file() and not how else [])
-        return digest(path, **how)
+    def in_a_new_process() -> str:
+        artefact.remembered.clear()
+        recall_digests(store)
+        sha256 = digest(folder)
+        store_digests(store)
+        return sha256
 
-    monkeypatch.setattr(fingerprint, "digest", reading)
-    for expected in (["a large.tar", "small.json"], ["small.json"]):
-        read.clear()
-        assert InputDigests(store).of(folder) == digest(folder)
-        assert sorted(read) == expected
-    assert InputDigests(store).of(large) == digest(large)
+    first = in_a_new_process()
+    assert sorted(read) == ["a large.tar", "small.json"]
+    read.clear()
+    assert in_a_new_process() == first
+    assert read == ["small.json"]
     large.write_bytes(b"z" * 100)
     os.utime(large, ns=(0, 1))
-    assert InputDigests(store).of(folder) == digest(folder)
+    assert in_a_new_process() != first
     large.rename(folder / "other.tar")
-    assert InputDigests(store).of(folder) == digest(folder)
-    assert len(InputDigests(store)._known) == 1
+    assert digest(large.with_name("other.tar")) == hashlib.sha256(b"z" * 100).hexdigest()
+    in_a_new_process()
+    assert len(json.loads(store.read_text())) == 1  # those of files that are gone are forgotten
+
+
+@pytest.mark.parametrize("junk", [b"", b"[1]", b"{", b"\xff\xfe{", b'{"/a 1 2 3": 4}'])
+def test_a_damaged_store_of_digests_knows_none(tmp_path, junk):
+    (tmp_path / "digests.json").write_bytes(junk)
+    artefact.remembered.clear()
+    recall_digests(tmp_path / "digests.json")
+    assert not artefact.remembered
