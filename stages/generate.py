@@ -100,7 +100,6 @@ def run(
         shard_size=config.shard_size,
         labels=config.labels,
         settings=drawing.settings,
-        files={},
     )
     shared = SharedFiles(host.folder / "samples", artefact.shards)
     with host.progress(total=shared.total, description="sampling", unit="sample", done=shared.done) as bar:

@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
-from vtp.artefact import files, read_json, remove, write_json
+from vtp.artefact import ArtefactError, files, read_json, remove, sync, write_json
+from vtp.config import ConfigError, read_yaml
 
 LINKED_BYTES = 16_000_000  # files of this size and more are linked to their place, not copied
 
@@ -37,8 +36,17 @@ class Scratch:
 
     @property
     def finished(self) -> bool:
-        """Whether all outputs are complete."""
-        return self._finished.exists()
+        """Whether all outputs are there with the digests that they had when they were complete."""
+        if not self._finished.exists():
+            return False
+        try:
+            digests = read_json(self._finished)["digests"]
+            whole = all(dvc_digest(self.outputs / name) == expected for name, expected in digests.items())
+        except (ArtefactError, OSError, KeyError, AttributeError):
+            whole = False
+        if not whole:
+            print(f"{self.root}: what this run made was changed since it finished; it runs again", file=sys.stderr)
+        return whole
 
     def output(self, flag: str, destination: Path) -> Path:
         """Where the stage writes the output `flag`; it keeps the suffix of its destination."""
@@ -47,13 +55,18 @@ class Scratch:
     def start(self) -> None:
         """Make the folder; outputs of an earlier attempt are dropped, its checkpoints stay."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove(self._finished)
         remove(self.outputs)
         self.outputs.mkdir()
 
     def finish(self, destinations: dict[str, Path]) -> None:
         """Mark the outputs as complete, with the digests that DVC will give them; drop the checkpoints."""
-        digests = {str(path): dvc_digest(self.output(flag, path)) for flag, path in destinations.items()}
-        write_json(self._finished, {"outputs": digests})
+        written = {path: self.output(flag, path) for flag, path in destinations.items()}
+        for output in written.values():
+            sync(output)
+        digests = {output.name: dvc_digest(output) for output in written.values()}
+        recorded = {str(path): digests[output.name] for path, output in written.items()}
+        write_json(self._finished, {"outputs": recorded, "digests": digests})
         shutil.rmtree(self.folder)
 
     def publish(self, destinations: dict[str, Path]) -> None:
@@ -62,7 +75,12 @@ class Scratch:
             destination.parent.mkdir(parents=True, exist_ok=True)
             temporary = destination.with_name(f".{destination.name}.tmp")
             remove(temporary)
-            _copy(self.output(flag, destination), temporary)
+            try:
+                _copy(self.output(flag, destination), temporary)
+                sync(temporary)
+            except BaseException:
+                remove(temporary)
+                raise
             remove(destination)
             temporary.rename(destination)
 
@@ -92,12 +110,22 @@ def prune(stage_folder: Path, keep: Path, lock_file: Path) -> None:
     """Delete finished runs of a stage whose outputs stand in dvc.lock, except `keep`."""
     if not stage_folder.is_dir() or not lock_file.exists():
         return
-    recorded = YAML(typ="safe", pure=True).load(lock_file.read_text(encoding="utf-8")) or {}
-    known = {(out["path"], out["md5"]) for stage in recorded["stages"].values() for out in stage.get("outs", [])}
+    try:
+        stages = read_yaml(lock_file)["stages"]
+        known = {(out["path"], out["md5"]) for stage in stages.values() for out in stage.get("outs", [])}
+    except (ConfigError, KeyError, TypeError, AttributeError):  # cut by a kill: DVC will say so
+        return
     for folder in stage_folder.iterdir():
-        finished = folder / "finished.json"
-        if folder != keep and finished.exists() and set(read_json(finished)["outputs"].items()) <= known:
+        if folder != keep and _recorded(folder / "finished.json") <= known:
             shutil.rmtree(folder)
+
+
+def _recorded(finished: Path) -> set[tuple[str, str]]:
+    """Outputs of a finished run with their digests; one that is in no lock file, when it cannot be read."""
+    try:
+        return set(read_json(finished)["outputs"].items())
+    except (ArtefactError, KeyError, AttributeError, TypeError):
+        return {("", "")}
 
 
 def dvc_digest(path: Path) -> str:

@@ -99,7 +99,7 @@ def test_one_sample_has_no_covariance():
 
 def test_bad_features():
     statistics = GaussianStatistics(4)
-    with pytest.raises(ValueError, match=r"1 of 3 features hold NaN or infinity, first that of image 1 "):
+    with pytest.raises(ValueError, match=r"1 of 3 features hold NaN or infinity, the first is number 1"):
         statistics.update(torch.tensor([[1.0] * 4, [1.0, 2.0, math.inf, math.nan], [0.0] * 4]))
     for wrong in (torch.ones(4), torch.ones(3, 5), torch.ones(2, 4, 1)):
         with pytest.raises(ValueError, match="statistics of 4 dimensions, given features"):

@@ -105,7 +105,7 @@ def test_power_of_white_noise_and_of_a_wave():
 
 
 def test_latents_that_cannot_be_judged():
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="2 of 2 images have latents that hold NaN or infinity"):
         of(torch.full((2, 3, 2, 2), math.nan))
     with pytest.raises(ValueError, match="all latents are the same"):
         of(torch.ones(4, 3, 2, 2))

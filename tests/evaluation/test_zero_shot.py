@@ -79,7 +79,7 @@ def test_a_constructed_case(monkeypatch):
 
 def manifest_of(ids, templates=(), source="folder"):
     names = [f"name of {one}" for one in ids]
-    values = {"format_version": 2, "source": source, "image_size": None, "classes": names, "class_ids": list(ids)}
+    values = {"format_version": 3, "source": source, "image_size": None, "classes": names, "class_ids": list(ids)}
     values |= {"templates": list(templates), "categories": [], "category_of_class": [], "location": None}
     return Manifest.parse(values | {"attribution": "", "splits": {}}, where="test")
 

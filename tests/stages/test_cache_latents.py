@@ -113,7 +113,7 @@ def test_a_folder_that_is_not_whole(cached, tmp_path):
     config = read_json(cached / "config.json")
     config["splits"]["train"]["samples"] += 1
     write_json(tmp_path / "latents/config.json", config)
-    with pytest.raises(ArtefactError, match=r"48 latents, config\.json says 49; cache them again"):
+    with pytest.raises(ArtefactError, match=r"48 latents, config\.json says 49; fetch the folder again"):
         LatentDataset(tmp_path / "latents")
     with pytest.raises(ArtefactError, match="no split 'test'; it has train, validation"):
         LatentDataset(cached, "test")

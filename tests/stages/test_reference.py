@@ -174,7 +174,7 @@ def test_damaged_and_foreign_folders(reference, tmp_path):
     config, tensors = read_json(folder / "config.json"), load_tensors(folder / "train.safetensors")
     tensors = {name: value.clone() for name, value in tensors.items()}
     for changes, message in (
-        ({"format_version": 9}, "of format 9, this code reads 1"),
+        ({"format_version": 9}, "of format 9, this code reads 2"),
         ({"format_version": None}, "of format None"),
         ({"crop": "none"}, "crop: .*run the stage reference again"),
         ({"features": {"name": "other"}}, "no such name 'other'"),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtp.artefact import ArtefactError
+from vtp.artefact import ArtefactError, verify_files
 from vtp.data.decode import DecodeError, decode_rgb
 from vtp.data.remote import ShardCache, verify_remote
 from vtp.data.shards import NO_LABEL, Manifest, Shard
@@ -40,7 +40,8 @@ class SampleError(DataError):
 class ShardDataset:
     """Random access to the samples of a split.
 
-    Opening it checks that there are samples, and that every shard is there with its size.
+    Opening it checks that there are samples, and that every shard is there with its size; bytes are compared with their
+    digest when a shard or its table is first read.
     """
 
     def __init__(self, folder: Path, split: str, *, cache: ShardCache | None = None) -> None:
@@ -148,9 +149,9 @@ class ShardDataset:
 
     def _open(self, shard: Shard) -> BinaryIO:
         if self.manifest.location is None:
-            path = self.folder / shard.name
-            _verify(path, shard)
-            return path.open("rb")
+            _verify(self.folder / shard.name, shard)
+            verify_files(self.folder, {shard.name: shard.sha256}, remedy=REMEDY)
+            return (self.folder / shard.name).open("rb")
         if self._cache is None:
             raise DataError(f"{self.folder}: its shards are at {self.manifest.location}, and no cache folder was given")
         return self._cache.open(self.manifest.location, shard)
@@ -219,6 +220,7 @@ def _read_beside(folder: Path, shard: Shard, columns: list[str]) -> "pa.Table":
     import pyarrow.parquet as pq
 
     path = _beside(folder, shard)
+    verify_files(folder, {path.name: shard.table_sha256}, remedy=REMEDY)
     try:
         with pq.ParquetFile(path) as file:
             table = file.read(columns, use_threads=False)  # every worker would have a thread per core

@@ -18,13 +18,13 @@ from typing import IO, TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
-from vtp.artefact import ArtefactError, read_json, whole_file, write_json
+from vtp.artefact import ArtefactError, digest, read_json, whole_file, write_json
 from vtp.config import Config, ConfigError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 COLUMNS = ("key", "offset", "size", "width", "height", "caption", "label", "category", "kind")
 NO_LABEL = -1  # a sample of no class, or of no category
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # a file name without a dot: WebDataset splits names at the first one
@@ -37,6 +37,7 @@ class Shard(Config):
     samples: int
     bytes: int
     sha256: str
+    table_sha256: str  # of the table beside it
 
 
 class Split(Config):
@@ -137,7 +138,8 @@ def write_shard(path: Path, records: Iterable[SampleRecord], *, classes: int) ->
     table = pa.table(list(map(list, columns)), schema=_schema())
     with whole_file(path.with_suffix(".parquet")) as beside:
         pq.write_table(table, beside)
-    shard = Shard(name=path.name, samples=len(rows), bytes=size, sha256=sha256)
+    beside = digest(path.with_suffix(".parquet"))
+    shard = Shard(name=path.name, samples=len(rows), bytes=size, sha256=sha256, table_sha256=beside)
     return _summary(shard, table, classes)
 
 

@@ -17,14 +17,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vtp.artefact import ArtefactError, digest, load_tensors, read_json, save_tensors, whole_folder, write_json
+from vtp.artefact import (
+    ArtefactError,
+    digest,
+    load_tensors,
+    read_json,
+    save_tensors,
+    verify_files,
+    whole_folder,
+    write_json,
+)
 from vtp.config import Config, ConfigError
 from vtp.data.dataset import ShardDataset
 from vtp.evaluation.feature_set import FeatureSet
 from vtp.evaluation.features import AnyFeaturesConfig, FeaturesConfig
 from vtp.evaluation.frechet import GaussianStatistics
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+REMEDY = "fetch the folder again (dvc checkout), or run the stage reference again"
 ROWS = "rows"
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names a file
 
@@ -48,12 +58,13 @@ class SplitFacts(Config):
 class ReferenceArtefact(Config):
     """`config.json` of a reference."""
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     features: FeaturesConfig
     image_size: int  # side of the crops
     crop: Literal["adm_centre"]  # vtp.layers.images.centre_crop
     data: str  # digest of the shards' manifest
     splits: dict[SplitName, SplitFacts]
+    files: dict[str, str]  # SHA-256 of the file of every split
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ class Reference:
         try:
             return cls(folder, ReferenceArtefact.parse(values, where=str(folder / "config.json")))
         except ConfigError as error:
-            raise ArtefactError(f"{error}; run the stage reference again") from None
+            raise ArtefactError(f"{error}; {REMEDY}") from None
 
     @property
     def features(self) -> AnyFeaturesConfig:
@@ -129,11 +140,12 @@ class Reference:
                 "reference.splits"
             )
         path = self.folder / f"{split}.safetensors"
+        verify_files(self.folder, {path.name: self._config.files.get(path.name, "")}, remedy=REMEDY)
         tensors = load_tensors(path)
         feature_set, rows = FeatureSet.of_tensors(tensors, where=str(path)), tensors.get(ROWS, torch.empty(0))
         facts = self._config.splits[split]
         if (len(rows), feature_set.count, len(feature_set.features)) != (facts.count, facts.count, facts.kept):
-            raise ArtefactError(f"{path} is not what {self.folder / 'config.json'} says; run the stage reference again")
+            raise ArtefactError(f"{path} is not what {self.folder / 'config.json'} says; {REMEDY}")
         return SplitReference(rows.numpy(), feature_set.statistics, feature_set.spatial, feature_set.features)
 
 
@@ -166,22 +178,27 @@ def save_reference(
 ) -> None:
     """Write the folder, whole or not at all."""
     some = next(iter(splits.values()))[0]
-    config = ReferenceArtefact(
-        format_version=FORMAT_VERSION,
-        features=features,
-        image_size=image_size,
-        crop="adm_centre",
-        data=_data(some.images),
-        splits={
-            name: SplitFacts(count=feature_set.count, labelled=chosen.config.labelled, kept=len(feature_set.features))
-            for name, (chosen, feature_set) in splits.items()
-        },
-    )
     with whole_folder(folder) as temporary:
-        write_json(temporary / "config.json", config.model_dump(mode="json"))
+        written = {}
         for name, (chosen, feature_set) in splits.items():
             path = temporary / f"{name}.safetensors"
             save_tensors(path, {ROWS: torch.from_numpy(chosen.rows)} | feature_set.tensors())
+            written[path.name] = digest(path)
+        config = ReferenceArtefact(
+            format_version=FORMAT_VERSION,
+            features=features,
+            image_size=image_size,
+            crop="adm_centre",
+            data=_data(some.images),
+            splits={
+                name: SplitFacts(
+                    count=feature_set.count, labelled=chosen.config.labelled, kept=len(feature_set.features)
+                )
+                for name, (chosen, feature_set) in splits.items()
+            },
+            files=written,
+        )
+        write_json(temporary / "config.json", config.model_dump(mode="json"))
 
 
 def _data(images: ShardDataset) -> str:

@@ -37,7 +37,7 @@ class SamplesArtefact(Config):
     shard_size: int = Field(ge=1)
     labels: Labels
     settings: dict[SettingName, SamplerConfig]
-    files: dict[str, str]  # SHA-256 of every file of samples; none before they are written
+    files: dict[str, str] = Field(default={})  # SHA-256 of every file of samples; `write` takes them
 
     @property
     def shards(self) -> list[LatentShard]:
