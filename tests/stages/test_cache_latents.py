@@ -12,9 +12,10 @@ from tiny import tiny_params
 
 from stages.runner.environment import Interrupted
 from vtp import load_tokenizer
-from vtp.artefact import ArtefactError, digest, read_json, write_json
+from vtp.artefact import ArtefactError, digest, load_tensors, read_json, save_tensors, write_json
 from vtp.data.dataset import ShardDataset
 from vtp.data.latents import LatentDataset
+from vtp.finite import NotFiniteError
 from vtp.layers.images import normalise
 
 
@@ -104,6 +105,40 @@ def test_ranks_share_the_files(inputs, cached, tmp_path):
     rows = np.arange(len(alone))
     torch.testing.assert_close(ours.rows(rows), alone.rows(rows), atol=1e-6, rtol=0)
     assert {path.name for path in ours.folder.iterdir()} == {path.name for path in cached.iterdir()}
+
+
+@pytest.mark.parametrize("damage", ["exchange", "splits", "flip", "remove", "statistics"])
+def test_files_of_latents_are_those_that_were_written(cached, tmp_path, damage):
+    import shutil
+
+    folder = tmp_path / "latents"
+    shutil.copytree(cached, folder)
+    first, second = sorted(folder.glob("train-*.safetensors"))[:2]
+    other = next(folder.glob("validation-*.safetensors")) if damage == "splits" else second
+    content = bytearray(first.read_bytes())
+    if damage in ("exchange", "splits"):
+        first.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    elif damage == "flip":
+        content[-3] ^= 1
+        first.write_bytes(content)
+    elif damage == "remove":
+        first.unlink()
+    else:
+        first = folder / "statistics.safetensors"
+        save_tensors(first, {name: value + 1 for name, value in load_tensors(first).items()})
+    with pytest.raises(ArtefactError, match=rf"{first.name}: (not the file that was written there|no such file)"):
+        LatentDataset(folder)
+
+
+def test_what_is_not_finite_is_not_cached(inputs, tmp_path):
+    tokenizer = VisualTokenizer.from_pretrained(inputs / "tokenizer")
+    with torch.no_grad():
+        next(tokenizer.trunk.feature_bottleneck.parameters()).mul_(1e6)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "shards").symlink_to(inputs / "shards")
+    with pytest.raises(NotFiniteError, match="latents of a batch as float16 hold NaN or infinity.*cache_latents.dtype"):
+        cache(tmp_path, tmp_path, dtype="float16")
 
 
 def test_a_folder_that_is_not_whole(cached, tmp_path):

@@ -11,10 +11,11 @@ from tiny import merged, tiny_params
 from stages.generate import Generate
 from stages.runner.environment import Interrupted
 from vtp import LightningDiT
-from vtp.artefact import ArtefactError, digest, read_json, write_json
+from vtp.artefact import ArtefactError, digest, load_tensors, read_json, save_tensors, write_json
 from vtp.config import ConfigError
 from vtp.data.latents import LatentDataset
 from vtp.evaluation.samples import NOISE, Samples, draw_labels
+from vtp.finite import NotFiniteError
 from vtp.flow import draw_noise
 
 COUNT = 24
@@ -186,6 +187,60 @@ def test_a_guide_of_other_latents(inputs, tmp_path):
     settings = {"guided": {"guide": "generator"}}
     with pytest.raises(ArtefactError, match=r"--guide .*other learnt the latents of another encoder"):
         draw(inputs / "generator", tmp_path, guide=tmp_path / "other", settings=settings)
+
+
+def test_what_is_not_finite_is_not_written(inputs, tmp_path):
+    settings = {"guided": {"guidance_scale": 1.0e3, "steps": 50, "guidance_interval": [0.0, 1.0]}}
+    model = LightningDiT.from_pretrained(inputs / "generator")
+    with torch.no_grad():
+        model.final_layer.linear.weight.mul_(1e30)
+    model.save_pretrained(tmp_path / "loud")
+    with pytest.raises(NotFiniteError, match=r"of \d+ samples of setting guided from number 0 on hold NaN or infinity"):
+        draw(tmp_path / "loud", tmp_path, settings=settings)
+    assert not (tmp_path / "samples").exists()
+    with pytest.raises(
+        ConfigError, match=r"guidance_scale: Input should be less than or equal to 1000 \(given: 1e\+308\)"
+    ):
+        draw(inputs / "generator", tmp_path, settings={"guided": {"guidance_scale": 1.0e308}})
+
+
+@pytest.mark.parametrize("damage", ["exchange", "truncate", "flip", "remove", "extra rows", "label"])
+def test_files_of_samples_are_those_that_were_written(drawn, tmp_path, damage):
+    import shutil
+
+    folder = tmp_path / "samples"
+    shutil.copytree(drawn.folder, folder)
+    first, second = sorted(folder.glob("guided-*.safetensors"))[:2]
+    content = bytearray(first.read_bytes())
+    if damage == "exchange":
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+    elif damage == "truncate":
+        first.write_bytes(content[:-8])
+    elif damage == "flip":
+        content[-3] ^= 1
+        first.write_bytes(content)
+    elif damage == "remove":
+        first.unlink()
+    else:
+        tensors = load_tensors(first)
+        if damage == "label":
+            tensors["labels"][0] = 99
+        else:
+            tensors = {name: torch.cat([value, value]) for name, value in tensors.items()}
+        save_tensors(first, tensors)
+    with pytest.raises(ArtefactError, match=rf"{first.name}: (not the file that was written there|no such file)"):
+        Samples(folder).of("guided")
+    if damage in ("extra rows", "label"):  # and when somebody writes the digest too
+        values = read_json(folder / "config.json")
+        values["files"][first.name] = digest(first)
+        write_json(folder / "config.json", values)
+        message = (
+            "not .* latents and labels" if damage == "extra rows" else "1 labels are none of 6 classes, the first is 99"
+        )
+        with pytest.raises(ArtefactError, match=message):
+            Samples(folder).of("guided")
+    Samples(folder).of("unguided")
 
 
 def test_a_folder_that_is_not_whole(drawn, tmp_path):

@@ -184,13 +184,27 @@ def test_damaged_and_foreign_folders(reference, tmp_path):
         with pytest.raises(ArtefactError, match=message):
             Reference.load(folder)
     write_json(folder / "config.json", config)
-    for changed in ({"features": tensors["features"][:3]}, {"rows": tensors["rows"][:-1]}):
-        save_tensors(folder / "train.safetensors", tensors | changed)
-        with pytest.raises(ArtefactError, match="is not what .* says; run the stage reference again"):
+    bad = tensors["pooled_mean"].clone()
+    bad[2] = float("nan")
+    for changed, message in (
+        (tensors | {"features": tensors["features"][:3]}, "is not what .* says; fetch the folder again"),
+        (tensors | {"rows": tensors["rows"][:-1]}, "is not what .* says; fetch the folder again"),
+        ({"other": tensors["rows"]}, "not Gaussian statistics"),
+        (tensors | {"pooled_mean": bad}, "1 of .* rows of mean in .* hold NaN or infinity, the first is number 2"),
+    ):
+        save_tensors(folder / "train.safetensors", changed)
+        write_json(folder / "config.json", config)
+        with pytest.raises(ArtefactError, match=r"train\.safetensors: not the file that was written there"):
             Reference.load(folder).of("train")
-    save_tensors(folder / "train.safetensors", {"other": tensors["rows"]})
-    with pytest.raises(ArtefactError, match="not Gaussian statistics"):
-        Reference.load(folder).of("train")
+        files = config["files"] | {"train.safetensors": digest(folder / "train.safetensors")}
+        write_json(folder / "config.json", config | {"files": files})
+        with pytest.raises(ValueError, match=message):
+            Reference.load(folder).of("train")
+    (folder / "validation.safetensors").replace(folder / "train.safetensors")
+    write_json(folder / "config.json", config)
+    for split in ("train", "validation"):
+        with pytest.raises(ArtefactError, match=rf"{split}\.safetensors: (no such file|not the file)"):
+            Reference.load(folder).of(split)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,10 @@ class SamplerConfig(Config):
 
     solver: Solver = Field(description="method of integration")
     steps: int = Field(ge=1, description="number of steps; dopri5 chooses its own")
-    timestep_shift: float = Field(ge=0, description="t' = s t / (1 + (s - 1) t); below 1 dwells on noise; 0 or 1: none")
-    guidance_scale: float = Field(ge=0, description="1 is no guidance")
+    timestep_shift: float = Field(
+        ge=0, le=1000, description="t' = s t / (1 + (s - 1) t); below 1 dwells on noise; 0 or 1: none"
+    )
+    guidance_scale: float = Field(ge=0, le=1000, description="1 is no guidance")
     guidance_interval: Interval = Field(description="timesteps between which guidance acts; 0 is noise")
     guidance_channels: Channels = Field(description="`all`, or the first so many channels; 3 for published numbers")
     guide: Literal["null_class", "generator"] = Field(

@@ -8,6 +8,7 @@ import sys
 import pytest
 from tiny import ROOT, write_params
 
+from stages.runner import scratch as scratch_module
 from stages.runner.scratch import LINKED_BYTES, Scratch, dvc_digest, prune
 
 
@@ -17,6 +18,49 @@ def finished(folder, destination):
     scratch.output("table", destination).write_text("1")
     scratch.finish({"table": destination})
     return scratch
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "add", "junk"])
+def test_what_was_changed_since_it_finished_runs_again(tmp_path, capsys, damage):
+    destination = tmp_path / "work" / "folder"
+    scratch = Scratch(tmp_path / "run")
+    scratch.start()
+    folder = scratch.output("folder", destination)
+    folder.mkdir()
+    (folder / "a").write_bytes(b"12345")
+    scratch.finish({"folder": destination})
+    assert Scratch(tmp_path / "run").finished
+    if damage == "flip":
+        (folder / "a").write_bytes(b"12347")
+    elif damage == "cut":
+        (folder / "a").write_bytes(b"123")
+    elif damage == "remove":
+        (folder / "a").unlink()
+    elif damage == "add":
+        (folder / "b").touch()
+    else:
+        (scratch.root / "finished.json").write_text("{")
+    again = Scratch(tmp_path / "run")
+    assert not again.finished
+    assert "was changed since it finished; it runs again" in capsys.readouterr().err
+    again.start()
+    assert not (scratch.root / "finished.json").exists()
+
+
+def test_a_publication_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    destination = tmp_path / "work" / "table"
+    scratch = finished(tmp_path / "run", destination)
+    destination.parent.mkdir()
+    destination.write_text("before")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(scratch_module, "_copy", full)
+    with pytest.raises(OSError, match="No space"):
+        scratch.publish({"table": destination})
+    assert [path.name for path in destination.parent.iterdir()] == ["table"]
+    assert destination.read_text() == "before"
 
 
 def test_a_second_process_waits(tmp_path):
