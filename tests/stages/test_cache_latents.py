@@ -17,6 +17,7 @@ from vtp.data.dataset import ShardDataset
 from vtp.data.latents import LatentDataset
 from vtp.finite import NotFiniteError
 from vtp.layers.images import normalise
+from vtp.models.tokenizer import VisualTokenizer
 
 
 @pytest.fixture(scope="module")
