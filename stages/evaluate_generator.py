@@ -55,8 +55,8 @@ class EvaluateGenerator(Config):
     batch_size: int = Field(ge=1, description="images of a forward pass")
     neighbours: int = Field(ge=1, description="k of precision and recall")
     kernel: KernelConfig | None = Field(description="subsets of the kernel distance (KID); null leaves it out")
-    inception_splits: int = Field(
-        ge=1, description="splits of the inception score, where features have classes; published: 10"
+    inception_split_size: int = Field(
+        ge=1, description="samples of a split of the inception score, where features have classes; published: 5000"
     )
     export: ExportConfig = Field(description="form of the decoded samples, where --export asks for them")
     pictures_per_class: int = Field(ge=1, description="samples that are shown of every class")
@@ -189,9 +189,9 @@ def _check(config: EvaluateGenerator, extractor: FeatureExtractor, *, kept: int,
             f"evaluate_generator.counts asks for {max(config.counts)} samples, there are {count}; raise generate.samples, "
             "or lower it"
         )
-    if min(config.counts) < max(config.compared, config.inception_splits if extractor.has_logits else 0):
+    if min(config.counts) < config.compared:
         raise ConfigError(
-            f"{min(config.counts)} samples are too few for evaluate_generator's subsets, neighbours or splits; raise "
+            f"{min(config.counts)} samples are too few for evaluate_generator's subsets or neighbours; raise "
             "evaluate_generator.counts, or lower these"
         )
 
@@ -219,7 +219,7 @@ def _figures(
 ) -> dict[str, float]:
     """All figures of a set of samples, by name; `end` says how they were drawn."""
     end = f"{extractor.name}_{count_name(generated.count)}_{end}"
-    table = _inception_score(extractor, generated, end, splits=config.inception_splits)
+    table = _inception_score(extractor, generated, end, split_size=config.inception_split_size)
     for real in reals:
         table |= _compare(config, extractor, generated, real, end + real.suffix)
     return table
@@ -239,10 +239,12 @@ def _compare(
     return table | {f"precision_{end}": manifold.precision, f"recall_{end}": manifold.recall}
 
 
-def _inception_score(extractor: FeatureExtractor, generated: FeatureSet, end: str, *, splits: int) -> dict[str, float]:
+def _inception_score(
+    extractor: FeatureExtractor, generated: FeatureSet, end: str, *, split_size: int
+) -> dict[str, float]:
     if not extractor.has_logits:
         return {}
-    return {f"is_{end}": inception_score(extractor.logits(generated.features), splits=splits).mean}
+    return {f"is_{end}": inception_score(extractor.logits(generated.features), split_size=split_size).mean}
 
 
 def _write_curves(path: Path, samples: Samples, table: Mapping[str, Mapping[str, float]]) -> list[Guided]:

@@ -203,7 +203,7 @@ def test_a_change_of_the_base_runs_what_reads_it(study):
     study.clone.write({"generate": {"shard_size": 21}})
     # The study says itself how large its files are, so the root's number does not matter.
     assert ran(study.dvc("repro")) == ["check"]
-    study.clone.write({"evaluate_generator": {"inception_splits": 3}})
+    study.clone.write({"evaluate_generator": {"inception_split_size": 3}})
     done = ran(study.dvc("repro"))
     assert {name.partition("@")[0] for name in done} <= {"check", "evaluate_generator", "summary"}
     assert len(done) >= 1 + 4

@@ -24,7 +24,11 @@ _of_checkpoints: list[dist.ProcessGroup] = []
 
 
 class StateError(RuntimeError):
-    """A saved state does not fit this run or cannot be read."""
+    """A saved state cannot be read, now or ever."""
+
+
+class StateMismatchError(StateError):
+    """A saved state is that of other tensors: names or shapes differ."""
 
 
 class Ranks(NamedTuple):
@@ -222,13 +226,21 @@ def save_state(folder: Path, state: Mapping[str, Tensor]) -> "Future[Any]":
 
 
 def load_state(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Fill `state` in place from `folder`, whatever number of ranks wrote it. Raises StateError."""
+    """Fill `state` in place from `folder`, whatever number of ranks wrote it.
+
+    Raises StateMismatchError for a state of other names or shapes, StateError when it cannot be read.
+    """
     import torch.distributed.checkpoint as dcp
 
     _accept_one_process()
     try:
         dcp.load(dict(state), checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except (dcp.api.CheckpointException, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except dcp.api.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        differs = any(str(cause).startswith(("Missing key", "Size mismatch")) for cause in causes)
+        said = "; ".join(dict.fromkeys(str(cause) for cause in causes))
+        raise (StateMismatchError if differs else StateError)(f"{folder}: {said}") from None
+    except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise StateError(f"{folder}: {error}") from None
 
 

@@ -4,6 +4,7 @@ Nothing here changes a result beyond rounding, so none of it is a parameter and 
 """
 
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -27,6 +28,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 NEVER = 2**31 - 1  # bytes above which free memory would go back
 
 
+def explain(error: OSError) -> str:
+    """What the operating system refused, in a line."""
+    place = error.filename or "a file of the run"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{place}: no space is left there; make room and start again, what was saved before is kept"
+    return f"{place}: {error.strerror or error}"
+
+
 class Interrupted(Exception):
     """The stage has saved and stops because it was asked to."""
 
@@ -46,6 +55,7 @@ class Runtime(Config):
     processes: int | None = Field(None, ge=0, description="processes for work outside of torch; one per core")
     checkpoint_seconds: float = Field(60, ge=0, description="time between checkpoints")
     checkpoints_kept: int = Field(2, ge=1, description="checkpoints of a run on disk")
+    fresh: bool = Field(False, description="begin anew: forget finished work and checkpoints of the same run")
     timeout_seconds: float = Field(1800, gt=0, description="wait for a rank or a batch at most so long")
     peak_flops: float | None = Field(None, gt=0, description="of a device per second, for utilisation")
     cache: str | None = Field(None, description="folder for shards that are fetched from elsewhere; in .scratch/")

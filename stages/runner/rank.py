@@ -7,12 +7,12 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from stages.runner.environment import Interrupted, LocalHost, Runtime, keep_freed_memory
+from stages.runner.environment import Interrupted, LocalHost, Runtime, explain, keep_freed_memory
 from stages.runner.fingerprint import DIGESTS, recall_digests
 from stages.runner.launch import RankJob
 from stages.runner.run import config_class
 from vtp.artefact import write_json
-from vtp.distributed import process_group
+from vtp.distributed import StateError, process_group
 from vtp.processes import follow_parent
 
 # What gloo and NCCL say when it is another rank that failed.
@@ -47,7 +47,11 @@ def main() -> None:
                 logging.info("stopped")
     except Exception as error:
         logging.exception("rank %d failed", rank)
-        message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValueError | StateError):
+            message = str(error)
+        elif isinstance(error, OSError):
+            message = explain(error)
         consequence = isinstance(error, RuntimeError) and any(word in str(error) for word in CONSEQUENCES)
         if consequence:
             message = f"waited for another rank, at most {runtime.timeout_seconds:g} s ({message.splitlines()[0]})"

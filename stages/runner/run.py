@@ -7,7 +7,6 @@ inputs, meaning of its code. Equal fingerprints resume or republish; another one
 """
 
 import argparse
-import errno
 import hashlib
 import inspect
 import json
@@ -24,12 +23,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
-from stages.runner.environment import STOP, Interrupted, LocalHost, Runtime, keep_freed_memory
+from stages.runner.environment import STOP, Interrupted, LocalHost, Runtime, explain, keep_freed_memory
 from stages.runner.fingerprint import DIGESTS, code_digest, recall_digests, store_digests
 from stages.runner.launch import RankJob, run_ranks, several
 from stages.runner.scratch import Scratch, prune
 from vtp.artefact import digest, remove, write_json
 from vtp.config import Config, ConfigError
+from vtp.distributed import StateError
 from vtp.params import load
 
 Input = Annotated[Path, "input"]
@@ -62,6 +62,10 @@ def main(run: Callable[..., None], *, distributed: bool = False) -> None:
     except (ConfigError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = BAD_PARAMETERS
+    except OSError as error:
+        logging.exception("the stage failed")
+        print(f"error: {explain(error)}", file=sys.stderr)
+        status = 1
     sys.exit(status)
 
 
@@ -105,6 +109,8 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
     destinations = outputs | {"provenance": provenance}
     with scratch.locked():
         prune(scratch.root.parent, scratch.root, Path("dvc.lock"))
+        if runtime.fresh:
+            scratch.forget()
         if scratch.finished:
             print(f"{stage}: this run is finished; its outputs are put back in place", file=sys.stderr)
         else:
@@ -152,13 +158,12 @@ def _work(body: _Body, host: LocalHost, scratch: Scratch, *, several: bool) -> i
         problem = _run_ranks(body, host, scratch) if several else _run_here(body, host)
     except Interrupted:
         return INTERRUPTED
-    except ValueError as error:
+    except (ValueError, StateError) as error:
         logging.exception("the stage failed")
         problem = str(error)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        problem = f"no space left for {error.filename or scratch.root}; free some and start again"
+        logging.exception("the stage failed")
+        problem = explain(error)
     finally:
         logging.info("ended, peak memory %.3g GB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
     if problem is not None:

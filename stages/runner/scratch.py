@@ -52,6 +52,11 @@ class Scratch:
         """Where the stage writes the output `flag`; it keeps the suffix of its destination."""
         return self.outputs / f"{flag}{destination.suffix}"
 
+    def forget(self) -> None:
+        """Drop what earlier starts left, checkpoints too."""
+        for path in (self._finished, self.outputs, self.folder):
+            remove(path)
+
     def start(self) -> None:
         """Make the folder; outputs of an earlier attempt are dropped, its checkpoints stay."""
         self.folder.mkdir(parents=True, exist_ok=True)

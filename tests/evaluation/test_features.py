@@ -1,13 +1,18 @@
 """Feature extractors: the networks of torch-fidelity, from files that give tensors and nothing else."""
 
 import hashlib
+import math
 import pickle
 import sys
+import zlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file
+from tiny import ROOT
 from torch import nn
 
 from vtp.artefact import ArtefactError, save_tensors
@@ -123,23 +128,44 @@ def test_inception_equals_torch_fidelity(inception):
     torch.testing.assert_close(extractor.logits(features.pooled), logits)
 
 
-def test_spatial_features_are_those_of_sfid(inception):
-    """ADM's `mixed_6/conv[..., :7]`: what `Mixed_6d` is given, through its plain 1 x 1 convolution, channels last."""
-    network, path = inception
-    extractor = build_features(of_file(InceptionFeaturesConfig, path), weights=path.parent, device="cpu")
-    given = []
-    handle = network.Mixed_6d.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
-    network(images(0, 2))
-    handle.remove()
-    weight = network.Mixed_6d.branch1x1.conv.weight
-    assert weight.shape == (192, 768, 1, 1)
-    expected = torch.einsum("bchw,oc->bhwo", given[0], weight[:7, :, 0, 0])
-    assert expected.shape == (2, 17, 17, 7)
-    assert expected.std() > 1e-3
-    assert (expected < 0).any()  # neither normalised nor rectified
-    spatial = extractor(images(0, 2)).spatial
-    assert spatial.shape == (2, 2023)
-    torch.testing.assert_close(spatial, expected.flatten(1), rtol=1e-4, atol=1e-5)
+def test_inception_equals_the_port_of_openai(tmp_path):
+    """`golden/inception-spatial`: weights by a rule of names; the spatial tensor behind batch norm and ReLU."""
+    from torch_fidelity import feature_extractor_inceptionv3 as reference
+
+    golden = load_file(ROOT / "tests/golden/inception-spatial/io.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(reference.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        shapes = reference.FeatureExtractorInceptionV3("any", ["2048"]).state_dict()
+    weights = {name: _by_rule(name, value) for name, value in shapes.items()}
+    for name, first in golden.items():
+        if name.startswith("check."):
+            torch.testing.assert_close(weights[name.removeprefix("check.")].flatten()[:8], first)
+    torch.save(weights, tmp_path / "inception.pth")
+    path = tmp_path / "inception.pth"
+    extractor = build_features(of_file(InceptionFeaturesConfig, path), weights=tmp_path, device="cpu")
+    features = extractor(golden["images"])
+    torch.testing.assert_close(features.spatial, golden["spatial"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(features.pooled, golden["pooled"], rtol=0, atol=1e-4)
+    probabilities = extractor.logits(features.pooled).softmax(1)
+    torch.testing.assert_close(probabilities, golden["probabilities"], rtol=0, atol=1e-5)
+
+
+def _by_rule(name, value):
+    if value.dim() == 0:
+        return value
+    drawn = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(value.shape))
+    if name.endswith("conv.weight"):
+        drawn *= math.sqrt(2 / math.prod(value.shape[1:]))
+    elif name.endswith("bn.weight"):
+        drawn = np.ones(value.shape)
+    elif name.endswith("running_var"):
+        drawn = np.exp(0.3 * drawn)
+    else:
+        drawn *= {"bn.bias": 0.2, "running_mean": 0.3, "fc.weight": 0.05, "fc.bias": 0.1}[
+            next(end for end in ("bn.bias", "running_mean", "fc.weight", "fc.bias") if name.endswith(end))
+        ]
+    return torch.from_numpy(drawn).float()
 
 
 def test_weights_are_checked(tmp_path):

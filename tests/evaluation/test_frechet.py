@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny import ROOT
 
 from vtp.artefact import ArtefactError
 from vtp.evaluation.frechet import BLOCK, GaussianStatistics, Moments, frechet_distance
@@ -156,3 +158,15 @@ def test_saved_statistics_go_on():
     for other in ({"mean": x}, first.tensors() | {"scatter": x}, first.tensors() | {"more": x}, {}):
         with pytest.raises(ArtefactError, match="here: holds .*, not Gaussian statistics"):
             GaussianStatistics.of_tensors(other, where="here")
+
+
+@pytest.mark.parametrize("name", ["fid", "sfid", "fid_few"])
+def test_equals_the_evaluator_of_adm(name):
+    """`golden/adm-metrics`; fid_few has fewer samples than dimensions."""
+    golden = load_file(ROOT / "tests/golden/adm-metrics/io.safetensors")
+    ours = frechet_distance(*(GaussianStatistics.of(golden[f"{name}.{part}"]) for part in "ab"))
+    assert ours == pytest.approx(float(golden[f"{name}.distance"]), rel=1e-5)
+    if name != "fid_few":
+        statistics = GaussianStatistics.of(golden[f"{name}.a"])
+        torch.testing.assert_close(statistics.mean, golden[f"{name}.mu_a"].double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(statistics.covariance, golden[f"{name}.sigma_a"], rtol=1e-6, atol=1e-7)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny import ROOT
 
-from vtp.evaluation.manifold import precision_recall
+from vtp.evaluation.manifold import _radii, precision_recall
 
 
 def samples(seed, count, dim=8, scale=1.0, shift=0.0):
@@ -73,3 +75,16 @@ def test_order_does_not_matter():
     real, fake = samples(0, 120), samples(1, 90, scale=0.8)
     shuffled = fake[torch.randperm(90, generator=torch.Generator().manual_seed(0))]
     assert precision_recall(real, fake, block=32) == precision_recall(real.flip(0), shuffled, block=50)
+
+
+@pytest.mark.parametrize("name", ["pr", "pr_float32"])
+@pytest.mark.parametrize("block", [50, 4096])
+def test_equals_the_evaluator_of_adm(name, block):
+    """`golden/adm-metrics`: sets on which its float16 distances are exact; every point is decided alike."""
+    golden = load_file(ROOT / "tests/golden/adm-metrics/io.safetensors")
+    real, fake = golden[f"{name}.ref"], golden[f"{name}.sample"]
+    found = precision_recall(real, fake, neighbours=3, block=block)
+    assert found.precision == pytest.approx(float(golden[f"{name}.precision"]), abs=1e-12)
+    assert found.recall == pytest.approx(float(golden[f"{name}.recall"]), abs=1e-12)
+    for points, radii in ((real, "radii_ref"), (fake, "radii_sample")):
+        torch.testing.assert_close(_radii(points, 3, block).square(), golden[f"{name}.{radii}"], rtol=1e-4, atol=1e-6)

@@ -93,7 +93,7 @@ def ours(request):
 def test_all_metrics_agree(reference, ours):
     extractor, generated, real = ours
     kernel = kernel_distance(generated.features, real.features, subsets=10, subset_size=60, seed=2020)
-    score = inception_score(extractor.logits(generated.features), splits=4, seed=2020)
+    score = inception_score(extractor.logits(generated.features), split_size=generated.count // 4, seed=2020)
     manifold = precision_recall(real.features, generated.features)
     found = {
         "frechet_inception_distance": frechet_distance(generated.statistics, real.statistics),

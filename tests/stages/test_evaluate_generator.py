@@ -319,7 +319,7 @@ def test_against_an_adm_batch(made, inception, tmp_path):
     (tmp_path / "inception.pth").symlink_to(inception / "inception.pth")
     encoder = load_tokenizer(made / "tokenizer").encoder_digest()
     write_samples(tmp_path / "samples", {"guided": Samples(made / "samples").of("guided").latents(0, 16)}, encoder)
-    config = params_of(counts=[16], kernel={"subsets": 2, "subset_size": 10, "seed": 0}, inception_splits=2)
+    config = params_of(counts=[16], kernel={"subsets": 2, "subset_size": 10, "seed": 0}, inception_split_size=8)
     inputs = {"tokenizer": made / "tokenizer", "samples": tmp_path / "samples", "adm": tmp_path / "adm.npz"}
     stage.run(
         stage.EvaluateGenerator.parse(config, where="test"),
@@ -337,7 +337,7 @@ def test_against_an_adm_batch(made, inception, tmp_path):
         assert row[f"{name}_{end}_adm"] == pytest.approx(row[f"{name}_{end}"], rel=1e-4, abs=1e-6)
     extractor = build_features(Reference.load(inception / "reference").features, weights=inception, device="cpu")
     logits = extractor.logits(extractor(decoded(made, "guided")[:16]).pooled)
-    assert row[f"is_{end}"] == pytest.approx(inception_score(logits, splits=2).mean, rel=1e-3)
+    assert row[f"is_{end}"] == pytest.approx(inception_score(logits, split_size=8).mean, rel=1e-3)
     write_adm(tmp_path / "adm.npz", real, images[:, :, :8, :8])
     with pytest.raises(ConfigError, match=r"adm\.npz: images of 8 pixels, the samples have 16"):
         stage.run(

@@ -1,6 +1,5 @@
 """Inception score (Salimans et al. 2016): exp of the mean KL divergence between a sample's classes and all samples'."""
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,22 +17,22 @@ class InceptionScore(NamedTuple):
 
 
 @torch.no_grad()
-def inception_score(logits: Tensor, *, splits: int, seed: int | None = None) -> InceptionScore:
-    """Of logits [N, classes] without biases. Raises ValueError for fewer samples than splits, NaN and infinity.
+def inception_score(logits: Tensor, *, split_size: int, seed: int | None = None) -> InceptionScore:
+    """Of logits [N, classes] without biases. Raises ValueError for no samples, NotFiniteError for NaN and infinity.
 
-    Splits are consecutive, as in ADM's evaluation; with a `seed` the samples are shuffled first, as in torch-fidelity
-    (whose seed is 2020), which matters when they are sorted by class.
+    Splits are consecutive runs of `split_size` samples (5000 in ADM's evaluation); the last one may be shorter, and counts
+    like the others. With a `seed` the samples are shuffled first, as in torch-fidelity (whose seed is 2020), which matters
+    when they are sorted by class.
     """
     count = len(logits)
-    if count < splits:
-        raise ValueError(f"{splits} splits need at least as many samples, given {count}; lower `splits`")
+    if not count:
+        raise ValueError("no samples to score")
     require_finite(logits, "rows of logits", "check the features that they were made of")
     if seed is not None:
         # The legacy generator, so that a seed means what it means in torch-fidelity.
         logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(count)).to(logits.device)]
     log_p = logits.cpu().double().log_softmax(1)
-    bounds = [count * number // splits for number in range(splits + 1)]
-    scores = torch.stack([_score(log_p[start:end]) for start, end in pairwise(bounds)])
+    scores = torch.stack([_score(part) for part in log_p.split(split_size)])
     return InceptionScore(scores.mean().item(), scores.std(correction=0).item())
 
 

@@ -64,8 +64,8 @@ class RandomVgg(nn.Module):
 class Inception(nn.Module):
     """The pooled features of FID, by torch-fidelity; spatial: those of sFID (Nash et al. 2021), as ADM takes them.
 
-    ADM reads seven channels of the tensor `mixed_6/conv` of the TensorFlow graph. That graph adds biases and norms
-    later, and counts blocks from `mixed`: it is the plain convolution of the first branch of `Mixed_6d`.
+    ADM reads seven channels of the tensor `mixed_6/conv` of the TensorFlow graph, the last operation of that scope:
+    the first branch of `Mixed_6d` behind batch norm and ReLU, as OpenAI's own port has it (consistency_models).
     """
 
     DIM, CHANNELS, SIDE = 2048, 7, 17
@@ -81,7 +81,7 @@ class Inception(nn.Module):
         with _fitting(path, "torch-fidelity's Inception"):
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], own)
         self._seen: Tensor | None = None
-        self.network.Mixed_6d.branch1x1.conv.register_forward_hook(self._see)
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._see)
 
     @property
     def head(self) -> Tensor:

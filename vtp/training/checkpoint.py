@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vtp.artefact import ArtefactError, digest, files, read_json, write_json
-from vtp.distributed import StateError, barrier, gather_objects, load_state, ranks, save_state
+from vtp.distributed import StateError, StateMismatchError, barrier, gather_objects, load_state, ranks, save_state
 
 
 class Checkpoint(NamedTuple):
@@ -68,8 +68,12 @@ class Checkpoints:
                 return None
             try:
                 load_state(path, tensors)
+            except StateMismatchError as error:
+                raise StateMismatchError(
+                    f"{error}; the checkpoint is that of other code or another device: delete {path.parent}"
+                ) from None
             except StateError as error:
-                raise StateError(f"{error}; the file is undamaged, so the code changed: delete {path.parent}") from None
+                raise StateError(f"{error}; the checkpoint is undamaged and kept: start again") from None
             return Checkpoint(int(path.name[5:]), read_json(path / "counters.json"))
 
     def _newest_whole(self) -> Path | None:
@@ -82,7 +86,12 @@ class Checkpoints:
 
     def _complete(self, temporary: Path, written: "Future[Any]") -> None:
         """In the background: when all ranks have written, the first gives the folder its name."""
-        written.result()
+        try:
+            written.result()
+        except BaseException:
+            if ranks().first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         if ranks().first:
             digests = {path.relative_to(temporary).as_posix(): digest(path) for path in files(temporary)}
             write_json(temporary / "digests.json", digests)
