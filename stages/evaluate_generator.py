@@ -3,7 +3,7 @@
 Beside the settings stands the baseline `noise`: Gaussian noise with the latents' own statistics, through the decoder.
 Pixels stream: decoded, looked at, forgotten. Names say which features, of how many samples, how guided and with which
 labels, as `gfid_inception_50k_cfg1p5_balanced`; those that end in `_adm` compare with a reference batch of ADM's
-evaluation.
+evaluation. Precision and recall depend on the number of real features too, and say it: `precision_inception_50k_vs10k_...`.
 """
 
 import csv
@@ -215,36 +215,37 @@ def _official(path: Path, known: Reference, extractor: FeatureExtractor, batch_s
 
 
 def _figures(
-    config: EvaluateGenerator, extractor: FeatureExtractor, generated: FeatureSet, reals: list[_Real], end: str
+    config: EvaluateGenerator, extractor: FeatureExtractor, generated: FeatureSet, reals: list[_Real], drawn: str
 ) -> dict[str, float]:
-    """All figures of a set of samples, by name; `end` says how they were drawn."""
-    end = f"{extractor.name}_{count_name(generated.count)}_{end}"
-    table = _inception_score(extractor, generated, end, split_size=config.inception_split_size)
+    """All figures of a set of samples, by name, which ends with how they were drawn."""
+    table: dict[str, float] = {}
+    samples = f"{extractor.name}_{count_name(generated.count)}"
+    if extractor.has_logits:
+        logits = extractor.logits(generated.features)
+        table[f"is_{samples}_{drawn}"] = inception_score(logits, split_size=config.inception_split_size).mean
     for real in reals:
-        table |= _compare(config, extractor, generated, real, end + real.suffix)
+        table |= _compare(config, extractor, generated, real, samples, drawn + real.suffix)
     return table
 
 
 def _compare(
-    config: EvaluateGenerator, extractor: FeatureExtractor, generated: FeatureSet, real: _Real, end: str
+    config: EvaluateGenerator,
+    extractor: FeatureExtractor,
+    generated: FeatureSet,
+    real: _Real,
+    samples: str,
+    drawn: str,
 ) -> dict[str, float]:
-    drawn, features = generated.features.to(extractor.device), real.features[: generated.count].to(extractor.device)
-    manifold = precision_recall(features, drawn, neighbours=config.neighbours)
-    table = {f"gfid_{end}": frechet_distance(generated.statistics, real.statistics)}
+    fake, features = generated.features.to(extractor.device), real.features[: generated.count].to(extractor.device)
+    table = {f"gfid_{samples}_{drawn}": frechet_distance(generated.statistics, real.statistics)}
     if generated.spatial is not None and real.spatial is not None:
-        table[f"sfid_{end}"] = frechet_distance(generated.spatial, real.spatial)
+        table[f"sfid_{samples}_{drawn}"] = frechet_distance(generated.spatial, real.spatial)
     if (kernel := config.kernel) is not None:
         subsets = {"subsets": kernel.subsets, "subset_size": kernel.subset_size, "seed": kernel.seed}
-        table[f"kid_{end}"] = kernel_distance(drawn, features, **subsets).mean
-    return table | {f"precision_{end}": manifold.precision, f"recall_{end}": manifold.recall}
-
-
-def _inception_score(
-    extractor: FeatureExtractor, generated: FeatureSet, end: str, *, split_size: int
-) -> dict[str, float]:
-    if not extractor.has_logits:
-        return {}
-    return {f"is_{end}": inception_score(extractor.logits(generated.features), split_size=split_size).mean}
+        table[f"kid_{samples}_{drawn}"] = kernel_distance(fake, features, **subsets).mean
+    manifold = precision_recall(features, fake, neighbours=config.neighbours)
+    against = f"{samples}_vs{count_name(len(features))}_{drawn}"
+    return table | {f"precision_{against}": manifold.precision, f"recall_{against}": manifold.recall}
 
 
 def _write_curves(path: Path, samples: Samples, table: Mapping[str, Mapping[str, float]]) -> list[Guided]:

@@ -156,13 +156,15 @@ def test_the_official_study_prints_the_authors_figures():
     small, paper = (read_parameters(study / name).values for name in ("params.yaml", "params.paper.yaml"))
     assert small.keys() == paper.keys()
     assert small["summary"]["published"] == {}
+    assert paper["generate"]["labels"] == "random"
+    assert paper["reference"]["splits"]["train"]["kept"] == 10000  # of ADM's batch
     assert {run: list(figures.values()) for run, figures in paper["summary"]["published"].items()} == {
         "Small": [0.667, 0.775, 0.98, 5.46],
         "Base": [0.732, 0.81, 0.74, 3.88],
         "Large": [0.782, 0.857, 0.36, 2.81],
     }
     names = ["zero_shot_top1_squash", "linear_probe_multi_best_on_val", "rfid_inception_50k"]
-    names.append("gfid_inception_50k_unguided_balanced")
+    names.append("gfid_inception_50k_unguided_random")
     for figures in paper["summary"]["published"].values():
         assert list(figures) == paper["summary"]["metrics"]
         assert [name.rpartition(".")[2] for name in figures] == names

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 FIGURE = re.compile(r"gfid_(?P<end>(?P<features>.+)_(?P<count>\d+)(?P<thousand>k?)_(?P<guidance>[^_]+)_[^_]+)")
+REAL = re.compile(r"_vs\d+k?(?=_)")  # of how many real images a figure's name tells, where it depends on them
 HEAD = (
     "method",
     "rFID",
@@ -21,6 +22,7 @@ HEAD = (
     "precision",
     "recall",
 )
+OTHERS = ("is", "precision", "recall")  # beside gFID
 # FID of 50,000 samples in Inception's features; accuracies in %. None: not reported.
 TABLE_2: list[tuple[str | float | None, ...]] = [
     ("REPA", 0.61, None, None, "675M", 80, 7.90, 122.6, 0.70, 0.65, None, None, None, None),
@@ -52,7 +54,7 @@ class Sampled(NamedTuple):
     number: str
     guidance: str
     gfid: float
-    others: tuple[float | None, ...]  # IS, precision, recall
+    others: tuple[float | None, ...]  # of OTHERS
 
 
 class RunFigures(NamedTuple):
@@ -78,9 +80,8 @@ def headline_figures(run: RunFigures) -> dict[str, float]:
     figures |= {name: v for name, v in run.reconstruction.items() if name == "psnr" or name.startswith("rfid_")}
     for sampled in filter(None, run.best):
         own = run.generation[sampled.setting]
-        for name in ("gfid", "is", "precision", "recall"):
-            if (value := own.get(f"{name}_{sampled.end}")) is not None:
-                figures[f"{name}_{sampled.end}"] = value
+        wanted = [f"{name}_{sampled.end}" for name in ("gfid", *OTHERS)]
+        figures |= {name: value for name, value in own.items() if REAL.sub("", name) in wanted}
     return figures
 
 
@@ -116,7 +117,8 @@ def _sampled(setting: str, figures: Mapping[str, float]) -> Sampled | None:
     if not matches:
         return None
     largest = max(matches, key=lambda match: int(match["count"]) * (1000 if match["thousand"] else 1))
-    others = tuple(figures.get(f"{name}_{largest['end']}") for name in ("is", "precision", "recall"))
+    named = {REAL.sub("", name): value for name, value in figures.items()}
+    others = tuple(named.get(f"{name}_{largest['end']}") for name in OTHERS)
     count = largest["count"] + largest["thousand"]
     return Sampled(
         setting, largest["end"], largest["features"], count, largest["guidance"], figures[largest[0]], others

@@ -40,6 +40,11 @@ ENDS = {"unguided": "unguided_balanced", "guided": "cfg2_balanced", NOISE: "nois
 SHARD = 13  # samples of a file
 
 
+def named(name, count=COUNT, features="random-vgg16"):
+    """A figure's name but for how samples were drawn; the reference has more images, so as many are compared."""
+    return f"{name}_{features}_{count}" + (f"_vs{count}" if name in ("precision", "recall") else "")
+
+
 class QuietHost(LocalHost):
     """Without bars."""
 
@@ -158,10 +163,7 @@ def test_any_batch_size(made, outputs, tmp_path, batch_size):
     """But that a pixel may be rounded to the other side, and a sample fall on the other side of a ball."""
     other = evaluate(made, tmp_path, batch_size=batch_size)
     distances, shares = (
-        [
-            [row[f"{name}_random-vgg16_{COUNT}"] for row in rows(of) for name in names]
-            for of in (other["metrics"], outputs["metrics"])
-        ]
+        [[row[named(name)] for row in rows(of) for name in names] for of in (other["metrics"], outputs["metrics"])]
         for names in (NAMES[:3], NAMES[3:])
     )
     assert distances[0] == pytest.approx(distances[1], rel=5e-3)
@@ -183,7 +185,7 @@ def test_figures_are_those_of_the_pixels(made, outputs):
             "precision": manifold.precision,
             "recall": manifold.recall,
         }
-        assert row == pytest.approx({f"{key}_random-vgg16_{COUNT}": value for key, value in expected.items()}, rel=1e-3)
+        assert row == pytest.approx({named(key): value for key, value in expected.items()}, rel=1e-3)
         assert 0 < manifold.precision < 1
         assert 0 < manifold.recall < 1
 
@@ -205,7 +207,7 @@ def test_several_numbers_of_samples(made, outputs, tmp_path):
     both = evaluate(made, tmp_path / "both", counts=[22, COUNT], kernel={"subset_size": 15})
     few = evaluate(made, tmp_path / "few", counts=[22], kernel={"subset_size": 15})
     for together, alone, many in zip(*(rows(out["metrics"]) for out in (both, few, outputs)), strict=True):
-        assert set(together) == {f"{name}_random-vgg16_{count}" for name in NAMES for count in (22, COUNT)}
+        assert set(together) == {named(name, count) for name in NAMES for count in (22, COUNT)}
         assert alone.items() <= together.items()
         assert together[f"gfid_random-vgg16_{COUNT}"] == many[f"gfid_random-vgg16_{COUNT}"]
     latents = {name: Samples(made / "samples").of(name).latents(0, 22) for name in ENDS}
@@ -331,13 +333,13 @@ def test_against_an_adm_batch(made, inception, tmp_path):
         host=work_in(tmp_path),
     )
     row = json.loads((tmp_path / "metrics.json").read_text())["generation"]["guided"]
-    end = f"inception_16_{ENDS['guided']}"
-    assert set(row) == {f"is_{end}", *(f"{n}_{end}{adm}" for n in NAMES for adm in ("", "_adm"))}
-    for name in NAMES:
-        assert row[f"{name}_{end}_adm"] == pytest.approx(row[f"{name}_{end}"], rel=1e-4, abs=1e-6)
+    score, *names = (f"{named(name, 16, 'inception')}_{ENDS['guided']}" for name in ("is", *NAMES))
+    assert set(row) == {score, *(name + adm for name in names for adm in ("", "_adm"))}
+    for name in names:
+        assert row[f"{name}_adm"] == pytest.approx(row[name], rel=1e-4, abs=1e-6)
     extractor = build_features(Reference.load(inception / "reference").features, weights=inception, device="cpu")
     logits = extractor.logits(extractor(decoded(made, "guided")[:16]).pooled)
-    assert row[f"is_{end}"] == pytest.approx(inception_score(logits, split_size=8).mean, rel=1e-3)
+    assert row[score] == pytest.approx(inception_score(logits, split_size=8).mean, rel=1e-3)
     write_adm(tmp_path / "adm.npz", real, images[:, :, :8, :8])
     with pytest.raises(ConfigError, match=r"adm\.npz: images of 8 pixels, the samples have 16"):
         stage.run(
