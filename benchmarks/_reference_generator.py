@@ -140,7 +140,7 @@ class PlainTraining:
     def _losses(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         from scipy.stats import norm
 
-        times = self.config.objective.times
+        times = self.config.objective.timesteps
         mu, sigma = (times.mu, times.sigma) if times.name == "logit_normal" else (0.0, 1.0)
         drawn = norm.rvs(loc=mu, scale=sigma, size=len(latents))
         t = torch.tensor(1 / (1 + np.exp(-drawn)), dtype=torch.float32, device=self.device)

@@ -79,7 +79,8 @@ def _parts(config: Pretrain, stream: Stream, seconds: float) -> None:
     images = [decode_rgb(content) for content in contents]
     crops = ssl_views(images, views, 0, places)
     side = views.global_size // config.tokenizer.vision.patch_size
-    least = (config.data.clip_view.size,) * 2
+    side = config.data.clip_view.size
+    least = (side, side)
     tokenize = CaptionTokenizer(config.architecture.text) if config.architecture.text else None
     active = config.active
     parts: dict[str, tuple[float, Callable[[], object]]] = {

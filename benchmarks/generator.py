@@ -193,7 +193,7 @@ def ours(bench: Bench) -> Round:
     optimizer = build_optimizer(objective.phases()["model"], config.optim)
     update = Update("model", optimizer, config.optim, objective.shared_parameters())
     largest = host.micro_batch or config.batch_size
-    rank_slice = RankSlice(0, 1, count_micro_batches(config.batch_size, 1, largest))
+    rank_slice = RankSlice(0, 1, count_micro_batches(config.batch_size, 1, largest, named="batch_size"))
     batches = LatentBatches(
         LatentDataset(bench.caches.ours), batch_size=config.batch_size, seed=0, rank_slice=rank_slice
     )

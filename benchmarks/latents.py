@@ -62,7 +62,7 @@ class Pictures(NamedTuple):
 
     shards: Path
     folder: Path
-    count: int
+    number: int
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def caching(folder: Path, host: LocalHost, options: argparse.Namespace) -> None:
     """Images per second of both procedures, for each tokenizer."""
     pictures, few = (_pictures(folder / f"pictures-{count}", options.side, count) for count in (options.count, WARMUP))
     recipe = load(options.address, Pretrain).architecture
-    print(f"caching {pictures.count:,} JPEGs of {options.side} x {options.side * 3 // 4}, both ways round")
+    print(f"caching {pictures.number:,} JPEGs of {options.side} x {options.side * 3 // 4}, both ways round")
     for name in options.tokenizers:
         model = VisualTokenizer(recipe if name == "recipe" else _thin(recipe))
         here = folder / name
@@ -104,7 +104,7 @@ def caching(folder: Path, host: LocalHost, options: argparse.Namespace) -> None:
                 shutil.rmtree(here / f"{of}-{number}")
         print(f" {name}: {model.image_size} px to {model.latent_shape}")
         told = f"encoder in {_precision(host)}, latents in {options.dtype}"
-        _print(times, pictures.count, told, "encoder and latents in float32")
+        _print(times, pictures.number, told, "encoder and latents in float32")
         decoding, encoding = _parts(pictures, model.to(host.device), host.device)
         print(
             f"  {decoding * 1e3:.2f} ms to decode and crop a picture in one process, {encoding * 1e3:.2f} ms to encode it "
@@ -129,7 +129,7 @@ def _ours(pictures: Pictures, tokenizer: Path, target: Path, host: LocalHost, *,
     """The stage."""
     values = {"dtype": dtype, "precision": _precision(host), "horizontal_flips": True}
     values |= {"batch_size": batch_size, "shard_size": 10_000}
-    values |= {"statistics": {"images": _measured(pictures.count), "seed": 0}}
+    values |= {"statistics": {"images": _measured(pictures.number), "seed": 0}}
     config = cache_latents.CacheLatents.parse(values, where="benchmarks.latents")
     target.mkdir(exist_ok=True)
     own = LocalHost(target / "folder", Path.cwd(), host.runtime)
@@ -177,7 +177,7 @@ def _reference(pictures: Pictures, tokenizer: Path, target: Path, host: LocalHos
             write()
     if held["labels"]:
         write()
-    ReferenceLatents(target).measure(_measured(pictures.count))
+    ReferenceLatents(target).measure(_measured(pictures.number))
 
 
 def _measured(count: int) -> int:
@@ -206,7 +206,7 @@ def _pictures(folder: Path, side: int, count: int) -> Pictures:
 @torch.inference_mode()
 def _parts(pictures: Pictures, model: VisualTokenizer, device: str) -> tuple[float, float]:
     """Seconds per picture of decoding and cropping, and of encoding both ways round."""
-    images, count = ShardDataset(pictures.shards, "train"), min(WARMUP, pictures.count // 2)
+    images, count = ShardDataset(pictures.shards, "train"), min(WARMUP, pictures.number // 2)
     decoding, encoding = [], []
     for _ in range(5):
         start = time.perf_counter()
@@ -243,7 +243,7 @@ def reading(folder: Path, options: argparse.Namespace) -> None:
         read(np.array_split(draws.permutation(len(ours)), -(-len(ours) // options.batch)))  # into the page cache
     times: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(options.rounds):
-        shuffled = draws.permutation(len(ours))[:total].reshape(-1, options.batch)
+        shuffled = [*draws.permutation(len(ours))[:total].reshape(-1, options.batch)]
         for name, read in readers.items():
             start = time.perf_counter()
             read(shuffled)

@@ -22,9 +22,9 @@ from torch import nn
 
 from benchmarks._pictures import stream_of, write_pictures
 from benchmarks._plain import PlainSsl, PlainStep, adamw, reconstruct
-from stages.pretrain import Pretrain, build_batches, build_objective, parallelize
+from stages.pretrain import Pretrain, build_batches, build_objective, micro_batches_of, parallelize
 from stages.runner.environment import LocalHost, Runtime
-from vtp.data.batches import RankSlice, count_micro_batches
+from vtp.data.batches import RankSlice
 from vtp.data.pretrain_batches import PretrainBatch
 from vtp.layers.images import normalise
 from vtp.losses.perceptual import build_perceptual
@@ -46,9 +46,7 @@ def main() -> None:
     config = _divided(load(options.address, Pretrain), options.divide)
     runtime = Runtime.of(os.environ)
     host = LocalHost(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), runtime)
-    size = config.active.pool // config.active.reconstruction
-    largest = max(1, (runtime.micro_batch or config.active.pool) // size)
-    rank_slice = RankSlice(0, 1, count_micro_batches(config.active.reconstruction, 1, largest))
+    rank_slice = RankSlice(0, 1, micro_batches_of(config, 1, runtime.micro_batch))
     shards = write_pictures(
         Path(tempfile.mkdtemp()) / "shards", side=2 * config.tokenizer.image_size, count=config.active.pool
     )

@@ -149,10 +149,19 @@ def slice_of(config: Pretrain, host: Host) -> RankSlice:
     """What this rank takes of every step. Raises ConfigError or ValueError for what no rank could do."""
     if config.adversary is not None and host.parallel == "fsdp" and ranks().size > 1:
         raise ConfigError("pretrain.adversary needs whole weights on every rank: unset VTP_PARALLEL, or set it to ddp")
-    named = "pretrain.data.batch.reconstruction"
+    return RankSlice(*ranks(), micro_batches_of(config, ranks().size, host.micro_batch))
+
+
+def micro_batches_of(config: Pretrain, devices: int, most: int | None) -> int:
+    """Micro-batches of a step on each of so many devices, of at most `most` images (None: all).
+
+    Raises ValueError when a device would hold parts of blocks, or of the groups of blocks that share a draw of stochastic
+    depth.
+    """
     blocks, size = config.active.reconstruction, config.active.pool // config.active.reconstruction
-    largest = max(1, (host.micro_batch or config.active.pool) // size)
-    return RankSlice(*ranks(), count_micro_batches(blocks, ranks().size, largest, named=named))
+    group = config.objective.drop_path.group
+    largest = max(1, (most or config.active.pool) // size)
+    return count_micro_batches(blocks, devices, largest, named="pretrain.data.batch.reconstruction", group=group)
 
 
 def build_objective(config: Pretrain, host: Host) -> PretrainObjective:

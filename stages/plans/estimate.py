@@ -17,6 +17,7 @@ from stages.prepare_data import PrepareData
 from stages.pretrain import Pretrain
 from vtp.config import ConfigError
 from vtp.curation.ingest.compose import EmbeddedConfig
+from vtp.data.batches import count_micro_batches
 from vtp.models.tokenizer import TokenizerConfig
 from vtp.objectives.cost import decoder_flops, encoder_flops
 from vtp.params import load, read_parameters, split_address
@@ -159,12 +160,9 @@ def beside(options: argparse.Namespace, section: str) -> str:
 
 
 def per_gpu(options: argparse.Namespace, count: int, *, named: str) -> tuple[int, int]:
-    """Samples of a GPU in one pass, and passes per step. Raises ConfigError where they do not split."""
-    if count % options.gpus:
-        raise ConfigError(f"{count} samples ({named}) do not split over {options.gpus} GPUs")
-    own = count // options.gpus
-    passes = -(-own // (options.micro_batch or own))
-    return -(-own // passes), passes
+    """Samples of a GPU in one pass, and passes per step. Raises ValueError where they do not split."""
+    passes = count_micro_batches(count, options.gpus, options.micro_batch or count, named=named)
+    return count // options.gpus // passes, passes
 
 
 def kept_per_sample(forward: Callable[[int], list[Tensor]]) -> float:

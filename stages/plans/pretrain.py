@@ -21,8 +21,7 @@ from stages.plans.estimate import (
     millions,
     options_for,
 )
-from stages.pretrain import Pretrain, step_cost
-from vtp.config import ConfigError
+from stages.pretrain import Pretrain, micro_batches_of, step_cost
 from vtp.models.heads import DinoHead
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.adversary import Adversary
@@ -41,11 +40,7 @@ def plan(arguments: list[str]) -> Estimate:
         model = VisualTokenizer(config.architecture)
         heads = _heads(config)
     active = config.active
-    blocks = active.reconstruction // options.gpus
-    if active.reconstruction % options.gpus:
-        raise ConfigError(
-            f"{active.reconstruction} blocks (batch.reconstruction) do not split over {options.gpus} GPUs"
-        )
+    passes = micro_batches_of(config, options.gpus, options.micro_batch)
     discriminator = discriminator_of(config.adversary, model)
     adversary = None
     if discriminator is not None and config.adversary is not None:
@@ -83,9 +78,8 @@ def plan(arguments: list[str]) -> Estimate:
     split = options.gpus if options.fsdp else 1
     static = {"weights": trained, "gradients": trained, "optimiser": 2 * trained, "teacher": teacher}
     memory |= {name: gigabytes(count * FLOAT / split) for name, count in static.items()}
-    passes = max(1, -(-active.pool // options.gpus // (options.micro_batch or active.pool)))
     per_objective = activations(config, model)
-    share = blocks / passes / active.reconstruction  # of the global batch, in one pass
+    share = 1 / passes / options.gpus  # of the global batch, in one pass
     peak = 0.0
     for name, count in {name: count for name, count in active._asdict().items() if count}.items():
         size = count * share * per_objective[name]

@@ -28,7 +28,7 @@ from stages.runner.fingerprint import DIGESTS, code_digest, recall_digests, stor
 from stages.runner.launch import RankJob, run_ranks, several
 from stages.runner.scratch import Scratch, prune
 from vtp.artefact import digest, remove, write_json
-from vtp.config import Config, ConfigError
+from vtp.config import Config
 from vtp.distributed import StateError
 from vtp.params import load
 
@@ -59,14 +59,19 @@ def main(run: Callable[..., None], *, distributed: bool = False) -> None:
             status = 0
         else:
             status = _run(run, arguments, distributed=distributed)
-    except (ConfigError, StageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = BAD_PARAMETERS
+    except (ValueError, StageError) as error:  # ConfigError is a ValueError, as what files hold that are none of ours
+        status = _fail(str(error), BAD_PARAMETERS)
     except OSError as error:
-        logging.exception("the stage failed")
-        print(f"error: {explain(error)}", file=sys.stderr)
-        status = 1
+        status = _fail(explain(error), 1)
     sys.exit(status)
+
+
+def _fail(message: str, status: int) -> int:
+    """Say in a line what went wrong; the traceback is for the log, once there is one."""
+    if logging.root.handlers:
+        logging.exception("the stage failed")
+    print(f"error: {message}", file=sys.stderr)
+    return status
 
 
 def _plan_of(stage: str) -> Callable[[list[str]], Any]:

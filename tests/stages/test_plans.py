@@ -74,8 +74,21 @@ def test_plan_of_vtp_l():
     plan = plan_of("pretrain", address, "--gpus", "256", "--micro-batch", "64")
     assert plan["per sample"].value / 1e9 == pytest.approx(1049, rel=0.02)
     assert plan["activations, clip"].value > 0
-    with pytest.raises(ConfigError, match="do not split over 3 GPUs"):
+    with pytest.raises(ValueError, match="is not a multiple of the 3 ranks"):
         plan_of("pretrain", address, "--gpus", "3")
+
+
+def test_groups_of_stochastic_depth_split_over_devices(tmp_path):
+    """Known before a run begins: 512 blocks in groups of 8 go to 64 devices, one group each, and not to 128."""
+    overlay = tmp_path / "params.yaml"
+    drop_path = "objective: {drop_path: {clip: 0.1, ssl: 0.1, reconstruction: 0.1, blocks: 8}}"
+    batch = "data: {batch: {clip: 2048, ssl: 1024, reconstruction: 512}}"
+    overlay.write_text(f"base: {ROOT}/params.yaml\npretrain: {{{drop_path}, {batch}}}\n")
+    plan = plan_of("pretrain", f"{overlay}:pretrain", "--gpus", "32", "--micro-batch", "32")
+    assert plan["micro-batches"].value == 2  # of one group each
+    plan_of("pretrain", f"{overlay}:pretrain", "--gpus", "64")
+    with pytest.raises(ValueError, match="set drop_path.blocks to a divisor of 4"):
+        plan_of("pretrain", f"{overlay}:pretrain", "--gpus", "128")
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,11 @@ class DropPathConfig(Config):
     )
     blocks: int = Field(ge=1, description="blocks of the batch that share a draw, so that counts are exact")
 
+    @property
+    def group(self) -> int:
+        """Blocks that must not be separated: those that share a draw, where there is one."""
+        return self.blocks if self.clip or self.ssl or self.reconstruction else 1
+
 
 class PretrainObjectiveConfig(Config):
     """The loss."""
