@@ -10,12 +10,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.constructor import DuplicateKeyError
 
 Keys = tuple[str | int, ...]
 LONGEST = 80  # characters of a value that a message shows
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # positive normal numbers of float32
 MOST_NODES, DEEPEST = 1_000_000, 64  # of a parameter file
 
 
@@ -27,6 +28,17 @@ class Config(BaseModel):
     """Base of every parameter record: frozen, closed, strict about types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fit_tensors(cls, value: Any) -> Any:  # noqa: ANN401 - of any field
+        """Numbers become tensors: integers of 64 bits, numbers of float32."""
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise ValueError(f"{number} needs more than 64 bits")
+            if isinstance(number, float) and number and not SMALLEST <= abs(number) <= LARGEST:
+                raise ValueError(f"{number:g} is {'0' if abs(number) < SMALLEST else 'infinite'} in float32")
+        return value
 
     @classmethod
     def parse(cls, values: Any, *, where: str | Callable[[Keys], str]) -> Self:  # noqa: ANN401 - whatever YAML holds
