@@ -1,9 +1,13 @@
 """Tiny tokenizers that were not trained here, as their authors publish them."""
 
+import math
+import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tiny import ROOT
 
@@ -62,3 +66,29 @@ def backbone_source(weights: dict[str, str], **changes: Any) -> dict[str, Any]:
     """The parameter `import_tokenizer.source` of a backbone."""
     sizes = {"input_size": 32, "image_size": 16}
     return {"name": "backbone", "model": BACKBONE, **sizes, "decoder": DECODER, "seed": 0, **weights, **changes}
+
+
+def golden_perceptual(folder: Path) -> Any:
+    """LPIPS with the weights of `golden/rae-decoder-losses`, which go by the names of its tensors, from a file."""
+    from lpips import LPIPS
+
+    from vtp.losses.perceptual import LpipsConfig, build_perceptual
+
+    golden = load_tensors(GOLDEN / "rae-decoder-losses" / "io.safetensors")
+    weights = LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).state_dict()
+    for name, value in weights.items():
+        if name.startswith("scaling_layer"):  # constants
+            continue
+        named = re.sub(r"^lins\.(\d)", r"lin\1", name)  # lins.K is linK
+        drawn = np.random.RandomState(zlib.crc32(named.encode())).standard_normal(tuple(value.shape))
+        if named.startswith("lin"):
+            drawn = 0.1 * np.abs(drawn)
+        else:
+            drawn *= math.sqrt(2 / math.prod(value.shape[1:])) if name.endswith("weight") else 0.1
+        value.copy_(torch.from_numpy(drawn))
+    for name, first in golden.items():
+        if name.startswith("check."):
+            torch.testing.assert_close(weights[name.removeprefix("check.")].flatten()[:8], first)
+    torch.save(weights, folder / "lpips.pth")
+    config = LpipsConfig(name="lpips", weights="lpips.pth", sha256=digest(folder / "lpips.pth"))
+    return build_perceptual(config, weights=folder)

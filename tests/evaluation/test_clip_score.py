@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from foreign import GOLDEN
 from PIL import Image
+from safetensors.torch import load_file
 from sifting import removed, section, selected, sift, write_pool
 from tiny import tiny_params
 
 from vtp.artefact import ArtefactError, digest, save_tensors
 from vtp.config import ConfigError
 from vtp.data.decode import decode_rgb
-from vtp.evaluation.clip_score import build_scorer
+from vtp.evaluation.clip_score import ClipScorer, build_scorer
 from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
 
 ARCHITECTURE = "vtp-test-tiny"
@@ -127,6 +129,19 @@ def _runtime(weights, **values):
     from stages.runner.environment import Runtime
 
     return Runtime(weights=str(weights), device="cpu", **values)
+
+
+def test_scores_are_those_of_torchmetrics():
+    """`golden/probe-and-clipscore`: a hundred times the cosine. Their mean, not below 0 there, is no figure of ours."""
+    official = load_file(GOLDEN / "probe-and-clipscore" / "io.safetensors")
+    model = torch.nn.Module()
+    model.encode_image = lambda pixels: pixels
+    model.encode_text = lambda tokens: official["clip_score.text"][tokens]
+    scorer = ClipScorer(model, None, lambda captions: torch.tensor([int(one) for one in captions]), device="cpu")
+    images = official["clip_score.image"]
+    found = np.concatenate([scorer.score(images[first : first + 8], range(first, first + 8)) for first in (0, 8, 16)])
+    np.testing.assert_allclose(100 * found, official["clip_score.per_sample"].numpy(), rtol=0, atol=1e-4)
+    assert 100 * found.mean() == pytest.approx(float(official["clip_score.score"]), abs=1e-4)
 
 
 def test_scores_do_not_depend_on_the_batch(pool, tokenizer):

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from evaluation.test_linear_probe import blobs
+from foreign import GOLDEN
+from safetensors.torch import load_file
 
 from vtp.evaluation import neighbours
 from vtp.evaluation.neighbours import knn_accuracy
@@ -26,19 +27,16 @@ def test_knn_weighs_votes_by_similarity():
 
 
 @pytest.mark.parametrize("size", [4, 16, 1000])
-def test_knn_equals_brute_force(size, monkeypatch):
-    """Also where a block has fewer samples than k."""
+def test_knn_equals_dino_s(size, monkeypatch):
+    """`golden/probe-and-clipscore`, whose top-5 is no figure of ours; also where a block has fewer samples than k."""
     for name in ("QUERIES", "BLOCK"):
         monkeypatch.setattr(neighbours, name, size)
-    (train, labels), (test, truth) = blobs(0, 80), blobs(1, 50)
-    hits = 0
-    for query, label in zip(test, truth, strict=True):
-        near = sorted(
-            ((F.cosine_similarity(query, x, dim=0).item(), y.item()) for x, y in zip(train, labels, strict=True))
-        )
-        votes = [sum(math.exp(s / 0.07) for s, y in near[-7:] if y == c) for c in range(3)]
-        hits += votes.index(max(votes)) == label.item()
-    assert knn_accuracy(train, labels, test, truth, k=7) == hits / 50
+    official = load_file(GOLDEN / "probe-and-clipscore" / "io.safetensors")
+    data = [official[f"knn.{name}"] for name in ("train_features", "train_labels", "test_features", "test_labels")]
+    for k in (1, 5, 10, 20, 100, 200):
+        for temperature in (0.07, 1.0):
+            ours = knn_accuracy(*data, k=k, temperature=temperature)
+            assert 100 * ours == pytest.approx(float(official[f"knn.k{k}_T{temperature}"][0]), abs=1e-6)
 
 
 def test_knn_needs_enough_neighbours():

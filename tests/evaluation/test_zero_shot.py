@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from foreign import GOLDEN
+from safetensors.torch import load_file
 
 from vtp.artefact import ArtefactError
 from vtp.config import ConfigError
@@ -50,6 +52,16 @@ def test_top_k_accuracy():
     features = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).expand(4, 4) * torch.tensor([1.0, 2.0, 10.0, 0.1])[:, None]
     accuracy = top_k_accuracy(features, torch.eye(4), torch.arange(4), ks=(1, 2, 3))
     assert accuracy == {1: 0.25, 2: 0.5, 3: 0.75}
+
+
+@pytest.mark.parametrize(("query", "class_"), [("image", "text"), ("text", "image")])
+def test_top_k_of_pairs_is_open_clip_s_recall(query, class_):
+    """`golden/probe-and-clipscore`: where every image is a class of its own, top-k accuracy is retrieval's R@k."""
+    official = load_file(GOLDEN / "probe-and-clipscore" / "io.safetensors")
+    pairs = [official[f"retrieval.{name}"] for name in (query, class_)]
+    accuracy = top_k_accuracy(*pairs, torch.arange(60), ks=(1, 5, 10))
+    expected = {k: float(official[f"retrieval.{query}_to_{class_}_R@{k}"]) for k in (1, 5, 10)}
+    assert accuracy == pytest.approx(expected, abs=1e-6)
 
 
 def test_more_than_all_classes_are_all():

@@ -1,17 +1,56 @@
-"""DiffAug."""
+"""DiffAug, against RAE's (`golden/rae-decoder-losses`)."""
 
+import pytest
 import torch
+from foreign import GOLDEN
+from safetensors.torch import load_file
 
-from vtp.layers.augment import Augmentation, AugmentationConfig, augment, draw_augmentation
+from vtp.layers.augment import Augmentation, AugmentationConfig, augment, augmentation_of, draw_augmentation
 
 POLICY = AugmentationConfig(translation=0.125, brightness=0.5, saturation=0.5, contrast=0.5)
 
 
-def test_identity_draws_change_nothing():
-    x = torch.rand(3, 3, 8, 8)
-    one = torch.ones(3, 1, 1, 1)
-    out = augment(x, Augmentation(0 * one, one, one, torch.zeros(3, 2, dtype=torch.int64)))
-    torch.testing.assert_close(out, x)
+OFFICIAL = load_file(GOLDEN / "rae-decoder-losses" / "io.safetensors")
+COLOURS = {"brightness": 0.5, "saturation": 1.0, "contrast": 0.5}
+NO_COLOURS = dict.fromkeys(COLOURS, 0.0)
+
+
+def close(ours, name):
+    torch.testing.assert_close(ours, OFFICIAL[name], rtol=0, atol=1e-5 * float(OFFICIAL[name].abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("diffaug", {"translation": 0.125, **COLOURS}),
+        ("diffaug_colour", {"translation": 0.0, **COLOURS}),
+        ("diffaug_move", {"translation": 0.125, **NO_COLOURS}),
+    ],
+)
+def test_equals_rae_for_its_draws(name, policy):
+    """Their order, their sign, the order of the parts, and that zeros beyond the border take colours too."""
+    images = OFFICIAL["diffaug.images"].detach().requires_grad_()
+    draws = augmentation_of(OFFICIAL[f"{name}.draws"][:5], images.shape[2:], AugmentationConfig(**policy))
+    out = augment(images, draws)
+    close(out.detach(), f"{name}.output")
+    if name == "diffaug":
+        assert torch.equal(
+            draws.shift.T, torch.stack([OFFICIAL["diffaug.moved_down"], OFFICIAL["diffaug.moved_right"]])
+        )
+        close(draws.brightness.flatten(), "diffaug.brightness")
+        close(draws.saturation.flatten(), "diffaug.saturation")
+        close(draws.contrast.flatten(), "diffaug.contrast")
+        weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+        (out * weights).sum().backward()
+        close(images.grad, "diffaug.grad_images")
+
+
+def test_all_shifts_are_as_likely():
+    uniform = (torch.arange(900).repeat(5, 1) + 0.5) / 900
+    policy = AugmentationConfig(translation=0.125, **NO_COLOURS)
+    down, right = augmentation_of(uniform, (32, 16), policy).shift.T
+    assert down.unique(return_counts=True)[1].tolist() == [100] * 9
+    assert right.unique(return_counts=True)[1].tolist() == [180] * 5
 
 
 def test_translation_moves_down_and_right():

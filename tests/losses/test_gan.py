@@ -1,21 +1,43 @@
-"""Hinge losses and the balance of gradients."""
+"""Hinge losses and the balance of gradients, against RAE's (`golden/rae-decoder-losses`)."""
+
+import json
 
 import pytest
 import torch
+from foreign import GOLDEN
+from safetensors.torch import load_file
 
 from vtp.losses.gan import balance, discriminator_loss, generator_loss
 
-
-def test_hinge():
-    assert discriminator_loss(torch.zeros(3), torch.zeros(3)) == 1
-    assert discriminator_loss(torch.tensor([2.0]), torch.tensor([-3.0])) == 0
-    assert discriminator_loss(torch.tensor([-1.0]), torch.tensor([1.0])) == 2
-    assert generator_loss(torch.tensor([1.0, 3.0])) == -2
+OFFICIAL = load_file(GOLDEN / "rae-decoder-losses" / "io.safetensors")
+CEILINGS = json.loads((GOLDEN / "rae-decoder-losses" / "config.json").read_text())["adaptive_ceilings"]
 
 
-def test_balance_equalises_gradients():
-    strong, weak = torch.tensor([6.0, 0.0]), torch.tensor([0.0, 2.0], requires_grad=True)
-    factor = balance(strong, weak, ceiling=1e4)
-    assert float(factor) == pytest.approx(3, rel=1e-4)
-    assert not factor.requires_grad
-    assert balance(strong, 0 * weak, ceiling=50.0) == 50
+def close(ours, name):
+    torch.testing.assert_close(ours, OFFICIAL[name], rtol=0, atol=1e-5 * float(OFFICIAL[name].abs().max()))
+
+
+def test_hinge_loss_of_the_discriminator():
+    real, fake = (OFFICIAL[f"gan.logits_{name}"].requires_grad_() for name in ("real", "fake"))
+    loss = discriminator_loss(real, fake)
+    loss.backward()
+    close(loss.detach(), "gan.hinge_d")
+    close(real.grad, "gan.hinge_d.grad_real")
+    close(fake.grad, "gan.hinge_d.grad_fake")
+
+
+def test_loss_of_the_generator():
+    fake = OFFICIAL["gan.logits_fake"].detach().requires_grad_()
+    loss = generator_loss(fake)
+    loss.backward()
+    close(loss.detach(), "gan.vanilla_g")
+    close(fake.grad, "gan.vanilla_g.grad_fake")
+
+
+@pytest.mark.parametrize(("number", "ceiling"), list(enumerate(CEILINGS)))
+def test_balance_of_gradients(number, ceiling):
+    """Among them one above its ceiling, and one over no gradient at all."""
+    gradients = [OFFICIAL[f"adaptive.{number}.grad_{name}"] for name in ("reconstruction", "adversarial")]
+    weight = balance(gradients[0], gradients[1].requires_grad_(), ceiling=ceiling)
+    assert float(weight) == pytest.approx(float(OFFICIAL[f"adaptive.{number}.weight"]), rel=1e-5)
+    assert not weight.requires_grad

@@ -1,9 +1,9 @@
 """Perceptual distances."""
 
-import hashlib
-
 import pytest
 import torch
+from foreign import GOLDEN, golden_perceptual
+from safetensors.torch import load_file
 
 from vtp.artefact import ArtefactError
 from vtp.losses.perceptual import LpipsConfig, RandomVggDistanceConfig, build_perceptual
@@ -41,17 +41,21 @@ def test_seed_and_stages_matter(tmp_path):
     assert not torch.equal(values[0], values[2])
 
 
-def test_lpips_equals_the_package(tmp_path):
-    from lpips import LPIPS
+def test_lpips_is_that_of_the_package(tmp_path):
+    """`golden/rae-decoder-losses`: per sample on [-1, 1], and the gradient of the mean at the reconstruction in [0, 1]."""
+    official = load_file(GOLDEN / "rae-decoder-losses" / "io.safetensors")
+    distance = golden_perceptual(tmp_path)
+    reconstruction = official["recon"].requires_grad_()
+    found = distance(reconstruction * 2 - 1, official["images"] * 2 - 1)
+    found.mean().backward()
+    assert distance.name == "vgg16"
+    torch.testing.assert_close(found.detach(), official["lpips.pm1"], rtol=1e-4, atol=0)
+    expected = official["lpips.grad_recon"]
+    torch.testing.assert_close(reconstruction.grad, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
-    network = LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
-    for parameter in network.lins.parameters():
-        parameter.data.abs_()
-    torch.save(network.state_dict(), tmp_path / "lpips.pt")
-    sha256 = hashlib.sha256((tmp_path / "lpips.pt").read_bytes()).hexdigest()
-    distance = build_perceptual(LpipsConfig(name="lpips", weights="lpips.pt", sha256=sha256), weights=tmp_path)
-    a, b = images(0), images(1)
-    torch.testing.assert_close(distance(a, b), network.eval()(a, b).flatten())
+
+def test_other_weights_are_an_error(tmp_path):
+    (tmp_path / "lpips.pt").write_bytes(b"other")
     with pytest.raises(ArtefactError, match=r"params\.yaml expects 00"):
         build_perceptual(LpipsConfig(name="lpips", weights="lpips.pt", sha256="00"), weights=tmp_path)
 

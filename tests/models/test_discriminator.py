@@ -3,7 +3,8 @@
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from foreign import GOLDEN
+from safetensors.torch import load_file, save_file
 from tiny import tiny_params
 
 from stages.pretrain import Pretrain
@@ -108,6 +109,49 @@ def test_heads_keep_the_tokens():
         TokenHead(6, 4)
     with pytest.raises(ValueError, match="have 8 tokens, fewer than discriminator.kernel 9"):
         head(torch.randn(2, 6, 8))
+
+
+def test_a_head_is_rae_s():
+    """`golden/rae-decoder-losses`. The biases before its normalisations change nothing, and ours has none.
+
+    A power iteration there takes v and then u, as torch's older spectral norm does, and comes before a forward pass; torch's
+    newer one, which is ours, takes u and then v: half an iteration later its vectors are the same.
+    """
+    official = load_file(GOLDEN / "rae-decoder-losses" / "io.safetensors")
+    head = TokenHead(12, 9).eval()
+    layers = {"0.0": head.point, "1.fn.0": head.near, "2": head.out}
+    norms = {"0.1": head.point_norm, "1.fn.1": head.near_norm}
+    spectral = {name: layer.parametrizations.weight[0] for name, layer in layers.items()}
+
+    def begin(where):
+        for name, norm in spectral.items():
+            for vector in ("u", "v"):
+                getattr(norm, f"_{vector}").copy_(official[f"head.{where}.{name}.weight_{vector}"])
+
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.parametrizations.weight.original.copy_(official[f"head.weights.{name}.weight_orig"])
+        head.out.bias.copy_(official["head.weights.2.bias"])
+        for name, norm in norms.items():
+            norm.weight.copy_(official[f"head.weights.{name}.weight"])
+            norm.bias.copy_(official[f"head.weights.{name}.bias"])
+    begin("weights")
+    features = official["head.features"].requires_grad_()
+    logits = head(features)
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    close(logits.detach(), official["head.logits"])
+    close(features.grad, official["head.grad_features"])
+    for vector in ("v", "u"):
+        PatchDiscriminator.refine_norms(head)
+        for name, norm in spectral.items():
+            expected = official[f"head.after_one_training_forward.{name}.weight_{vector}"]
+            close(getattr(norm, f"_{vector}"), expected)
+    begin("after_one_training_forward")
+    close(head(features).detach(), official["head.logits_in_training"])
+
+
+def close(ours, expected):
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_blocks_are_spread_over_the_depth():

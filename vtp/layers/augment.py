@@ -33,27 +33,41 @@ def draw_augmentation(
     size: Sequence[int], config: AugmentationConfig, indices: range, draws: Callable[[int], torch.Generator]
 ) -> Augmentation:
     """For images of `size` (H, W): what happens to image `index` comes from the generator `draws(index)` alone."""
-    drawn = torch.stack([torch.rand(5, generator=draws(index)) for index in indices]) * 2 - 1  # [B, 5]
-    colour = drawn.T[:3, :, None, None, None]
-    reach = torch.tensor(size) * config.translation
-    shift = (drawn[:, 3:] * reach).round().long()
+    uniform = torch.stack([torch.rand(5, generator=draws(index)) for index in indices], dim=1)
+    return augmentation_of(uniform, size, config)
+
+
+def augmentation_of(uniform: Tensor, size: Sequence[int], config: AugmentationConfig) -> Augmentation:
+    """What numbers [5, B], uniform in [0, 1), come to: shifts down and right, brightness, saturation, contrast.
+
+    All whole shifts up to the largest are as likely as each other.
+    """
+    reach = (torch.tensor(size) * config.translation).round()
+    shift = reach - (uniform[:2].T * (2 * reach + 1)).floor()
+    brightness, saturation, contrast = (uniform[2:] * 2 - 1)[:, :, None, None, None]
     return Augmentation(
-        colour[0] * config.brightness, 1 + colour[1] * config.saturation, 1 + colour[2] * config.contrast, shift
+        brightness * config.brightness, 1 + saturation * config.saturation, 1 + contrast * config.contrast, shift.long()
     )
 
 
 def augment(images: Tensor, draws: Augmentation) -> Tensor:
-    """Differentiable brightness, saturation, contrast, and translation with zeros beyond the border."""
+    """Differentiable translation with zeros beyond the border, then brightness, saturation, contrast of what that gives.
+
+    The order is RAE's; in the first implementation of DiffAug colours come first, and its zeros keep their value.
+    """
     draws = Augmentation(*(value.to(images.device, non_blocking=True) for value in draws))
-    x = images + draws.brightness
+    x = _moved(images, draws.shift) + draws.brightness
     grey = x.mean(1, keepdim=True)
     x = grey + (x - grey) * draws.saturation
     mean = x.mean((1, 2, 3), keepdim=True)
-    x = mean + (x - mean) * draws.contrast
-    count, _, height, width = x.shape
+    return mean + (x - mean) * draws.contrast
+
+
+def _moved(images: Tensor, shift: Tensor) -> Tensor:
+    count, _, height, width = images.shape
     # One pixel of zeros on every side, to which all positions beyond the border are clamped.
-    padded = F.pad(x, [1] * 4)
-    rows = (torch.arange(height, device=x.device) + 1 - draws.shift[:, :1]).clamp(0, height + 1)  # [B, H]
-    columns = (torch.arange(width, device=x.device) + 1 - draws.shift[:, 1:]).clamp(0, width + 1)  # [B, W]
-    which = torch.arange(count, device=x.device)[:, None, None]
+    padded = F.pad(images, [1] * 4)
+    rows = (torch.arange(height, device=images.device) + 1 - shift[:, :1]).clamp(0, height + 1)  # [B, H]
+    columns = (torch.arange(width, device=images.device) + 1 - shift[:, 1:]).clamp(0, width + 1)  # [B, W]
+    which = torch.arange(count, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)

@@ -22,6 +22,7 @@ from vtp.config import Config
 
 MAX_WIDTH_FACTOR = 8
 LEAK = 0.2
+EPS = 1e-6  # of the statistics of heads, as in RAE
 FeatureMaps = Callable[[Tensor], list[Tensor]]  # images [B, 3, H, W] in [-1, 1] to maps [B, D, L]
 
 
@@ -151,9 +152,11 @@ class TokenHead(nn.Module):
             raise ValueError(f"kernel is {kernel}; a convolution over neighbours on both sides needs an odd one")
         self._kernel = kernel
         self.point = spectral_norm(nn.Conv1d(dim, dim, 1, bias=False))
-        self.point_norm = nn.GroupNorm(dim, dim)  # per sample and channel: a batch normalisation over one sample
+        self.point_norm = nn.GroupNorm(
+            dim, dim, eps=EPS
+        )  # per sample and channel: a batch normalisation over one sample
         self.near = spectral_norm(nn.Conv1d(dim, dim, kernel, padding=kernel // 2, padding_mode="circular", bias=False))
-        self.near_norm = nn.GroupNorm(dim, dim)
+        self.near_norm = nn.GroupNorm(dim, dim, eps=EPS)
         self.out = spectral_norm(nn.Conv1d(dim, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
