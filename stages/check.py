@@ -26,68 +26,17 @@ from stages.prepare_data import PrepareData
 from stages.pretrain import Pretrain
 from stages.reference import ReferenceStatistics
 from stages.runner.fingerprint import code_digest
+from stages.runner.pipeline import Pipeline, Use
 from stages.runner.run import BAD_PARAMETERS, config_class
 from stages.runner.schema import schema_of
 from stages.summary import Summary
 from vtp.artefact import whole_folder, write_json
-from vtp.config import Config, ConfigError, did_you_mean, read_yaml
+from vtp.config import Config, ConfigError, did_you_mean
 from vtp.params import BASE, POINTS, RUNS, Origin, Parameters, milestone_name, read_parameters, write_yaml
 from vtp.training.fit import FlopsLength
 
 C = TypeVar("C", bound=Config)
 NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
-RUN, AT = "${item.run}", "${item.at}"  # in a dvc.yaml: name of a run, of a point
-COMMAND = re.compile(r"python -m stages\.(\w+)\s+(\S+):(\S+)")
-
-
-class Use(NamedTuple):
-    """A stage of dvc.yaml that reads a section."""
-
-    module: str
-    section: str
-    of_runs: bool  # it reads the section of every run
-
-
-class Pipeline(NamedTuple):
-    """What a dvc.yaml says about parameters."""
-
-    uses: list[Use]
-    tracked: list[Path]  # dependencies of its stage `check`
-    taken: frozenset[str] = frozenset()  # names beside the folders of runs
-    has_points: bool = False  # stages that run at every point of a run
-
-    @classmethod
-    def of(cls, dvc_file: Path) -> "Pipeline":
-        """Read `python -m stages.<module> FILE:SECTION` of every stage; a file of runs has ${item.run} in its name.
-
-        Raises ConfigError when there is no such file.
-        """
-        try:
-            stages = read_yaml(dvc_file)["stages"] if dvc_file.exists() else {}
-        except KeyError:
-            stages = {}
-        if not stages:
-            raise ConfigError(f"{dvc_file}: no file with stages; an overlay is checked where a pipeline reads it")
-        uses = []
-        words: set[str] = set()
-        for stage in stages.values():
-            command = (stage.get("do") or stage).get("cmd", "")
-            commands = [command] if isinstance(command, str) else command
-            for command in commands:
-                words |= set(command.split())
-                if match := COMMAND.search(" ".join(command.split())):
-                    uses.append(Use(match[1], match[3], RUN in match[2]))
-        deps = stages.get("check", {}).get("deps", [])
-        tracked = [dvc_file.parent / (dep if isinstance(dep, str) else next(iter(dep))) for dep in deps]
-        return cls(list(dict.fromkeys(uses)), tracked, _taken(words), any(AT in word for word in words))
-
-
-def _taken(paths: Iterable[str]) -> frozenset[str]:
-    """What lies beside a folder of a run; so can be no name of one."""
-    split = [path.split("/") for path in paths]
-    parents = {tuple(parts[: parts.index(RUN)]) for parts in split if RUN in parts}
-    beside = {parts[len(parent)] for parts in split for parent in parents if tuple(parts[:-1])[: len(parent)] == parent}
-    return frozenset(name for name in beside if "$" not in name)
 
 
 class Checked(NamedTuple):
@@ -107,8 +56,9 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
         problems.append(f"{params}: no {RUNS}; name at least one, such as `{RUNS}: {{joint: {{}}}}`")
     if pipeline.has_points:
         problems += _malformed_points(parameters)
-    shared, wrong = _configs(parameters, [use for use in pipeline.uses if not use.of_runs])
-    problems += wrong
+    once = [use for use in pipeline.uses if not use.of_runs]
+    shared, wrong = _configs(parameters, once)
+    problems += [*wrong, *_guides(shared, once)]
     written: dict[str, dict[str, Any]] = {}
     for name in parameters.runs if of_runs else ():
         try:
@@ -119,7 +69,8 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
             continue
         configs, wrong = _configs(own, of_runs)
         between = [f"{RUNS}.{name}: {problem}" for problem in disagreements({**shared, **configs})]
-        problems += [*wrong, *between, *_points(own, name, configs)]
+        guides = [f"{RUNS}.{name}: {problem}" for problem in _guides(configs, of_runs)]
+        problems += [*wrong, *between, *guides, *_points(own, name, configs)]
         written[name] = {section: own.values[section] for section in configs}
     if not written:
         problems += disagreements(shared)
@@ -213,6 +164,25 @@ def _unknown_runs(parameters: Parameters, configs: Mapping[str, Config]) -> list
     ]
 
 
+def _guides(configs: Mapping[str, Config], uses: Iterable[Use]) -> Iterator[str]:
+    """Weaker generators that settings ask for and commands do not give, and the other way round."""
+    for use in uses:
+        config = configs.get(use.section)
+        if not isinstance(config, Generate):
+            continue
+        wanted = [name for name, sampler in config.settings.items() if sampler.guide == "generator"]
+        if wanted and "--guide" not in use.flags:
+            yield (
+                f"{use.section}.settings.{wanted[0]}.guide: generator asks for a weaker one, and the stage's command gives "
+                "none; add --guide FOLDER to it, and the folder to its deps, or choose null_class"
+            )
+        if "--guide" in use.flags and not wanted:
+            yield (
+                f"{use.section}.settings: the stage's command gives a --guide, and no setting has `guide: generator`; "
+                "choose it for one, or leave --guide out"
+            )
+
+
 def _malformed_points(parameters: Parameters) -> list[str]:
     """What is wrong with the points by themselves."""
     place, points = parameters.origins.get((POINTS,), Origin(parameters.path, (POINTS,))), parameters.values.get(POINTS)
@@ -270,8 +240,8 @@ def _milestones_are_reached(recipe: Recipe) -> Iterator[str]:
             for milestone in pretrain.monitor.milestones:
                 if not isinstance(milestone, str) and milestone > length.flops:
                     yield (
-                        f"{name}.monitor.milestones: {milestone:.3e} FLOPs are more than {name}.training.length.flops, "
-                        f"{length.flops:.3e}"
+                        f"{name}.monitor.milestones: {milestone_name(milestone)} FLOPs are more than "
+                        f"{name}.training.length.flops, {milestone_name(length.flops)}"
                     )
 
 
@@ -298,6 +268,16 @@ def _probes_see_whole_patches(recipe: Recipe) -> Iterator[str]:
             side, patch = understanding.probes.size, pretrain.tokenizer.vision.patch_size
             if side % patch:
                 yield f"{name}.probes.size: {side} is no multiple of {patch}, the encoder's patch_size"
+
+
+def _probes_read_blocks_that_are_there(recipe: Recipe) -> Iterator[str]:
+    for name, understanding in recipe.of(EvaluateUnderstanding):
+        for own, pretrain in recipe.of(Pretrain):
+            asked, depth = max(understanding.probes.blocks), pretrain.tokenizer.vision.depth
+            if asked > depth:
+                yield (
+                    f"{name}.probes.blocks: {asked}, and {own}.tokenizer.vision.depth is {depth}; take so many or fewer"
+                )
 
 
 def _samples_suffice(recipe: Recipe) -> Iterator[str]:
@@ -343,6 +323,7 @@ RULES = (
     _pictures_are_not_enlarged,
     _prompts_are_for_the_data,
     _probes_see_whole_patches,
+    _probes_read_blocks_that_are_there,
     _samples_suffice,
     _reference_has_the_size_of_the_tokenizer,
     _reference_has_the_splits,

@@ -18,7 +18,7 @@ from torch import Tensor
 from stages.figures.guidance import Guided, draw_guidance
 from stages.runner.run import Input, OptionalInput, OptionalOutput, Output, main
 from vtp.artefact import whole_file, write_json
-from vtp.config import Config, ConfigError
+from vtp.config import Config, ConfigError, Distinct
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.adm import AdmReference
 from vtp.evaluation.export import ExportConfig, SampleWriter, build_writer
@@ -49,7 +49,7 @@ class EvaluateGenerator(Config):
     """The section `evaluate_generator`."""
 
     split: str = Field(min_length=1, description="split of the reference that the generator learnt")
-    counts: list[Annotated[int, Field(ge=2)]] = Field(
+    counts: Annotated[list[Annotated[int, Field(ge=2)]], Distinct] = Field(
         min_length=1, description="how many of the samples are compared, the first so many; published: 10000, 50000"
     )
     batch_size: int = Field(ge=1, description="images of a forward pass")

@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.figures.reconstructions import Comparison, write_diagnostics
 from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import write_json
-from vtp.config import Config
+from vtp.config import Config, number_name
 from vtp.data.dataset import ShardDataset
 from vtp.data.remote import ShardCache
 from vtp.distributed import gather_rows, ranks
@@ -108,7 +108,7 @@ def run(  # noqa: PLR0913 - one flag per output
         for name, values in zip(models, means, strict=True)
     }
     tolerance = {
-        name: {f"psnr_{level:g}": value for level, value in zip(config.noise.levels, curve, strict=True)}
+        name: {f"psnr_{number_name(level)}": value for level, value in zip(config.noise.levels, curve, strict=True)}
         for name, curve in noisy.items()
     }
     figures = latents.figures() | {"noise": tolerance}

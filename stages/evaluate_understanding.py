@@ -9,7 +9,7 @@ bottleneck alone. A decoder is no input: a new one redoes none of this.
 
 import csv
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stages.runner.run import Input, Output, main
 from vtp.artefact import ArtefactError, write_json
-from vtp.config import Config
+from vtp.config import Config, Distinct, number_name
 from vtp.data.dataset import ShardDataset
 from vtp.data.remote import ShardCache
 from vtp.data.shards import Manifest
@@ -41,7 +41,7 @@ class EvaluateUnderstanding(Config):
     )
     train_samples: int = Field(ge=1, description="labelled training images that the probes see")
     prompts: PromptsConfig
-    protocols: list[Literal["squash", "centre"]] = Field(
+    protocols: Annotated[list[Literal["squash", "centre"]], Distinct] = Field(
         min_length=1, description="what zero-shot sees: squash, the official one; centre, short side and centre crop"
     )
     probes: ProbesConfig
@@ -118,7 +118,7 @@ def _zero_shot(
             lambda texts: model.encode_text(model.tokenize(texts).to(device)), prompts.classes, prompts.templates
         )
     accuracies: dict[str, float] = {}
-    for protocol in dict.fromkeys(config.protocols):
+    for protocol in config.protocols:
         accuracy = top_k_accuracy(tables.validation[protocol], classifier.cpu(), labels, ks=(1, 5))
         accuracies |= {f"zero_shot_top{k}_{protocol}": value for k, value in accuracy.items()}
     return accuracies
@@ -130,9 +130,8 @@ def _write(rows: list[Row], path: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
         for row in rows:
-            writer.writerow(
-                ["" if value is None else f"{value:.6g}" if isinstance(value, float) else value for value in row]
-            )
+            accuracies = ("" if value is None else f"{value:.6g}" for value in (row.holdout, row.validation))
+            writer.writerow([row.probe, number_name(row.candidate), *accuracies])
 
 
 if __name__ == "__main__":

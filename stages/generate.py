@@ -7,7 +7,7 @@ batch, so its samples agree within its tolerance only.)
 
 from contextlib import AbstractContextManager
 from itertools import product
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import ArtefactError, save_tensors
-from vtp.config import Config, ConfigError
+from vtp.config import Config, ConfigError, Distinct, number_name
 from vtp.data.latents import LatentDataset
 from vtp.data.shared_files import SharedFiles
 from vtp.distributed import ranks
@@ -33,15 +33,16 @@ class Sweep(Config):
     """One setting at many strengths of guidance: all combinations, each a setting of its own."""
 
     setting: SettingName = Field(description="the setting whose scale, interval and shift are replaced")
-    scales: list[float] = Field(min_length=1, description="guidance scales of the sweep")
-    intervals: list[Interval] = Field(min_length=1, description="guidance intervals of the sweep")
-    shifts: list[float] = Field(min_length=1, description="timestep shifts of the sweep")
+    scales: Annotated[list[float], Distinct] = Field(min_length=1, description="guidance scales of the sweep")
+    intervals: Annotated[list[Interval], Distinct] = Field(min_length=1, description="guidance intervals of the sweep")
+    shifts: Annotated[list[float], Distinct] = Field(min_length=1, description="timestep shifts of the sweep")
 
     def settings(self, base: SamplerConfig) -> dict[str, SamplerConfig]:
         """By names that say what varies."""
         settings = {}
         for scale, (start, end), shift in product(self.scales, self.intervals, self.shifts):
-            name = f"w{scale:g}_t{start:g}-{end:g}_s{shift:g}".replace(".", "p")
+            of_scale, of_start, of_end, of_shift = map(number_name, (scale, start, end, shift))
+            name = f"w{of_scale}_t{of_start}-{of_end}_s{of_shift}".replace(".", "p")
             changed = {"guidance_scale": scale, "guidance_interval": (start, end), "timestep_shift": shift}
             settings[name] = SamplerConfig.parse(base.model_dump() | changed, where="generate.sweep")
         return settings
@@ -68,7 +69,9 @@ class Generate(Config):
                 raise ValueError(
                     f"sweep.setting: {self.sweep.setting!r} is none of settings: {', '.join(self.settings)}"
                 )
-            self.sweep.settings(self.settings[self.sweep.setting])
+            swept = self.sweep.settings(self.settings[self.sweep.setting])
+            if twice := sorted(swept.keys() & self.settings.keys()):
+                raise ValueError(f"settings: {twice[0]!r} is what the sweep calls one of its own; choose another name")
         return self
 
     @property

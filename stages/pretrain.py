@@ -27,6 +27,7 @@ from vtp.objectives.cost import pretrain_cost
 from vtp.objectives.pretrain import PretrainObjective, PretrainObjectiveConfig
 from vtp.objectives.pretrain_state import export_tokenizer, load_pretrain_state, save_pretrain_state
 from vtp.objectives.rates import RatesConfig
+from vtp.params import milestone_name
 from vtp.step import OptimConfig, StepCost
 from vtp.training.fit import Run, TrainingConfig, fit, run_length
 from vtp.training.log import gradient_figures
@@ -140,8 +141,8 @@ def _require_reachable(milestones: Sequence[float | str], flops: float) -> None:
     """Raises ConfigError for a milestone behind the end of the run, which would never be exported."""
     if beyond := [each for each in milestones if not isinstance(each, str) and each > flops]:
         raise ConfigError(
-            f"pretrain.monitor.milestones: {beyond[0]:.3e} FLOPs are more than the {flops:.3e} of the whole run; lower it, "
-            "or train for longer (training.length)"
+            f"pretrain.monitor.milestones: {milestone_name(beyond[0])} FLOPs are more than the {milestone_name(flops)} of "
+            "the whole run; lower it, or train for longer (training.length)"
         )
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from stages.monitors.generator import FidReference, GeneratorMilestones, GeneratorMonitor, GeneratorMonitorConfig
 from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import write_json
-from vtp.config import Config, ConfigError
+from vtp.config import Config, ConfigError, number_name
 from vtp.data.batches import LatentBatches, RankSlice, count_micro_batches
 from vtp.data.latents import LatentDataset
 from vtp.distributed import ranks
@@ -117,10 +117,11 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     training = Run(length.steps, config.training, {"model": config.optim}, cost, rank_slice.micro_batches)
     fit(objective, batches, training, host=host, monitors=[monitor, milestones])
 
-    states = {f"ema-{momentum:g}": objective.averaged(number) for number, momentum in enumerate(config.objective.ema)}
+    averages = [f"ema-{number_name(momentum)}" for momentum in config.objective.ema]
+    states = {name: objective.averaged(number) for number, name in enumerate(averages)}
     if not ranks().first:
         return
-    result = states.pop(f"ema-{config.objective.ema[0]:g}")
+    result = states.pop(averages[0])
     sampler = config.monitor.sampler.model_dump(mode="json")
     others = states | milestones.saved()
     save_generator(generator, model.config, result, space=data.space, sampler=sampler, others=others)

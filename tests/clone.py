@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tiny import ROOT, SMALL, merged, tiny_params, write_params
 
-from stages.check import Pipeline
+from stages.runner.pipeline import Pipeline
 from vtp.artefact import digest
 from vtp.config import read_yaml
 

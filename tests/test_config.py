@@ -1,12 +1,13 @@
-"""Typed parameters."""
+"""Typed parameters, and the names that numbers have."""
 
+import math
 from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
 
-from vtp.config import Config, ConfigError, read_yaml
-from vtp.params import load, split_address
+from vtp.config import Config, ConfigError, Distinct, number_name, read_yaml
+from vtp.params import load, milestone_name, split_address
 
 
 class Rate(Config):
@@ -135,3 +136,60 @@ def test_a_choice_that_does_not_exist_is_told_with_the_nearest():
     assert str(raised.value) == (
         "p.yaml:d.shape: no such name 'squares'; known are circle, square; did you mean 'square'?"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        *[
+            (0.0, "0"),
+            (2.0, "2"),
+            (0.99, "0.99"),
+            (0.9999, "0.9999"),
+            (1e-5, "1e-05"),
+            (1e6, "1e+06"),
+            (123456.0, "123456"),
+        ],
+        *[
+            (0.9999999, "0.9999999"),
+            (1.0000001, "1.0000001"),
+            (1234567.0, "1234567"),
+            (0.1 + 0.2, "0.30000000000000004"),
+        ],
+        *[(math.nextafter(1, 2), "1.0000000000000002"), (5e-324, "4.94066e-324")],
+    ],
+)
+def test_a_number_has_a_name_of_its_own(value, name):
+    """Six digits where they are enough, else as many as it takes."""
+    assert number_name(value) == name
+    assert float(name) == value
+
+
+def test_neighbours_never_share_a_name():
+    for value in (0.1, 0.9999, 1.0, 1.5, 1000.0, 5.8e12, 9.75e19, 1e-300):
+        around = [math.nextafter(value, 0), value, math.nextafter(value, math.inf)]
+        assert len({number_name(each) for each in around}) == len({milestone_name(each) for each in around}) == 3
+    with pytest.raises(ValueError, match="has no name"):
+        number_name(math.nan)
+
+
+def test_milestones_have_four_digits_or_more():
+    names = [milestone_name(each) for each in (5.8e12, 1.16e13, 5.8001e12, 5800123456789.0, 9.75e19, "end")]
+    assert names == ["5.800e+12", "1.160e+13", "5.8001e+12", "5.800123456789e+12", "9.750e+19", "end"]
+
+
+class Named(Config):
+    counts: Annotated[list[int], Distinct]
+    milestones: list[Annotated[float, Field(gt=0)] | Literal["end"]]
+
+
+def test_what_would_be_one_under_one_name_is_refused():
+    with pytest.raises(ConfigError, match=r"p\.counts: 5 comes twice, and would be one under one name; leave one out"):
+        Named.parse({"counts": [5, 7, 5], "milestones": []}, where="p")
+
+
+def test_a_value_that_is_none_of_a_choice_is_told_once():
+    with pytest.raises(ConfigError) as raised:
+        Named.parse({"counts": [], "milestones": [-1.0]}, where="p")
+    expected = "p.milestones.0: Input should be greater than 0, or: Input should be 'end' (given: -1.0)"
+    assert str(raised.value) == expected

@@ -7,8 +7,9 @@ import pytest
 from ruamel.yaml import YAML
 from tiny import ROOT
 
-from stages.check import Pipeline, check
+from stages.check import check
 from stages.prepare_data import PrepareData
+from stages.runner.pipeline import Pipeline
 from vtp.config import read_yaml
 from vtp.params import read_parameters
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from stages.check import Pipeline, check, schema
+from stages.check import check, schema
 from stages.pretrain import Pretrain
+from stages.runner.pipeline import Pipeline
 from stages.runner.project import CONFIG, derived
 from stages.runner.run import path_flags, stage_name
 from vtp.config import read_yaml

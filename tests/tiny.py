@@ -71,6 +71,7 @@ SMALL: dict[str, Any] = {
         "probes": {
             "resize": 16,
             "size": 16,
+            "blocks": [1, 2],
             "single": {"name": "lbfgs", "l2": [1e-3, 1e-2], "max_iterations": 5},
             "multi": {"epochs": 2, "batch_size": 16},
         },

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.constructor import DuplicateKeyError
 
@@ -18,10 +18,33 @@ Keys = tuple[str | int, ...]
 LONGEST = 80  # characters of a value that a message shows
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # positive normal numbers of float32
 MOST_NODES, DEEPEST = 1_000_000, 64  # of a parameter file
+MOST_DIGITS = 17  # tell all floats of double precision apart
 
 
 class ConfigError(ValueError):
     """A parameter is missing, unknown, of the wrong type or impossible; the message says where."""
+
+
+def number_name(value: float, *, digits: int = 6, style: str = "g") -> str:
+    """A number as a part of a name, of a metric, a file or a key: 0.99, 2, 1e-05; of `style` e 5.800e+12.
+
+    It has `digits` digits (of `style` e: behind the point), and more where it takes more to read the same number back: two
+    numbers never have one name. Raises ValueError for NaN.
+    """
+    for precision in range(digits, MOST_DIGITS + 1):
+        if float(text := f"{value:.{precision}{style}}") == value:
+            return text
+    raise ValueError(f"{value} is no number, and has no name")
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise ValueError(f"{value!r} comes twice, and would be one under one name; leave one out")
+    return values
+
+
+Distinct = AfterValidator(_distinct)  # of a list whose values name something
 
 
 class Config(BaseModel):
@@ -94,7 +117,9 @@ def did_you_mean(name: object, known: Iterable[object]) -> str:
 
 
 def _explain(error: ValidationError, model: type[Config], values: Any, place: Callable[[Keys], str]) -> str:  # noqa: ANN401
-    lines = []
+    found: dict[
+        tuple[str, str], list[str]
+    ] = {}  # by place and value: where there is a choice, each says why it is not it
     for problem in error.errors(include_url=False):
         location = problem["loc"]
         given = "" if problem["type"] == "missing" else f" (given: {_short(problem['input'])})"
@@ -109,8 +134,8 @@ def _explain(error: ValidationError, model: type[Config], values: Any, place: Ca
             message, given = f"no such name {about['tag']!r}; known are {', '.join(known)}{hint}", ""
         elif problem["type"] == "value_error":
             message = message.removeprefix("Value error, ")
-        lines.append(f"{place(_keys(location, values))}: {message}{given}")
-    return "\n".join(lines)
+        found.setdefault((place(_keys(location, values)), given), []).append(message)
+    return "\n".join(f"{where}: {', or: '.join(messages)}{given}" for (where, given), messages in found.items())
 
 
 def _short(value: object) -> str:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from ruamel.yaml import YAML
 
 from vtp.artefact import whole_file
-from vtp.config import Config, ConfigError, Keys, did_you_mean, read_yaml
+from vtp.config import Config, ConfigError, Keys, did_you_mean, number_name, read_yaml
 
 C = TypeVar("C", bound=Config)
 BASE = "base"
@@ -111,7 +111,7 @@ def read_parameters(path: Path) -> Parameters:
 
 def milestone_name(milestone: float | str) -> str:
     """What a milestone of a training is called, as a folder and as a point: its training FLOPs, or `end`."""
-    return milestone if isinstance(milestone, str) else f"{milestone:.3e}"
+    return milestone if isinstance(milestone, str) else number_name(milestone, digits=3, style="e")
 
 
 def split_address(address: str) -> tuple[Path, str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stages.figures.drawing import Panel, panels
+from vtp.config import number_name
 from vtp.flow import SamplerConfig
 
 SHOWN = ("gfid", "is", "precision", "recall")
@@ -56,4 +57,6 @@ def draw_guidance(rows: Sequence[Guided], path: Path) -> None:
 def _curve(sampler: SamplerConfig) -> str:
     start, end = sampler.guidance_interval
     away = "" if sampler.guide == "null_class" else ", from a weaker generator"
-    return f"t {start:g} to {end:g}, shift {sampler.timestep_shift:g}{away}"
+    channels = "" if sampler.guidance_channels == "all" else f", {sampler.guidance_channels} channels"
+    start, end, shift = map(number_name, (start, end, sampler.timestep_shift))
+    return f"t {start} to {end}, shift {shift}, {sampler.steps} {sampler.solver}{channels}{away}"

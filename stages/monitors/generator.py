@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from stages.monitors.snapshots import SnapshotStore
 from vtp.artefact import load_tensors, save_tensors
-from vtp.config import Config
+from vtp.config import Config, Distinct, number_name
 from vtp.data.latents import LatentDataset
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.features import FeatureExtractor, count_name
@@ -44,17 +44,20 @@ class GeneratorMonitorConfig(Config):
     fid: OnlineFidConfig | None = Field(
         description="a Fréchet distance along the run; needs --reference, and wants a tuned --decoder; null for none"
     )
-    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+    milestones: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Distinct] = Field(
         description="shares of the run at which the averaged weights are kept, to guide or to compare"
     )
 
-    @model_validator(mode="after")
-    def _sampler_fits(self) -> Self:
-        if self.sampler.guide == "generator":
-            raise ValueError("sampler.guide: there is no weaker generator beside one in training; choose null_class")
-        if self.sampler.solver == "dopri5":
-            raise ValueError("sampler.solver: dopri5 takes other steps on every rank; choose euler or heun")
-        return self
+    @field_validator("sampler")
+    @classmethod
+    def _sampler_fits(cls, sampler: SamplerConfig) -> SamplerConfig:
+        if sampler.guide == "generator":
+            raise ValueError(
+                "guide: generator asks for a weaker one, and beside one in training is none; choose null_class"
+            )
+        if sampler.solver == "dopri5":
+            raise ValueError("solver: dopri5 takes other steps on every rank; choose euler or heun")
+        return sampler
 
 
 class FidReference(NamedTuple):
@@ -194,4 +197,4 @@ class GeneratorMilestones:
 
 
 def _name(share: float) -> str:
-    return f"at-{share:g}"
+    return f"at-{number_name(share)}"

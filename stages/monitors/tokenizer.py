@@ -3,16 +3,16 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from stages.monitors.snapshots import SnapshotStore
 from vtp.artefact import write_json
-from vtp.config import Config
+from vtp.config import Config, Distinct
 from vtp.data.dataset import ShardDataset
 from vtp.distributed import ranks
 from vtp.evaluation.neighbours import knn_accuracy
@@ -42,16 +42,9 @@ class TokenizerMonitorConfig(Config):
     evaluations: int = Field(ge=1, description="evaluations, evenly spaced over the run; the last is at its end")
     pictures: int = Field(ge=1, description="validation images that are reconstructed at every evaluation")
     probe: KnnProbeConfig | None = Field(description="k-NN accuracy at every evaluation; null for none")
-    milestones: list[Annotated[float, Field(gt=0)] | Literal["end"]] = Field(
+    milestones: Annotated[list[Annotated[float, Field(gt=0)] | Literal["end"]], Distinct] = Field(
         description="training FLOPs at which the tokenizer is exported; `end`: when the run ends"
     )
-
-    @model_validator(mode="after")
-    def _milestones_have_names(self) -> Self:
-        names = [milestone_name(milestone) for milestone in self.milestones]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"milestones: two are called {twice[0]}, by four digits; leave one out")
-        return self
 
 
 class TokenizerMonitor:

@@ -27,6 +27,7 @@ from stages.plans.estimate import (
     per_gpu,
 )
 from stages.train_generator import TrainGenerator
+from vtp.config import number_name
 from vtp.flow import SamplerConfig, flow_matching_loss
 from vtp.flow.sampler import time_grid
 from vtp.layers.flops import TRAINING, forward_flops
@@ -79,7 +80,7 @@ def plan(arguments: list[str]) -> Estimate:
 
     memory = estimate.section(f"memory per GPU, {options.gpus} GPUs")
     split = options.gpus if options.fsdp else 1
-    averages = {f"average, {momentum:g}": count for momentum in config.objective.ema}
+    averages = {f"average, {number_name(momentum)}": count for momentum in config.objective.ema}
     static = {"weights": count, "gradients": count, "optimiser": 2 * count} | averages
     memory |= {name: gigabytes(numbers * FLOAT / split) for name, numbers in static.items()}
     share, passes = per_gpu(options, config.batch_size, named="train_generator.batch_size")

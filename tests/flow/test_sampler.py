@@ -211,6 +211,7 @@ def test_config_is_the_arguments_of_sample():
         ({"guidance_scale": 1.5}, "cfg1p5"),
         ({"guidance_scale": 10.0, "guidance_channels": 3}, "cfg10-3ch"),
         ({"guidance_scale": 1.42, "guide": "generator"}, "auto1p42"),
+        ({"guidance_scale": 1.5000001}, "cfg1p5000001"),
     ],
 )
 def test_guidance_has_a_name(changes, name):

@@ -3,8 +3,9 @@
 import pytest
 from tiny import ROOT, merged, tiny_params, write_params
 
-from stages.check import Pipeline, Use, check, disagreements, main, stage_config
+from stages.check import check, disagreements, main, stage_config
 from stages.import_tokenizer import ImportTokenizer
+from stages.runner.pipeline import Pipeline, Use
 from vtp.config import ConfigError, read_yaml
 
 RECIPE = Pipeline.of(ROOT / "dvc.yaml")._replace(tracked=[])
@@ -78,11 +79,77 @@ def test_the_recipe_is_valid(tmp_path):
         ({"evaluate_reconstruction": {"split": "test"}}, "'test' is none of reference.splits, which has train, valid"),
         ({"evaluate_generator": {"split": "test"}}, "evaluate_generator.split: 'test' is none of reference.splits"),
         ({"reference": {"splits": {"train": {"kept": 19}}}}, "train.kept: 19, evaluate_generator compares 20 features"),
+        (
+            {"evaluate_understanding": {"probes": {"blocks": [1, 1000003]}}},
+            "evaluate_understanding.probes.blocks: 1000003, and pretrain.tokenizer.vision.depth is 2; take so many or fewer",
+        ),
+        (
+            {"pretrain": {"monitor": {"milestones": [-1.0e8]}}},
+            "pretrain.monitor.milestones.0: Input should be greater than 0, or: Input should be 'end' (given: -100000000.0)",
+        ),
+        (
+            {"train_generator": {"monitor": {"milestones": [-0.2]}}},
+            "train_generator.monitor.milestones.0: Input should be greater than 0 (given: -0.2)",
+        ),
+        (
+            {"train_generator": {"monitor": {"sampler": {"guide": "generator"}}}},
+            "train_generator.monitor.sampler: guide: generator asks for a weaker one, and beside one in training is none; "
+            "choose null_class",
+        ),
         ({"evaluate_reconstruction": {"noise": {"levels": [0.1, 0.1]}}}, "levels must rise from 0 or above"),
     ],
 )
 def test_bad_values_are_named(tmp_path, changes, message):
     assert message in said(tmp_path, changes)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("pretrain.monitor.milestones", [1e8, "end", 1e8]),
+        ("train_generator.monitor.milestones", [0.2, 0.2]),
+        ("train_generator.objective.ema", [0.9, 0.9]),
+        ("evaluate_generator.counts", [24, 24]),
+        ("evaluate_understanding.protocols", ["squash", "squash"]),
+        ("evaluate_understanding.probes.blocks", [1, 1]),
+        ("evaluate_understanding.probes.single.l2", [0.1, 0.1]),
+        ("evaluate_understanding.probes.multi.learning_rates", [0.1, 0.1]),
+    ],
+)
+def test_what_names_something_comes_once(tmp_path, section, changes):
+    *keys, last = section.split(".")
+    nested = {last: changes}
+    for key in reversed(keys):
+        nested = {key: nested}
+    assert f"{section}: {changes[0]!r} comes twice, and would be one under one name" in said(tmp_path, nested)
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        (
+            "memory://shards",
+            "what memory:// holds is not shared by processes and machines, and each must read it; give the URL",
+        ),
+        ("data://text", "what data:// holds is not shared"),
+        ("simplecache::s3://bucket/set", "what simplecache::s3:// holds is not shared"),
+        ("zip://a.zip::file:///mnt/b", "what zip:// holds is not shared"),
+        ("bucket/folder", "no URL; give one such as s3://bucket/folder, or null"),
+        ("htps://bucket/folder", "fsspec has no protocol 'htps'; did you mean 'https'?"),
+        ("nowhere://bucket", "fsspec has no protocol 'nowhere'; s3, gs, https and file are some"),
+    ],
+)
+def test_shards_go_where_all_can_read_them(tmp_path, location, message):
+    found = said(tmp_path, {"prepare_data": {"location": location}})
+    assert f"params.yaml:prepare_data.location: {message}" in found
+    assert found.endswith(f"(given: {location!r})")
+
+
+@pytest.mark.parametrize(
+    "location", ["s3://bucket/folder", "file:///mnt/shards", "gs://bucket", "https://host/folder", None]
+)
+def test_places_of_shards(tmp_path, location):
+    assert said(tmp_path, {"prepare_data": {"location": location}}) == ""
 
 
 def test_an_imported_tokenizer_has_the_size_of_the_reference():
@@ -252,9 +319,31 @@ def test_milestones_beyond_the_end(study):
     assert message in study(f"pretrain: {{{change}}}")
 
 
-def test_two_milestones_of_one_name(study):
-    found = study("pretrain: {monitor: {milestones: [1.0001e+8, 1.0004e+8]}}")
-    assert "milestones: two are called 1.000e+08, by four digits; leave one out" in found
+def test_points_tell_milestones_apart_by_all_their_digits(study):
+    text = "runs: {one: {pretrain: {monitor: {milestones: [1.0e+8, 1.0001e+8, 1.00010001e+8]}}}}\npoints: "
+    assert study(f"{text}['1.000e+08', '1.0001e+08', '1.00010001e+08']", POINTS) == ""
+    assert "'1.00010002e+08' is none of one's" in study(f"{text}['1.00010002e+08']", POINTS)
+
+
+def test_a_weaker_generator_is_given_where_one_is_asked_for(study):
+    """The flags of the command, of a section that is read once and of a run's."""
+    asked = "generate: {settings: {guided: {guide: generator}}}"
+    missing = "generate.settings.guided.guide: generator asks for a weaker one, and the stage's command gives none; add"
+    unasked = "generate.settings: the stage's command gives a --guide, and no setting has `guide: generator`"
+    given = Pipeline([Use("generate", "generate", False, frozenset({"--guide"}))], [])
+    assert study(asked).startswith(missing)
+    assert study(asked, given) == ""
+    assert study("", given).startswith(unasked)
+    assert study(f"runs: {{one: {{{asked}}}, two: {{}}}}", COMPARISON).startswith(f"runs.one: {missing}")
+
+
+def test_a_command_s_flags_are_read(tmp_path):
+    (tmp_path / "dvc.yaml").write_text(
+        "stages: {a: {cmd: 'python -m stages.generate p:generate --samples s --guide g'}}"
+    )
+    assert Pipeline.of(tmp_path / "dvc.yaml").uses == [
+        Use("generate", "generate", False, frozenset({"--samples", "--guide"}))
+    ]
 
 
 def test_any_form_of_a_dvc_file(tmp_path):

@@ -130,6 +130,23 @@ def test_a_sweep_is_all_combinations(inputs, tmp_path):
     assert not torch.allclose(guided, latents(samples, "w2p5_t0p25-0p75_s0p5", 0, 4), atol=1e-4)
 
 
+def test_names_of_a_sweep_tell_all_its_numbers_apart():
+    values = tiny_params()["generate"]
+    sweep = {"setting": "guided", "scales": [1.5, 1.5000001], "shifts": [0.3, 0.30000001]}
+    sweep |= {"intervals": [[0.0, 1.0], [1e-9, 1.0], [0.0, 0.99999999]]}
+    settings = Generate.parse(values | {"sweep": sweep}, where="test").all_settings
+    assert len(settings) == 2 + 2 * 3 * 2
+    assert {"w1p5_t0-1_s0p3", "w1p5000001_t1e-09-1_s0p30000001", "w1p5_t0-0p99999999_s0p3"} < settings.keys()
+    taken = values["settings"] | {"w1p5_t0-1_s0p3": values["settings"]["guided"]}
+    with pytest.raises(
+        ConfigError, match="'w1p5_t0-1_s0p3' is what the sweep calls one of its own; choose another name"
+    ):
+        Generate.parse(values | {"sweep": sweep, "settings": taken}, where="test")
+    for part, value in (("scales", 2.0), ("shifts", 0.5), ("intervals", [0.1, 1.0])):
+        with pytest.raises(ConfigError, match=rf"sweep\.{part}: .* comes twice"):
+            Generate.parse(values | {"sweep": sweep | {part: [value, value]}}, where="test")
+
+
 def test_half_precision_is_near(inputs, drawn, tmp_path):
     other = Samples(draw(inputs / "generator", tmp_path, settings=SETTINGS, precision="bfloat16"))
     assert latents(other, "guided").dtype == torch.float32

@@ -183,12 +183,13 @@ def test_latents_of_another_encoder(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": {"ema": [0.9, 0.9]}}, "the same momentum twice"),
+        ({"objective": {"ema": [0.9, 0.9]}}, r"objective\.ema: 0\.9 comes twice"),
         ({"monitor": {"sampler": {"solver": "dopri5"}}}, "other steps on every rank"),
-        ({"monitor": {"sampler": {"guide": "generator"}}}, "no weaker generator beside one in training"),
+        ({"monitor": {"sampler": {"guide": "generator"}}}, r"monitor\.sampler: guide: generator asks for a weaker one"),
         ({"monitor": {"pictures": 0}}, "pictures: Input should be greater than or equal to 1"),
         ({"model": {"size": {"name": "M"}}}, "size"),
         ({"monitor": {"milestones": [1.5]}}, "milestones"),
+        ({"monitor": {"milestones": [0.2, 0.5, 0.2]}}, r"monitor\.milestones: 0\.2 comes twice"),
     ],
 )
 def test_mistakes_are_told(inputs, tmp_path, changes, message):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from vtp.artefact import CHUNK, ArtefactError, whole_file
+from vtp.config import did_you_mean
 from vtp.host import Host
 
 if TYPE_CHECKING:
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 4
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further one waits twice as long
+# Of fsspec: what lies in one process, or in a URL itself, and what only wraps another place.
+PRIVATE = {
+    "memory",
+    "data",
+    "dask",
+    "pyscript",
+    "asynclocal",
+    "async_wrapper",
+    "asyncwrapper",
+    "generic",
+    "dir",
+    "reference",
+}
+PRIVATE |= {"cached", "blockcache", "filecache", "simplecache", "zip", "tar", "libarchive"}
 
 
 class RemoteError(ValueError):
@@ -113,6 +128,27 @@ def verify_remote(location: str, shards: "Sequence[Shard]") -> None:
             raise ArtefactError(
                 f"{location}/{shard.name}: manifest.json says {shard.bytes} bytes, found {actual}; upload it again"
             )
+
+
+def require_shared(location: str) -> None:
+    """See that a URL names a place that other processes and machines can read, by its protocol alone.
+
+    Raises ValueError for what is no URL of fsspec, for what one process keeps to itself (memory://), and for places in
+    places (zip://, simplecache::).
+    """
+    from fsspec import available_protocols
+
+    protocol, separator, _ = location.partition("://")
+    if not separator:
+        raise ValueError("no URL; give one such as s3://bucket/folder, or null")
+    if "::" in location or protocol in PRIVATE:
+        raise ValueError(
+            f"what {protocol}:// holds is not shared by processes and machines, and each must read it; give the URL of a "
+            "store, such as s3://bucket/folder, or null"
+        )
+    if protocol not in (known := set(available_protocols()) - PRIVATE):
+        hint = did_you_mean(protocol, known) or "; s3, gs, https and file are some"
+        raise ValueError(f"fsspec has no protocol {protocol!r}{hint}")
 
 
 def open_location(location: str) -> tuple[Any, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vtp.artefact import load_tensors, remove, save_tensors
+from vtp.config import ConfigError
 from vtp.data.dataset import ShardDataset
 from vtp.data.loader import load_batches
 from vtp.distributed import barrier, gather_objects, ranks, total
@@ -79,13 +80,18 @@ class Extraction:
     `tokens` [N, (n + 1) D]: class tokens of the last n blocks, the last block's at the end, then its mean patch; so the
     last 2 D columns are class token and mean patch of the last block. `latent` [N, d]: the mean latent. `squash` and
     `centre` [N, E]: CLIP's embeddings of these views. A tokenizer without features has `latent` alone.
+    Raises ConfigError when it has fewer than n blocks.
     """
 
     def __init__(
         self, model: Tokenizer, *, blocks: int, batch_size: int, precision: Literal["float32", "bfloat16"], host: Host
     ) -> None:
         self.model = model
-        self.blocks = min(blocks, model.num_blocks)
+        if model.has_features and blocks > model.num_blocks:
+            raise ConfigError(
+                f"probes.blocks: {blocks}, and the tokenizer has {model.num_blocks}; take so many or fewer"
+            )
+        self.blocks = blocks
         self._batch_size = batch_size
         self._reduced = precision == "bfloat16"
         self._host = host

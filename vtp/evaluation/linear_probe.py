@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vtp.config import Config
+from vtp.config import Config, Distinct
 from vtp.draws import torch_draws
 from vtp.evaluation.scale import BLOCK, Scale
 
@@ -19,7 +19,7 @@ class LbfgsConfig(Config):
     """Multinomial logistic regression on standardised features, solved in float64 by L-BFGS."""
 
     name: Literal["lbfgs"]
-    l2: list[Annotated[float, Field(gt=0)]] = Field(
+    l2: Annotated[list[Annotated[float, Field(gt=0)]], Distinct] = Field(
         min_length=1, description="candidates for l in mean cross-entropy + l/2 |W|^2 on standardised features"
     )
     max_iterations: int = Field(ge=1, description="most iterations of L-BFGS")

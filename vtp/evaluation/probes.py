@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vtp.artefact import load_tensors, save_tensors
-from vtp.config import Config
+from vtp.config import Config, Distinct, number_name
 from vtp.distributed import gather_objects, ranks, total
 from vtp.evaluation.extraction import Extraction, LabelledSplit, Views
 from vtp.evaluation.linear_probe import LbfgsConfig, draw_holdout, linear_probe
@@ -43,7 +43,7 @@ class ProbesConfig(Config):
     single: Annotated[LbfgsConfig | SgdSolverConfig, Field(discriminator="name")] = Field(
         description="how `bottleneck` and `last` are fitted, on standardised features"
     )
-    blocks: list[Annotated[int, Field(ge=1)]] = Field(
+    blocks: Annotated[list[Annotated[int, Field(ge=1)]], Distinct] = Field(
         min_length=1,
         description="feature sets of `multi`: class tokens of the last so many blocks; official: 1, 4",
     )
@@ -121,13 +121,12 @@ class Probing:
         model = self._extraction.model
         if not model.has_features:
             return ProbeResults({}, [], {})
-        depths = sorted({min(blocks, model.num_blocks) for blocks in self._config.blocks})
         sets = [
             ProbeFeatures(
                 f"multi{suffix}, last {n}", f"multi{suffix}", "tokens", (n + 1) * model.feature_dim, of_class, None
             )
             for suffix, of_class in self._groupings.items()
-            for n in depths
+            for n in sorted(self._config.blocks)
         ]
         return self._by_sgd("multi", sets, self._config.multi, tables, augment=self._config.augment)
 
@@ -159,7 +158,7 @@ class Probing:
                     held=self._held,
                 )
                 results.accuracies[name] = result.accuracy
-                results.chosen[name] = f"l2 {result.l2:g}"
+                results.chosen[name] = f"l2 {number_name(result.l2)}"
                 results.rows.extend(Row(one.name + suffix, l2, of, None) for l2, of in result.holdout_accuracy.items())
         return results
 
@@ -225,4 +224,4 @@ def _judged(probe: SgdProbe) -> ProbeResults:
 
 
 def _words(choice: Choice) -> str:
-    return f"{choice.features}, learning rate {choice.learning_rate:g}, epoch {choice.epoch}"
+    return f"{choice.features}, learning rate {number_name(choice.learning_rate)}, epoch {choice.epoch}"

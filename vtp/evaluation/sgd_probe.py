@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vtp.config import Config
+from vtp.config import Config, Distinct
 from vtp.draws import torch_draws
 from vtp.evaluation.scale import Scale
 
@@ -27,7 +27,7 @@ JUDGED = 2048  # samples at a time
 class SgdConfig(Config):
     """SGD with momentum 0.9 and a cosine to 0, no weight decay."""
 
-    learning_rates: list[Annotated[float, Field(gt=0)]] = Field(
+    learning_rates: Annotated[list[Annotated[float, Field(gt=0)]], Distinct] = Field(
         min_length=1, description="the grid, per 256 samples of a batch; the best on held-out samples is taken"
     )
     epochs: int = Field(

@@ -8,7 +8,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from vtp.config import Config
+from vtp.config import Config, number_name
 from vtp.flow.path import Velocity
 
 
@@ -51,7 +51,7 @@ class SamplerConfig(Config):
             return "unguided"
         kind = "cfg" if self.guide == "null_class" else "auto"
         channels = "" if self.guidance_channels == "all" else f"-{self.guidance_channels}ch"
-        return f"{kind}{self.guidance_scale:g}{channels}".replace(".", "p")
+        return f"{kind}{number_name(self.guidance_scale)}{channels}".replace(".", "p")
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `sample`, but for its `guide_model`."""

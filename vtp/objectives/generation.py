@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from vtp.config import Config
+from vtp.config import Config, Distinct
 from vtp.data.batches import LatentBatch
 from vtp.distributed import ranks, whole
 from vtp.flow import TimestepSamplingConfig, flow_matching_loss, timesteps_of
@@ -24,16 +24,9 @@ class GenerationObjectiveConfig(Config):
     uniform_from: float = Field(ge=0, le=1, description="share of the run after which timesteps are uniform; 1: never")
     cosine_weight: float = Field(ge=0, description="weight of the cosine between velocities, beside the squared error")
     label_dropout: float = Field(ge=0, lt=1, description="share of samples that train the null class")
-    ema: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+    ema: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Distinct] = Field(
         min_length=1, description="momenta of averaged weights; the first is the result, the others lie beside it"
     )
-
-    @field_validator("ema")
-    @classmethod
-    def _averages_differ(cls, ema: list[float]) -> list[float]:
-        if len(set(ema)) < len(ema):
-            raise ValueError(f"the same momentum twice: {ema}")
-        return ema
 
 
 class GenerationObjective(nn.Module):

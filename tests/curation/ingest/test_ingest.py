@@ -332,7 +332,7 @@ def test_what_is_wrong_with_a_source_is_named(folder, tmp_path):
     source = table_source(tmp_path / "source")
     with pytest.raises(IngestError, match="no column 'caption'; it has file, text, class"):
         prepare(tmp_path / "c", TABLE | {"caption": "caption"}, source)
-    with pytest.raises(ConfigError, match="expected a URL"):
+    with pytest.raises(ConfigError, match="no URL; give one such as s3://bucket/folder"):
         prepare(tmp_path / "d", FOLDER, folder, location="bucket/folder")
 
 

@@ -22,6 +22,7 @@ from vtp.curation.ingest.shard_workers import (
     Task,
 )
 from vtp.curation.ingest.source import PictureSource
+from vtp.data.remote import require_shared
 from vtp.data.shards import FORMAT_VERSION, Manifest, ShardSummary, describe_split
 
 UNREADABLE = "unreadable.csv"
@@ -38,9 +39,9 @@ class IngestConfig(Config):
 
     @field_validator("location")
     @classmethod
-    def _is_a_url(cls, location: str | None) -> str | None:
-        if location is not None and "://" not in location:
-            raise ValueError("expected a URL such as s3://bucket/folder, or null")
+    def _is_shared(cls, location: str | None) -> str | None:
+        if location is not None:
+            require_shared(location)
         return location
 
 

@@ -1,0 +1,63 @@
+"""What a dvc.yaml says about parameters: which stage reads which section."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from vtp.config import ConfigError, read_yaml
+
+RUN, AT = "${item.run}", "${item.at}"  # name of a run, of a point
+COMMAND = re.compile(r"python -m stages\.(\w+)\s+(\S+):(\S+)")
+
+
+class Use(NamedTuple):
+    """A stage of dvc.yaml that reads a section."""
+
+    module: str
+    section: str
+    of_runs: bool  # it reads the section of every run
+    flags: frozenset[str] = frozenset()  # of its command
+
+
+class Pipeline(NamedTuple):
+    """What a dvc.yaml says about parameters."""
+
+    uses: list[Use]
+    tracked: list[Path]  # dependencies of its stage `check`
+    taken: frozenset[str] = frozenset()  # names beside the folders of runs
+    has_points: bool = False  # stages that run at every point of a run
+
+    @classmethod
+    def of(cls, dvc_file: Path) -> "Pipeline":
+        """Read `python -m stages.<module> FILE:SECTION` of every stage; a file of runs has ${item.run} in its name.
+
+        Raises ConfigError when there is no such file.
+        """
+        try:
+            stages = read_yaml(dvc_file)["stages"] if dvc_file.exists() else {}
+        except KeyError:
+            stages = {}
+        if not stages:
+            raise ConfigError(f"{dvc_file}: no file with stages; an overlay is checked where a pipeline reads it")
+        uses = []
+        words: set[str] = set()
+        for stage in stages.values():
+            command = (stage.get("do") or stage).get("cmd", "")
+            commands = [command] if isinstance(command, str) else command
+            for command in commands:
+                words |= set(command.split())
+                if match := COMMAND.search(" ".join(command.split())):
+                    flags = frozenset(word for word in command.split() if word.startswith("--"))
+                    uses.append(Use(match[1], match[3], RUN in match[2], flags))
+        deps = stages.get("check", {}).get("deps", [])
+        tracked = [dvc_file.parent / (dep if isinstance(dep, str) else next(iter(dep))) for dep in deps]
+        return cls(list(dict.fromkeys(uses)), tracked, _taken(words), any(AT in word for word in words))
+
+
+def _taken(paths: Iterable[str]) -> frozenset[str]:
+    """What lies beside a folder of a run; so can be no name of one."""
+    split = [path.split("/") for path in paths]
+    parents = {tuple(parts[: parts.index(RUN)]) for parts in split if RUN in parts}
+    beside = {parts[len(parent)] for parts in split for parent in parents if tuple(parts[:-1])[: len(parent)] == parent}
+    return frozenset(name for name in beside if "$" not in name)
