@@ -12,19 +12,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from stages.evaluate_generator import EvaluateGenerator
-from stages.evaluate_reconstruction import EvaluateReconstruction
-from stages.evaluate_understanding import EvaluateUnderstanding
-from stages.generate import Generate
-from stages.import_tokenizer import ImportTokenizer
-from stages.prepare_data import PrepareData
+from stages.plans.rules import disagreements
 from stages.pretrain import Pretrain
-from stages.reference import ReferenceStatistics
 from stages.runner.fingerprint import code_digest
 from stages.runner.pipeline import Pipeline, Use
 from stages.runner.run import BAD_PARAMETERS, config_class
@@ -33,7 +27,6 @@ from stages.summary import Summary
 from vtp.artefact import whole_folder, write_json
 from vtp.config import Config, ConfigError, did_you_mean
 from vtp.params import BASE, POINTS, RUNS, Origin, Parameters, milestone_name, read_parameters, write_yaml
-from vtp.training.fit import FlopsLength
 
 C = TypeVar("C", bound=Config)
 NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
@@ -58,7 +51,7 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
         problems += _malformed_points(parameters)
     once = [use for use in pipeline.uses if not use.of_runs]
     shared, wrong = _configs(parameters, once)
-    problems += [*wrong, *_guides(shared, once)]
+    problems += wrong
     written: dict[str, dict[str, Any]] = {}
     for name in parameters.runs if of_runs else ():
         try:
@@ -68,12 +61,11 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
             problems.append(str(error))
             continue
         configs, wrong = _configs(own, of_runs)
-        between = [f"{RUNS}.{name}: {problem}" for problem in disagreements({**shared, **configs})]
-        guides = [f"{RUNS}.{name}: {problem}" for problem in _guides(configs, of_runs)]
-        problems += [*wrong, *between, *guides, *_points(own, name, configs)]
+        between = [f"{RUNS}.{name}: {problem}" for problem in disagreements({**shared, **configs}, pipeline.uses)]
+        problems += [*wrong, *between, *_points(own, name, configs)]
         written[name] = {section: own.values[section] for section in configs}
     if not written:
-        problems += disagreements(shared)
+        problems += disagreements(shared, pipeline.uses)
     problems += _not_here(parameters) if of_runs else []
     problems += _unknown_runs(parameters, shared) if of_runs else []
     if problems:
@@ -164,25 +156,6 @@ def _unknown_runs(parameters: Parameters, configs: Mapping[str, Config]) -> list
     ]
 
 
-def _guides(configs: Mapping[str, Config], uses: Iterable[Use]) -> Iterator[str]:
-    """Weaker generators that settings ask for and commands do not give, and the other way round."""
-    for use in uses:
-        config = configs.get(use.section)
-        if not isinstance(config, Generate):
-            continue
-        wanted = [name for name, sampler in config.settings.items() if sampler.guide == "generator"]
-        if wanted and "--guide" not in use.flags:
-            yield (
-                f"{use.section}.settings.{wanted[0]}.guide: generator asks for a weaker one, and the stage's command gives "
-                "none; add --guide FOLDER to it, and the folder to its deps, or choose null_class"
-            )
-        if "--guide" in use.flags and not wanted:
-            yield (
-                f"{use.section}.settings: the stage's command gives a --guide, and no setting has `guide: generator`; "
-                "choose it for one, or leave --guide out"
-            )
-
-
 def _malformed_points(parameters: Parameters) -> list[str]:
     """What is wrong with the points by themselves."""
     place, points = parameters.origins.get((POINTS,), Origin(parameters.path, (POINTS,))), parameters.values.get(POINTS)
@@ -213,122 +186,6 @@ def _points(parameters: Parameters, name: str, configs: Mapping[str, Config]) ->
 def stage_config(module: str) -> type[Config]:
     """The parameter record of a stage."""
     return config_class(import_module(f"stages.{module}").run)
-
-
-def disagreements(configs: Mapping[str, Config]) -> list[str]:
-    """What is wrong between sections that are right by themselves."""
-    recipe = Recipe(configs)
-    return [problem for rule in RULES for problem in rule(recipe)]
-
-
-class Recipe:
-    """The sections of a pipeline by the kind of their record."""
-
-    def __init__(self, configs: Mapping[str, Config]) -> None:
-        self._configs = configs
-
-    def of(self, kind: type[C]) -> Iterator[tuple[str, C]]:
-        """Names and records of this kind."""
-        for name, config in self._configs.items():
-            if isinstance(config, kind):
-                yield name, config
-
-
-def _milestones_are_reached(recipe: Recipe) -> Iterator[str]:
-    for name, pretrain in recipe.of(Pretrain):
-        if isinstance(length := pretrain.training.length, FlopsLength):
-            for milestone in pretrain.monitor.milestones:
-                if not isinstance(milestone, str) and milestone > length.flops:
-                    yield (
-                        f"{name}.monitor.milestones: {milestone_name(milestone)} FLOPs are more than "
-                        f"{name}.training.length.flops, {milestone_name(length.flops)}"
-                    )
-
-
-def _pictures_are_not_enlarged(recipe: Recipe) -> Iterator[str]:
-    for name, data in recipe.of(PrepareData):
-        for own, pretrain in recipe.of(Pretrain):
-            if (side := data.side) is not None and side < pretrain.tokenizer.image_size:
-                yield (
-                    f"{name}: pictures have image_size {side}, {own}.tokenizer.image_size is "
-                    f"{pretrain.tokenizer.image_size}: they would be enlarged; write them at that size, or train at theirs"
-                )
-
-
-def _prompts_are_for_the_data(recipe: Recipe) -> Iterator[str]:
-    for name, understanding in recipe.of(EvaluateUnderstanding):
-        for _, data in recipe.of(PrepareData):
-            if understanding.prompts.name == "openai" and data.source.name == "openmoji":
-                yield f"{name}.prompts: openai's are for ImageNet; take {{name: data_set}}"
-
-
-def _probes_see_whole_patches(recipe: Recipe) -> Iterator[str]:
-    for name, understanding in recipe.of(EvaluateUnderstanding):
-        for _, pretrain in recipe.of(Pretrain):
-            side, patch = understanding.probes.size, pretrain.tokenizer.vision.patch_size
-            if side % patch:
-                yield f"{name}.probes.size: {side} is no multiple of {patch}, the encoder's patch_size"
-
-
-def _probes_read_blocks_that_are_there(recipe: Recipe) -> Iterator[str]:
-    for name, understanding in recipe.of(EvaluateUnderstanding):
-        for own, pretrain in recipe.of(Pretrain):
-            asked, depth = max(understanding.probes.blocks), pretrain.tokenizer.vision.depth
-            if asked > depth:
-                yield (
-                    f"{name}.probes.blocks: {asked}, and {own}.tokenizer.vision.depth is {depth}; take so many or fewer"
-                )
-
-
-def _samples_suffice(recipe: Recipe) -> Iterator[str]:
-    for name, evaluation in recipe.of(EvaluateGenerator):
-        for own, generate in recipe.of(Generate):
-            if max(evaluation.counts) > generate.samples:
-                yield f"{name}.counts: {max(evaluation.counts)}, {own}.samples is {generate.samples}"
-
-
-def _reference_has_the_size_of_the_tokenizer(recipe: Recipe) -> Iterator[str]:
-    for name, reference in recipe.of(ReferenceStatistics):
-        sides = [(f"{own}.tokenizer", pretrain.tokenizer.image_size) for own, pretrain in recipe.of(Pretrain)]
-        # VTP's own stands in its folder.
-        imported = [(f"{own}.source", imported.source) for own, imported in recipe.of(ImportTokenizer)]
-        sides += [(own, side) for own, source in imported if (side := getattr(source, "image_size", None))]
-        for own, side in sides:
-            if reference.image_size != side:
-                yield f"{name}.image_size: {reference.image_size}, {own}.image_size is {side}"
-
-
-def _reference_has_the_splits(recipe: Recipe) -> Iterator[str]:
-    for name, reference in recipe.of(ReferenceStatistics):
-        splits = ", ".join(reference.splits)
-        readers = [*recipe.of(EvaluateReconstruction), *recipe.of(EvaluateGenerator)]
-        for own, reader in readers:
-            if reader.split not in reference.splits:
-                yield f"{own}.split: {reader.split!r} is none of {name}.splits, which has {splits}"
-
-
-def _reference_keeps_enough(recipe: Recipe) -> Iterator[str]:
-    for name, reference in recipe.of(ReferenceStatistics):
-        for own, evaluation in recipe.of(EvaluateGenerator):
-            split = reference.splits.get(evaluation.split)
-            if split is not None and split.kept < evaluation.compared:
-                yield (
-                    f"{name}.splits.{evaluation.split}.kept: {split.kept}, {own} compares {evaluation.compared} features "
-                    "or more with those of real images"
-                )
-
-
-RULES = (
-    _milestones_are_reached,
-    _pictures_are_not_enlarged,
-    _prompts_are_for_the_data,
-    _probes_see_whole_patches,
-    _probes_read_blocks_that_are_there,
-    _samples_suffice,
-    _reference_has_the_size_of_the_tokenizer,
-    _reference_has_the_splits,
-    _reference_keeps_enough,
-)
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ evaluation. Precision and recall depend on the number of real features too, and 
 import csv
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages.figures.guidance import Guided, draw_guidance
@@ -42,7 +42,7 @@ class KernelConfig(Config):
 
     subsets: int = Field(ge=1, description="number of random subsets that are averaged; published: 100")
     subset_size: int = Field(ge=2, description="images of a subset; published: 1000")
-    seed: int = Field(description="seed of the choice of subsets")
+    seed: int = Field(ge=0, lt=2**32, description="seed of the choice of subsets")
 
 
 class EvaluateGenerator(Config):
@@ -61,6 +61,15 @@ class EvaluateGenerator(Config):
     export: ExportConfig = Field(description="form of the decoded samples, where --export asks for them")
     pictures_per_class: int = Field(ge=1, description="samples that are shown of every class")
     pictured_classes: int = Field(ge=1, description="classes that are shown, the first so many")
+
+    @model_validator(mode="after")
+    def _counts_suffice(self) -> Self:
+        if min(self.counts) < self.compared:
+            raise ValueError(
+                f"counts {min(self.counts)} are fewer than the {self.compared} samples that neighbours and "
+                "kernel.subset_size need"
+            )
+        return self
 
     @property
     def compared(self) -> int:
@@ -188,11 +197,6 @@ def _check(config: EvaluateGenerator, extractor: FeatureExtractor, *, kept: int,
         raise ConfigError(
             f"evaluate_generator.counts asks for {max(config.counts)} samples, there are {count}; raise generate.samples, "
             "or lower it"
-        )
-    if min(config.counts) < config.compared:
-        raise ConfigError(
-            f"{min(config.counts)} samples are too few for evaluate_generator's subsets or neighbours; raise "
-            "evaluate_generator.counts, or lower these"
         )
 
 

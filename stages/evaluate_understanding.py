@@ -9,10 +9,10 @@ bottleneck alone. A decoder is no input: a new one redoes none of this.
 
 import csv
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages.runner.run import Input, Output, main
@@ -46,6 +46,12 @@ class EvaluateUnderstanding(Config):
     )
     probes: ProbesConfig
     neighbours: int = Field(ge=1, description="k of the nearest-neighbour classifier")
+
+    @model_validator(mode="after")
+    def _neighbours_are_there(self) -> Self:
+        if self.neighbours > self.train_samples:
+            raise ValueError(f"neighbours {self.neighbours} are more than train_samples {self.train_samples}")
+        return self
 
 
 @torch.no_grad()

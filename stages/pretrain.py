@@ -20,7 +20,7 @@ from vtp.distributed import ranks
 from vtp.draws import address
 from vtp.host import Host
 from vtp.losses.perceptual import build_perceptual
-from vtp.models.text import CaptionTokenizer
+from vtp.models.text import VOCABULARY, CaptionTokenizer
 from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
 from vtp.objectives.adversary import DISCRIMINATOR, Adversary, AdversaryConfig, build_adversary
 from vtp.objectives.cost import pretrain_cost
@@ -54,6 +54,8 @@ class Pretrain(Config):
     def _parts_fit(self) -> Self:
         if self.objective.weights.clip and self.tokenizer.text is None:
             raise ValueError("objective.weights.clip is above 0, so tokenizer.text must not be null")
+        if (text := self.tokenizer.text) is not None and text.vocab_size != VOCABULARY:
+            raise ValueError(f"tokenizer.text.vocab_size {text.vocab_size} is not {VOCABULARY}, open_clip's byte pairs")
         patch_size, views = self.tokenizer.vision.patch_size, self.data.ssl_views
         for name, size in (
             ("data.clip_view.size", self.data.clip_view.size),

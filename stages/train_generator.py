@@ -1,10 +1,10 @@
 """Train a LightningDiT on cached latents by flow matching (paper 4.1)."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.monitors.generator import FidReference, GeneratorMilestones, GeneratorMonitor, GeneratorMonitorConfig
 from stages.runner.run import Input, OptionalInput, Output, main
@@ -45,13 +45,18 @@ class GeneratorConfig(Config):
     """LightningDiT; latent size, channels and classes come from the latents."""
 
     size: Annotated[NamedSize | OwnSize, Field(discriminator="name")]
-    mlp_ratio: float = Field(gt=0, description="hidden width of the feed-forward layers over the width")
+    mlp_ratio: float = Field(ge=0.1, le=100, description="hidden width of the feed-forward layers over the width")
     patch_size: int = Field(ge=1, description="side of a token in latents")
     use_qknorm: bool = Field(description="normalise queries and keys per head; steadies training")
     use_swiglu: bool = Field(description="SwiGLU in the feed-forward layers, else GELU")
     use_rope: bool = Field(description="rotary positions beside the fixed sine table")
     use_rmsnorm: bool = Field(description="RMSNorm with weights, else LayerNorm without")
     wo_shift: bool = Field(description="leave the shifts out of adaLN")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        self.architecture((1, self.patch_size, self.patch_size), classes=1)
+        return self
 
     def architecture(self, shape: tuple[int, int, int], classes: int) -> LightningDiTConfig:
         """For latents (d, h, w) of so many classes."""

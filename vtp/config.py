@@ -122,7 +122,9 @@ def _explain(error: ValidationError, model: type[Config], values: Any, place: Ca
     ] = {}  # by place and value: where there is a choice, each says why it is not it
     for problem in error.errors(include_url=False):
         location = problem["loc"]
-        given = "" if problem["type"] == "missing" else f" (given: {_short(problem['input'])})"
+        # What is wrong between keys is said with their values; the whole section would hide it.
+        whole = problem["type"] == "missing" or isinstance(problem["input"], dict)
+        given = "" if whole else f" (given: {_short(problem['input'])})"
         message = problem["msg"]
         if problem["type"] == "extra_forbidden":
             hint = did_you_mean(location[-1], _fields_beside(model, location))

@@ -3,11 +3,11 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages.monitors.snapshots import SnapshotStore
@@ -34,6 +34,12 @@ class KnnProbeConfig(Config):
     train_samples: int = Field(ge=1, description="labelled training images that are searched")
     test_samples: int = Field(ge=1, description="labelled validation images that are classified")
     neighbours: int = Field(ge=1, description="k of the nearest-neighbour classifier")
+
+    @model_validator(mode="after")
+    def _neighbours_are_there(self) -> Self:
+        if self.neighbours > self.train_samples:
+            raise ValueError(f"neighbours {self.neighbours} are more than train_samples {self.train_samples}")
+        return self
 
 
 class TokenizerMonitorConfig(Config):

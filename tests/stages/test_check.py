@@ -3,11 +3,14 @@
 import pytest
 from tiny import ROOT, merged, tiny_params, write_params
 
-from stages.check import check, disagreements, main, stage_config
+from stages.check import check, main, stage_config
 from stages.import_tokenizer import ImportTokenizer
+from stages.plans.rules import disagreements
 from stages.runner.pipeline import Pipeline, Use
 from vtp.config import ConfigError, read_yaml
 
+FEATURES = {"name": "features", "network": {"name": "tokenizer", "image_size": None, "blocks": 9}, "kernel": 3}
+TEST = {"samples": 4, "labelled": False, "kept": 0}
 RECIPE = Pipeline.of(ROOT / "dvc.yaml")._replace(tracked=[])
 # A pipeline that compares two kinds of generators: their training and their samples, with one evaluation for all.
 COMPARISON = Pipeline(
@@ -30,7 +33,7 @@ def said_of(path, pipeline=RECIPE):
 
 
 def said(tmp_path, changes=None, *, without=()):
-    values = merged(tiny_params(), changes or {})
+    values = merged(tiny_params(), changes or {}, new=True)
     for section in without:
         del values[section]
     write_params(values, tmp_path / "params.yaml")
@@ -97,6 +100,52 @@ def test_the_recipe_is_valid(tmp_path):
             "choose null_class",
         ),
         ({"evaluate_reconstruction": {"noise": {"levels": [0.1, 0.1]}}}, "levels must rise from 0 or above"),
+        (
+            {"pretrain": {"tokenizer": {"text": {"num_heads": 7}}}},
+            "tokenizer.text: embed_dim 16 is not a multiple of num_h",
+        ),
+        ({"pretrain": {"tokenizer": {"text": {"vocab_size": 7}}}}, "vocab_size 7 is not 49408, open_clip's byte pairs"),
+        (
+            {"pretrain": {"data": {"batch": {"clip": 2000}}}},
+            "pretrain.data.batch: takes 2000 samples, prepare_data.source",
+        ),
+        ({"pretrain": {"seed": 10**19}}, "pretrain.seed: 10000000000000000000 needs more than 64 bits"),
+        ({"pretrain": {"optim": {"lr": 1e308}}}, "pretrain.optim.lr: 1e+308 is infinite in float32"),
+        (
+            {"pretrain": {"objective": {"ssl": {"student_temperature": 1e-300}}}},
+            "student_temperature: 1e-300 is 0 in flo",
+        ),
+        ({"pretrain": {"monitor": {"probe": {"neighbours": 999}}}}, "neighbours 999 are more than train_samples"),
+        (
+            {"tune_decoder": {"batch_size": 2000}},
+            "tune_decoder.batch_size: takes 2000 samples, prepare_data.source.train_s",
+        ),
+        ({"tune_decoder": {"adversary": {"discriminator": {"depth": 3}}}}, "depth: 3 layers that halve need 24 pixels"),
+        (
+            {"tune_decoder": {"adversary": {"discriminator": FEATURES}}},
+            "tune_decoder.adversary.discriminator.network.blocks: 9, pretrain.tokenizer.vision.depth is 2",
+        ),
+        ({"train_generator": {"model": {"size": {"num_heads": 7}}}}, "must be divisible by 4 and by num_heads 7"),
+        ({"train_generator": {"model": {"patch_size": 5}}}, "train_generator.model.patch_size: 5 does not divide 2"),
+        (
+            {"train_generator": {"monitor": {"fid": {"samples": 8}}}},
+            "train_generator.monitor.fid: compares with a refere",
+        ),
+        (
+            {"generate": {"settings": {"guided": {"guidance_channels": 99}}}},
+            "generate.settings.guided.guidance_channels: 99, pretrain.tokenizer.vision.feature_bottleneck is 8",
+        ),
+        (
+            {"generate": {"settings": {"guided": {"guide": "generator"}}}},
+            "generate.settings.guided.guide: generator asks for a weaker one",
+        ),
+        ({"evaluate_understanding": {"neighbours": 9999}}, "neighbours 9999 are more than train_samples"),
+        (
+            {"evaluate_generator": {"neighbours": 24}},
+            "counts 24 are fewer than the 25 samples that neighbours and kernel.",
+        ),
+        ({"evaluate_generator": {"kernel": {"seed": -1}}}, "kernel.seed: Input should be greater than or equal to 0"),
+        ({"reference": {"splits": {"train": TEST, "test": TEST}}}, "reference.splits.test: openm"),
     ],
 )
 def test_bad_values_are_named(tmp_path, changes, message):
@@ -155,7 +204,7 @@ def test_places_of_shards(tmp_path, location):
 def test_an_imported_tokenizer_has_the_size_of_the_reference():
     def said_of(**source):
         imported = ImportTokenizer.parse({"source": source}, where="test")
-        return disagreements({"reference": reference, "import_tokenizer": imported})
+        return disagreements({"reference": reference, "import_tokenizer": imported}, [])
 
     reference = stage_config("reference").parse(tiny_params()["reference"], where="test")
     assert said_of(name="vtp") == []

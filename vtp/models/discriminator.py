@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +31,12 @@ class PatchDiscriminatorConfig(Config):
 
     name: Literal["patch"]
     width: int = Field(ge=1, description="channels of the first layer; they double per layer up to eightfold")
-    depth: int = Field(ge=1, description="layers that halve the resolution; 3 sees patches of 70 pixels")
+    depth: int = Field(ge=1, le=16, description="layers that halve the resolution; 3 sees patches of 70 pixels")
+
+    @property
+    def least_side(self) -> int:
+        """Of images that have a logit, in pixels: the last two layers take 2 away from the side."""
+        return 3 * 2**self.depth
 
 
 class TimmFeaturesConfig(Config):
@@ -59,6 +64,13 @@ class FeatureDiscriminatorConfig(Config):
     name: Literal["features"]
     network: Annotated[TimmFeaturesConfig | TokenizerFeaturesConfig, Field(discriminator="name")]
     kernel: int = Field(ge=1, description="length of the heads' convolution over tokens, odd; 9 in StyleGAN-T")
+
+    @field_validator("kernel")
+    @classmethod
+    def _is_odd(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError("a convolution over neighbours on both sides needs an odd one")
+        return kernel
 
 
 DiscriminatorConfig = Annotated[PatchDiscriminatorConfig | FeatureDiscriminatorConfig, Field(discriminator="name")]
@@ -148,8 +160,6 @@ class TokenHead(nn.Module):
 
     def __init__(self, dim: int, kernel: int) -> None:
         super().__init__()
-        if kernel % 2 == 0:
-            raise ValueError(f"kernel is {kernel}; a convolution over neighbours on both sides needs an odd one")
         self._kernel = kernel
         self.point = spectral_norm(nn.Conv1d(dim, dim, 1, bias=False))
         self.point_norm = nn.GroupNorm(

@@ -26,7 +26,7 @@ class LightningDiTConfig(Config):
     hidden_size: int = Field(ge=1, description="width")
     depth: int = Field(ge=1, description="number of blocks")
     num_heads: int = Field(ge=1, description="attention heads")
-    mlp_ratio: float = Field(gt=0, description="hidden width of the feed-forward layers over the width")
+    mlp_ratio: float = Field(ge=0.1, le=100, description="hidden width of the feed-forward layers over the width")
     num_classes: int = Field(ge=1, description="classes; one more entry stands for no class")
     use_qknorm: bool = Field(description="normalise queries and keys per head; steadies training")
     use_swiglu: bool = Field(description="SwiGLU, else GELU feed-forward layers")

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vtp.config import Config
+
+VOCABULARY = 49408  # of open_clip's byte-pair tokenizer
 
 
 class TextConfig(Config):
@@ -19,7 +21,9 @@ class TextConfig(Config):
     embed_dim: int = Field(ge=1, description="width of the tower and of the shared image-text space")
     depth: int = Field(ge=1, description="number of blocks")
     num_heads: int = Field(ge=1, description="number of attention heads")
-    mlp_ratio: float = Field(default=4.0, description="hidden width of the feed-forward layers over the width")
+    mlp_ratio: float = Field(
+        default=4.0, ge=0.1, le=100, description="hidden width of the feed-forward layers over the width"
+    )
     ls_init_value: float | None = Field(default=None, description="initial LayerScale; null: none")
     embed_cls: bool = Field(default=False, description="a learned class token at the end, as in CoCa")
     pad_id: int = Field(default=0, description="token that pads captions")
@@ -32,6 +36,12 @@ class TextConfig(Config):
     )
     proj_bias: bool = Field(default=False, description="a bias in that projection")
     quick_gelu: bool = Field(default=False, description="OpenAI's approximation of GELU")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        return self
 
 
 def build_text_tower(config: TextConfig) -> nn.Module:

@@ -26,7 +26,7 @@ class VisionConfig(Config):
     embed_dim: int = Field(ge=4, description="width of the encoder")
     depth: int = Field(ge=1, description="number of blocks")
     num_heads: int = Field(ge=1, description="attention heads; width / heads must be divisible by 4")
-    mlp_ratio: float = Field(gt=0, description="hidden width of the feed-forward layers over the width")
+    mlp_ratio: float = Field(ge=0.1, le=100, description="hidden width of the feed-forward layers over the width")
     ffn_layer: FfnName = Field(description="kind of the feed-forward layers")
     norm_layer: NormName = Field(description="kind of normalisation layers")
     use_qk_norm: bool = Field(description="RMS-normalise queries and keys (paper 4.1)")

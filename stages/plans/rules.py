@@ -1,0 +1,266 @@
+"""What parameters alone show to be wrong between sections that are right by themselves.
+
+Each rule is a function of a `Recipe` that yields problems, a line each; `stages.check` asks them all before anything runs.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
+
+from stages.evaluate_generator import EvaluateGenerator
+from stages.evaluate_reconstruction import EvaluateReconstruction
+from stages.evaluate_understanding import EvaluateUnderstanding
+from stages.generate import Generate
+from stages.import_tokenizer import ImportTokenizer
+from stages.prepare_data import PrepareData
+from stages.pretrain import Pretrain
+from stages.reference import ReferenceStatistics
+from stages.runner.pipeline import Use
+from stages.train_generator import TrainGenerator
+from stages.tune_decoder import TuneDecoder
+from vtp.config import Config
+from vtp.curation.ingest.compose import EmbeddedConfig
+from vtp.flow import SamplerConfig
+from vtp.models.discriminator import FeatureDiscriminatorConfig, PatchDiscriminatorConfig, TokenizerFeaturesConfig
+from vtp.params import milestone_name
+from vtp.training.fit import FlopsLength
+
+C = TypeVar("C", bound=Config)
+
+
+def disagreements(configs: Mapping[str, Config], uses: Iterable[Use]) -> list[str]:
+    """What is wrong between the sections of a pipeline, and between them and the commands that read them."""
+    flags: dict[str, frozenset[str]] = {}
+    for use in uses:
+        flags[use.section] = flags.get(use.section, frozenset()) | use.flags
+    recipe = Recipe(configs, flags)
+    return [problem for rule in RULES for problem in rule(recipe)]
+
+
+class Sampling(NamedTuple):
+    """A setting that draws samples, and where it stands."""
+
+    place: str
+    sampler: SamplerConfig
+
+
+class Recipe:
+    """The sections of a pipeline by the kind of their record, and the flags of the commands that read them."""
+
+    def __init__(self, configs: Mapping[str, Config], flags: Mapping[str, frozenset[str]]) -> None:
+        self._configs = configs
+        self._flags = flags
+
+    def of(self, kind: type[C]) -> Iterator[tuple[str, C]]:
+        """Names and records of this kind."""
+        for name, config in self._configs.items():
+            if isinstance(config, kind):
+                yield name, config
+
+    def given(self, section: str, flag: str) -> bool:
+        """Whether a command that reads the section has the flag."""
+        return flag in self._flags.get(section, ())
+
+    @property
+    def samplers(self) -> Iterator[Sampling]:
+        """All settings that draw samples."""
+        for name, generate in self.of(Generate):
+            for setting, sampler in generate.settings.items():
+                yield Sampling(f"{name}.settings.{setting}", sampler)
+        for name, training in self.of(TrainGenerator):
+            yield Sampling(f"{name}.monitor.sampler", training.monitor.sampler)
+
+
+def _milestones_are_reached(recipe: Recipe) -> Iterator[str]:
+    for name, pretrain in recipe.of(Pretrain):
+        if isinstance(length := pretrain.training.length, FlopsLength):
+            for milestone in pretrain.monitor.milestones:
+                if not isinstance(milestone, str) and milestone > length.flops:
+                    yield (
+                        f"{name}.monitor.milestones: {milestone_name(milestone)} FLOPs are more than "
+                        f"{name}.training.length.flops, {milestone_name(length.flops)}"
+                    )
+
+
+def _pictures_are_not_enlarged(recipe: Recipe) -> Iterator[str]:
+    for name, data in recipe.of(PrepareData):
+        for own, pretrain in recipe.of(Pretrain):
+            if (side := data.side) is not None and side < pretrain.tokenizer.image_size:
+                yield (
+                    f"{name}: pictures have image_size {side}, {own}.tokenizer.image_size is "
+                    f"{pretrain.tokenizer.image_size}: they would be enlarged; write them at that size, or train at theirs"
+                )
+
+
+def _prompts_are_for_the_data(recipe: Recipe) -> Iterator[str]:
+    for name, understanding in recipe.of(EvaluateUnderstanding):
+        for _, data in recipe.of(PrepareData):
+            if understanding.prompts.name == "openai" and data.source.name == "openmoji":
+                yield f"{name}.prompts: openai's are for ImageNet; take {{name: data_set}}"
+
+
+def _probes_see_whole_patches(recipe: Recipe) -> Iterator[str]:
+    for name, understanding in recipe.of(EvaluateUnderstanding):
+        for _, pretrain in recipe.of(Pretrain):
+            side, patch = understanding.probes.size, pretrain.tokenizer.vision.patch_size
+            if side % patch:
+                yield f"{name}.probes.size: {side} is no multiple of {patch}, the encoder's patch_size"
+
+
+def _probes_read_blocks_that_are_there(recipe: Recipe) -> Iterator[str]:
+    for name, understanding in recipe.of(EvaluateUnderstanding):
+        for own, pretrain in recipe.of(Pretrain):
+            asked, depth = max(understanding.probes.blocks), pretrain.tokenizer.vision.depth
+            if asked > depth:
+                yield (
+                    f"{name}.probes.blocks: {asked}, and {own}.tokenizer.vision.depth is {depth}; take so many or fewer"
+                )
+
+
+def _samples_suffice(recipe: Recipe) -> Iterator[str]:
+    for name, evaluation in recipe.of(EvaluateGenerator):
+        for own, generate in recipe.of(Generate):
+            if max(evaluation.counts) > generate.samples:
+                yield f"{name}.counts: {max(evaluation.counts)}, {own}.samples is {generate.samples}"
+
+
+def _reference_has_the_size_of_the_tokenizer(recipe: Recipe) -> Iterator[str]:
+    for name, reference in recipe.of(ReferenceStatistics):
+        sides = [(f"{own}.tokenizer", pretrain.tokenizer.image_size) for own, pretrain in recipe.of(Pretrain)]
+        # VTP's own stands in its folder.
+        imported = [(f"{own}.source", imported.source) for own, imported in recipe.of(ImportTokenizer)]
+        sides += [(own, side) for own, source in imported if (side := getattr(source, "image_size", None))]
+        for own, side in sides:
+            if reference.image_size != side:
+                yield f"{name}.image_size: {reference.image_size}, {own}.image_size is {side}"
+
+
+def _reference_has_the_splits(recipe: Recipe) -> Iterator[str]:
+    for name, reference in recipe.of(ReferenceStatistics):
+        splits = ", ".join(reference.splits)
+        readers = [*recipe.of(EvaluateReconstruction), *recipe.of(EvaluateGenerator)]
+        for own, reader in readers:
+            if reader.split not in reference.splits:
+                yield f"{own}.split: {reader.split!r} is none of {name}.splits, which has {splits}"
+
+
+def _reference_keeps_enough(recipe: Recipe) -> Iterator[str]:
+    for name, reference in recipe.of(ReferenceStatistics):
+        for own, evaluation in recipe.of(EvaluateGenerator):
+            split = reference.splits.get(evaluation.split)
+            if split is not None and split.kept < evaluation.compared:
+                yield (
+                    f"{name}.splits.{evaluation.split}.kept: {split.kept}, {own} compares {evaluation.compared} features "
+                    "or more with those of real images"
+                )
+
+
+def _batches_are_filled(recipe: Recipe) -> Iterator[str]:
+    for name, data in recipe.of(PrepareData):
+        if not isinstance(source := data.source, EmbeddedConfig):
+            continue
+        batches = [(f"{own}.data.batch", pretrain.active.pool) for own, pretrain in recipe.of(Pretrain)]
+        batches += [(f"{own}.batch_size", tuning.batch_size) for own, tuning in recipe.of(TuneDecoder)]
+        for place, size in batches:
+            if size > source.train_samples:
+                yield f"{place}: takes {size} samples, {name}.source.train_samples is {source.train_samples}"
+
+
+def _splits_are_written(recipe: Recipe) -> Iterator[str]:
+    for _, data in recipe.of(PrepareData):
+        for own, reference in recipe.of(ReferenceStatistics):
+            for split in reference.splits:
+                if isinstance(data.source, EmbeddedConfig) and split not in ("train", "validation"):
+                    yield f"{own}.splits.{split}: {data.source.name} has train and validation; rename or remove it"
+
+
+def _generators_fit_the_latents(recipe: Recipe) -> Iterator[str]:
+    for own, pretrain in recipe.of(Pretrain):
+        grid = pretrain.tokenizer.image_size // pretrain.tokenizer.vision.patch_size
+        for name, training in recipe.of(TrainGenerator):
+            if grid % training.model.patch_size:
+                yield (
+                    f"{name}.model.patch_size: {training.model.patch_size} does not divide {grid}, the side of the latents "
+                    f"({own}.tokenizer.image_size / vision.patch_size)"
+                )
+
+
+def _guided_channels_are_there(recipe: Recipe) -> Iterator[str]:
+    for own, pretrain in recipe.of(Pretrain):
+        there = pretrain.tokenizer.vision.feature_bottleneck
+        for place, sampler in recipe.samplers:
+            if isinstance(asked := sampler.guidance_channels, int) and asked > there:
+                yield f"{place}.guidance_channels: {asked}, {own}.tokenizer.vision.feature_bottleneck is {there}"
+
+
+def _images_have_patches(recipe: Recipe) -> Iterator[str]:
+    for own, pretrain in recipe.of(Pretrain):
+        adversaries = [(name, tuning.adversary) for name, tuning in recipe.of(TuneDecoder)]
+        for name, adversary in [*adversaries, (own, pretrain.adversary)]:
+            record = adversary.discriminator if adversary else None
+            side = pretrain.tokenizer.image_size
+            if isinstance(record, PatchDiscriminatorConfig) and side < record.least_side:
+                yield (
+                    f"{name}.adversary.discriminator.depth: {record.depth} layers that halve need {record.least_side} "
+                    f"pixels, {own}.tokenizer.image_size is {side}"
+                )
+
+
+def _critics_read_blocks_that_are_there(recipe: Recipe) -> Iterator[str]:
+    for name, tuning in recipe.of(TuneDecoder):
+        discriminator = tuning.adversary.discriminator if tuning.adversary else None
+        if not isinstance(discriminator, FeatureDiscriminatorConfig):
+            continue
+        if not isinstance(network := discriminator.network, TokenizerFeaturesConfig):
+            continue
+        place = f"{name}.adversary.discriminator.network"
+        for own, pretrain in recipe.of(Pretrain):
+            vision = pretrain.tokenizer.vision
+            if network.blocks > vision.depth:
+                yield f"{place}.blocks: {network.blocks}, {own}.tokenizer.vision.depth is {vision.depth}"
+            if (network.image_size or 0) % vision.patch_size:
+                yield f"{place}.image_size: {network.image_size} is no multiple of {vision.patch_size}, the patch_size"
+
+
+def _weaker_generators_are_given(recipe: Recipe) -> Iterator[str]:
+    for name, generate in recipe.of(Generate):
+        wanted = [setting for setting, sampler in generate.settings.items() if sampler.guide == "generator"]
+        if wanted and not recipe.given(name, "--guide"):
+            yield (
+                f"{name}.settings.{wanted[0]}.guide: generator asks for a weaker one, and the stage's command gives none; "
+                "add --guide FOLDER to it, and the folder to its deps, or choose null_class"
+            )
+        if recipe.given(name, "--guide") and not wanted:
+            yield (
+                f"{name}.settings: the stage's command gives a --guide, and no setting has `guide: generator`; choose it "
+                "for one, or leave --guide out"
+            )
+
+
+def _online_distances_have_a_reference(recipe: Recipe) -> Iterator[str]:
+    for name, training in recipe.of(TrainGenerator):
+        if training.monitor.fid is not None and not recipe.given(name, "--reference"):
+            yield (
+                f"{name}.monitor.fid: compares with a reference, and the stage's command gives none; add --reference FOLDER "
+                "to it, and the folder to its deps, or set it to null"
+            )
+
+
+RULES = (
+    _milestones_are_reached,
+    _pictures_are_not_enlarged,
+    _prompts_are_for_the_data,
+    _probes_see_whole_patches,
+    _probes_read_blocks_that_are_there,
+    _samples_suffice,
+    _reference_has_the_size_of_the_tokenizer,
+    _reference_has_the_splits,
+    _reference_keeps_enough,
+    _batches_are_filled,
+    _splits_are_written,
+    _generators_fit_the_latents,
+    _guided_channels_are_there,
+    _images_have_patches,
+    _critics_read_blocks_that_are_there,
+    _weaker_generators_are_given,
+    _online_distances_have_a_reference,
+)
