@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "vtp").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
 # Each may import from earlier lines; parts of one line do not import each other, those of the first excepted.
 LAYERS = [
-    {"config", "params", "artefact", "draws", "distributed", "host", "processes", "step"},
+    {"config", "params", "artefact", "draws", "finite", "distributed", "host", "processes", "step"},
     {"layers"},
     {"models", "losses", "flow", "data"},
     {"curation"},
