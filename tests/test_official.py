@@ -29,7 +29,7 @@ def study(tmp_path_factory):
         clone,
         "official_vtp",
         reference={"image_size": SIZE, "splits": splits},
-        evaluate_understanding={"probes": {"resize": SIZE, "size": 48}},
+        evaluate_understanding={"probes": {"resize": SIZE, "size": 48, "blocks": [1, 3]}},
         prepare_data={"samples_per_shard": 30},
         summary={"metrics": list(PUBLISHED), "published": {"Small": PUBLISHED, "Large": PUBLISHED}},
     )
