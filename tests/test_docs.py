@@ -4,6 +4,7 @@ import re
 import subprocess
 
 import pytest
+from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 from tiny import ROOT
 
@@ -54,11 +55,19 @@ def test_the_new_study_is_valid(tmp_path):
 
 
 def test_sources_of_the_readme_are_valid():
-    lines = [line for block in blocks(ROOT / "README.md") for line in block.splitlines() if line.startswith("source:")]
+    sources = [block for block in blocks(ROOT / "README.md") if block.startswith("source:")]
     section = read_parameters(ROOT / "params.yaml").values["prepare_data"]
-    for line in lines:
-        PrepareData.parse(section | YAML(typ="safe", pure=True).load(line), where="README.md")
-    assert len(lines) == 2
+    for source in sources:
+        PrepareData.parse(section | YAML(typ="safe", pure=True).load(source), where="README.md")
+    assert len(sources) == 2
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_dvc_keeps_the_form_of_what_is_to_be_copied(tmp_path, path):
+    for block in blocks(path):
+        (tmp_path / "params.yaml").write_text(block)
+        apply_overrides(tmp_path / "params.yaml", [])
+        assert (tmp_path / "params.yaml").read_text() == block
 
 
 def test_a_list_of_overlays_is_valid(tmp_path):

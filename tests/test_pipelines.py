@@ -9,6 +9,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import modify_yaml
 from ruamel.yaml import YAML
 
 from stages.check import check, schema
@@ -261,6 +263,18 @@ FILES = [*(params for _, params in PARAMETERS), *sorted(OVERLAYS.rglob("*.yaml")
 def test_editors_accept_every_parameter_file(path):
     named = path.read_text().splitlines()[0].removeprefix("# yaml-language-server: $schema=")
     jsonschema.validate(read_yaml(path), json.loads((path.parent / named).read_text()))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_dvc_keeps_the_form_of_every_parameter_file(tmp_path, path):
+    """`dvc exp run -S` reads and writes the whole file by these functions: its diff is then the key that it sets."""
+    copy = tmp_path / "params.yaml"
+    copy.write_bytes(path.read_bytes())
+    with modify_yaml(copy):
+        pass
+    assert copy.read_text() == path.read_text()
+    apply_overrides(copy, [])
+    assert copy.read_text() == path.read_text()
 
 
 @pytest.mark.parametrize(

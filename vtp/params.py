@@ -129,14 +129,9 @@ def load(address: str, config: type[C]) -> C:
 
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    """Plain YAML 1.2, equal bytes for equal values."""
-    yaml = YAML(pure=True)
-    yaml.width = 1 << 20
-    yaml.representer.add_representer(
-        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    """Plain YAML 1.2, equal bytes for equal values, in the form that `dvc exp run -S` leaves as it is."""
     with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        yaml.dump(dict(values), file)
+        YAML(pure=True).dump(dict(values), file)
 
 
 def _resolve(path: Path, layers: tuple[Layer, ...]) -> Parameters:
