@@ -28,7 +28,6 @@ CONFIG = """\
     type = "reflink,hardlink,symlink,copy"
 """
 IGNORED = "/config.local\n/tmp\n/cache\n"
-NOT_HASHED = "__pycache__\n*.pyc\n*.tmp\n"
 HERE = Path(__file__).resolve().parents[2]  # a study has a link to the code
 CHAIN = "../../params.yaml, ../overlays"  # what parameter files of studies are based on
 DERIVED_FROM_ROOT = {
@@ -48,7 +47,8 @@ def update(folder: Path, root: Path = HERE, *, replace: bool = False) -> list[Pa
     folder, params = folder.resolve(), folder / "params.yaml"
     if not params.is_file():
         raise ConfigError(f"{params}: no such file; write the study's changes there first")
-    wanted = {folder / ".dvc" / ".gitignore": IGNORED, folder / ".dvcignore": NOT_HASHED}
+    wanted = {folder / ".dvc" / ".gitignore": IGNORED}
+    wanted[folder / ".dvcignore"] = (root / ".dvcignore").read_text(encoding="utf-8")
     if not (folder / ".dvc" / "config").is_file():  # else it may hold a team's remote
         wanted[folder / ".dvc" / "config"] = CONFIG
     if (text := derived(folder, root)) is not None:
