@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tiny import ROOT, SMALL, merged, tiny_params, write_params
@@ -42,6 +43,15 @@ class Clone:
     def git(self, *arguments):
         subprocess.run(["git", *arguments], cwd=self.folder, check=True)
 
+    def commit(self, message):
+        self.git("add", "-A")
+        self.git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", message)
+
+    def untracked_or_changed(self, folder="."):
+        """What git has to say of the working tree."""
+        command = ["git", "status", "--porcelain", "--untracked-files=all", folder]
+        return subprocess.check_output(command, cwd=self.folder, text=True).splitlines()
+
     def write(self, changes):
         write_params(merged(self.params, changes), self.folder / "params.yaml")
 
@@ -67,6 +77,30 @@ class Clone:
         process = self.start(*arguments, cwd=cwd, **settings)
         output, _ = process.communicate(timeout=seconds)
         return output, process.returncode
+
+    def asked(self, *arguments, cwd=None):
+        """Output of a dvc command that succeeds."""
+        output, status = self.dvc(*arguments, cwd=cwd)
+        assert status == 0, output
+        return output
+
+    def run_queue(self, name, cwd=None):
+        """Run what is queued, which is the experiment `name`."""
+        self.asked("queue", "start", cwd=cwd)
+        deadline = time.monotonic() + 300
+        while True:
+            rows = [line.split() for line in self.asked("queue", "status", cwd=cwd).splitlines() if line]
+            states = {row[1]: row[-1] for row in rows}
+            assert states[name] != "Failed", self.asked("queue", "logs", name, cwd=cwd)
+            if states[name] == "Success":
+                return
+            assert time.monotonic() < deadline, states
+            time.sleep(1)
+
+    def make_study(self, name):
+        """What the README tells to do once pipelines/NAME has its params.yaml."""
+        command = [sys.executable, "-m", "stages.runner.project", f"pipelines/{name}"]
+        subprocess.run(command, cwd=self.folder, env=self.environment() | {"PYTHONPATH": str(self.folder)}, check=True)
 
     def repro(self, *arguments, **settings):
         output, status = self.dvc("repro", *arguments, **settings)

@@ -6,9 +6,6 @@ One clone serves all tests of this file, in order.
 import csv
 import io
 import json
-import subprocess
-import sys
-import time
 
 import pytest
 from clone import Clone, Study, ran
@@ -28,22 +25,17 @@ RUNS = {
 COMPARED = {"pretrain": {"monitor": {"milestones": [1.0e8, "end"]}}, "summary": {"metrics": METRICS}}
 
 
-def commit(clone, message):
-    clone.git("add", "-A")
-    clone.git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", message)
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     clone = Clone(tmp_path_factory.mktemp("commands") / "clone")
-    commit(clone, "start")
+    clone.commit("start")
     return clone
 
 
 @pytest.fixture(scope="module")
 def finished(clone):
     clone.repro()
-    commit(clone, "reference run")
+    clone.commit("reference run")
     return clone
 
 
@@ -54,19 +46,13 @@ def study(finished):
     study.values |= {"runs": RUNS, "points": ["1.000e+08", "end"]}
     study.write({})
     study.first = study.dvc("repro")
-    commit(finished, "study")
+    finished.commit("study")
     return study
-
-
-def asked(clone, *arguments, cwd=None):
-    output, status = clone.dvc(*arguments, cwd=cwd)
-    assert status == 0, output
-    return output
 
 
 def table(clone, *arguments, cwd=None):
     """Rows of `dvc exp show` by the name of the experiment."""
-    output = asked(clone, "exp", "show", "--csv", *arguments, cwd=cwd)
+    output = clone.asked("exp", "show", "--csv", *arguments, cwd=cwd)
     rows = csv.DictReader(io.StringIO(output[output.index("Experiment,") :]))
     return {row["Experiment"] or row["rev"]: row for row in rows}
 
@@ -75,25 +61,13 @@ def changed(row):
     return {name.removeprefix("params.yaml:"): value for name, value in row.items() if name.startswith("params.yaml:")}
 
 
-def wait_for_queue(clone, cwd=None):
-    asked(clone, "queue", "start", cwd=cwd)
-    deadline = time.monotonic() + 300
-    while True:
-        status = asked(clone, "queue", "status", cwd=cwd)
-        assert "Failed" not in status, asked(clone, "queue", "logs", "later", cwd=cwd)
-        if "Success" in status:
-            return
-        assert time.monotonic() < deadline, status
-        time.sleep(1)
-
-
 def test_a_fresh_root_speaks_of_itself_alone(clone):
-    status = asked(clone, "status")
+    status = clone.asked("status")
     assert "pipelines" not in status
     assert len(status.splitlines()) < 130
-    assert len(asked(clone, "dag").splitlines()) < 50
+    assert len(clone.asked("dag").splitlines()) < 50
     for command in (("metrics", "show"), ("params", "diff"), ("exp", "show", "--only-changed")):
-        assert len(asked(clone, *command).splitlines()) < 10
+        assert len(clone.asked(*command).splitlines()) < 10
     output, _ = clone.dvc("checkout")  # fails, as there is nothing yet
     assert "pipelines" not in output
     assert not (clone.folder / "pipelines/scaling/dvc.lock").exists()
@@ -101,7 +75,7 @@ def test_a_fresh_root_speaks_of_itself_alone(clone):
 
 def test_a_fresh_study_speaks_of_itself_alone(clone):
     folder = clone.folder / "pipelines/scaling"
-    status = asked(clone, "status", cwd=folder)
+    status = clone.asked("status", cwd=folder)
     stages = [line for line in status.splitlines() if line.endswith(":") and not line.startswith("\t")]
     assert len(stages) == 4 + 2 + 7 * 6
     assert "evaluate_generator@joint-end:" in stages
@@ -109,9 +83,9 @@ def test_a_fresh_study_speaks_of_itself_alone(clone):
 
 
 def test_a_finished_root_is_quiet(finished):
-    assert asked(finished, "status").splitlines() == ["Data and pipelines are up to date."]
-    assert asked(finished, "checkout") == ""
-    shown = asked(finished, "metrics", "show")
+    assert finished.asked("status").splitlines() == ["Data and pipelines are up to date."]
+    assert finished.asked("checkout") == ""
+    shown = finished.asked("metrics", "show")
     assert max(map(len, shown.splitlines())) < 500
     figures = json.loads((finished.folder / "metrics.json").read_text())
     assert {
@@ -124,20 +98,20 @@ def test_a_finished_root_is_quiet(finished):
 
 def test_an_experiment_shows_what_changed(finished):
     before = digest(finished.folder / "work/decoder")
-    output = asked(finished, "exp", "run", "-n", "other", "-S", "tune_decoder.seed=1")
+    output = finished.asked("exp", "run", "-n", "other", "-S", "tune_decoder.seed=1")
     assert "WARNING" not in output
     assert ran(output)[:2] == ["check", "tune_decoder"]
     assert digest(finished.folder / "work/decoder") != before
-    diff = asked(finished, "params", "diff", "--targets", "params.yaml", "--", "HEAD", "other")
+    diff = finished.asked("params", "diff", "--targets", "params.yaml", "--", "HEAD", "other")
     assert [line.split() for line in diff.splitlines()[1:]] == [["params.yaml", "tune_decoder.seed", "0", "1"]]
     rows = table(finished, "--only-changed")
     assert changed(rows["other"]) == {"tune_decoder.seed": "1"}
     assert "psnr" in rows["other"]
     assert len(rows["other"]) < 60
-    asked(finished, "exp", "apply", "other")
-    assert "psnr" in asked(finished, "metrics", "diff", "--", "HEAD", "workspace")
+    finished.asked("exp", "apply", "other")
+    assert "psnr" in finished.asked("metrics", "diff", "--", "HEAD", "workspace")
     finished.git("checkout", "-q", "--", ".")
-    asked(finished, "checkout")
+    finished.asked("checkout")
     assert digest(finished.folder / "work/decoder") == before
 
 
@@ -146,11 +120,11 @@ def test_experiments_in_a_copy(finished, how):
     """The working tree stays as it is; stages that nothing changed for are not run again."""
     name = {"--temp": "apart", "--queue": "later"}[how]
     before = digest(finished.folder / "params.yaml")
-    output = asked(finished, "exp", "run", how, "-n", name, "-S", "generate.settings.guided.guidance_scale=3.0")
+    output = finished.asked("exp", "run", how, "-n", name, "-S", "generate.settings.guided.guidance_scale=3.0")
     if how == "--temp":
         assert ran(output)[:2] == ["check", "generate"]
     else:
-        wait_for_queue(finished)
+        finished.run_queue(name)
     row = table(finished, "--only-changed")[name]
     assert changed(row)["generate.settings.guided.guidance_scale"] == "3.0"
     assert row["gfid_random-vgg16_24_cfg3_balanced"]
@@ -162,8 +136,8 @@ def test_a_typo_in_an_experiment_is_named(finished):
     assert status != 0
     assert "params.yaml:pretrain.sed: unknown key; did you mean 'seed'?" in output
     finished.git("checkout", "-q", "--", ".")
-    asked(finished, "checkout")
-    assert asked(finished, "status").splitlines() == ["Data and pipelines are up to date."]
+    finished.asked("checkout")
+    assert finished.asked("status").splitlines() == ["Data and pipelines are up to date."]
 
 
 def test_a_study_compares_its_runs(study):
@@ -182,10 +156,10 @@ def test_a_study_compares_its_runs(study):
 
 
 def test_a_finished_study_is_quiet(study):
-    assert asked(study.clone, "status", cwd=study.folder).splitlines() == ["Data and pipelines are up to date."]
-    assert asked(study.clone, "checkout", cwd=study.folder) == ""
+    assert study.clone.asked("status", cwd=study.folder).splitlines() == ["Data and pipelines are up to date."]
+    assert study.clone.asked("checkout", cwd=study.folder) == ""
     assert "Data and pipelines are up to date" in study.dvc("repro")
-    assert asked(study.clone, "status").splitlines() == ["Data and pipelines are up to date."]  # the root's
+    assert study.clone.asked("status").splitlines() == ["Data and pipelines are up to date."]  # the root's
 
 
 def test_a_change_of_one_run_runs_that_alone(study):
@@ -217,10 +191,10 @@ def test_experiments_of_a_study(study, how):
     clone, folder = study.clone, study.folder
     name = {"": "here", "--temp": "apart", "--queue": "later"}[how]
     lacked = "+evaluate_generator.neighbours=4"
-    asked(clone, "exp", "run", *filter(None, [how]), "-n", name, "-S", "summary.title=Mine", "-S", lacked, cwd=folder)
+    clone.asked("exp", "run", *filter(None, [how]), "-n", name, "-S", "summary.title=Mine", "-S", lacked, cwd=folder)
     if how == "--queue":
-        wait_for_queue(clone, folder)
-    diff = asked(clone, "params", "diff", "--targets", "params.yaml", "--", "HEAD", name, cwd=folder)
+        clone.run_queue(name, folder)
+    diff = clone.asked("params", "diff", "--targets", "params.yaml", "--", "HEAD", name, cwd=folder)
     assert "Mine" in diff
     of_row = changed(table(clone, "--only-changed", cwd=folder)[name])
     assert of_row == {"summary.title": "Mine", "evaluate_generator.neighbours": "4"}
@@ -233,12 +207,7 @@ def test_a_run_of_two_studies_is_trained_once(study):
     folder = study.clone.folder / "pipelines/again"
     folder.mkdir()
     (folder / "params.yaml").write_text("base: ../overlays/comparison.yaml\nruns: {plain: {}}\npoints: [end]\n")
-    subprocess.run(
-        [sys.executable, "-m", "stages.runner.project", "pipelines/again"],
-        cwd=study.clone.folder,
-        env=study.clone.environment() | {"PYTHONPATH": str(study.clone.folder)},
-        check=True,
-    )
+    study.clone.make_study("again")
     again = Study(study.clone, "again", **COMPARED)
     output = again.dvc("repro")
     assert ran(output) == ["check", "summary"]

@@ -252,6 +252,14 @@ def _repository() -> Path:
 def _log_start(path: Path) -> None:
     """What does not belong to the result: versions, commit, host, time."""
     logging.basicConfig(filename=path, level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     logging.info("started %s", " ".join(sys.argv))
-    logging.info("python %s on %s, commit %s", platform.python_version(), platform.node(), commit or "unknown")
+    logging.info("python %s on %s, commit %s", platform.python_version(), platform.node(), _commit() or "unknown")
+
+
+def _commit() -> str:
+    """That of the working tree; empty where there is no git, or no repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
