@@ -66,6 +66,7 @@ def image(tmp_path_factory):
         "pipelines/scaling/work/x",
         "data/pets/cat/1.png",
         "weights/network.pth",
+        "pipelines/vtp/weights/network.pth",
         "work/tokenizer/model.safetensors",
         ".scratch/pretrain/x",
         ".venv/bin/x",
