@@ -103,6 +103,7 @@ def run(  # noqa: PLR0913 - one flag per path
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
     model = load_tokenizer(tokenizer, decoder).to(host.device)
+    model.require_decoder(tokenizer)
     drawn, known = Samples(samples), Reference.load(reference)
     drawn.require_encoder(model.encoder_digest(), tokenizer)
     known.require_size(model.image_size)

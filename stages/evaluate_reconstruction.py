@@ -84,6 +84,8 @@ def run(  # noqa: PLR0913 - one flag per output
     models = {"pretrained": load_tokenizer(tokenizer).to(host.device)}
     if decoder is not None:
         models["tuned"] = load_tokenizer(tokenizer, decoder).to(host.device)
+    for model in models.values():
+        model.require_decoder(tokenizer)
     data = ShardDataset(shards, config.split, cache=ShardCache.of(host))
     statistics = Reference.load(reference)
     size = models["pretrained"].image_size

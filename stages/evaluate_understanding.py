@@ -3,8 +3,8 @@
 Three linear probes, `bottleneck`, `last` and `multi` (`vtp.evaluation.probes`), because their confusion is the most
 asked question about these figures. All are chosen on held-out training samples; `linear_probe_multi_best_on_val` is the
 official way: the best head and epoch on the validation images that it reports. `_category` marks probes of categories.
-A tokenizer has the figures that its kind can have: without text tower no zero-shot, without features those of the
-bottleneck alone. A decoder is no input: a new one redoes none of this.
+A tokenizer has the figures that its kind can have: without text tower, or with one that does not pool, no zero-shot;
+without features those of the bottleneck alone. A decoder is no input: a new one redoes none of this.
 """
 
 import csv
@@ -107,9 +107,10 @@ def _groupings(manifest: Manifest) -> dict[str, Tensor]:
 
 
 def _prompts(config: EvaluateUnderstanding, model: Tokenizer, manifest: Manifest) -> Prompts | None:
-    """None where nothing can be asked: there is no text tower."""
-    if not isinstance(model, VisualTokenizer) or model.config.text is None:
+    """None where nothing can be asked: no text tower makes a vector of a caption."""
+    if not isinstance(model, VisualTokenizer) or not model.config.compares_captions:
         return None
+    model.tokenize([""])  # refuses another vocabulary
     return prompts_of(config.prompts, manifest)
 
 

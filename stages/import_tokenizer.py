@@ -20,7 +20,7 @@ from vtp.models.tokenizer import VisualTokenizer
 
 
 class VtpSource(Config):
-    """A folder as VTP's authors publish it: `config.json` and `model.safetensors`."""
+    """A folder as VTP's authors publish it, with or without a decoder: `config.json` and `model.safetensors`."""
 
     name: Literal["vtp"]
 

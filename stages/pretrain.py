@@ -56,6 +56,10 @@ class Pretrain(Config):
             raise ValueError("objective.weights.clip is above 0, so tokenizer.text must not be null")
         if (text := self.tokenizer.text) is not None and text.vocab_size != VOCABULARY:
             raise ValueError(f"tokenizer.text.vocab_size {text.vocab_size} is not {VOCABULARY}, open_clip's byte pairs")
+        if self.objective.weights.clip and not self.tokenizer.compares_captions:
+            raise ValueError("tokenizer.text.pool_type is none: the contrast needs one token that stands for a caption")
+        if self.tokenizer.decoder is None or self.tokenizer.upscale != self.tokenizer.vision.patch_size:
+            raise ValueError("tokenizer needs a decoder, whose decoder_upscale is vision.patch_size, or null for that")
         patch_size, views = self.tokenizer.vision.patch_size, self.data.ssl_views
         for name, size in (
             ("data.clip_view.size", self.data.clip_view.size),

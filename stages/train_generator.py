@@ -97,6 +97,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     rank_slice = RankSlice(*ranks(), count_micro_batches(config.batch_size, ranks().size, largest, named=named))
     data, validation = (LatentDataset(latents, split) for split in ("train", "validation"))
     pixels = load_tokenizer(tokenizer, decoder).to(host.device)
+    pixels.require_decoder(tokenizer)
     data.require_encoder(pixels.encoder_digest(), str(tokenizer))
     batches = LatentBatches(data, batch_size=config.batch_size, seed=config.seed, rank_slice=rank_slice)
 

@@ -65,6 +65,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     rank_slice = RankSlice(*ranks(), passes)
     train, validation = (ShardDataset(shards, split, cache=ShardCache.of(host)) for split in ("train", "validation"))
     model = load_tokenizer(tokenizer).to(host.device).eval().requires_grad_(False)
+    model.require_decoder(tokenizer)
     model.pixel_decoder.requires_grad_(True)
     encoder = model.encoder_digest()
     host.record(encoder=encoder)

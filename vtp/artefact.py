@@ -10,15 +10,20 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    M = TypeVar("M", bound=nn.Module)
+
 # torch is imported where it is used: processes that handle rows and images alone do without its 0.3 GB.
 CHUNK = 1 << 20
 LARGE = 16_000_000  # bytes; the digests of smaller files are taken every time
+PARTS_LEFT_OUT = 4  # a model may be built with so many times the parameters that it keeps
 
 remembered: dict[str, str] = {}  # digests of large files of this process by `_identity`
 
@@ -86,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ArtefactError(f"{path}: no such file; {siblings(path)}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of numbers with thousands of digits
         raise ArtefactError(f"{path}: not valid JSON ({error}); write it again") from None
     if not isinstance(values, dict):
         raise ArtefactError(f"{path}: expected a JSON object, found {type(values).__name__}")
@@ -115,6 +120,45 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
         raise ArtefactError(f"{path}: no such file; {siblings(path)}") from None
     except SafetensorError as error:
         raise ArtefactError(f"{path}: not a complete safetensors file ({error}); make or fetch it again") from None
+
+
+def load_module(
+    build: "Callable[[], M]", tensors: "Mapping[str, Tensor]", *, where: Path, name: Callable[[str], str] = str
+) -> "M":
+    """The module that `build` makes, with these weights, in its own precision; buffers outside its state have no contents.
+
+    What a file says that a model is like is held against its weights before memory is spent on it: `build` has the meta
+    device alone, and ends when it has made many more parameters than there are tensors. `name` says what a key is called
+    in the file `where`.
+
+    Raises ArtefactError for a module that cannot be built, or that these are not the weights of.
+    """
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    made, most, here = count(1), PARTS_LEFT_OUT * max(len(tensors), 100), get_ident()
+
+    def weigh(*_: object) -> None:
+        if get_ident() == here and next(made) > most:
+            raise ArtefactError(
+                f"{where} holds {len(tensors)} tensors, its config.json asks for more than {most}; fetch both files again"
+            )
+
+    handle = register_module_parameter_registration_hook(weigh)
+    try:
+        with torch.device("meta"):
+            module = build()
+    except (ArtefactError, ImportError):
+        raise
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ArtefactError(
+            f"{where.parent / 'config.json'} describes no model that can be built ({reason}); fetch it again"
+        ) from None
+    finally:
+        handle.remove()
+    assign_weights(module, tensors, where=where, name=name)
+    return module
 
 
 def assign_weights(

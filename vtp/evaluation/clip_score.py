@@ -50,8 +50,8 @@ def check_model(model: OpenClipModel | TokenizerModel, *, weights: Path, tokeniz
     """Raises ArtefactError or ConfigError for weights or an architecture that cannot be used, without loading them."""
     if isinstance(model, TokenizerModel):
         assert tokenizer is not None
-        if read_config(tokenizer / "config.json").text is None:
-            raise ConfigError(f"{tokenizer}: this tokenizer has no text tower; rule clip_score needs one")
+        if not read_config(tokenizer / "config.json").compares_captions:
+            raise ConfigError(f"{tokenizer}: this tokenizer has no text tower, or one that does not pool; rule clip_score needs one")
         return
     from open_clip import get_model_config
 

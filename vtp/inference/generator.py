@@ -48,6 +48,7 @@ def load_generator(
     if decoder is None and tokenizer is None:
         decoder = _beside(folder, "decoder")
     pixels = load_tokenizer(given, decoder)
+    pixels.require_decoder(given)
     if pixels.encoder_digest() != model.space.encoder:
         raise ArtefactError(f"{folder} learnt the latents of another encoder than that of {given}; name its tokenizer")
     if model.sampler is None:

@@ -5,7 +5,7 @@ on a subset of the batch (DINOv2's stochastic depth, which saves the dropped com
 `tests/layers/test_block.py` holds it equal to timm's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from vtp.layers.norm import NormName, RMSNorm, build_norm
 from vtp.layers.rope import Rotation, rotate
 
-FfnName = Literal["swiglu", "mlp"]
+FfnName = Literal["swiglu", "swiglu32", "swiglu64", "swiglu128", "mlp"]
+SWIGLU_MULTIPLES: Mapping[FfnName, int] = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 Branch = Callable[[Tensor], Tensor]
 
 
@@ -42,17 +43,24 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
 
 
-def swiglu_width(hidden_dim: int) -> int:
-    """Hidden width of SwiGLU beside an MLP's: 2/3 of it, rounded up to a multiple of 8."""
-    return (int(hidden_dim * 2 / 3) + 7) // 8 * 8
+def ffn_width(name: FfnName, hidden_dim: int) -> int:
+    """Hidden width of a feed-forward layer; SwiGLU's is 2/3 of an MLP's, rounded up to the multiple of its name."""
+    if name == "mlp":
+        return hidden_dim
+    multiple = SWIGLU_MULTIPLES[name]
+    return -(-int(hidden_dim * 2 / 3) // multiple) * multiple
+
+
+def build_ffn(name: FfnName, dim: int, hidden_dim: int) -> nn.Module:
+    """The feed-forward layer of that name; `hidden_dim` is what the hidden width of an MLP would be."""
+    return (Mlp if name == "mlp" else SwiGLU)(dim, ffn_width(name, hidden_dim))
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(w1 x) * w2 x), with the hidden width that `swiglu_width` gives."""
+    """w3(silu(w1 x) * w2 x)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        hidden_dim = swiglu_width(hidden_dim)
         self.w1 = nn.Linear(dim, hidden_dim)
         self.w2 = nn.Linear(dim, hidden_dim)
         self.w3 = nn.Linear(hidden_dim, dim)
@@ -99,12 +107,11 @@ class Block(nn.Module):
         init_values: float | None,
     ) -> None:
         super().__init__()
-        hidden_dim = int(dim * mlp_ratio)
         self.norm1 = build_norm(norm_layer, dim)
         self.attn = Attention(dim, num_heads, use_qk_norm=use_qk_norm)
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.norm2 = build_norm(norm_layer, dim)
-        self.mlp = SwiGLU(dim, hidden_dim) if ffn_layer == "swiglu" else Mlp(dim, hidden_dim)
+        self.mlp = build_ffn(ffn_layer, dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
 
     def forward(self, x: Tensor, rotation: Rotation, drop_path_indices: Tensor | None = None) -> Tensor:

@@ -1,11 +1,14 @@
 """Normalisation layers by name, with the epsilons of the official code."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-NormName = Literal["rmsnorm", "layernorm"]
+NormName = Literal["rmsnorm", "layernorm", "layernormbf16"]
+
+EPS: Mapping[NormName, float] = {"rmsnorm": 1e-5, "layernorm": 1e-6, "layernormbf16": 1e-5}
 
 
 class RMSNorm(nn.Module):
@@ -23,5 +26,5 @@ class RMSNorm(nn.Module):
 
 
 def build_norm(name: NormName, dim: int) -> nn.Module:
-    """`rmsnorm` with eps 1e-5 or `layernorm` with eps 1e-6."""
-    return RMSNorm(dim) if name == "rmsnorm" else nn.LayerNorm(dim, eps=1e-6)
+    """RMSNorm or LayerNorm with the epsilon of its name; the official names differ in nothing else."""
+    return (RMSNorm if name == "rmsnorm" else nn.LayerNorm)(dim, eps=EPS[name])

@@ -8,11 +8,13 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from vtp.artefact import ArtefactError
 from vtp.layers.images import from_pil, to_pil
 from vtp.models.vit import Features
 
@@ -28,9 +30,39 @@ class LatentDecoder(nn.Module, ABC):
     def last_layer(self) -> nn.Module:
         """The layer whose gradient balances losses (`weight`)."""
 
+    @property
+    @abstractmethod
+    def upscale(self) -> int:
+        """Side in pixels of what it makes of a latent."""
+
     @abstractmethod
     def architecture(self) -> Mapping[str, Any]:
         """What it is built from, as JSON: the `name` of its kind and its arguments (`vtp.models.loading`)."""
+
+
+class MissingDecoder(LatentDecoder):
+    """In the place of a decoder that was not published; whoever asks anything of it gets an ArtefactError."""
+
+    @property
+    def last_layer(self) -> nn.Module:
+        raise self._error()
+
+    @property
+    def upscale(self) -> int:
+        raise self._error()
+
+    def architecture(self) -> Mapping[str, Any]:
+        raise self._error()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        raise self._error()
+
+    @staticmethod
+    def _error() -> ArtefactError:
+        return ArtefactError(
+            "this tokenizer was published without a pixel decoder (train_reconstruction: false); pre-train from it with "
+            "--init-from, which makes one. Its latents and features need none"
+        )
 
 
 class Tokenizer(nn.Module, ABC):
@@ -75,6 +107,18 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in ImageNet-normalised space, not clamped."""
         return self.pixel_decoder(latents)
+
+    def require_decoder(self, where: str | Path) -> None:
+        """See that images come back in their own size. Raises ArtefactError, which names `where` the tokenizer lies."""
+        try:
+            upscale = self.pixel_decoder.upscale
+        except ArtefactError as error:
+            raise ArtefactError(f"{where}: {error}") from None
+        if (side := self.latent_shape[1] * upscale) != self.image_size:
+            raise ArtefactError(
+                f"{where}: images of {self.image_size} pixels come back with {side}, for the decoder makes "
+                f"{upscale}x{upscale} pixels of a latent; only stages that read latents or features can use this tokenizer"
+            )
 
     def features(self, images: Tensor, masks: Tensor | None = None) -> Features:
         """Class token [B, D] and patch tokens [B, N, D]. Raises ValueError when the encoder has none."""

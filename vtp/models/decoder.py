@@ -79,6 +79,10 @@ class PixelDecoder(LatentDecoder):
     def last_layer(self) -> nn.Module:
         return self.proj_out
 
+    @property
+    def upscale(self) -> int:
+        return self._architecture.patch_size
+
     def architecture(self) -> Mapping[str, Any]:
         return self._architecture.model_dump()
 

@@ -6,6 +6,7 @@ function of the image, and what is drawn around it has a small share of the vari
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from vtp.artefact import (
     ArtefactError,
-    assign_weights,
+    load_module,
     load_tensors,
     read_json,
     save_tensors,
@@ -93,6 +94,10 @@ class VaeDecoder(LatentDecoder):
     def last_layer(self) -> nn.Module:
         return self.decoder.conv_out
 
+    @property
+    def upscale(self) -> int:
+        return self._config.factor
+
     def architecture(self) -> Mapping[str, Any]:
         return AutoencoderKlDecoderArchitecture(autoencoder=self._config).model_dump()
 
@@ -155,10 +160,9 @@ class DiffusersVae(Tokenizer):
         """Read what `save_pretrained` wrote. Raises ArtefactError naming what is missing or does not fit."""
         folder = Path(folder)
         config = AutoencoderKlArtefact.parse(read_json(folder / "config.json"), where=str(folder / "config.json"))
-        model = cls(config.autoencoder, image_size=config.image_size)
         path = folder / "model.safetensors"
-        assign_weights(model, load_tensors(path), where=path)
-        return model.eval()
+        build = partial(cls, config.autoencoder, image_size=config.image_size)
+        return load_module(build, load_tensors(path), where=path).eval()
 
     @classmethod
     def from_diffusers(cls, folder: str | Path, *, image_size: int | None = None) -> Self:
@@ -181,9 +185,8 @@ class DiffusersVae(Tokenizer):
         path = folder / DIFFUSERS_WEIGHTS
         if not path.is_file():
             raise ArtefactError(f"{path}: no such file, and pickled weights are not read; {siblings(path)}")
-        model = cls(config, image_size=side)
-        assign_weights(model, {_our_key(key): value.float() for key, value in load_tensors(path).items()}, where=path)
-        return model.eval()
+        tensors = {_our_key(key): value.float() for key, value in load_tensors(path).items()}
+        return load_module(partial(cls, config, image_size=side), tensors, where=path).eval()
 
 
 def _build(config: AutoencoderKlConfig) -> Any:  # noqa: ANN401 - diffusers.AutoencoderKL

@@ -7,6 +7,7 @@ variance over its channels.
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,7 +16,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from vtp.artefact import ArtefactError, assign_weights, load_tensors, read_json, save_tensors, whole_folder, write_json
+from vtp.artefact import (
+    ArtefactError,
+    assign_weights,
+    load_module,
+    load_tensors,
+    read_json,
+    save_tensors,
+    whole_folder,
+    write_json,
+)
 from vtp.config import Config
 from vtp.layers.images import denormalise
 from vtp.models.base import Tokenizer
@@ -23,6 +33,7 @@ from vtp.models.decoder import DecoderConfig, PixelDecoder
 from vtp.models.vit import Features
 
 FORMAT_VERSION = 1
+LARGEST_INPUT = 16_384  # pixels: the weights of backbones with rotary positions do not tell
 
 
 class BackboneConfig(Config):
@@ -31,7 +42,9 @@ class BackboneConfig(Config):
     model: str = Field(
         min_length=1, description="a vision transformer of timm, such as vit_base_patch14_reg4_dinov2.lvd142m"
     )
-    input_size: int = Field(ge=1, description="side in pixels that images are scaled to for the backbone")
+    input_size: int = Field(
+        ge=1, le=LARGEST_INPUT, description="side in pixels that images are scaled to for the backbone"
+    )
     image_size: int = Field(ge=1, description="side of the images that are encoded and decoded")
     decoder: DecoderConfig
 
@@ -137,9 +150,11 @@ class FrozenBackbone(Tokenizer):
         """Read what `save_pretrained` wrote. Raises ArtefactError naming what is missing or does not fit."""
         folder = Path(folder)
         config = FrozenBackboneArtefact.parse(read_json(folder / "config.json"), where=str(folder / "config.json"))
-        model = cls(config.backbone, mean=config.mean, std=config.std)
         path = folder / "model.safetensors"
-        assign_weights(model, load_tensors(path), where=path)
+        build = partial(cls, config.backbone, mean=config.mean, std=config.std)
+        state = load_module(build, load_tensors(path), where=path).state_dict()
+        model = build()  # timm has buffers that no file holds
+        model.load_state_dict(state, assign=True)
         return model.eval()
 
     def _description(self) -> FrozenBackboneArtefact:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vtp.artefact import assign_weights
+from vtp.artefact import load_module
 from vtp.layers.latent_space import LatentSpace
 from vtp.layers.norm import RMSNorm
 from vtp.models.generator_folder import LightningDiTConfig, read_generator, save_generator
@@ -85,9 +85,7 @@ class LightningDiT(nn.Module):
         A `.pt` holds `ema`, which is taken first, or `model`. Raises ArtefactError naming what does not fit.
         """
         stored = read_generator(Path(source))
-        with torch.device("meta"):
-            model = cls(stored.config)
-        assign_weights(model, stored.weights, where=stored.where)
+        model = load_module(lambda: cls(stored.config), stored.weights, where=stored.where)
         model.space, model.sampler = stored.space, stored.sampler
         return model.eval()
 

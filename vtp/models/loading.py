@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vtp.artefact import ArtefactError, assign_weights, load_tensors, read_json, save_tensors, whole_folder, write_json
+from vtp.artefact import ArtefactError, load_module, load_tensors, read_json, save_tensors, whole_folder, write_json
 from vtp.config import Config
 from vtp.models.base import LatentDecoder, Tokenizer
 from vtp.models.decoder import PixelDecoder, VitDecoderArchitecture
@@ -50,9 +50,8 @@ def attach_decoder(tokenizer: Tokenizer, folder: Path, *, where: str | Path) -> 
         raise ArtefactError(
             f"{folder} decodes the latents of another encoder than that of {where}; tune a decoder for this tokenizer"
         )
-    tuned, path = _decoder(config), folder / "decoder.safetensors"
-    assign_weights(tuned, load_tensors(path), where=path)
-    tokenizer.pixel_decoder = tuned.eval()
+    path = folder / "decoder.safetensors"
+    tokenizer.pixel_decoder = load_module(lambda: _decoder(config), load_tensors(path), where=path).eval()
 
 
 def save_decoder(tokenizer: Tokenizer, folder: Path) -> None:

@@ -16,8 +16,8 @@ VOCABULARY = 49408  # of open_clip's byte-pair tokenizer
 class TextConfig(Config):
     """The text tower. The options with a default exist to read foreign checkpoints; ours keep the default."""
 
-    context_length: int = Field(ge=4, description="tokens per caption, start and end included")
-    vocab_size: int = Field(ge=3, description="49408 for open_clip's byte-pair tokenizer")
+    context_length: int = Field(ge=1, description="tokens per caption, start and end included")
+    vocab_size: int = Field(ge=1, description="49408 for open_clip's byte-pair tokenizer")
     embed_dim: int = Field(ge=1, description="width of the tower and of the shared image-text space")
     depth: int = Field(ge=1, description="number of blocks")
     num_heads: int = Field(ge=1, description="number of attention heads")
@@ -25,11 +25,11 @@ class TextConfig(Config):
         default=4.0, ge=0.1, le=100, description="hidden width of the feed-forward layers over the width"
     )
     ls_init_value: float | None = Field(default=None, description="initial LayerScale; null: none")
-    embed_cls: bool = Field(default=False, description="a learned class token at the end, as in CoCa")
-    pad_id: int = Field(default=0, description="token that pads captions")
+    pad_id: int = Field(default=0, description="token that pads captions; nothing depends on it")
+    output_tokens: bool = Field(default=False, description="kept of official files; nothing depends on it")
     no_causal_mask: bool = Field(default=False, description="let every token see all others")
     pool_type: Literal["argmax", "first", "last", "none"] = Field(
-        default="argmax", description="token that stands for the caption"
+        default="argmax", description="token that stands for the caption; argmax is its end, none keeps all"
     )
     proj_type: Literal["linear", "none"] = Field(
         default="linear", description="kind of projection into the shared space"
@@ -45,7 +45,7 @@ class TextConfig(Config):
 
 
 def build_text_tower(config: TextConfig) -> nn.Module:
-    """open_clip's TextTransformer: tokens [B, L] -> [B, E], not normalised."""
+    """open_clip's TextTransformer: tokens [B, L] -> [B, E], without pooling [B, L, E], not normalised."""
     from open_clip.model import QuickGELU
     from open_clip.transformer import TextTransformer
 
@@ -58,9 +58,7 @@ def build_text_tower(config: TextConfig) -> nn.Module:
         mlp_ratio=config.mlp_ratio,
         ls_init_value=config.ls_init_value,  # pyright: ignore[reportArgumentType] - their annotation forgets None
         output_dim=config.embed_dim,
-        embed_cls=config.embed_cls,
         no_causal_mask=config.no_causal_mask,
-        pad_id=config.pad_id,
         pool_type=config.pool_type,
         proj_type=config.proj_type,
         proj_bias=config.proj_bias,

@@ -1,36 +1,27 @@
 """The visual tokenizer: encoder, bottleneck, pixel decoder and, when CLIP is trained, the text tower (paper 3, fig. 3).
 
-On disk it has the layout that the authors publish (`config.json` + `model.safetensors` of VTPModel), so weights go both
-ways. What that layout has no key for stands under `vtp_pipeline` in `config.json`, which the official code ignores.
+On disk it has the layout that the authors publish (`vtp.models.official_layout`), so weights go both ways.
 """
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vtp.artefact import (
-    ArtefactError,
-    assign_weights,
-    load_tensors,
-    read_json,
-    save_tensors,
-    whole_folder,
-    write_json,
-)
+from vtp.artefact import load_module, load_tensors, read_json, save_tensors, whole_folder, write_json
 from vtp.config import Config
-from vtp.models.base import Tokenizer
+from vtp.models.base import MissingDecoder, Tokenizer
 from vtp.models.decoder import DecoderConfig, PixelDecoder
 from vtp.models.hub import checkpoint_folder
+from vtp.models.official_layout import flatten, official_key, official_name, our_key, sections_of
 from vtp.models.text import CaptionTokenizer, TextConfig, build_text_tower
 from vtp.models.vit import Features, RopeDtype, VisionConfig, VisionTransformer
 
-FORMAT_VERSION = 1
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
@@ -39,20 +30,34 @@ class TokenizerConfig(Config):
 
     image_size: int = Field(ge=1, description="side of the training images in pixels")
     vision: VisionConfig
-    decoder: DecoderConfig
+    decoder: DecoderConfig | None = Field(description="pixel decoder; null for an encoder that was published without")
     text: TextConfig | None = Field(description="text tower; null when CLIP is not trained")
     rope_dtype: RopeDtype = Field(description="precision of the rotary embedding; published weights use bfloat16")
+    decoder_upscale: int | None = Field(
+        None, ge=1, description="side in pixels that the decoder makes of a latent; null: the patch size, for training"
+    )
     init_logit_scale: float | None = Field(None, description="log of the first inverse temperature; null: CLIP's")
     init_logit_bias: float | None = Field(None, description="first bias of SigLIP's logits; null: none")
+    nonscalar_logit_scale: bool = Field(False, description="logit scale and bias of shape [1], as FSDP wants them")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         if self.image_size % self.vision.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.vision.patch_size}")
         for name, part in (("vision", self.vision), ("decoder", self.decoder)):
-            if part.embed_dim % (4 * part.num_heads):
+            if part is not None and part.embed_dim % (4 * part.num_heads):
                 raise ValueError(f"{name}: embed_dim {part.embed_dim} must be a multiple of 4 * num_heads")
         return self
+
+    @property
+    def upscale(self) -> int:
+        """Side in pixels of what the decoder makes of a latent."""
+        return self.decoder_upscale or self.vision.patch_size
+
+    @property
+    def compares_captions(self) -> bool:
+        """Whether a caption becomes one vector, beside those of images."""
+        return self.text is not None and self.text.pool_type != "none"
 
     @property
     def grid_size(self) -> int:
@@ -63,10 +68,10 @@ class TokenizerConfig(Config):
 class VisualTokenizer(Tokenizer):
     """Images [B, 3, H, W] in ImageNet-normalised space to latents [B, d, H/p, W/p] and back."""
 
-    pixel_decoder: PixelDecoder
+    pixel_decoder: PixelDecoder  # or a MissingDecoder, as no training has it
     has_features = True
-    logit_scale: nn.Parameter
-    logit_bias: nn.Parameter  # only with SigLIP's loss
+    logit_scale: nn.Parameter  # [], or [1]
+    logit_bias: nn.Parameter  # likewise; only with SigLIP's loss
     visual_proj: nn.Linear
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -74,16 +79,17 @@ class VisualTokenizer(Tokenizer):
         self.config = config
         vision = config.vision
         self.trunk = VisionTransformer(vision, rope_dtype=config.rope_dtype)
-        self.pixel_decoder = build_decoder(config)
+        self.pixel_decoder = build_decoder(config)  # pyright: ignore[reportAttributeAccessIssue]
         if config.text is not None:
             clip_dim = vision.embed_dim if vision.bottleneck_ae_only else vision.feature_bottleneck
             self.visual_proj = nn.Linear(clip_dim, config.text.embed_dim, bias=False)
             nn.init.normal_(self.visual_proj.weight, std=clip_dim**-0.5)
             self.text = build_text_tower(config.text)
             scale = INIT_LOGIT_SCALE if config.init_logit_scale is None else config.init_logit_scale
-            self.logit_scale = nn.Parameter(torch.tensor(scale))
+            shape = (1,) if config.nonscalar_logit_scale else ()
+            self.logit_scale = nn.Parameter(torch.full(shape, scale))
             if config.init_logit_bias is not None:
-                self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
+                self.logit_bias = nn.Parameter(torch.full(shape, config.init_logit_bias))
 
     @property
     def num_blocks(self) -> int:
@@ -138,7 +144,7 @@ class VisualTokenizer(Tokenizer):
         return F.normalize(self.visual_proj(pooled), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Unit-norm CLIP embedding [B, E] of token ids [B, L] from `tokenize`."""
+        """Unit-norm CLIP embedding [B, E] of token ids [B, L] from `tokenize`; of every token [B, L, E] without pooling."""
         self._require_text()
         return F.normalize(self.text(tokens), dim=-1)
 
@@ -165,14 +171,12 @@ class VisualTokenizer(Tokenizer):
         """Read the official layout, ours included, from a folder, or from the Hugging Face hub when there is none.
 
         The hub's names are strings: `org/name`, or `org/name@revision` for a branch, tag or commit. Raises ArtefactError
-        naming what is missing or does not fit.
+        naming what is missing or does not fit, ConfigError naming a value that the layout does not know.
         """
         folder = checkpoint_folder(folder)
-        with torch.device("meta"):
-            model = cls(read_config(folder / "config.json"))
-        path = folder / "model.safetensors"
-        tensors = {_our_key(key): value for key, value in load_tensors(path).items()}
-        assign_weights(model, tensors, where=path, name=official_key)
+        config, path = read_config(folder / "config.json"), folder / "model.safetensors"
+        tensors = {our_key(key): value for key, value in load_tensors(path).items()}
+        model = load_module(lambda: cls(config), tensors, where=path, name=official_key)
         _restore_unsaved_buffers(model)
         return model.requires_grad_(True).eval()
 
@@ -185,89 +189,29 @@ def _restore_unsaved_buffers(model: VisualTokenizer) -> None:
     # open_clip's causal mask is a buffer that no checkpoint holds; on the meta device it was never filled.
     text = model.config.text
     if text is not None and getattr(model.text, "attn_mask", None) is not None:
-        length = text.context_length + text.embed_cls
-        mask = torch.full((length, length), float("-inf")).triu_(1)
+        mask = torch.full([text.context_length] * 2, float("-inf")).triu_(1)
         model.text.register_buffer("attn_mask", mask, persistent=False)
-
-
-def official_key(key: str) -> str:
-    """Our state-dict key in the official layout, which flattens the text tower."""
-    if not key.startswith("text."):
-        return key
-    rest = key.removeprefix("text.")
-    return f"text_{rest}" if rest.startswith("transformer.") else rest
-
-
-_TEXT_KEYS = ("token_embedding.", "positional_embedding", "ln_final.", "text_projection", "cls_emb")
-
-
-def _our_key(key: str) -> str:
-    if key.startswith("text_transformer."):
-        return "text." + key.removeprefix("text_")
-    return f"text.{key}" if key.startswith(_TEXT_KEYS) else key
-
-
-# Constructor defaults of the official VTPConfig that our records leave to the checkpoint.
-_FIXED: dict[str, Any] = {
-    "architectures": ["VTPModel"],
-    "model_type": "vtp",
-    "dtype": "float32",
-    "nonscalar_logit_scale": False,
-    "train_reconstruction": True,
-    "text_output_tokens": False,
-}
-_UNSUPPORTED: dict[str, Literal[False]] = {"nonscalar_logit_scale": False, "text_output_tokens": False}
 
 
 def official_config(config: TokenizerConfig) -> dict[str, Any]:
     """`config.json` in the flat official form."""
-    flat = {**_FIXED, "image_size": config.image_size, "train_clip": config.text is not None}
-    for prefix, part in (("vision", config.vision), ("decoder", config.decoder), ("text", config.text)):
-        if part is not None:
-            flat |= {f"{prefix}_{key}": value for key, value in part.model_dump().items()}
-    flat |= {"init_logit_scale": config.init_logit_scale, "init_logit_bias": config.init_logit_bias}
-    flat["vtp_pipeline"] = {"format_version": FORMAT_VERSION, "rope_dtype": config.rope_dtype}
-    return dict(sorted(flat.items()))
+    return flatten(config.model_dump())
 
 
 def read_config(path: Path) -> TokenizerConfig:
-    """The architecture in an official or own `config.json`. Raises ArtefactError."""
-    flat = read_json(path)
-    if flat.get("model_type") != "vtp":
-        raise ArtefactError(
-            f"{path}: model_type is {flat.get('model_type')!r}, expected 'vtp'; is this the right folder?"
-        )
-    if not flat.get("train_reconstruction", True):
-        raise ArtefactError(f"{path}: train_reconstruction is false: this model has no pixel decoder")
-    for key, supported in _UNSUPPORTED.items():
-        if flat.get(key, supported) != supported:
-            raise ArtefactError(f"{path}: {key} = {flat[key]!r} is not supported, only {supported!r}")
-    ours = flat.get("vtp_pipeline", {"format_version": FORMAT_VERSION, "rope_dtype": "bfloat16"})
-    if ours.get("format_version") != FORMAT_VERSION:
-        raise ArtefactError(f"{path}: format_version {ours.get('format_version')!r}, this code reads {FORMAT_VERSION}")
-    values = {
-        "image_size": flat.get("image_size"),
-        "vision": _section(flat, "vision"),
-        "decoder": _section(flat, "decoder"),
-        "text": _section(flat, "text") if flat.get("train_clip") else None,
-        "rope_dtype": ours.get("rope_dtype"),
-        "init_logit_scale": flat.get("init_logit_scale"),
-        "init_logit_bias": flat.get("init_logit_bias"),
-    }
-    return TokenizerConfig.parse(values, where=str(path))
+    """The architecture in an official or own `config.json`. Raises ArtefactError or ConfigError."""
+    sections = sections_of(read_json(path), path)
+    return TokenizerConfig.parse(sections, where=lambda keys: ": ".join(filter(None, (str(path), official_name(keys)))))
 
 
-def _section(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    own = {key: value for key, value in flat.items() if key.startswith(f"{prefix}_") and key not in _FIXED}
-    return {key.removeprefix(f"{prefix}_"): value for key, value in own.items()}
-
-
-def build_decoder(config: TokenizerConfig) -> PixelDecoder:
+def build_decoder(config: TokenizerConfig) -> PixelDecoder | MissingDecoder:
     """The pixel decoder that belongs to a tokenizer."""
+    if config.decoder is None:
+        return MissingDecoder()
     return PixelDecoder(
         config.decoder,
         latent_channels=config.vision.feature_bottleneck,
-        patch_size=config.vision.patch_size,
+        patch_size=config.upscale,
         rope_dtype=config.rope_dtype,
     )
 

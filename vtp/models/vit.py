@@ -35,6 +35,11 @@ class VisionConfig(Config):
     bottleneck_ae_only: bool = Field(description="CLIP reads: true, the trunk; false, the d channels")
     clip_feat: Literal["cls", "pooled"] = Field(description="CLIP feature: class token, or mean of the patches")
 
+    @property
+    def has_bottleneck(self) -> bool:
+        """Whether there is such a layer: latents as wide as the encoder are its patch tokens."""
+        return self.feature_bottleneck != self.embed_dim
+
 
 class EncoderSize(NamedTuple):
     """Depth, width and heads of a named model."""
@@ -83,7 +88,9 @@ class VisionTransformer(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = build_norm(config.norm_layer, dim)
-        self.feature_bottleneck = nn.Linear(dim, config.feature_bottleneck, bias=False)
+        self.feature_bottleneck = (
+            nn.Linear(dim, config.feature_bottleneck, bias=False) if config.has_bottleneck else nn.Identity()
+        )
         self.apply(initialise_weights)
         nn.init.normal_(self.cls_token, std=0.02)
 

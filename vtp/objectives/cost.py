@@ -8,7 +8,7 @@ table 1 counts otherwise: 2 x parameters x 256 tokens, see `paper_flops`.)
 from typing import NamedTuple
 
 from vtp.data.pretrain_batches import ActiveBatch, PretrainDataConfig
-from vtp.layers.block import swiglu_width
+from vtp.layers.block import FfnName, ffn_width
 from vtp.layers.flops import FROZEN, TRAINING
 from vtp.layers.random_vgg import STAGES
 from vtp.losses.perceptual import PerceptualConfig
@@ -97,22 +97,25 @@ def encoder_flops(config: VisionConfig, image_size: int, *, bottleneck: bool) ->
     """Forward FLOPs of one image."""
     tokens = _tokens(config, image_size)
     hidden = int(config.embed_dim * config.mlp_ratio)
-    flops = _transformer(tokens, config.embed_dim, config.depth, hidden, swiglu=config.ffn_layer == "swiglu")
+    flops = _transformer(tokens, config.embed_dim, config.depth, hidden, config.ffn_layer)
     flops += _patch_embed(config, image_size)
+    bottleneck = bottleneck and config.has_bottleneck
     return flops + (2 * tokens * config.embed_dim * config.feature_bottleneck if bottleneck else 0)
 
 
-def decoder_flops(config: DecoderConfig, vision: VisionConfig, image_size: int) -> float:
-    """Forward FLOPs of one image."""
+def decoder_flops(config: DecoderConfig | None, vision: VisionConfig, image_size: int) -> float:
+    """Forward FLOPs of one image by a decoder as training has it; 0 without one."""
+    if config is None:
+        return 0.0
     tokens, dim = _tokens(vision, image_size) - 1, config.embed_dim
-    flops = _transformer(tokens, dim, config.depth, 4 * dim, swiglu=config.ffn_layer == "swiglu")
+    flops = _transformer(tokens, dim, config.depth, 4 * dim, config.ffn_layer)
     return flops + 2 * tokens * dim * (vision.feature_bottleneck + 3 * vision.patch_size**2)
 
 
 def text_flops(config: TextConfig) -> float:
     """Forward FLOPs of one caption; causal attention is counted in full, as libraries count it."""
     length, dim = config.context_length, config.embed_dim
-    flops = _transformer(length, dim, config.depth, int(dim * config.mlp_ratio), swiglu=False)
+    flops = _transformer(length, dim, config.depth, int(dim * config.mlp_ratio), "mlp")
     return flops + 2 * dim * dim
 
 
@@ -149,10 +152,8 @@ def _patch_embed(config: VisionConfig, image_size: int) -> float:
     return 2.0 * (_tokens(config, image_size) - 1) * 3 * config.patch_size**2 * config.embed_dim
 
 
-def _transformer(tokens: int, dim: int, depth: int, hidden: int, *, swiglu: bool) -> float:
-    if swiglu:
-        hidden = swiglu_width(hidden)
-    per_token = 4 * dim**2 + (3 if swiglu else 2) * dim * hidden + 2 * tokens * dim
+def _transformer(tokens: int, dim: int, depth: int, hidden: int, ffn: FfnName) -> float:
+    per_token = 4 * dim**2 + (2 if ffn == "mlp" else 3) * dim * ffn_width(ffn, hidden) + 2 * tokens * dim
     return 2.0 * depth * tokens * per_token
 
 

@@ -82,6 +82,8 @@ def _load_tokenizer(objective: PretrainObjective, folder: Path) -> None:
 def _require_equal(ours: TokenizerConfig, theirs: TokenizerConfig, folder: Path) -> None:
     """Other widths show as shapes; other meanings of equal shapes do not."""
     for part, one, other in (("vision", ours.vision, theirs.vision), ("decoder", ours.decoder, theirs.decoder)):
+        if one is None or other is None:  # ours begins afresh
+            continue
         for name, value in one.model_dump().items():
             if value != other.model_dump()[name] and name not in ("bottleneck_ae_only", "clip_feat"):
                 there = other.model_dump()[name]
