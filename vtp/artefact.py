@@ -137,24 +137,23 @@ def load_module(
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
     made, most, here = count(1), PARTS_LEFT_OUT * max(len(tensors), 100), get_ident()
+    config = where.parent / "config.json"
 
     def weigh(*_: object) -> None:
         if get_ident() == here and next(made) > most:
             raise ArtefactError(
-                f"{where} holds {len(tensors)} tensors, its config.json asks for more than {most}; fetch both files again"
+                f"asks for more than {most} tensors, {where.name} holds {len(tensors)}; fetch both files again"
             )
 
     handle = register_module_parameter_registration_hook(weigh)
     try:
         with torch.device("meta"):
             module = build()
-    except (ArtefactError, ImportError):
-        raise
+    except ArtefactError as error:
+        raise ArtefactError(f"{config}: {error}") from None
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise ArtefactError(
-            f"{where.parent / 'config.json'} describes no model that can be built ({reason}); fetch it again"
-        ) from None
+        raise ArtefactError(f"{config}: describes no model that can be built ({reason}); fetch it again") from None
     finally:
         handle.remove()
     assign_weights(module, tensors, where=where, name=name)

@@ -13,7 +13,12 @@ from vtp.models.tokenizer import TokenizerConfig
 from vtp.models.vit import SIZES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-OPTION_SETS = ["vtp-tiny", "vtp-tiny-ae", "vtp-tiny-layernorm-mlp"]
+OPTION_SETS = [str(path.parent.relative_to(GOLDEN)) for path in sorted(GOLDEN.rglob("vtp-*/config.json"))]
+OPTION_SETS += [str(path.parent.relative_to(GOLDEN)) for path in sorted(GOLDEN.glob("official-ffn/*/config.json"))]
+
+
+def test_all_option_sets_are_there():
+    assert len(OPTION_SETS) == 8
 
 
 def golden_cases() -> list[tuple[str, str]]:
@@ -29,14 +34,13 @@ def golden_cases() -> list[tuple[str, str]]:
 def test_matches_official_tensors(name, size):
     tokenizer = VisualTokenizer.from_pretrained(GOLDEN / name)
     every = load_file(GOLDEN / name / "io.safetensors")
-    golden = {key.removeprefix(f"{size}."): value for key, value in every.items() if key.startswith(size)}
+    golden = {key.removeprefix(f"{size}."): value for key, value in every.items() if key.startswith(f"{size}.")}
     image = golden.pop("image")
     mask = golden.pop("mask")
     features, masked = tokenizer.features(image), tokenizer.features(image, mask)
     second_last = tokenizer.intermediate_features(image, 2)[0]
     ours = {
         "latents": tokenizer.encode(image),
-        "decoded": tokenizer.decode(golden["latents"]),
         "cls_token": features.cls,
         "patch_tokens": features.patches,
         "masked_cls_token": masked.cls,
@@ -44,20 +48,32 @@ def test_matches_official_tensors(name, size):
         "intermediate_cls_-2": second_last.cls,
         "intermediate_patch_-2": second_last.patches,
     }
+    if "decoded" in golden:
+        ours["decoded"] = tokenizer.decode(golden["latents"])
     if "clip_image" in golden:
         ours["clip_image"] = tokenizer.encode_image(image)
+        torch.testing.assert_close(tokenizer.project_image(features), golden["clip_image"], atol=1e-4, rtol=0)
     assert ours.keys() == golden.keys()
     for key, value in golden.items():
         torch.testing.assert_close(ours[key], value, atol=1e-4, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", ["vtp-tiny", "vtp-tiny-layernorm-mlp"])
+@pytest.mark.parametrize("name", [name for name in OPTION_SETS if name != "vtp-tiny-ae"])
 @torch.no_grad()
 def test_matches_official_text_tower(name):
     tokenizer = VisualTokenizer.from_pretrained(GOLDEN / name)
     golden = load_file(GOLDEN / name / "io.safetensors")
-    torch.testing.assert_close(tokenizer.encode_text(golden["tokens"]), golden["clip_text"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(tokenizer.logit_scale.exp(), golden["logit_scale_exp"], atol=1e-4, rtol=0)
+    text = tokenizer.encode_text(golden["tokens"])
+    ours = {"clip_text": text, "logit_scale_exp": tokenizer.logit_scale.exp()}
+    if "logit_bias" in golden:
+        ours["logit_bias"] = tokenizer.logit_bias
+    if "logits" in golden:
+        _, size = max(case for case in golden_cases() if case[0] == name)  # the larger where there are two
+        ours["logits"] = tokenizer.logit_scale.exp() * tokenizer.encode_image(golden[f"{size}.image"]) @ text.T
+        ours["logits"] += getattr(tokenizer, "logit_bias", 0.0)
+    for key, value in ours.items():
+        torch.testing.assert_close(value, golden[key], atol=1e-4, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+    assert ours.keys() == golden.keys() - {key for key in golden if "." in key} - {"tokens"}
 
 
 @pytest.mark.parametrize("name", OPTION_SETS)

@@ -51,7 +51,9 @@ def check_model(model: OpenClipModel | TokenizerModel, *, weights: Path, tokeniz
     if isinstance(model, TokenizerModel):
         assert tokenizer is not None
         if not read_config(tokenizer / "config.json").compares_captions:
-            raise ConfigError(f"{tokenizer}: this tokenizer has no text tower, or one that does not pool; rule clip_score needs one")
+            raise ConfigError(
+                f"{tokenizer}: this tokenizer has no text tower, or one that does not pool; rule clip_score needs one"
+            )
         return
     from open_clip import get_model_config
 

@@ -40,10 +40,10 @@ class AutoencoderKlConfig(Config):
     down_block_types: list[str] = Field(["DownEncoderBlock2D"], min_length=1)
     up_block_types: list[str] = Field(["UpDecoderBlock2D"], min_length=1)
     block_out_channels: list[int] = Field([64], min_length=1)
-    layers_per_block: int = 1
+    layers_per_block: int = Field(1, ge=1)
     act_fn: str = "silu"
-    latent_channels: int = 4
-    norm_num_groups: int = 32
+    latent_channels: int = Field(4, ge=1)
+    norm_num_groups: int = Field(32, ge=1)
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
@@ -180,8 +180,10 @@ class DiffusersVae(Tokenizer):
         given = {key: value for key, value in values.items() if not key.startswith("_") and key not in _NO_MATTER}
         config = AutoencoderKlConfig.parse(given, where=f"{folder}/config.json")
         side = values.get("sample_size") if image_size is None else image_size
-        if not isinstance(side, int):
-            raise ArtefactError(f"{folder}/config.json: no sample_size of one number; import it with an image_size")
+        if not isinstance(side, int) or side < 1:
+            raise ArtefactError(
+                f"{folder}/config.json: no sample_size of one number above 0; import it with an image_size"
+            )
         path = folder / DIFFUSERS_WEIGHTS
         if not path.is_file():
             raise ArtefactError(f"{path}: no such file, and pickled weights are not read; {siblings(path)}")

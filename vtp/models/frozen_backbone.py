@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -55,7 +55,7 @@ class FrozenBackboneArtefact(Config):
     format_version: Literal[1]
     model_type: Literal["frozen_backbone"]
     mean: list[float] = Field(min_length=3, max_length=3, description="of the backbone's training images, in [0, 1]")
-    std: list[float] = Field(min_length=3, max_length=3)
+    std: list[Annotated[float, Field(gt=0)]] = Field(min_length=3, max_length=3)
     backbone: BackboneConfig
 
 
