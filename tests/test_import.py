@@ -7,17 +7,19 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from foreign import autoencoder, backbone_source, backbone_weights, official_vtp
+from foreign import GOLDEN, autoencoder, backbone_source, backbone_weights, official_vtp
 from test_stages import QuietHost
 from tiny import merged, tiny_params, write_shards
 
 from stages.check import stage_config
 from stages.runner.environment import Runtime
 from stages.runner.run import path_flags
-from vtp import load_tokenizer
+from vtp import VisualTokenizer, load_tokenizer
+from vtp.artefact import ArtefactError
 from vtp.data.dataset import ShardDataset
 from vtp.data.latents import LatentDataset
 from vtp.layers.images import normalise
+from vtp.models.tokenizer import TokenizerConfig
 
 SIZE = 64  # of the golden checkpoint's images
 KINDS = ("vtp", "autoencoder_kl", "backbone")
@@ -111,6 +113,72 @@ def test_every_figure_that_a_kind_can_have(judged):
     assert any("linear_probe_bottleneck" in name for name in seen)
     assert any("linear_probe_last" in name for name in seen) == load_tokenizer(paths["tokenizer"]).has_features
     assert any("zero_shot" in name for name in seen) == (kind == "vtp")
+
+
+@pytest.fixture(scope="module")
+def halves(project):
+    """Imported tokenizers of VTP that give no pictures back: without a decoder, or with one that makes them larger."""
+    root, _ = project
+    folder = root / "halves"
+    official_vtp(folder / "encoder", "official-ffn/cliponly-patch8")
+    torch.manual_seed(0)
+    values = tiny_params()["pretrain"]["tokenizer"] | {"decoder_upscale": 16, "image_size": SIZE}
+    VisualTokenizer(TokenizerConfig.parse(values, where="test")).save_pretrained(folder / "larger")
+    source = {"source": {"name": "vtp"}}
+    return {
+        name: run_stage("import_tokenizer", root, folder / f"{name} imported", source, source=folder / name)[
+            "tokenizer"
+        ]
+        for name in ("encoder", "larger")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("encoder", "published without a pixel decoder"),
+        ("larger", f"images of {SIZE} pixels come back with {2 * SIZE}"),
+    ],
+)
+def test_stages_that_decode_refuse_what_gives_no_pictures_back(name, said, project, halves, tmp_path):
+    root, reference = project
+    params = tiny_params()
+    assert (load_tokenizer(halves[name]).config.decoder is None) == (name == "encoder")
+    for stage in ("tune_decoder", "evaluate_reconstruction", "evaluate_generator", "train_generator"):
+        paths = {"shards": root / "shards", "reference": reference, "tokenizer": halves[name]}
+        if stage == "train_generator":
+            paths |= run_stage("cache_latents", root, tmp_path, params["cache_latents"], **paths)
+        nowhere = {"samples": root / "nowhere"} if stage == "evaluate_generator" else {}
+        with pytest.raises(ArtefactError, match=f"{halves[name]}: .*{said}"):
+            run_stage(stage, root, tmp_path, params[stage], **paths, **nowhere)
+
+
+def test_an_encoder_has_every_figure_of_its_features(project, halves, tmp_path):
+    root, _ = project
+    params = merged(tiny_params(), {"evaluate_understanding": {"probes": {"resize": 32, "size": 32}}})
+    paths = {"shards": root / "shards", "tokenizer": halves["encoder"]}
+    written = run_stage("evaluate_understanding", root, tmp_path, params["evaluate_understanding"], **paths)
+    seen = json.loads(written["metrics"].read_text())["understanding"]
+    assert {"linear_probe_last", "linear_probe_bottleneck", "zero_shot_top1_squash"} <= seen.keys()
+
+
+def test_an_unpooled_text_tower_has_no_zero_shot(project, tmp_path):
+    root, _ = project
+    official_vtp(tmp_path / "published", "official-ffn/mlp-pooledbottleneck")
+    params = merged(tiny_params(), {"evaluate_understanding": {"probes": {"resize": 32, "size": 32}}})
+    paths = {"shards": root / "shards", "tokenizer": tmp_path / "published"}
+    written = run_stage("evaluate_understanding", root, tmp_path, params["evaluate_understanding"], **paths)
+    seen = json.loads(written["metrics"].read_text())["understanding"]
+    assert "linear_probe_last" in seen
+    assert not any("zero_shot" in name for name in seen)
+
+
+def test_another_vocabulary_is_refused_before_anything_is_computed(project, tmp_path):
+    root, _ = project
+    paths = {"shards": root / "shards", "tokenizer": GOLDEN / "vtp-tiny"}
+    with pytest.raises(ValueError, match=r"text\.vocab_size is 512; open_clip's tokenizer has 49408"):
+        run_stage("evaluate_understanding", root, tmp_path, tiny_params()["evaluate_understanding"], **paths)
+    assert not list((tmp_path / "scratch").rglob("*.safetensors"))
 
 
 def test_a_fresh_decoder_learns(judged):

@@ -191,3 +191,6 @@ def test_our_model_needs_its_folder_and_a_text_tower(pool, tmp_path, monkeypatch
     VisualTokenizer(config).save_pretrained(tmp_path / "mute")
     with pytest.raises(ConfigError, match="mute: this tokenizer has no text tower"):
         sifted(values, pool, tmp_path / "b", monkeypatch, tokenizer=tmp_path / "mute")
+    unpooled = GOLDEN / "official-ffn/mlp-pooledbottleneck"
+    with pytest.raises(ConfigError, match="mlp-pooledbottleneck: .* one that does not pool"):
+        sifted(values, pool, tmp_path / "c", monkeypatch, tokenizer=unpooled)

@@ -31,8 +31,8 @@ COMBINATIONS = {
 }
 
 
-def config_of(changes=None) -> Pretrain:
-    return Pretrain.parse(merged(tiny_params()["pretrain"], changes or {}), where="test")
+def config_of(changes=None, *, new=False) -> Pretrain:
+    return Pretrain.parse(merged(tiny_params()["pretrain"], changes or {}, new=new), where="test")
 
 
 def objective_of(config: Pretrain) -> PretrainObjective:
@@ -382,6 +382,9 @@ def test_impossible_configurations_are_refused():
     for changes, said in (
         ({"objective": {"weights": {"reconstruction": 0.0}}}, "reconstruction must be above 0"),
         ({"tokenizer": {"text": None}}, "text must not be null"),
+        ({"tokenizer": {"text": {"pool_type": "none"}}}, "pool_type is none: the contrast needs one token"),
+        ({"tokenizer": {"decoder": None}}, "tokenizer needs a decoder"),
+        ({"tokenizer": {"decoder_upscale": 16}}, "whose decoder_upscale is vision.patch_size"),
         ({"data": {"batch": {"ssl": 16}}}, "clip 8 is below ssl 16"),
         ({"data": {"batch": {"ssl": 5}}}, "ssl 5 is not a multiple of reconstruction 2"),
         ({"data": {"ssl_views": {"local_size": 9}}}, "local_size 9 is not a multiple"),
@@ -390,7 +393,7 @@ def test_impossible_configurations_are_refused():
         ({"tokenizer": {"vision": {"num_heads": 3}}}, "must be a multiple of 4"),
     ):
         with pytest.raises(ValueError, match=said):
-            config_of(changes)
+            config_of(changes, new=True)
 
 
 def test_half_precision_is_near():

@@ -6,7 +6,7 @@ from objectives.test_pretrain import ALONE, START, batch_of, config_of, objectiv
 from safetensors.torch import load_file
 
 from vtp.artefact import ArtefactError
-from vtp.models.tokenizer import VisualTokenizer
+from vtp.models.tokenizer import VisualTokenizer, save_tokenizer
 from vtp.objectives.pretrain_state import export_tokenizer, load_pretrain_state, save_pretrain_state
 from vtp.training.fit import state_of
 from vtp.training.optim import build_optimizer
@@ -73,6 +73,25 @@ def test_absent_parts_start_afresh(tmp_path):
     load_pretrain_state(joint, tmp_path / "tokenizer")
     assert equal(joint.tokenizer.pixel_decoder, objective.tokenizer.pixel_decoder)
     assert all(torch.equal(a, b) for a, b in zip(text, joint.tokenizer.text.parameters(), strict=True))
+
+
+def test_an_encoder_without_decoder_begins_a_run(tmp_path):
+    """Its decoder is new; a logit scale of shape [1] is kept so, and learns."""
+    config = config_of({"tokenizer": {"nonscalar_logit_scale": True}}, new=True)
+    objective, _ = trained(config)
+    encoder = objective.tokenizer.config.model_copy(update={"decoder": None})
+    weights = objective.tokenizer.state_dict()
+    save_tokenizer(tmp_path / "encoder", encoder, {k: v for k, v in weights.items() if not k.startswith("pixel_")})
+    fresh = objective_of(config)
+    decoder = [p.clone() for p in fresh.tokenizer.pixel_decoder.parameters()]
+    load_pretrain_state(fresh, tmp_path / "encoder")
+    assert equal(fresh.tokenizer.trunk, objective.tokenizer.trunk)
+    assert all(torch.equal(a, b) for a, b in zip(decoder, fresh.tokenizer.pixel_decoder.parameters(), strict=True))
+    assert torch.equal(fresh.tokenizer.logit_scale, objective.tokenizer.logit_scale)
+    assert fresh.tokenizer.logit_scale.shape == (1,)
+    begun = fresh.tokenizer.logit_scale.clone()
+    learnt, _ = trained(config)
+    assert not torch.equal(learnt.tokenizer.logit_scale, begun)
 
 
 def test_the_teacher_can_be_exported(tmp_path):

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+LARGEST_SIDE = 16_384  # of images, in pixels: no weights tell of it
+
+
 class LatentDecoder(nn.Module, ABC):
     """Latents [B, d, h, w] to images [B, 3, H, W] in ImageNet-normalised space, not clamped."""
 

@@ -26,7 +26,7 @@ from vtp.artefact import (
 )
 from vtp.config import Config
 from vtp.layers.images import denormalise, normalise
-from vtp.models.base import LatentDecoder, Tokenizer
+from vtp.models.base import LARGEST_SIDE, LatentDecoder, Tokenizer
 
 FORMAT_VERSION = 1
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -71,7 +71,7 @@ class AutoencoderKlArtefact(Config):
 
     format_version: Literal[1]
     model_type: Literal["autoencoder_kl"]
-    image_size: int = Field(ge=1)
+    image_size: int = Field(ge=1, le=LARGEST_SIDE)
     autoencoder: AutoencoderKlConfig
 
 
@@ -180,9 +180,9 @@ class DiffusersVae(Tokenizer):
         given = {key: value for key, value in values.items() if not key.startswith("_") and key not in _NO_MATTER}
         config = AutoencoderKlConfig.parse(given, where=f"{folder}/config.json")
         side = values.get("sample_size") if image_size is None else image_size
-        if not isinstance(side, int) or side < 1:
+        if not isinstance(side, int) or not 1 <= side <= LARGEST_SIDE:
             raise ArtefactError(
-                f"{folder}/config.json: no sample_size of one number above 0; import it with an image_size"
+                f"{folder}/config.json: no sample_size of one number up to {LARGEST_SIDE}; import it with an image_size"
             )
         path = folder / DIFFUSERS_WEIGHTS
         if not path.is_file():

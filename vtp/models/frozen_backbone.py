@@ -28,12 +28,11 @@ from vtp.artefact import (
 )
 from vtp.config import Config
 from vtp.layers.images import denormalise
-from vtp.models.base import Tokenizer
+from vtp.models.base import LARGEST_SIDE, Tokenizer
 from vtp.models.decoder import DecoderConfig, PixelDecoder
 from vtp.models.vit import Features
 
 FORMAT_VERSION = 1
-LARGEST_INPUT = 16_384  # pixels: the weights of backbones with rotary positions do not tell
 
 
 class BackboneConfig(Config):
@@ -43,9 +42,9 @@ class BackboneConfig(Config):
         min_length=1, description="a vision transformer of timm, such as vit_base_patch14_reg4_dinov2.lvd142m"
     )
     input_size: int = Field(
-        ge=1, le=LARGEST_INPUT, description="side in pixels that images are scaled to for the backbone"
+        ge=1, le=LARGEST_SIDE, description="side in pixels that images are scaled to for the backbone"
     )
-    image_size: int = Field(ge=1, description="side of the images that are encoded and decoded")
+    image_size: int = Field(ge=1, le=LARGEST_SIDE, description="side of the images that are encoded and decoded")
     decoder: DecoderConfig
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vtp.artefact import load_module, load_tensors, read_json, save_tensors, whole_folder, write_json
 from vtp.config import Config
-from vtp.models.base import MissingDecoder, Tokenizer
+from vtp.models.base import LARGEST_SIDE, MissingDecoder, Tokenizer
 from vtp.models.decoder import DecoderConfig, PixelDecoder
 from vtp.models.hub import checkpoint_folder
 from vtp.models.official_layout import flatten, official_key, official_name, our_key, sections_of
@@ -28,7 +28,7 @@ INIT_LOGIT_SCALE = math.log(1 / 0.07)
 class TokenizerConfig(Config):
     """Architecture of the tokenizer. Field names are the official ones less their prefix (`vision_embed_dim`)."""
 
-    image_size: int = Field(ge=1, description="side of the training images in pixels")
+    image_size: int = Field(ge=1, le=LARGEST_SIDE, description="side of the training images in pixels")
     vision: VisionConfig
     decoder: DecoderConfig | None = Field(description="pixel decoder; null for an encoder that was published without")
     text: TextConfig | None = Field(description="text tower; null when CLIP is not trained")
