@@ -204,6 +204,10 @@ def test_no_noise_costs_nothing(made, outputs):
     assert float(rows[3].split(",")[1]) == pytest.approx(noise["pretrained"]["psnr_2"], rel=1e-6)
 
 
+class Unchanged(nn.Identity):
+    upscale = 1
+
+
 class Pixels(Tokenizer):
     """Its latents are the pixels, pulled towards grey: a tokenizer with neither text nor features."""
 
@@ -213,7 +217,7 @@ class Pixels(Tokenizer):
 
     def __init__(self, factor=1.0):
         super().__init__()
-        self.pixel_decoder = nn.Identity()
+        self.pixel_decoder = Unchanged()
         self.factor = factor
 
     def encode(self, images):
