@@ -42,7 +42,7 @@ def cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor
 
 def reconstruct(tokenizer: VisualTokenizer, perceptual: nn.Module, images: Tensor) -> Tensor:
     """L1 and the perceptual distance."""
-    output = tokenizer.decode(tokenizer.encode(images))
+    output = tokenizer.decode(tokenizer.encode(images, grad=True), grad=True)
     distance = perceptual(denormalise(output.float()) * 2 - 1, denormalise(images) * 2 - 1)
     return (output.float() - images).abs().mean() + distance.mean()
 

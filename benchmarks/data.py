@@ -28,12 +28,12 @@ from benchmarks.pretrain import _divided, _move, joint
 from stages.pretrain import Pretrain, build_batches
 from stages.runner.environment import LocalHost, Runtime
 from vtp.data.batches import RankSlice
-from vtp.data.decode import decode_rgb
 from vtp.data.loader import load_batches
 from vtp.data.masking import draw_masks
 from vtp.data.stream import Stream
 from vtp.data.views import SslViewsConfig, clip_batch, recolour, ssl_views
 from vtp.draws import numpy_draws
+from vtp.layers.decode import decode_rgb
 from vtp.models.text import CaptionTokenizer
 from vtp.params import load
 

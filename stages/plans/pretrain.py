@@ -130,7 +130,7 @@ def activations(config: Pretrain, model: VisualTokenizer) -> dict[str, float]:
             return seen
 
         def reconstruction(count: int) -> list[Tensor]:
-            return [model.decode(model.encode(_images(count, config.tokenizer.image_size)))]
+            return [model.decode(model.encode(_images(count, config.tokenizer.image_size), grad=True), grad=True)]
 
         passes: dict[str, Callable[[int], list[Tensor]]] = {"reconstruction": reconstruction}
         if config.active.clip:

@@ -15,8 +15,8 @@ from tiny import tiny_params
 
 from vtp.artefact import ArtefactError, digest, save_tensors
 from vtp.config import ConfigError
-from vtp.data.decode import decode_rgb
 from vtp.evaluation.clip_score import ClipScorer, build_scorer
+from vtp.layers.decode import decode_rgb
 from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
 
 ARCHITECTURE = "vtp-test-tiny"

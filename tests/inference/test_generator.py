@@ -74,6 +74,19 @@ def test_classes_have_names_and_labels(generator):
     assert not np.array_equal(other[0], both[0])
 
 
+def test_labels_may_be_integers_of_any_library(generator):
+    expected = arrays(generator.sample([2, 0, 2]))
+    for same in (np.array([2, 0, 2]), np.array([2, 0, 2], np.uint8), torch.tensor([2, 0, 2]), [np.int64(2), 0, "2"]):
+        assert np.array_equal(expected, arrays(generator.sample(same)))
+    for one in (np.int64(2), np.array(2), torch.tensor(2)):
+        assert np.array_equal(expected[:1], arrays(generator.sample(one, seed=np.int64(0), count=np.int64(1))))
+    with pytest.raises(ValueError, match="no class 6; labels are 0 to 5"):
+        generator.sample(np.array([6]))
+    for wrong in (np.array([0.5]), [True], np.array([False]), torch.tensor([True]), [None], np.zeros((2, 2), int), 1.0):
+        with pytest.raises(ValueError, match="a class is a name or an integer, given is a "):
+            generator.sample(wrong)
+
+
 def test_a_call_may_change_the_sampler(generator):
     plain, guided = (arrays(generator.sample(0, guidance_scale=scale))[0] for scale in (1.0, 6.0))
     assert not np.array_equal(plain, guided)

@@ -87,7 +87,7 @@ def made(tmp_path_factory):
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=5e-3)
     for _ in range(150):  # until its pictures are near enough to real ones for precision and recall
         optimizer.zero_grad()
-        (tokenizer.decode(tokenizer.encode(images)) - images).square().mean().backward()
+        (tokenizer.decode(tokenizer.encode(images, grad=True), grad=True) - images).square().mean().backward()
         optimizer.step()
     tokenizer.save_pretrained(root / "tokenizer")
     with torch.no_grad():

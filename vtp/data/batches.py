@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vtp.data.decode import finish
 from vtp.data.latents import LatentDataset
 from vtp.data.order import sample_indices
 from vtp.data.stream import Stream
 from vtp.data.views import CentreCropView, RandomCropView, least_size, reconstruction_batch, reconstruction_crop
 from vtp.draws import torch_draws
+from vtp.layers.decode import finish
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from vtp.artefact import ArtefactError, verify_files
-from vtp.data.decode import DecodeError, decode_rgb
 from vtp.data.remote import ShardCache, verify_remote
 from vtp.data.shards import NO_LABEL, Manifest, Shard
+from vtp.layers.decode import DecodeError, decode_rgb
 from vtp.layers.images import centre_crop
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from vtp.config import Config
 from vtp.data.batches import RankSlice
-from vtp.data.decode import finish
 from vtp.data.masking import MaskConfig, draw_masks
 from vtp.data.stream import Drawn, Stream, StreamConfig
 from vtp.data.views import (
@@ -34,6 +33,7 @@ from vtp.data.views import (
     ssl_views,
 )
 from vtp.draws import numpy_draws
+from vtp.layers.decode import finish
 
 if TYPE_CHECKING:
     from PIL.Image import Image

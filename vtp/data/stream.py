@@ -14,9 +14,9 @@ from pydantic import Field
 
 from vtp.config import Config, ConfigError
 from vtp.data.dataset import DataError, SampleError, ShardDataset
-from vtp.data.decode import DecodeError, open_header
 from vtp.data.order import Mixture, epochs
 from vtp.draws import address, numpy_draws
+from vtp.layers.decode import DecodeError, open_header
 
 if TYPE_CHECKING:
     from PIL.Image import Image

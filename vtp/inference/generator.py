@@ -5,9 +5,11 @@ pictures = generator.sample("frog", count=8)
 pictures[0].save("frog.png")
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from vtp.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    Class = str | SupportsIndex  # a name, or a label: an integer of Python, numpy or torch
 
 SHOWN = 40  # names of classes that a message lists
 
@@ -74,14 +78,14 @@ class PictureGenerator:
 
     def sample(
         self,
-        classes: str | int | Sequence[str | int],
+        classes: "Class | Iterable[Class]",
         count: int = 1,
         *,
         seed: int = 0,
         batch_size: int = 16,
         **changes: Any,  # noqa: ANN401 - of the record
     ) -> "list[Image]":
-        """`count` pictures of every class, class by class; a class is a name or a label.
+        """`count` pictures of every class, class by class; a class is a name or a label, an integer of any library.
 
         Picture n of every class begins with the noise of index n, which is that of the stage generate with this seed.
         `changes` are those of the sampler, such as `guidance_scale=2.0`. Raises ValueError for a class that there is not,
@@ -94,7 +98,7 @@ class PictureGenerator:
 
     def draw(
         self,
-        classes: str | int | Sequence[str | int],
+        classes: "Class | Iterable[Class]",
         count: int = 1,
         *,
         seed: int = 0,
@@ -102,7 +106,8 @@ class PictureGenerator:
         **changes: Any,  # noqa: ANN401 - of the record
     ) -> Tensor:
         """What `sample` makes pictures of: uint8 [classes * count, 3, H, W], on the CPU."""
-        given = [classes] if isinstance(classes, str | int) else list(classes)
+        several = isinstance(classes, Iterable) and not isinstance(classes, str) and getattr(classes, "ndim", 1) > 0
+        given: list[Any] = list(classes) if several else [classes]  # pyright: ignore[reportArgumentType]
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; draw one picture at a time at least")
         if count < 1 or not given:
@@ -118,12 +123,13 @@ class PictureGenerator:
         ]
         return torch.cat(parts)
 
-    def label(self, name: str | int) -> int:
-        """That of a class. Raises ValueError for one that there is not, or whose name several have."""
-        if isinstance(name, int) or (name not in self.classes and name.isdecimal()):
-            if not 0 <= int(name) < len(self.classes):
-                raise ValueError(f"no class {name}; labels are 0 to {len(self.classes) - 1}")
-            return int(name)
+    def label(self, name: "Class") -> int:
+        """That of a class. Raises ValueError for one that there is not, or whose name several have, and for other things."""
+        if not isinstance(name, str) or (name not in self.classes and name.isdecimal()):
+            label = _integer(name)
+            if not 0 <= label < len(self.classes):
+                raise ValueError(f"no class {label}; labels are 0 to {len(self.classes) - 1}")
+            return label
         labels = [label for label, known in enumerate(self.classes) if known == name]
         if not labels:
             shown = ", ".join(self.classes[:SHOWN]) + (", ..." if len(self.classes) > SHOWN else "")
@@ -139,6 +145,14 @@ class PictureGenerator:
         noise = draw_noise(seed, indices, self.model.latent_shape)
         drawn = sample(self.model, noise.to(device), labels.to(device), **sampler.arguments())
         return to_uint8(self.tokenizer.decode(self.space.statistics.denormalise(drawn))).cpu()
+
+
+def _integer(label: Any) -> int:  # noqa: ANN401 - whatever is given
+    """Raises ValueError for what is no integer; a truth value is none."""
+    if not (isinstance(label, bool) or str(getattr(label, "dtype", "")).endswith("bool")):
+        with suppress(TypeError):
+            return int(label) if isinstance(label, str) else index(label)
+    raise ValueError(f"no class {label!r}; a class is a name or an integer, given is a {type(label).__name__}")
 
 
 def _beside(folder: Path, name: str) -> Path | None:

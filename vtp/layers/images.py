@@ -1,5 +1,6 @@
-"""Between pixels and the tensors that the models see: ImageNet normalisation, ADM's centre crop, PIL."""
+"""Between pixels and the tensors that the models see: pictures of any kind, ADM's centre crop, ImageNet normalisation."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -7,10 +8,14 @@ import torch
 from torch import Tensor
 
 from vtp.finite import require_finite
+from vtp.layers.decode import MAX_PIXELS, DecodeError, decode_rgb, finish
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    Picture = str | Path | bytes | Image | np.ndarray | Tensor  # `PICTURE` in words
+
+PICTURE = "the path of an image file, its bytes, a PIL image, or uint8 [height, width, 3] as a numpy array or tensor"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -40,11 +45,36 @@ def to_uint8(images: Tensor, what: str = "images") -> Tensor:
     return denormalise(images.float()).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
+def rgb(picture: "Picture") -> "Image":
+    """Any picture as the upright 8-bit RGB that training sees of it (`vtp.layers.decode`).
+
+    Raises DecodeError for what is no readable picture, OSError for a file that cannot be opened, TypeError for another
+    kind of thing, ValueError for an array of another kind.
+    """
+    from PIL.Image import Image, fromarray
+
+    if isinstance(picture, str | Path):
+        try:
+            return decode_rgb(Path(picture).read_bytes())
+        except DecodeError as error:
+            raise DecodeError(f"{picture}: {error}") from None
+    if isinstance(picture, bytes):
+        return decode_rgb(picture)
+    if isinstance(picture, Image):
+        return finish(picture)
+    if not isinstance(picture, np.ndarray | Tensor):
+        raise TypeError(f"a picture is {PICTURE}; given is a {type(picture).__name__}")
+    dtype = str(picture.dtype).removeprefix("torch.")
+    if dtype != "uint8" or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+        kind = f"{type(picture).__name__} of {dtype} {list(picture.shape)}"  # its range or channels would be a guess
+        raise ValueError(f"a picture is {PICTURE}, several are a list; given is a {kind}")
+    return fromarray(np.ascontiguousarray(picture.cpu().numpy() if isinstance(picture, Tensor) else picture))
+
+
 def centre_crop(image: "Image", size: int) -> "Image":
-    """ADM's evaluation crop: halve by box averaging, shorten the short side bicubically, cut the centre."""
+    """ADM's evaluation crop of an RGB picture: halve by box averages, shrink the short side bicubically, cut the centre."""
     from PIL.Image import Resampling
 
-    image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     scale = size / min(image.size)
@@ -54,8 +84,17 @@ def centre_crop(image: "Image", size: int) -> "Image":
     return image.crop((left, top, left + size, top + size))
 
 
+def require_croppable(image: "Image", size: int) -> None:
+    """Raises DecodeError for a picture without pixels, or one so long that its crop would pass through too many."""
+    short, long = sorted(image.size)
+    if long * size**2 > MAX_PIXELS * short:
+        raise DecodeError(f"too long for a centre crop: {image.width} x {image.height}")
+
+
 def from_pil(image: "Image", size: int) -> Tensor:
-    """A PIL image, centre-cropped, as a normalised tensor [3, size, size]."""
+    """A PIL image of any mode, centre-cropped, as a normalised tensor [3, size, size]. Raises DecodeError."""
+    image = finish(image)
+    require_croppable(image, size)
     pixels = torch.from_numpy(np.array(centre_crop(image, size)))  # [H, W, 3]
     return normalise(pixels.permute(2, 0, 1))
 

@@ -7,7 +7,7 @@ probed and compared in the same way.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from vtp.artefact import ArtefactError
-from vtp.layers.images import from_pil, to_pil
+from vtp.layers.images import PICTURE, from_pil, rgb, to_pil
 from vtp.models.vit import Features
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from vtp.layers.images import Picture
 
 
 LARGEST_SIDE = 16_384  # of images, in pixels: no weights tell of it
@@ -69,7 +71,12 @@ class MissingDecoder(LatentDecoder):
 
 
 class Tokenizer(nn.Module, ABC):
-    """Images [B, 3, H, W] in ImageNet-normalised space to latents [B, d, h, w] and back."""
+    """Images [B, 3, H, W] in ImageNet-normalised space to latents [B, d, h, w] and back.
+
+    `encode` and `decode` record no operations for a backward pass, unless `grad=True` asks for it where gradients are on.
+    `train()` and `eval()` change neither beyond rounding: no part draws dropout or keeps statistics of batches. What is
+    loaded is in eval mode.
+    """
 
     pixel_decoder: Any  # a LatentDecoder: the part that decoder tuning trains
     has_features: bool  # whether `features` and `intermediate_features` can be asked for
@@ -99,17 +106,36 @@ class Tokenizer(nn.Module, ABC):
         """The layer of the pixel decoder whose gradient balances losses (`weight`)."""
         return self.pixel_decoder.last_layer
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """Along a side: sides of images are multiples of it."""
+        return self.image_size // self.latent_shape[1]
+
+    def encode(self, images: Tensor, *, grad: bool = False) -> Tensor:
+        """Latents [B, d, h, w] of images [B, 3, H, W] in ImageNet-normalised space, deterministic.
+
+        `grad`: record it for a backward pass, as a training does. Raises ValueError for what is no such batch.
+        """
+        with gradients(grad):
+            return self._encode(images)
+
     @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """Latents [B, d, h, w], deterministic."""
+    def _encode(self, images: Tensor) -> Tensor:
+        """What `encode` gives."""
 
     @abstractmethod
     def encoder_state(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         """All that decides what the latents are: settings, and tensors by name."""
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in ImageNet-normalised space, not clamped."""
-        return self.pixel_decoder(latents)
+    def decode(self, latents: Tensor, *, grad: bool = False) -> Tensor:
+        """Images [B, 3, H, W] in ImageNet-normalised space, not clamped, of latents [B, d, h, w].
+
+        `grad`: record it for a backward pass, as `pixel_decoder(latents)` does too. Raises ValueError for what is no such
+        batch.
+        """
+        require_batch(latents, self.latent_shape[0], "latents", "encode")
+        with gradients(grad):
+            return self.pixel_decoder(latents)
 
     def require_decoder(self, where: str | Path) -> None:
         """See that images come back in their own size. Raises ArtefactError, which names `where` the tokenizer lies."""
@@ -135,9 +161,25 @@ class Tokenizer(nn.Module, ABC):
         """The mean over positions of the latents [B, d] that belong to `features`, without another pass."""
         raise ValueError(f"{type(self).__name__} has no features beside its latents")
 
-    def preprocess(self, image: "Image") -> Tensor:
-        """A PIL image, centre-cropped to the training size (as ADM does), as one normalised batch [1, 3, S, S]."""
-        return from_pil(image, self.image_size)[None]
+    def preprocess(self, pictures: "Picture | Sequence[Picture]", size: int | None = None) -> Tensor:
+        """One picture, or a list, as training sees them: a normalised batch [N, 3, S, S] on the CPU.
+
+        A picture is a path, the bytes of a file, a PIL image of any mode, or uint8 [H, W, 3] as a numpy array or tensor. It
+        is turned upright, made 8-bit RGB (transparency lies on white), and centre-cropped to a square of S pixels as ADM
+        does: the short side is scaled to S. S is `size`, or that of the training.
+
+        Raises ValueError for a size that is no multiple of `pixels_per_latent`, for no pictures, and for arrays of other
+        types and shapes, DecodeError (a ValueError) for what is no readable picture, TypeError for other things, OSError.
+        """
+        side = self.image_size if size is None else size
+        if side < 1 or side % self.pixels_per_latent:
+            raise ValueError(
+                f"size is {size}; it must be a multiple of {self.pixels_per_latent}, the pixels per latent"
+            )
+        given: Sequence[Any] = pictures if isinstance(pictures, list | tuple) else [pictures]
+        if not given:
+            raise ValueError(f"no picture is given; a picture is {PICTURE}")
+        return torch.stack([from_pil(rgb(picture), side) for picture in given])
 
     @staticmethod
     def to_pil(images: Tensor) -> "list[Image]":
@@ -153,6 +195,20 @@ class Tokenizer(nn.Module, ABC):
             state.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
             state.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
         return state.hexdigest()
+
+
+def gradients(grad: bool) -> torch.set_grad_enabled:
+    """Operations are recorded if `grad` asks for it, where they are recorded around it."""
+    return torch.set_grad_enabled(grad and torch.is_grad_enabled())
+
+
+def require_batch(batch: Tensor, channels: int, what: str, source: str) -> None:
+    """Raises ValueError when `batch` is not floating-point [B, channels, H, W]; `source` is the method that gives such."""
+    if batch.ndim != 4 or batch.shape[1] != channels or not batch.is_floating_point():
+        kind = str(batch.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{what} are {kind} {list(batch.shape)}; they must be floating-point [B, {channels}, H, W], as `{source}` gives"
+        )
 
 
 class Encoding(nn.Module):

@@ -26,7 +26,7 @@ from vtp.artefact import (
 )
 from vtp.config import Config
 from vtp.layers.images import denormalise, normalise
-from vtp.models.base import LARGEST_SIDE, LatentDecoder, Tokenizer
+from vtp.models.base import LARGEST_SIDE, LatentDecoder, Tokenizer, require_batch
 
 FORMAT_VERSION = 1
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -133,8 +133,12 @@ class DiffusersVae(Tokenizer):
         side = self._image_size // self.config.factor
         return (self.config.latent_channels, side, side)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Means of the posterior [B, d, H/f, W/f]."""
+    def _encode(self, images: Tensor) -> Tensor:
+        """Means of the posterior [B, d, H/f, W/f]. Raises ValueError for sides that are no multiple of f."""
+        require_batch(images, 3, "images", "preprocess")
+        if images.shape[2] % self.config.factor or images.shape[3] % self.config.factor:
+            given = "x".join(map(str, images.shape[2:]))
+            raise ValueError(f"image size {given} is not a multiple of {self.config.factor}, the pixels per latent")
         mean, _ = self.quant_conv(self.encoder(denormalise(images) * 2 - 1)).chunk(2, dim=1)
         return mean
 

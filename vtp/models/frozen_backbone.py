@@ -28,7 +28,7 @@ from vtp.artefact import (
 )
 from vtp.config import Config
 from vtp.layers.images import denormalise
-from vtp.models.base import LARGEST_SIDE, Tokenizer
+from vtp.models.base import LARGEST_SIDE, Tokenizer, require_batch
 from vtp.models.decoder import DecoderConfig, PixelDecoder
 from vtp.models.vit import Features
 
@@ -101,11 +101,12 @@ class FrozenBackbone(Tokenizer):
     def latent_shape(self) -> tuple[int, int, int]:
         return self._shape
 
-    def encode(self, images: Tensor) -> Tensor:
+    def _encode(self, images: Tensor) -> Tensor:
         """Patch tokens of the last block [B, D, h, w], each with zero mean and unit variance over its channels.
 
         Raises ValueError for images of another size than `image_size`: the decoder could not give that back.
         """
+        require_batch(images, 3, "images", "preprocess")
         side = self.config.image_size
         if images.shape[-2:] != (side, side):
             given = "x".join(map(str, images.shape[-2:]))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vtp.artefact import load_module, load_tensors, read_json, save_tensors, whole_folder, write_json
 from vtp.config import Config
-from vtp.models.base import LARGEST_SIDE, MissingDecoder, Tokenizer
+from vtp.models.base import LARGEST_SIDE, MissingDecoder, Tokenizer, gradients, require_batch
 from vtp.models.decoder import DecoderConfig, PixelDecoder
 from vtp.models.hub import checkpoint_folder
 from vtp.models.official_layout import flatten, official_key, official_name, our_key, sections_of
@@ -108,11 +108,17 @@ class VisualTokenizer(Tokenizer):
         """(d, h, w) at the training image size."""
         return (self.config.vision.feature_bottleneck, self.config.grid_size, self.config.grid_size)
 
-    def encode(self, images: Tensor, *, drop_path_indices: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, *, grad: bool = False, drop_path_indices: Tensor | None = None) -> Tensor:
         """Latents [B, d, H/p, W/p]: the bottleneck of the last patch tokens, deterministic and unbounded.
 
-        `drop_path_indices` is the encoder's stochastic depth in training (`VisionTransformer.forward`).
+        `grad`: record it for a backward pass. `drop_path_indices` is the encoder's stochastic depth in training
+        (`VisionTransformer.forward`). Raises ValueError for what is no batch of images, and sides that are no multiple of p.
         """
+        with gradients(grad):
+            return self._encode(images, drop_path_indices)
+
+    def _encode(self, images: Tensor, drop_path_indices: Tensor | None = None) -> Tensor:
+        require_batch(images, 3, "images", "preprocess")
         patch_size = self.config.vision.patch_size
         latents = self.trunk(images, drop_path_indices=drop_path_indices, latent=True).patches  # [B, N, d]
         return latents.transpose(1, 2).unflatten(2, (images.shape[2] // patch_size, images.shape[3] // patch_size))

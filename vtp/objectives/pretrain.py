@@ -219,7 +219,7 @@ class PretrainObjective(nn.Module):
 
     def _reconstruct(self, batch: PretrainBatch, images: Tensor, number: int, count: int, step: int) -> Tensor:
         indices = self._drop_path_indices("reconstruction", batch, len(images), number, count, step)
-        return self.tokenizer.decode(self.tokenizer.encode(images, drop_path_indices=indices))
+        return self.tokenizer.decode(self.tokenizer.encode(images, grad=True, drop_path_indices=indices), grad=True)
 
     def _reconstruction_loss(
         self, batch: PretrainBatch, images: Tensor, reconstructions: Tensor, count: int

@@ -10,7 +10,7 @@ from vtp.curation.filter.engine import FilterError
 from vtp.curation.filter.image_rules import _ImageLocation, read_image
 from vtp.curation.ingest.compose import Composer, EmbeddedConfig
 from vtp.curation.rows import order_of
-from vtp.data.decode import DecodeError
+from vtp.layers.decode import DecodeError
 
 NEAR = {"name": "perceptual_duplicates", "max_distance": 6}
 SIZES = {"train_samples": 1, "validation_samples": 1, "image_size": 160}

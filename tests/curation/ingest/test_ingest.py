@@ -31,8 +31,8 @@ from vtp.curation.ingest.listed import LISTED, Rows, read_listed_rows
 from vtp.curation.ingest.pool import PoolSource
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.rows import order_of
-from vtp.data.decode import decode_rgb
 from vtp.data.shards import KEY, Manifest
+from vtp.layers.decode import decode_rgb
 from vtp.processes import WorkerDied
 
 FOLDER = {"name": "folder", "train": ".", "validation": {"name": "held_out", "share": 0.25}}

@@ -1,7 +1,7 @@
 """img2dataset's resizer and downloader with their traps taken out; imported by the processes that fetch, nowhere else.
 
 cv2 decodes what a header announces, however much; it ignores the orientation of a JPEG when alpha and 16 bits are kept,
-and those 16 bits are then written as if they were 8. So pictures are decoded by `vtp.data.decode`, and handed to
+and those 16 bits are then written as if they were 8. So pictures are decoded by `vtp.layers.decode`, and handed to
 img2dataset as plain RGB: its own code resizes and encodes them. Both classes travel by pickle, to spawned processes and
 to Spark's executors alike, so nothing has to be patched there.
 """
@@ -17,7 +17,7 @@ from img2dataset.downloader import Downloader
 from img2dataset.resizer import ResizeMode, Resizer
 
 from vtp.curation.download.policy import DEADLINE_HEADER
-from vtp.data.decode import DecodeError, decode_rgb
+from vtp.layers.decode import DecodeError, decode_rgb
 from vtp.processes import follow_parent
 
 MAX_URL = 16 << 10  # well below the proxy's limit of a head, at which it ends the connection without a word

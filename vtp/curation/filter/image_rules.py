@@ -12,7 +12,7 @@ import numpy as np
 from vtp.curation.filter.rules import IMAGE_COLUMNS
 from vtp.curation.filter.spill import load_array, pick_rows, save_array
 from vtp.curation.rows import CAPTION
-from vtp.data.decode import DecodeError, decode_rgb
+from vtp.layers.decode import DecodeError, decode_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from vtp.config import Config
-from vtp.data.decode import MAX_PIXELS, ORIENTATION, DecodeError, finish, open_header
+from vtp.layers.decode import ORIENTATION, finish, open_header
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,10 +54,9 @@ def store(content: bytes, config: ImageConfig) -> Stored:
 def draw(picture: "Image", config: ImageConfig) -> Stored:
     """An RGB picture as it is stored: PNG. Raises DecodeError for one that is too long to be cut to a square."""
     if config.name == "centre_crop":
-        from vtp.layers.images import centre_crop
+        from vtp.layers.images import centre_crop, require_croppable
 
-        if max(picture.size) / min(picture.size) * config.size**2 > MAX_PIXELS:
-            raise DecodeError(f"too long for a centre crop: {picture.width} x {picture.height}")
+        require_croppable(picture, config.size)
         picture = centre_crop(picture, config.size)
     png = io.BytesIO()
     picture.save(png, format="PNG", compress_level=COMPRESSION)

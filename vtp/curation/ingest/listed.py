@@ -13,8 +13,8 @@ from vtp.curation.ingest.listing import WHOLE, Listing, inside, safe_key
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.ingest.source import Description, Rejected
 from vtp.curation.rows import CAPTION, KEY, ORDER
-from vtp.data.decode import DecodeError
 from vtp.data.shards import NO_LABEL, SampleRecord
+from vtp.layers.decode import DecodeError
 
 MAX_BYTES = 1 << 28  # a larger file is no picture that anyone trains on
 OPEN_FILES = 64

@@ -1,4 +1,4 @@
-"""Bytes of an image file to RGB pixels, with the traps of real collections taken out.
+"""Pictures from elsewhere to RGB pixels, with the traps of real collections taken out: the one conversion that there is.
 
 A header that announces too many pixels is refused before anything is decoded. Orientation is applied, transparency
 lies on white, 16-bit and CMYK files become 8-bit RGB, of an animation the first frame is taken, and a file that was cut off
@@ -52,7 +52,7 @@ def decode_rgb(content: bytes, *, least: tuple[int, int] | None = None, max_pixe
 
 
 def finish(picture: "Image", *, least: tuple[int, int] | None = None) -> "Image":
-    """Decode an opened picture, as `decode_rgb` does."""
+    """Any picture of PIL, opened or made, as upright 8-bit RGB, as `decode_rgb` gives it. Raises DecodeError."""
     from PIL import ImageOps
     from PIL.Image import DecompressionBombError
 
@@ -75,6 +75,8 @@ def _rgb(picture: "Image") -> "Image":
     if picture.mode.startswith("I;16") or picture.mode == "I":
         wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
         return PIL.Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("RGBa", "La"):  # premultiplied
+        picture = picture.convert(picture.mode.upper())
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         white = PIL.Image.new("RGBA", layer.size, (255, 255, 255, 255))
