@@ -13,11 +13,12 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "vtp").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
 # Each may import from earlier lines; parts of one line do not import each other, those of the first excepted.
 LAYERS = [
-    {"config", "params", "artefact", "draws", "finite", "distributed", "host", "processes", "step"},
+    {"config", "params", "artefact", "draws", "finite", "distributed", "host", "processes", "step", "version"},
     {"layers"},
     {"models", "losses", "flow", "data"},
     {"curation"},
     {"objectives", "training", "evaluation", "inference"},
+    {"commands"},
     {"__main__"},
 ]
 # The same of `stages/`: the body of a stage may use what stands before it, plans and `check` read bodies.

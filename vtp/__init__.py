@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from vtp.models.lightningdit import LightningDiT
     from vtp.models.loading import load_tokenizer
     from vtp.models.tokenizer import VisualTokenizer
+    from vtp.version import __version__
 
-__all__ = ["LightningDiT", "VisualTokenizer", "load_generator", "load_tokenizer"]
+__all__ = ["LightningDiT", "VisualTokenizer", "__version__", "load_generator", "load_tokenizer"]
 
 _HOMES = {
     "VisualTokenizer": "vtp.models.tokenizer",
     "load_tokenizer": "vtp.models.loading",
     "LightningDiT": "vtp.models.lightningdit",
     "load_generator": "vtp.inference.generator",
+    "__version__": "vtp.version",
 }
 
 

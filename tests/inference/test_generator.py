@@ -233,7 +233,7 @@ def test_the_command_says_where_the_picture_is(work, generator, tmp_path):
 )
 def test_mistakes_are_said_in_a_line(work, tmp_path, arguments, message):
     status, said, errors = command(work / "generator", *arguments, cwd=tmp_path)
-    assert (status, said) == (1, "")
+    assert (status, said) == (2, "")
     assert message in errors
     assert len(errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

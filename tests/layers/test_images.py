@@ -73,7 +73,7 @@ def trained(tmp_path_factory):
         stored = store(content, Keep(name="keep"))
         records.append(SampleRecord(f"{number:02d}", *stored, "", NO_LABEL, NO_LABEL, "image"))
     split = describe_split([write_shard(folder / "train-00000.tar", records, classes=0)])
-    empty = dict.fromkeys(("classes", "class_ids", "templates", "categories", "category_of_class"), [])
+    empty = {key: [] for key in ("classes", "class_ids", "templates", "categories", "category_of_class")}
     values = {"format_version": FORMAT_VERSION, "source": "test", "image_size": None, "location": None}
     Manifest.parse(values | empty | {"attribution": "", "splits": {"train": split}}, where="test").save(folder)
     pixels = ShardDataset(folder, "train").images(np.arange(len(records)), SIDE)

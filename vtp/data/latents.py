@@ -159,7 +159,7 @@ class LatentDataset:
 
     def __init__(self, folder: Path, split: str = "train") -> None:
         self.folder = folder
-        self.config = _read_config(folder)
+        self.config = read_latents_config(folder)
         if split not in self.config.splits:
             raise ArtefactError(f"{folder}: no split {split!r}; it has {', '.join(self.config.splits)}")
         entry = self.config.splits[split]
@@ -240,7 +240,8 @@ def require_labels(labels: Tensor, classes: int, where: Path) -> None:
         raise ArtefactError(f"{where}: {len(bad)} labels are none of {classes} classes, the first is {int(bad[0])}")
 
 
-def _read_config(folder: Path) -> LatentsArtefact:
+def read_latents_config(folder: Path) -> LatentsArtefact:
+    """`config.json` alone. Raises ArtefactError when it is that of something else, damaged, or of another format."""
     values = read_json(folder / "config.json")
     if values.get("format_version") != FORMAT_VERSION:
         raise ArtefactError(

@@ -87,7 +87,7 @@ class Reference:
 
     def __init__(self, folder: Path, config: ReferenceArtefact) -> None:
         self.folder = folder
-        self._config = config
+        self.config = config
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -106,17 +106,17 @@ class Reference:
     @property
     def features(self) -> AnyFeaturesConfig:
         """The network; whatever is compared needs the same."""
-        return self._config.features
+        return self.config.features
 
     @property
     def image_size(self) -> int:
         """Side of the crops."""
-        return self._config.image_size
+        return self.config.image_size
 
     @property
     def data(self) -> str:
         """Digest of the shards' manifest."""
-        return self._config.data
+        return self.config.data
 
     def require(self, images: ShardDataset, size: int) -> None:
         """Raises ArtefactError when these are not the statistics of that data in crops of that size."""
@@ -134,16 +134,15 @@ class Reference:
 
     def of(self, split: str) -> SplitReference:
         """One split. Raises ArtefactError when it is not there or damaged."""
-        if split not in self._config.splits:
+        if split not in self.config.splits:
             raise ArtefactError(
-                f"{self.folder}: no split {split!r}, it has {', '.join(self._config.splits)}; add it to "
-                "reference.splits"
+                f"{self.folder}: no split {split!r}, it has {', '.join(self.config.splits)}; add it to reference.splits"
             )
         path = self.folder / f"{split}.safetensors"
-        verify_files(self.folder, {path.name: self._config.files.get(path.name, "")}, remedy=REMEDY)
+        verify_files(self.folder, {path.name: self.config.files.get(path.name, "")}, remedy=REMEDY)
         tensors = load_tensors(path)
         feature_set, rows = FeatureSet.of_tensors(tensors, where=str(path)), tensors.get(ROWS, torch.empty(0))
-        facts = self._config.splits[split]
+        facts = self.config.splits[split]
         if (len(rows), feature_set.count, len(feature_set.features)) != (facts.count, facts.count, facts.kept):
             raise ArtefactError(f"{path} is not what {self.folder / 'config.json'} says; {REMEDY}")
         return SplitReference(rows.numpy(), feature_set.statistics, feature_set.spatial, feature_set.features)

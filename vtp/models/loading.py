@@ -39,19 +39,18 @@ def load_tokenizer(folder: str | Path, decoder: str | Path | None = None) -> Tok
 
 def attach_decoder(tokenizer: Tokenizer, folder: Path, *, where: str | Path) -> None:
     """Put the decoder of a folder in the place of the tokenizer's own."""
-    values = read_json(folder / "config.json")
-    if values.get("format_version") != DECODER_VERSION:
-        raise ArtefactError(
-            f"{folder}: a decoder of format {values.get('format_version')!r}, this code reads {DECODER_VERSION}; "
-            "is this the right folder? If so, tune it again"
-        )
-    config = DecoderArtefact.parse(values, where=str(folder / "config.json"))
+    config = _read_decoder_config(folder)
     if config.encoder != tokenizer.encoder_digest():
         raise ArtefactError(
             f"{folder} decodes the latents of another encoder than that of {where}; tune a decoder for this tokenizer"
         )
-    path = folder / "decoder.safetensors"
-    tokenizer.pixel_decoder = load_module(lambda: _decoder(config), load_tensors(path), where=path).eval()
+    tokenizer.pixel_decoder = _decoder(config, folder)
+
+
+def load_decoder(folder: Path) -> tuple[DecoderArtefact, LatentDecoder]:
+    """What a decoder's folder says, and the decoder. Raises ArtefactError when it is another folder or damaged."""
+    config = _read_decoder_config(folder)
+    return config, _decoder(config, folder)
 
 
 def save_decoder(tokenizer: Tokenizer, folder: Path) -> None:
@@ -83,7 +82,17 @@ def _tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def _decoder(config: DecoderArtefact) -> LatentDecoder:
-    if isinstance(config.decoder, VitDecoderArchitecture):
-        return PixelDecoder.of(config.decoder)
-    return VaeDecoder.of(config.decoder)
+def _read_decoder_config(folder: Path) -> DecoderArtefact:
+    values = read_json(folder / "config.json")
+    if values.get("format_version") != DECODER_VERSION:
+        raise ArtefactError(
+            f"{folder}: a decoder of format {values.get('format_version')!r}, this code reads {DECODER_VERSION}; "
+            "is this the right folder? If so, tune it again"
+        )
+    return DecoderArtefact.parse(values, where=str(folder / "config.json"))
+
+
+def _decoder(config: DecoderArtefact, folder: Path) -> LatentDecoder:
+    path, of = folder / "decoder.safetensors", config.decoder
+    kind = PixelDecoder if isinstance(of, VitDecoderArchitecture) else VaeDecoder
+    return load_module(lambda: kind.of(of), load_tensors(path), where=path).eval()
