@@ -8,7 +8,7 @@ encoded; ranks share whole files, and a killed run goes on with those that are m
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -51,7 +51,14 @@ class CacheLatents(Config):
 
 
 @torch.inference_mode()
-def run(config: CacheLatents, *, shards: Input, tokenizer: Input, latents: Output, host: Host) -> None:
+def run(
+    config: CacheLatents,
+    *,
+    shards: Annotated[Input, "folder of prepare_data, whose labelled pictures are encoded"],
+    tokenizer: Annotated[Input, "folder of the tokenizer"],
+    latents: Annotated[Output, "folder for the latents"],
+    host: Host,
+) -> None:
     model = load_tokenizer(tokenizer).to(host.device)
     splits = {name: _SplitImages.of(ShardDataset(shards, name, cache=ShardCache.of(host))) for name in SPLITS}
     files = plan_shards({name: len(split.singles.rows) for name, split in splits.items()}, config.shard_size)

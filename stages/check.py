@@ -191,7 +191,9 @@ def stage_config(module: str) -> type[Config]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser("python -m stages.check", description=__doc__)
-    parser.add_argument("params", type=Path, nargs="?", default=Path("params.yaml"))
+    parser.add_argument(
+        "params", type=Path, nargs="?", default=Path("params.yaml"), help="parameter file; default: params.yaml"
+    )
     parser.add_argument("--resolved", type=Path, help="where to write the sections that stages read")
     parser.add_argument("--runs", type=Path, help="folder for a file per run of a comparison")
     parser.add_argument("--code", type=Path, help="folder for one code digest per stage")

@@ -123,7 +123,15 @@ class DownloadError(ValueError):
     """The download cannot be finished; the message says why, and what is kept."""
 
 
-def run(config: Download, *, selection: Input, pool: Output, report: Output, errors: Output, host: Host) -> None:
+def run(
+    config: Download,
+    *,
+    selection: Annotated[Input, "folder of the stage filter: rows with the URLs to fetch"],
+    pool: Annotated[Output, "folder for the pictures and what became of every row"],
+    report: Annotated[Output, "JSON file for the counts by outcome"],
+    errors: Annotated[Output, "CSV file for the causes of failures, with an example of each"],
+    host: Host,
+) -> None:
     require_packages(config, sys.version_info[:2])
     folder = host.download_store or host.folder.parents[1]
     lock = Scratch((folder / f"store-{config.identity}").absolute())

@@ -90,15 +90,21 @@ class _Real(NamedTuple):
 def run(  # noqa: PLR0913 - one flag per path
     config: EvaluateGenerator,
     *,
-    tokenizer: Input,
-    decoder: OptionalInput = None,
-    samples: Input,
-    reference: Input,
-    adm: OptionalInput = None,
-    metrics: Output,
-    curves: Output,
-    pictures: Output,
-    export: OptionalOutput = None,
+    tokenizer: Annotated[Input, "folder of the tokenizer of these latents"],
+    decoder: Annotated[
+        OptionalInput, "folder of a tuned decoder, through which samples are seen; default: the tokenizer's own"
+    ] = None,
+    samples: Annotated[Input, "folder of the stage generate"],
+    reference: Annotated[Input, "folder of the stage reference, with the features of real images"],
+    adm: Annotated[
+        OptionalInput, "ADM's file of reference statistics (.npz), to compare with besides; default: none"
+    ] = None,
+    metrics: Annotated[Output, "JSON file for gFID and the like, by setting"],
+    curves: Annotated[Output, "CSV file with a row per setting: its guidance and its figures"],
+    pictures: Annotated[Output, "folder for a grid of samples of each setting"],
+    export: Annotated[
+        OptionalOutput, "folder for the samples as files, in the form that config.export names; default: none"
+    ] = None,
     host: Host,
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions

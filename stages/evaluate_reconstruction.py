@@ -6,7 +6,7 @@ what noise on them costs, and the speed of encoder and decoder (paper 4.4 and ta
 """
 
 from itertools import pairwise
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -69,15 +69,17 @@ class EvaluateReconstruction(Config):
 def run(  # noqa: PLR0913 - one flag per output
     config: EvaluateReconstruction,
     *,
-    shards: Input,
-    tokenizer: Input,
-    decoder: OptionalInput = None,
-    reference: Input,
-    metrics: Output,
-    images: Output,
-    pictures: Output,
-    diagnostics: Output,
-    speed: Output,
+    shards: Annotated[Input, "folder of prepare_data, with the pictures to reconstruct"],
+    tokenizer: Annotated[Input, "folder of the tokenizer"],
+    decoder: Annotated[
+        OptionalInput, "folder of a tuned decoder, to compare with the tokenizer's own; default: none"
+    ] = None,
+    reference: Annotated[Input, "folder of the stage reference, which rFID compares with"],
+    metrics: Annotated[Output, "JSON file for rFID, PSNR, SSIM and LPIPS"],
+    images: Annotated[Output, "parquet file for the figures of every image"],
+    pictures: Annotated[Output, "folder for grids: first, worst and best reconstructions"],
+    diagnostics: Annotated[Output, "folder for curves of what the latents are like"],
+    speed: Annotated[Output, "JSON file for images per second and memory"],
     host: Host,
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions

@@ -56,7 +56,13 @@ class EvaluateUnderstanding(Config):
 
 @torch.no_grad()
 def run(
-    config: EvaluateUnderstanding, *, shards: Input, tokenizer: Input, metrics: Output, curves: Output, host: Host
+    config: EvaluateUnderstanding,
+    *,
+    shards: Annotated[Input, "folder of prepare_data, with labelled pictures of train and validation"],
+    tokenizer: Annotated[Input, "folder of the tokenizer"],
+    metrics: Annotated[Output, "JSON file for zero-shot, probes and nearest neighbours"],
+    curves: Annotated[Output, "CSV file with a row per candidate of every probe"],
+    host: Host,
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
     model = load_tokenizer(tokenizer).to(host.device)

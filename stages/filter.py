@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -37,12 +37,14 @@ class Filter(Config):
 def run(
     config: Filter,
     *,
-    rows: Input,
-    tokenizer: OptionalInput = None,
-    lists: OptionalInput = None,
-    selection: Output,
-    funnel: Output,
-    examples: Output,
+    rows: Annotated[Input, "folder of metadata, or a pool of the stage download"],
+    tokenizer: Annotated[
+        OptionalInput, "folder of a tokenizer that scores captions, for the rule clip_score; default: none"
+    ] = None,
+    lists: Annotated[OptionalInput, "folder of the lists that the rule hash_list names; default: none"] = None,
+    selection: Annotated[Output, "folder for the rows that are left"],
+    funnel: Annotated[Output, "JSON file for how many rows each rule removed"],
+    examples: Annotated[Output, "Markdown file with examples of what each rule removed"],
     host: Host,
 ) -> None:
     _check_inputs(config, tokenizer, lists, host)

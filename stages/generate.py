@@ -85,10 +85,14 @@ class Generate(Config):
 def run(
     config: Generate,
     *,
-    generator: Input,
-    guide: OptionalInput = None,
-    latents: OptionalInput = None,
-    samples: Output,
+    generator: Annotated[Input, "folder of train_generator, or one in the official layout"],
+    guide: Annotated[
+        OptionalInput, "folder of a weaker generator, for settings with guide: generator; default: none"
+    ] = None,
+    latents: Annotated[
+        OptionalInput, "folder of cache_latents, for a generator that does not say whose latents it learnt"
+    ] = None,
+    samples: Annotated[Output, "folder for the samples"],
     host: Host,
 ) -> None:
     """`latents` are those that a generator from elsewhere learnt, whose folder does not say what they mean."""

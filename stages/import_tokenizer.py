@@ -49,7 +49,13 @@ class ImportTokenizer(Config):
     source: Annotated[VtpSource | AutoencoderKlSource | BackboneSource, Field(discriminator="name")]
 
 
-def run(config: ImportTokenizer, *, source: OptionalInput = None, tokenizer: Output, host: Host) -> None:
+def run(
+    config: ImportTokenizer,
+    *,
+    source: Annotated[OptionalInput, "folder as published, of VTP or diffusers; a frozen backbone needs none"] = None,
+    tokenizer: Annotated[Output, "folder for the tokenizer"],
+    host: Host,
+) -> None:
     model = _read(config.source, source, host)
     model.save_pretrained(tokenizer)
     host.record(encoder=model.encoder_digest())

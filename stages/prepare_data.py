@@ -1,5 +1,7 @@
 """Turn a source of pictures into WebDataset shards and their manifest."""
 
+from typing import Annotated
+
 from stages.runner.run import OptionalInput, Output, main
 from vtp.curation.ingest.compose import EmbeddedConfig
 from vtp.curation.ingest.encode import CentreCrop, ImageConfig
@@ -24,10 +26,15 @@ class PrepareData(IngestConfig):
 
 
 def run(
-    config: PrepareData, *, source: OptionalInput = None, selection: OptionalInput = None, shards: Output, host: Host
+    config: PrepareData,
+    *,
+    source: Annotated[OptionalInput, "folder of the pictures; the embedded source needs none"] = None,
+    selection: Annotated[
+        OptionalInput, "folder of the stage filter, with the rows of a pool to take; for source pool alone"
+    ] = None,
+    shards: Annotated[Output, "folder for the shards"],
+    host: Host,
 ) -> None:
-    """`source`: folder of the pictures. `selection`: rows of a pool, sorted by the hashes of their keys."""
-
     def stop() -> bool:
         return host.stop_requested
 

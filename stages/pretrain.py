@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -98,14 +98,19 @@ class Pretrain(Config):
 def run(  # noqa: PLR0913 - inputs and outputs of the stage
     config: Pretrain,
     *,
-    shards: Inputs,
-    init_from: OptionalInput = None,
-    tokenizer: Output,
-    state: Output,
-    milestones: Output,
-    metrics: Output,
-    curves: Output,
-    picture: Output,
+    shards: Annotated[
+        Inputs, "folders of prepare_data; of the first also the validation split, all in the shares of data.stream"
+    ],
+    init_from: Annotated[
+        OptionalInput,
+        "state of a pre-training, or any tokenizer of this architecture, to begin from; default: fresh weights",
+    ] = None,
+    tokenizer: Annotated[Output, "folder for the tokenizer"],
+    state: Annotated[Output, "folder for heads, teacher and optimiser, from which another run may begin"],
+    milestones: Annotated[Output, "folder for the tokenizers at monitor.milestones"],
+    metrics: Annotated[Output, "JSON file for the figures of the training"],
+    curves: Annotated[Output, "CSV file for losses and gradients by step"],
+    picture: Annotated[Output, "PNG file for reconstructions along the training"],
     host: Host,
 ) -> None:
     rank_slice = slice_of(config, host)

@@ -7,7 +7,7 @@ share whole batches: what an image is computed with, and so its rounding, depend
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,13 @@ class _ReferenceSplit(NamedTuple):
 
 
 @torch.inference_mode()
-def run(config: ReferenceStatistics, *, shards: Input, reference: Output, host: Host) -> None:
+def run(
+    config: ReferenceStatistics,
+    *,
+    shards: Annotated[Input, "folder of prepare_data, with the real images"],
+    reference: Annotated[Output, "folder for their features and statistics"],
+    host: Host,
+) -> None:
     torch.backends.cudnn.allow_tf32 = False  # features are those of float32 convolutions
     extractor = build_features(config.features, weights=host.weights, device=host.device)
     splits: dict[str, _ReferenceSplit] = {}

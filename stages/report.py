@@ -9,7 +9,7 @@ import csv
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -51,8 +51,15 @@ class Section(NamedTuple):
     rows: Sequence[Sequence[str | float | None]] = ()  # of a table, the head first
 
 
-def run(config: Report, *, metrics: Input, plots: Input, report: Output, headline: Output, host: Host) -> None:
-    """`metrics` and `plots` are the folders of what the stages before measured and drew."""
+def run(
+    config: Report,
+    *,
+    metrics: Annotated[Input, "folder of the JSON files of the stages before"],
+    plots: Annotated[Input, "folder of their curves and pictures"],
+    report: Annotated[Output, "folder for the page, its pictures and tables"],
+    headline: Annotated[Output, "JSON file for the figures that `dvc metrics` compares"],
+    host: Host,
+) -> None:
     measured = {name: read_json(metrics / f"{name}.json") for name in MEASURED}
     latents = {"latents": measured["reconstruction"].pop("latents")}
     report.mkdir()

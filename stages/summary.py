@@ -6,7 +6,7 @@ and `<run>/*.json`, what was measured of the whole run, which counts at its end.
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -43,7 +43,14 @@ class Point(NamedTuple):
     values: dict[str, float]  # by metric, NaN for what it cannot have
 
 
-def run(config: Summary, *, points: Input, summary: Output, headline: Output, host: Host) -> None:
+def run(
+    config: Summary,
+    *,
+    points: Annotated[Input, "folder of RUN/POINT/*.json and RUN/*.json, the metrics to compare"],
+    summary: Annotated[Output, "folder for the table and the curves"],
+    headline: Annotated[Output, "JSON file for the last point of every run"],
+    host: Host,
+) -> None:
     runs = {folder.name: _curve(folder, config.metrics) for folder in sorted(points.iterdir()) if folder.is_dir()}
     _require_each(config.metrics, runs, points)
     if unknown := sorted(config.published.keys() - runs.keys()):

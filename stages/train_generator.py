@@ -82,14 +82,18 @@ class TrainGenerator(Config):
 def run(  # noqa: PLR0913 - inputs and outputs of the stage
     config: TrainGenerator,
     *,
-    latents: Input,
-    tokenizer: Input,
-    decoder: OptionalInput = None,
-    reference: OptionalInput = None,
-    generator: Output,
-    metrics: Output,
-    curves: Output,
-    picture: Output,
+    latents: Annotated[Input, "folder of cache_latents, which the generator learns"],
+    tokenizer: Annotated[Input, "folder of the tokenizer of these latents"],
+    decoder: Annotated[
+        OptionalInput, "folder of a tuned decoder, through which monitors look; default: the tokenizer's own"
+    ] = None,
+    reference: Annotated[
+        OptionalInput, "folder of the stage reference, which monitor.fid compares with; not needed without it"
+    ] = None,
+    generator: Annotated[Output, "folder for the generator, with slower averages and milestones"],
+    metrics: Annotated[Output, "JSON file for the figures of the training"],
+    curves: Annotated[Output, "CSV file for losses by step"],
+    picture: Annotated[Output, "PNG file for samples of fixed noise along the training"],
     host: Host,
 ) -> None:
     largest = host.micro_batch or config.batch_size

@@ -51,13 +51,15 @@ class TuneDecoder(Config):
 def run(  # noqa: PLR0913 - inputs and outputs of the stage
     config: TuneDecoder,
     *,
-    shards: Input,
-    tokenizer: Input,
-    discriminator_features: OptionalInput = None,
-    decoder: Output,
-    metrics: Output,
-    curves: Output,
-    picture: Output,
+    shards: Annotated[Input, "folder of prepare_data, with the pictures to reconstruct"],
+    tokenizer: Annotated[Input, "folder of the tokenizer whose decoder is tuned"],
+    discriminator_features: Annotated[
+        OptionalInput, "tokenizer on whose features the discriminator looks; default: the one that is tuned"
+    ] = None,
+    decoder: Annotated[Output, "folder for the tuned decoder"],
+    metrics: Annotated[Output, "JSON file for the figures of the training"],
+    curves: Annotated[Output, "CSV file for losses by step"],
+    picture: Annotated[Output, "PNG file for reconstructions along the training"],
     host: Host,
 ) -> None:
     largest = host.micro_batch or config.batch_size

@@ -105,10 +105,12 @@ def options_for(stage: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"python -m stages.{stage} --plan", description="What a run would take.")
     default = f"params.yaml:{stage}"
     parser.add_argument("address", metavar="FILE:SECTION", nargs="?", default=default, help=f"default: {default}")
-    parser.add_argument("--gpus", type=int, default=1, help="devices in all")
+    parser.add_argument("--gpus", type=int, default=1, help="devices in all; default: 1")
     peaks = ", ".join(f"{peak:g} in {precision}" for precision, peak in PEAKS.items())
     parser.add_argument("--peak", type=float, help=f"FLOP/s of a device; an H100, dense: {peaks}")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, help="share of the peak that is reached; default: 0.4"
+    )
     return parser
 
 
@@ -116,7 +118,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Those of stages that train."""
     parser.add_argument("--micro-batch", type=int, help="most samples of a GPU in one pass")
     parser.add_argument("--fsdp", action="store_true", help="weights and optimiser state sharded over the GPUs")
-    parser.add_argument("--checkpoints-kept", type=int, default=2)
+    parser.add_argument("--checkpoints-kept", type=int, default=2, help="checkpoints on disk at a time; default: 2")
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +126,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="FILE:SECTION", help="parameters of pretrain; default: FILE:pretrain")
     parser.add_argument("--images", type=int, help="labelled training images; default: prepare_data's, or ImageNet's")
     parser.add_argument("--validation-images", type=int, help="those of validation, likewise")
-    parser.add_argument("--classes", type=int, help="likewise")
+    parser.add_argument("--classes", type=int, help="classes of the labels, likewise")
 
 
 def inputs_of(options: argparse.Namespace) -> PlannedInputs:

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from vtp.artefact import write_json
 from vtp.config import Config, ConfigError
@@ -43,7 +43,9 @@ class Interrupted(Exception):
 class Runtime(Config):
     """Environment variables `VTP_<NAME>`."""
 
-    device: str | None = Field(None, description="cpu or cuda; cuda where there is one")
+    device: Literal["cpu", "cuda"] | None = Field(
+        None, description="cpu or cuda; cuda where there is one. CUDA_VISIBLE_DEVICES chooses which"
+    )
     ranks: int | None = Field(None, ge=1, description="processes per machine; every visible GPU, or one on a CPU")
     nodes: int | None = Field(None, ge=1, description="machines; those of the Slurm job, or one")
     rendezvous: str | None = Field(None, description="HOST:PORT of the first of several machines without Slurm")
@@ -65,7 +67,10 @@ class Runtime(Config):
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Self:
-        """Read the environment. Raises ConfigError for a variable that does not exist or a value that is none."""
+        """Read the environment.
+
+        Raises ConfigError for a variable that does not exist, a value that is none, and a device that is not here.
+        """
         given = {name: value for name, value in environment.items() if name.startswith(PREFIX)}
         known = {PREFIX + field.upper(): field for field in cls.model_fields}
         for name in given:
@@ -73,10 +78,23 @@ class Runtime(Config):
                 close = get_close_matches(name, known, 1)
                 raise ConfigError(f"${name}: no such setting{f'; did you mean ${close[0]}?' if close else ''}")
         try:
-            return cls.model_validate_strings({known[name]: value for name, value in given.items()})
-        except ValueError as error:
-            lines = [f"${PREFIX}{str(e['loc'][0]).upper()}: {e['msg']}" for e in getattr(error, "errors", list)()]
-            raise ConfigError("\n".join(lines) or str(error)) from None
+            runtime = cls.model_validate_strings({known[name]: value for name, value in given.items()})
+        except ValidationError as error:
+            lines = [
+                f"${PREFIX}{str(problem['loc'][0]).upper()}: {problem['msg']} (given: {problem['input']!r})"
+                for problem in error.errors()
+            ]
+            raise ConfigError("\n".join(lines)) from None
+        runtime.require_device()
+        return runtime
+
+    def require_device(self) -> None:
+        """Raises ConfigError when a GPU is asked for where there is none."""
+        if self.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ConfigError(f"${PREFIX}DEVICE: 'cuda', and torch finds no GPU here; unset it, or set it to 'cpu'")
 
     @property
     def torch_device(self) -> str:

@@ -32,12 +32,14 @@ from vtp.config import Config
 from vtp.distributed import StateError
 from vtp.params import load
 
+# Of the parameters of a stage's `run`, each with what it is: `shards: Annotated[Input, "folder of prepare_data"]`.
 Input = Annotated[Path, "input"]
 Output = Annotated[Path, "output"]
 Inputs = Annotated[list[Path], "input", "several"]  # one flag, one path or more
 OptionalInput = Annotated[Path | None, "input", "optional"]
 OptionalOutput = Annotated[Path | None, "output", "optional"]
 
+KINDS = {"input", "output", "several", "optional"}
 FORMAT_VERSION = 1
 BAD_PARAMETERS, DRIFTED, INTERRUPTED = 2, 3, 130
 
@@ -76,9 +78,13 @@ def _fail(message: str, status: int) -> int:
 
 def _plan_of(stage: str) -> Callable[[list[str]], Any]:
     """The function `plan` of a stage's plan. Raises StageError when it has none."""
-    if not (Path(__file__).parents[1] / "plans" / f"{stage}.py").exists():
+    if not _has_plan(stage):
         raise StageError(f"the stage {stage} has no plan: it runs on no device, and takes what its inputs take")
     return import_module(f"stages.plans.{stage}").plan
+
+
+def _has_plan(stage: str) -> bool:
+    return (Path(__file__).parents[1] / "plans" / f"{stage}.py").exists()
 
 
 def stage_name(run: Callable[..., None]) -> str:
@@ -97,9 +103,18 @@ def path_flags(run: Callable[..., None], kind: str) -> list[str]:
     return [name for name, hint in hints.items() if kind in getattr(hint, "__metadata__", ())]
 
 
+def describe_flag(run: Callable[..., None], name: str) -> str:
+    """What the path of a parameter is, as its annotation says. Raises TypeError when it says nothing."""
+    description = get_type_hints(run, include_extras=True)[name].__metadata__[-1]
+    if description in KINDS:
+        raise TypeError(f"stages.{stage_name(run)}.run: {name} has no description; write Annotated[..., 'what it is']")
+    return description
+
+
 def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -> int:
     stage = stage_name(run)
-    address, inputs, outputs, provenance = _parse(run, stage, arguments)
+    address, inputs, outputs, provenance = _parse(run, arguments)
+    runtime = Runtime.of(os.environ)
     config = load(address, config_class(run))
     root = _repository()
     store = root / DIGESTS
@@ -109,7 +124,6 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
     identity = {"stage": stage, "config": config.model_dump(mode="json"), "inputs": digests}
     code = code_digest(f"stages.{stage}")
     fingerprint = hashlib.sha256(json.dumps([identity, code], sort_keys=True).encode()).hexdigest()[:16]
-    runtime = Runtime.of(os.environ)
     scratch = Scratch(root / ".scratch" / stage / fingerprint)
     destinations = outputs | {"provenance": provenance}
     with scratch.locked():
@@ -203,22 +217,39 @@ def _run_ranks(body: _Body, host: LocalHost, scratch: Scratch) -> str | None:
     return problem
 
 
-def _parse(
-    run: Callable[..., None], stage: str, arguments: list[str]
-) -> tuple[str, dict[str, Path | list[Path]], dict[str, Path], Path]:
-    module = inspect.getmodule(run)
-    parser = argparse.ArgumentParser(f"python -m stages.{stage}", description=(module and module.__doc__) or "")
-    parser.add_argument("address", metavar="FILE:SECTION", help="parameters, such as params.yaml:pretrain")
-    names = {kind: path_flags(run, kind) for kind in ("input", "output")}
+def command_line(run: Callable[..., None]) -> argparse.ArgumentParser:
+    """The parser of a stage: its flags are the parameters of `run`."""
+    stage, module = stage_name(run), inspect.getmodule(inspect.unwrap(run))
+    description = inspect.getdoc(module) or ""
+    # A cut flag could be one of another meaning: --pla would run the stage.
+    parser = argparse.ArgumentParser(f"python -m stages.{stage}", description=description, allow_abbrev=False)
+    parser.add_argument("address", metavar="FILE:SECTION", help=f"parameters, such as params.yaml:{stage}")
     optional, several = path_flags(run, "optional"), path_flags(run, "several")
-    for kind, flags in names.items():
-        for name in flags:
+    for kind in ("input", "output"):
+        for name in path_flags(run, kind):
             many = {"nargs": "+"} if name in several else {}
+            text = f"{kind}: {describe_flag(run, name)}".replace("%", "%%")
             parser.add_argument(
-                _flag(name), type=Path, required=name not in optional, metavar="PATH", help=kind, **many
+                _flag(name), type=Path, required=name not in optional, metavar="PATH", help=text, **many
             )
-    parser.add_argument("--provenance", type=Path, required=True, metavar="PATH", help="what the outputs were made of")
-    values = vars(parser.parse_args(arguments))
+    parser.add_argument(
+        "--provenance",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="output: JSON file for what the others were made of",
+    )
+    if _has_plan(stage):
+        text = "print what a run would take, and run nothing; its own flags: --plan --help"
+        parser.add_argument("--plan", action="store_true", help=text)
+    return parser
+
+
+def _parse(
+    run: Callable[..., None], arguments: list[str]
+) -> tuple[str, dict[str, Path | list[Path]], dict[str, Path], Path]:
+    values = vars(command_line(run).parse_args(arguments))
+    names = {kind: path_flags(run, kind) for kind in ("input", "output")}
     inputs, outputs = (
         {name: values[name] for name in names[kind] if values[name] is not None} for kind in ("input", "output")
     )

@@ -246,7 +246,7 @@ def test_what_a_folder_is(work, run):
     for kind, lines in said.items():
         assert lines["path"] == str(work / kind)
         assert lines["kind"] == kind
-        assert re.fullmatch(r"[\d.,]+ MB in \d+ files", lines["size"])
+        assert re.fullmatch(r"[\d.,]+ (MB|bytes) in \d+ files?", lines["size"])
         assert "provenance" in lines
         if kind not in ("shards", "reference"):
             assert lines["encoder"] == encoder

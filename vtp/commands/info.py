@@ -337,4 +337,9 @@ def _count(things: list[Any], name: str) -> str:
 
 def _bytes(folder: Path) -> str:
     paths = files(folder)
-    return f"{sum(path.stat().st_size for path in paths) / 1e6:,.1f} MB in {_count(paths, 'file')}"
+    total = sum(path.stat().st_size for path in paths)
+    return (
+        f"{total / 1e6:,.1f} MB in {_count(paths, 'file')}"
+        if total >= 1e5
+        else f"{total:,} bytes in {_count(paths, 'file')}"
+    )

@@ -35,3 +35,37 @@ def test_freed_memory_is_used_again():
 @pytest.mark.parametrize(("kept", "device"), [(False, "cpu"), (True, "cuda")])
 def test_otherwise_it_goes_back(kept, device):
     assert faults(kept=kept, device=device) > 100
+
+
+def start(tmp_path, **variables):
+    """A stage whose input is not there, which is found after the environment and before any work."""
+    command = ["stages.reference", "nowhere.yaml:reference", "--shards", "a", "--reference", "b", "--provenance", "c"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "CUDA_VISIBLE_DEVICES": "", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert list(tmp_path.iterdir()) == []
+    return done.stderr
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:7", "cuda:0", "", "CPU", "mps"])
+def test_a_device_that_is_none_is_said_in_a_line(tmp_path, device):
+    said = start(tmp_path, VTP_DEVICE=device)
+    assert said == f"error: $VTP_DEVICE: Input should be 'cpu' or 'cuda' (given: {device!r})\n"
+
+
+def test_a_gpu_where_there_is_none(tmp_path):
+    said = start(tmp_path, VTP_DEVICE="cuda")
+    assert said == "error: $VTP_DEVICE: 'cuda', and torch finds no GPU here; unset it, or set it to 'cpu'\n"
+    assert start(tmp_path, VTP_DEVICE="cpu") == "error: nowhere.yaml: no such parameter file\n"
+
+
+def test_other_values_are_said_with_what_is_given(tmp_path):
+    said = start(tmp_path, VTP_RANKS="two")
+    assert said.startswith("error: $VTP_RANKS: Input should be a valid integer")
+    assert said.endswith("(given: 'two')\n")

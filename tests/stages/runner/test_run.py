@@ -1,0 +1,96 @@
+"""The command line of stages: every flag says what it is."""
+
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from tiny import ROOT
+
+from stages.runner.run import Input, command_line, describe_flag, path_flags
+
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py") if path.stem != "check")
+PLANS = sorted(path.stem for path in (ROOT / "stages/plans").glob("[a-z]*.py"))
+PLANNED = [stage for stage in STAGES if stage in PLANS]
+
+
+def options(text):
+    """Flags of a help text with their descriptions."""
+    _, _, listed = text.partition("\noptions:\n")
+    found = re.findall(r"^  (?:-h, )?(--[\w-]+)(.*?)(?=^  -|\Z)", listed, re.MULTILINE | re.DOTALL)
+    return {flag: " ".join(rest.split()) for flag, rest in found}
+
+
+def require_described(said):
+    for flag, text in said.items():
+        if flag != "--help":
+            words = re.findall(r"[\w./]+", re.sub(r"^[A-Z:]+( \[[^]]*\])?( |$)", "", text))
+            assert len(words) >= 3, f"{flag}: {text!r}"
+
+
+def shown(*arguments):
+    env = {"PYTHONPATH": str(ROOT), "PATH": "", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments, "--help"], env=env, cwd="/", capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_flag_of_a_stage_is_described(stage):
+    run = import_module(f"stages.{stage}").run
+    said = options(command_line(run).format_help())
+    flags = {f"--{name.replace('_', '-')}" for kind in ("input", "output") for name in path_flags(run, kind)}
+    assert said.keys() == flags | {"--help", "--provenance"} | ({"--plan"} if stage in PLANS else set())
+    require_described(said)
+    for kind in ("input", "output"):
+        for name in path_flags(run, kind):
+            flag = f"--{name.replace('_', '-')}"
+            assert f"{kind}: {describe_flag(run, name)}" in said[flag]
+            assert not describe_flag(run, name).startswith(name)
+    assert len(set(said.values())) == len(said)
+    assert import_module(f"stages.{stage}").__doc__.splitlines()[0][:60] in command_line(run).format_help()
+
+
+def test_all_stages_with_a_plan_were_seen():
+    assert {"pretrain", "tune_decoder", "generate"} <= set(PLANNED)
+    assert {"report", "filter"} <= set(STAGES) - set(PLANNED)
+
+
+@pytest.mark.parametrize("stage", PLANNED)
+def test_every_flag_of_a_plan_is_described(stage, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        import_module(f"stages.plans.{stage}").plan(["--help"])
+    assert end.value.code == 0
+    require_described(options(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("program", ["stages.check", "stages.runner.project"])
+def test_every_flag_of_a_program_is_described(program):
+    said = options(shown(program))
+    assert len(said) > 1
+    require_described(said)
+
+
+def test_help_of_a_real_stage():
+    said = options(shown("stages.reference"))
+    assert said["--shards"] == "PATH input: folder of prepare_data, with the real images"
+    assert said["--plan"].startswith("print what a run would take")
+
+
+def test_a_flag_must_say_what_it_is():
+    def run(config: dict, *, shards: Input) -> None: ...
+
+    with pytest.raises(TypeError, match="shards has no description"):
+        describe_flag(run, "shards")
+
+
+@pytest.mark.parametrize("cut", ["--pla", "--shard"])
+def test_flags_are_not_cut(cut):
+    run = import_module("stages.reference").run
+    flags = ["params.yaml:reference", "--shards", "a", "--reference", "b", "--provenance", "c"]
+    command_line(run).parse_args(flags)
+    with pytest.raises(SystemExit):
+        command_line(run).parse_args([*flags, cut] if cut == "--pla" else [*flags[:1], cut, *flags[2:]])
