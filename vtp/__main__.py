@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
     except OSError as error:
         _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except (ValueError, TypeError, MemoryError) as error:  # ours
+    except (ValueError, MemoryError) as error:  # ours
         _refuse(str(error) or "not enough memory")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; nothing else is expected

@@ -138,7 +138,7 @@ def read_latents(path: Path) -> Latents:
         )
     tensors = load_tensors(path)
     latents = tensors.get("latents")
-    if latents is None or latents.ndim != 4 or not latents.is_floating_point() or not len(latents):
+    if latents is None or latents.ndim != 4 or not latents.is_floating_point() or not latents.numel():
         held = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(tensors.items())[:4])
         raise ArtefactError(f"{path}: holds {held or 'nothing'}; expected floating-point `latents` [N, d, h, w]")
     require_finite(latents, f"latents in {path}", "make the file again")

@@ -88,7 +88,7 @@ def require_croppable(image: "Image", size: int) -> None:
     """Raises DecodeError for a picture without pixels, or one so long that its crop would pass through too many."""
     short, long = sorted(image.size)
     if long * size**2 > MAX_PIXELS * short:
-        raise DecodeError(f"too long for a centre crop: {image.width} x {image.height}")
+        raise DecodeError(f"too long for a centre crop of {size} pixels: {image.width} x {image.height}")
 
 
 def from_pil(image: "Image", size: int) -> Tensor:
