@@ -18,7 +18,6 @@ from test_stages import QuietHost
 from tiny import ROOT, tiny_params
 
 import vtp
-from stages.prepare_data import PrepareData  # noqa: F401 - its module is what `write_inputs` runs
 from stages.reference import ReferenceStatistics
 from stages.reference import run as reference
 from stages.runner.environment import Runtime
