@@ -117,6 +117,7 @@ def _thin(recipe: TokenizerConfig) -> TokenizerConfig:
     """An encoder that takes little beside the decoding of pictures."""
     size = {"embed_dim": 32, "depth": 1, "num_heads": 1}
     vision = recipe.vision.model_copy(update={**size, "patch_size": 16, "feature_bottleneck": SHAPE[0]})
+    assert recipe.decoder is not None  # of a recipe that trains
     decoder = recipe.decoder.model_copy(update=size)
     return recipe.model_copy(update={"image_size": 256, "vision": vision, "decoder": decoder, "text": None})
 

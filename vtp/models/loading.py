@@ -94,5 +94,8 @@ def _read_decoder_config(folder: Path) -> DecoderArtefact:
 
 def _decoder(config: DecoderArtefact, folder: Path) -> LatentDecoder:
     path, of = folder / "decoder.safetensors", config.decoder
-    kind = PixelDecoder if isinstance(of, VitDecoderArchitecture) else VaeDecoder
-    return load_module(lambda: kind.of(of), load_tensors(path), where=path).eval()
+
+    def build() -> LatentDecoder:
+        return PixelDecoder.of(of) if isinstance(of, VitDecoderArchitecture) else VaeDecoder.of(of)
+
+    return load_module(build, load_tensors(path), where=path).eval()
