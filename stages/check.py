@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from stages.plans.rules import disagreements
 from stages.pretrain import Pretrain
+from stages.runner.environment import tell
 from stages.runner.fingerprint import code_digest
 from stages.runner.pipeline import Pipeline, Use
 from stages.runner.run import BAD_PARAMETERS, config_class
@@ -69,7 +70,7 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
     problems += _not_here(parameters) if of_runs else []
     problems += _unknown_runs(parameters, shared) if of_runs else []
     if problems:
-        raise ConfigError("\n".join(dict.fromkeys("\n".join(problems).splitlines())))
+        raise ConfigError("\n".join(dict.fromkeys("\n".join(problems).split("\n"))))
     modules = sorted({use.module for use in pipeline.uses})
     return Checked({section: parameters.values[section] for section in shared}, written, modules)
 
@@ -206,7 +207,8 @@ def main() -> None:
     try:
         checked = check(arguments.params, Pipeline.of(arguments.params.parent / "dvc.yaml"))
     except ConfigError as error:
-        sys.stderr.write("".join(f"error: {problem}\n" for problem in str(error).splitlines()))
+        for problem in str(error).split("\n"):
+            tell(f"error: {problem}")
         sys.exit(BAD_PARAMETERS)
     if arguments.code is not None:
         with whole_folder(arguments.code) as temporary:

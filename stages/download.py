@@ -24,6 +24,7 @@ from vtp.curation.download.session import Live, Round, proxies
 from vtp.curation.download.store import Store
 from vtp.curation.download.worker import FetchJob, SparkJob
 from vtp.host import Host
+from vtp.texts import shown
 
 LARGEST_PIXELS = 89_000_000  # Pillow's own limit
 PROCESSES_PER_PROXY = 4
@@ -240,7 +241,7 @@ def no_progress(this: Round, *, gone: bool) -> str:
 
 def too_few(result: DownloadReport, config: Download) -> str:
     """The table of causes, and what can be done."""
-    lines = [f"  {rows:>9,} {cause}, such as {result.examples[cause][0]}" for cause, rows in result.table()]
+    lines = [shown(f"  {rows:>9,} {cause}, such as {result.examples[cause][0]}") for cause, rows in result.table()]
     return "\n".join(
         [
             f"{result.successes:,} of {result.rows:,} rows have a picture ({result.share:.1%}), "

@@ -6,7 +6,6 @@ labels, as `gfid_inception_50k_cfg1p5_balanced`; those that end in `_adm` compar
 evaluation. Precision and recall depend on the number of real features too, and say it: `precision_inception_50k_vs10k_...`.
 """
 
-import csv
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
@@ -35,6 +34,7 @@ from vtp.inference.grid import grid
 from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
+from vtp.texts import write_csv
 
 
 class KernelConfig(Config):
@@ -266,9 +266,8 @@ def _write_curves(path: Path, samples: Samples, table: Mapping[str, Mapping[str,
         end = f"_{sampler.guidance}_{samples.config.labels}"
         rows.append(Guided(name, sampler, {figure.replace(end, ""): value for figure, value in table[name].items()}))
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0].cells()), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row.cells() for row in rows)
+        names = list(rows[0].cells())
+        write_csv(file, [names, *([cells[name] for name in names] for cells in map(Guided.cells, rows))])
     return rows
 
 

@@ -7,7 +7,6 @@ A tokenizer has the figures that its kind can have: without text tower, or with 
 without features those of the bottleneck alone. A decoder is no input: a new one redoes none of this.
 """
 
-import csv
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -30,6 +29,7 @@ from vtp.layers.preprocess import CentreView, Squash
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
 from vtp.models.tokenizer import VisualTokenizer
+from vtp.texts import write_csv
 
 
 class EvaluateUnderstanding(Config):
@@ -140,11 +140,10 @@ def _zero_shot(
 def _write(rows: list[Row], path: Path) -> None:
     """The candidates of every probe as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
+        write_csv(file, [Row._fields])
         for row in rows:
             accuracies = ("" if value is None else f"{value:.6g}" for value in (row.holdout, row.validation))
-            writer.writerow([row.probe, number_name(row.candidate), *accuracies])
+            write_csv(file, [[row.probe, number_name(row.candidate), *accuracies]])
 
 
 if __name__ == "__main__":

@@ -53,7 +53,15 @@ def run(
     _prepare_lists(config, lists, host.folder / "lists")
 
     with WorkerPool(host.processes, begin_process) as workers:
-        engine = FilterEngine(source, config.rules, host.folder, pool=rows, workers=workers, host=host)
+        engine = FilterEngine(
+            source,
+            config.rules,
+            host.folder,
+            pool=rows,
+            outside_links=isinstance(config.columns, PoolColumns) and config.columns.outside_links,
+            workers=workers,
+            host=host,
+        )
         result = engine.run(
             host.folder / "selection",
             rows_per_part=config.rows_per_part,

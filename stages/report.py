@@ -6,7 +6,6 @@ originals, reconstructions and samples. The headline is what DVC shows of an exp
 
 import base64
 import csv
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,6 +19,7 @@ from stages.runner.run import Input, Output, main
 from vtp.artefact import read_json, write_json
 from vtp.config import Config
 from vtp.host import Host
+from vtp.texts import in_html
 
 MEASURED = ("pretrain", "understanding", "tune_decoder", "reconstruction", "speed", "train_generator", "generation")
 RECONSTRUCTIONS = ("first", "worst", "median", "best")
@@ -103,9 +103,9 @@ def _columns(path: Path) -> dict[str, list[float]]:
 
 
 def _page(title: str, sections: Sequence[Section]) -> str:
-    heading = html.escape(title)
+    heading = in_html(title)
     body = "".join(
-        f"<h2>{html.escape(section.heading)}</h2>"
+        f"<h2>{in_html(section.heading)}</h2>"
         + "".join(_tables(values, name) for name, values in section.metrics.items())
         + _rows(section.rows)
         + "".join(map(_figure, section.pictures))
@@ -129,10 +129,9 @@ def _tables(values: dict[str, Any], name: str) -> str:
 
 def _table(name: str, columns: dict[str, dict[str, Any]]) -> str:
     rows = dict.fromkeys(row for column in columns.values() for row in column)
-    head = "".join(f"<th>{html.escape(column)}" for column in (name, *columns))
+    head = "".join(f"<th>{in_html(column)}" for column in (name, *columns))
     body = "".join(
-        f"<tr><td>{html.escape(row)}" + "".join(f"<td>{_cell(column, row)}" for column in columns.values())
-        for row in rows
+        f"<tr><td>{in_html(row)}" + "".join(f"<td>{_cell(column, row)}" for column in columns.values()) for row in rows
     )
     return f"<table><tr>{head}{body}</table>"
 
@@ -141,17 +140,17 @@ def _rows(rows: Sequence[Sequence[str | float | None]]) -> str:
     """A table as it is given, its head first."""
     if not rows:
         return ""
-    head, *body = [[html.escape(number(value)) for value in row] for row in rows]
+    head, *body = [[in_html(number(value)) for value in row] for row in rows]
     lines = "".join("<tr><td>" + "<td>".join(row) for row in body)
     return f"<table><tr><th>{'<th>'.join(head)}{lines}</table>"
 
 
 def _cell(column: dict[str, Any], row: str) -> str:
-    return html.escape(number(column[row])) if row in column else ""
+    return in_html(number(column[row])) if row in column else ""
 
 
 def _figure(path: Path) -> str:
-    name = html.escape(path.stem)
+    name = in_html(path.stem)
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
 

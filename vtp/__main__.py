@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from vtp.texts import message
 from vtp.version import __version__
 
 WRONG, INTERRUPTED = 2, 130
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; exits with 2 and a line when what is asked for cannot be."""
     given = _parser().parse_args(arguments)
     try:
-        print(given.run(given))
+        print(message(given.run(given), indent=""))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except OSError as error:
@@ -42,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(str(error))
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {'; '.join(message.splitlines())}", file=sys.stderr)
+def _refuse(problem: str) -> NoReturn:
+    print(message(f"error: {'; '.join(problem.splitlines())}"), file=sys.stderr)
     sys.exit(WRONG)
 
 

@@ -8,12 +8,15 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from vtp.texts import shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 # torch is imported where it is used: processes that handle rows and images alone do without its 0.3 GB.
 CHUNK = 1 << 20
+WAYS = 100  # on which links may lead to a folder
 LARGE = 16_000_000  # bytes; the digests of smaller files are taken every time
 PARTS_LEFT_OUT = 4  # a model may be built with so many times the parameters that it keeps
 
@@ -79,10 +83,13 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Indented JSON with a final newline; refuses NaN and infinities, which are not JSON."""
+    """Indented JSON with a final newline; refuses NaN and infinities, which are not JSON.
+
+    Half of a character, as in names of files that are not UTF-8, becomes an escape of JSON, and is read again as it was.
+    """
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -200,8 +207,7 @@ def digest(path: Path) -> str:
     when its path, inode, size and time of change are, as for DVC.
     """
     if path.is_dir():
-        # Names are bytes: not every file system holds UTF-8.
-        lines = [b"%s %s\n" % (digest(file).encode(), os.fsencode(file.relative_to(path))) for file in files(path)]
+        lines = [b"%s %s\n" % (digest(file).encode(), _name(file.relative_to(path))) for file in files(path)]
         return hashlib.sha256(b"".join(lines)).hexdigest()
     if not path.exists():
         raise ArtefactError(f"{path}: no such file or folder; {siblings(path)}")
@@ -213,6 +219,11 @@ def digest(path: Path) -> str:
     if identity not in remembered:
         remembered[identity] = _digest_bytes(path)
     return remembered[identity]
+
+
+def _name(path: Path) -> bytes:
+    """One line: names are bytes, not every one is UTF-8, and an end of a line in one must not pass for another file."""
+    return os.fsencode(path).replace(b"\\", b"\\\\").replace(b"\n", b"\\n")
 
 
 def _digest_bytes(path: Path) -> str:
@@ -237,16 +248,49 @@ def verify_files(folder: Path, digests: Mapping[str, str], *, remedy: str) -> No
 
 
 def files(folder: Path) -> list[Path]:
-    """All files under `folder`, sorted by relative path. Links are followed, save those to a parent of theirs."""
-    paths: list[Path] = []
-    for parent, names, members in os.walk(folder, followlinks=True):
-        here = os.path.realpath(parent)
-        names[:] = [name for name in names if not _contains(os.path.realpath(os.path.join(parent, name)), here)]
-        paths += (path for name in members if (path := Path(parent, name)).is_file())
+    """All files under `folder`, sorted by relative path. Links are followed, save those to a folder on the way to them.
+
+    Raises ArtefactError when links lead to one folder again and again.
+    """
+    paths = [path for path, entry in walk(folder) if path.is_file()]
     return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _contains(folder: str, path: str) -> bool:
+def walk(
+    folder: Path, enter: Callable[[os.DirEntry[str]], bool] = lambda entry: True
+) -> Iterator[tuple[Path, os.DirEntry[str]]]:
+    """What lies below `folder` and is no folder that is entered, in any order.
+
+    Links to folders are followed, save those to a folder on the way to them; `enter` says of a folder whether it is
+    entered. Raises ArtefactError when links lead to one folder more than WAYS times, as they do when folders
+    are linked crosswise.
+    """
+    ways: Counter[str] = Counter()
+    stack: list[tuple[Path, tuple[str, ...]]] = [(folder, (os.path.realpath(folder),))]
+    while stack:
+        here, above = stack.pop()
+        with os.scandir(here) as entries:
+            for entry in entries:
+                path = here / entry.name
+                real = os.path.realpath(path) if _is_folder(entry) else None
+                if real is None or real in above or not enter(entry):
+                    yield path, entry
+                    continue
+                ways[real] += 1
+                if ways[real] > WAYS:
+                    raise ArtefactError(f"{path}: links lead to {real} on more than {WAYS} ways; take some out")
+                stack.append((path, (*above, real)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def contains(folder: str, path: str) -> bool:
+    """Whether a path is a folder or lies in it; both are real paths."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
@@ -254,7 +298,7 @@ def siblings(path: Path) -> str:
     """What lies where `path` should be, for messages."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
-    names = sorted(entry.name for entry in path.parent.iterdir())
+    names = sorted(shown(entry.name) for entry in path.parent.iterdir())
     return f"{path.parent} holds {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"
 
 

@@ -5,6 +5,7 @@ changes a result has a default, so parameters are complete and DVC sees every ch
 YAML 1.2, the dialect of DVC (`1e-4` is a number there, and a string in YAML 1.1).
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,9 +15,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, fie
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.constructor import DuplicateKeyError
 
+from vtp.texts import shown
+
 Keys = tuple[str | int, ...]
 LONGEST = 80  # characters of a value that a message shows
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # positive normal numbers of float32
+UNUSABLE = re.compile("[\0\ud800-\udfff]")
 MOST_NODES, DEEPEST = 1_000_000, 64  # of a parameter file
 MOST_DIGITS = 17  # tell all floats of double precision apart
 
@@ -69,7 +73,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            place = where if callable(where) else lambda keys: ".".join(map(str, (where, *keys)))
+            place = where if callable(where) else lambda keys: ".".join((where, *(shown(str(key)) for key in keys)))
             raise ConfigError(_explain(error, cls, values, place)) from None
 
 
@@ -87,6 +91,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections with keys, found {type(values).__name__}")
+    _require_texts([values], path)
     _require_bounded(values, path)
     return values
 
@@ -102,12 +107,21 @@ def _require_bounded(values: Any, path: Path) -> None:  # noqa: ANN401 - whateve
             for item in (node.values() if isinstance(node, dict) else node)
         ]
         nodes += len(level)
+        _require_texts(level, path)
         if not level or nodes > MOST_NODES:
             break
     if level:
         raise ConfigError(
             f"{path}: more than {MOST_NODES:,} values or {DEEPEST} levels, counting what aliases stand for; write less"
         )
+
+
+def _require_texts(nodes: list[Any], path: Path) -> None:
+    """Raises ConfigError for a value or key with NUL or half of a character, which no name of a file and no table holds."""
+    keys = (key for node in nodes if isinstance(node, dict) for key in node)
+    for text in (*nodes, *keys):
+        if isinstance(text, str) and UNUSABLE.search(text):
+            raise ConfigError(f"{path}: {_short(text)} holds NUL or a lone surrogate; write it without")
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:

@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 
 from vtp.artefact import whole_file
 from vtp.config import Config, ConfigError, Keys, did_you_mean, number_name, read_yaml
+from vtp.texts import shown
 
 C = TypeVar("C", bound=Config)
 BASE = "base"
@@ -280,4 +281,4 @@ def _at(values: Any, place: Keys) -> Any:  # noqa: ANN401 - YAML's
 
 
 def _dotted(keys: Keys) -> str:
-    return ".".join(map(str, keys))
+    return ".".join(shown(str(key)) for key in keys)

@@ -30,6 +30,7 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # titles and names are texts: a dollar begins no formula
     from matplotlib import pyplot
 
     columns = min(columns, count)

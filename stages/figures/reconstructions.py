@@ -1,6 +1,5 @@
 """Images beside what decoders make of their latents, and what `evaluate_reconstruction` writes down of that."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from vtp.evaluation.latents import LatentDiagnostics
 from vtp.inference.grid import grid
 from vtp.layers.images import normalise, to_uint8
 from vtp.models.base import Tokenizer
+from vtp.texts import write_csv
 
 ORIGINAL = "original"
 
@@ -126,9 +126,8 @@ def write_diagnostics(
     }
     for name, columns in curves.items():
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows([f"{value:.9g}" for value in row] for row in zip(*columns.values(), strict=True))
+            write_csv(file, [columns])
+            write_csv(file, ([f"{value:.9g}" for value in row] for row in zip(*columns.values(), strict=True)))
     channel, spectrum, power = (curves[name] for name in ("channels", "spectrum", "power"))
     panels(
         [

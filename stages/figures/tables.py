@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vtp.texts import in_markdown
+
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Nested metrics as one table, names joined by dots; texts are left out."""
@@ -26,5 +28,6 @@ def number(value: float | str | None) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *rows])
+    """A table in Markdown; cells are plain text."""
+    lines = ([in_markdown(cell) for cell in line] for line in (head, ["---"] * len(head), *rows))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -6,6 +6,7 @@ Nothing here changes a result beyond rounding, so none of it is a parameter and 
 import ctypes
 import errno
 import json
+import logging
 import os
 import platform
 import sys
@@ -21,6 +22,7 @@ from vtp.artefact import write_json
 from vtp.config import Config, ConfigError
 from vtp.distributed import ranks
 from vtp.host import ProgressBar
+from vtp.texts import message, shown
 
 PREFIX = "VTP_"
 STOP = "stop"  # in the scratch folder: a request to stop, seen by all machines
@@ -28,9 +30,28 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 NEVER = 2**31 - 1  # bytes above which free memory would go back
 
 
+def tell(text: str) -> None:
+    """A message to the person at the terminal, beside the bars. All messages of a stage leave here or through its log."""
+    print(message(text), file=sys.stderr)
+
+
+class _LogFormatter(logging.Formatter):
+    """Records whose texts can be none of another record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return message(super().format(record))
+
+
+def log_to(path: Path) -> None:
+    """Have this process log to a file."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(_LogFormatter("%(asctime)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+
+
 def explain(error: OSError) -> str:
     """What the operating system refused, in a line."""
-    place = error.filename or "a file of the run"
+    place = shown(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else "a file of the run"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{place}: no space is left there; make room and start again, what was saved before is kept"
     return f"{place}: {error.strerror or error}"

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.runner.environment import PREFIX, STOP, Runtime
+from stages.runner.environment import PREFIX, STOP, Runtime, tell
 from vtp.artefact import read_json, remove, write_json
 from vtp.config import ConfigError
 from vtp.processes import follow_parent
@@ -71,7 +71,7 @@ def run_ranks(job: RankJob, scratch: Path, runtime: Runtime, *, lock: int) -> st
     )
 
     def request_stop(number: int, frame: object) -> None:
-        print("stopping after this step; the next start goes on from here", file=sys.stderr)
+        tell("stopping after this step; the next start goes on from here")
         (scratch / STOP).touch()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -98,7 +98,7 @@ def command_of(job: Path, runtime: Runtime) -> list[str]:
     if "SLURM_JOB_ID" in os.environ:
         return ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *command]
     settings = " ".join(shlex.quote(f"{k}={v}") for k, v in os.environ.items() if k.startswith(PREFIX))
-    print(f"run this in {Path.cwd()} on the other machines too:\n{settings} {shlex.join(command)}", file=sys.stderr)
+    tell(f"run this in {Path.cwd()} on the other machines too:\n{settings} {shlex.join(command)}")
     return command
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from vtp.artefact import whole_file
 from vtp.config import ConfigError, read_yaml
 from vtp.params import RUNS
+from vtp.texts import message, shown
 
 CONFIG = """\
 [core]
@@ -131,9 +132,9 @@ def main() -> None:
     try:
         for folder in arguments.folders or every:
             for path in update(folder, replace=arguments.replace):
-                print(f"{path.relative_to(HERE)}: written")
+                print(shown(f"{path.relative_to(HERE)}: written"))
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(message(f"error: {error}"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from stages.runner.environment import Interrupted, LocalHost, Runtime, explain, keep_freed_memory
+from stages.runner.environment import Interrupted, LocalHost, Runtime, explain, keep_freed_memory, log_to
 from stages.runner.fingerprint import DIGESTS, recall_digests
 from stages.runner.launch import RankJob
 from stages.runner.run import config_class
@@ -23,7 +23,7 @@ def main() -> None:
     """Run the body; leave a message when it fails."""
     path = Path(sys.argv[1])
     follow_parent()
-    logging.basicConfig(filename=path.parent / "run.log", level=logging.INFO, format="%(asctime)s %(message)s")
+    log_to(path.parent / "run.log")
     job, rank = RankJob.load(path), int(os.environ["RANK"])
     runtime = Runtime.of(os.environ)
     keep_freed_memory(runtime)

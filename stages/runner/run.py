@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
-from stages.runner.environment import STOP, Interrupted, LocalHost, Runtime, explain, keep_freed_memory
+from stages.runner.environment import STOP, Interrupted, LocalHost, Runtime, explain, keep_freed_memory, log_to, tell
 from stages.runner.fingerprint import DIGESTS, code_digest, recall_digests, store_digests
 from stages.runner.launch import RankJob, run_ranks, several
 from stages.runner.scratch import Scratch, prune
@@ -31,6 +31,7 @@ from vtp.artefact import digest, remove, write_json
 from vtp.config import Config
 from vtp.distributed import StateError
 from vtp.params import load
+from vtp.texts import escape_tracebacks, message
 
 # Of the parameters of a stage's `run`, each with what it is: `shards: Annotated[Input, "folder of prepare_data"]`.
 Input = Annotated[Path, "input"]
@@ -54,10 +55,12 @@ def main(run: Callable[..., None], *, distributed: bool = False) -> None:
     A `distributed` stage runs on every device that there is. `--plan` prints what a run would take instead
     (`stages.plans.<stage>`); the rest of the command line is the plan's.
     """
+    escape_tracebacks()
     arguments = sys.argv[1:]
     try:
         if "--plan" in arguments:
-            print(_plan_of(stage_name(run))([argument for argument in arguments if argument != "--plan"]).text())
+            plan = _plan_of(stage_name(run))([argument for argument in arguments if argument != "--plan"])
+            print(message(plan.text(), indent=""))
             status = 0
         else:
             status = _run(run, arguments, distributed=distributed)
@@ -68,11 +71,11 @@ def main(run: Callable[..., None], *, distributed: bool = False) -> None:
     sys.exit(status)
 
 
-def _fail(message: str, status: int) -> int:
+def _fail(problem: str, status: int) -> int:
     """Say in a line what went wrong; the traceback is for the log, once there is one."""
     if logging.root.handlers:
         logging.exception("the stage failed")
-    print(f"error: {message}", file=sys.stderr)
+    tell(f"error: {problem}")
     return status
 
 
@@ -131,7 +134,7 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
         if runtime.fresh:
             scratch.forget()
         if scratch.finished:
-            print(f"{stage}: this run is finished; its outputs are put back in place", file=sys.stderr)
+            tell(f"{stage}: this run is finished; its outputs are put back in place")
         else:
             host = LocalHost(scratch.folder, root, runtime)
             body = _Body(run, config, inputs, {name: scratch.output(name, path) for name, path in outputs.items()})
@@ -146,10 +149,9 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
             )
             scratch.finish(destinations)
         if code_digest(f"stages.{stage}") != code:  # DVC records the code as it is now
-            print(
+            tell(
                 f"error: the code of {stage} was edited during the run; the finished work is kept and used when it is set "
-                "back",
-                file=sys.stderr,
+                "back"
             )
             return DRIFTED
         scratch.publish(destinations)
@@ -186,7 +188,7 @@ def _work(body: _Body, host: LocalHost, scratch: Scratch, *, several: bool) -> i
     finally:
         logging.info("ended, peak memory %.3g GB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
     if problem is not None:
-        print(f"error: {problem}", file=sys.stderr)
+        tell(f"error: {problem}")
         return 1
     if not body.written:
         missing = [name for name, path in body.outputs.items() if not path.exists()]
@@ -196,7 +198,7 @@ def _work(body: _Body, host: LocalHost, scratch: Scratch, *, several: bool) -> i
 
 def _run_here(body: _Body, host: LocalHost) -> None:
     def request_stop(number: int, frame: FrameType | None) -> None:
-        print("stopping after this step; the next start goes on from here", file=sys.stderr)
+        tell("stopping after this step; the next start goes on from here")
         host.signalled = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -282,7 +284,7 @@ def _repository() -> Path:
 
 def _log_start(path: Path) -> None:
     """What does not belong to the result: versions, commit, host, time."""
-    logging.basicConfig(filename=path, level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    log_to(path)
     logging.info("started %s", " ".join(sys.argv))
     logging.info("python %s on %s, commit %s", platform.python_version(), platform.node(), _commit() or "unknown")
 

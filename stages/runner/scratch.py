@@ -13,11 +13,11 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stages.runner.environment import tell
 from vtp.artefact import ArtefactError, files, read_json, remove, sync, write_json
 from vtp.config import ConfigError, read_yaml
 
@@ -45,7 +45,7 @@ class Scratch:
         except (ArtefactError, OSError, KeyError, AttributeError):
             whole = False
         if not whole:
-            print(f"{self.root}: what this run made was changed since it finished; it runs again", file=sys.stderr)
+            tell(f"{self.root}: what this run made was changed since it finished; it runs again")
         return whole
 
     def output(self, flag: str, destination: Path) -> Path:
@@ -101,7 +101,7 @@ class Scratch:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                print(f"waiting for process {lock.read().strip()}, which works on the same run", file=sys.stderr)
+                tell(f"waiting for process {lock.read().strip()}, which works on the same run")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             lock.seek(0)
             lock.truncate()

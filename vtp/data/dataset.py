@@ -17,8 +17,9 @@ from torch import Tensor
 from vtp.artefact import ArtefactError, verify_files
 from vtp.data.remote import ShardCache, verify_remote
 from vtp.data.shards import NO_LABEL, Manifest, Shard
-from vtp.layers.decode import DecodeError, decode_rgb
+from vtp.layers.decode import DecodeError, croppable, decode_rgb
 from vtp.layers.images import centre_crop
+from vtp.texts import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,7 +89,7 @@ class ShardDataset:
     def key(self, index: int) -> str:
         """Name of a sample in its tar."""
         table, row = self._place(index)
-        return table.keys[row].as_py()
+        return shown(bytes(table.keys[row].as_buffer()).decode(errors="surrogateescape"))
 
     def caption(self, index: int) -> str:
         """Caption of a sample; may be empty. Raises SampleError when it is not UTF-8."""
@@ -115,9 +116,15 @@ class ShardDataset:
             raise SampleError(f"{self.name(index)}: {error}") from None
 
     def images(self, indices: Sequence[int] | np.ndarray | Tensor, size: int) -> Tensor:
-        """Pictures [n, 3, size, size] uint8, centre-cropped as ADM does."""
-        pixels = [np.asarray(centre_crop(self.image(int(index)), size)) for index in indices]
+        """Pictures [n, 3, size, size] uint8, centre-cropped as ADM does. Raises SampleError for one that cannot be."""
+        pixels = [np.asarray(centre_crop(self._croppable(int(index), size), size)) for index in indices]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+    def _croppable(self, index: int, size: int) -> "Image":
+        try:
+            return croppable(self.image(index), size)
+        except DecodeError as error:
+            raise SampleError(f"{self.name(index)}: {error}") from None
 
     def shard_of(self, index: int) -> int:
         """Number of the shard that holds a sample."""
@@ -180,7 +187,15 @@ class _SampleTable(NamedTuple):
     @classmethod
     def read(cls, folder: Path, shard: Shard) -> "_SampleTable":
         table = _read_beside(folder, shard, ["key", "caption", "offset", "size"])
-        return cls(table["key"], table["caption"], table["offset"].to_numpy(), table["size"].to_numpy())
+        offsets, sizes = table["offset"].to_numpy(), table["size"].to_numpy()
+        outside = (offsets < 0) | (sizes < 0) | (offsets > shard.bytes) | (sizes > shard.bytes - offsets)
+        if outside.any():
+            row = int(outside.argmax())
+            raise ArtefactError(
+                f"{_beside(folder, shard)}, row {row}: {sizes[row]} bytes at byte {offsets[row]} of {shard.name}, which has "
+                f"{shard.bytes}; {REMEDY}"
+            )
+        return cls(table["key"], table["caption"], offsets, sizes)
 
     @property
     def bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vtp.artefact import ArtefactError, verified_weights
 from vtp.config import ConfigError
 from vtp.curation.filter.rules import OpenClipModel, TokenizerModel
+from vtp.layers.decode import croppable
 from vtp.layers.images import from_pil
 from vtp.models.tokenizer import VisualTokenizer, read_config
 
@@ -93,5 +94,7 @@ def build_scorer(
     except (RuntimeError, KeyError) as error:
         raise ArtefactError(f"{path} does not fit {model.architecture}: {str(error)[:300]}") from None
     settings = PreprocessCfg(**network.visual.preprocess_cfg)  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
-    transform = image_transform_v2(settings, is_train=False)
-    return ClipScorer(network, transform, open_clip.get_tokenizer(model.architecture), device=device)  # pyright: ignore[reportArgumentType]
+    transform: Any = image_transform_v2(settings, is_train=False)
+    side = settings.size if isinstance(settings.size, int) else max(settings.size)
+    tokenize = open_clip.get_tokenizer(model.architecture)
+    return ClipScorer(network, lambda image: transform(croppable(image, side)), tokenize, device=device)  # pyright: ignore[reportArgumentType]

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from vtp.artefact import whole_file
+from vtp.texts import shown
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
@@ -27,6 +28,7 @@ def grid(
     """Rows of uint8 images [n, 3, H, W], each under its name, as one PNG; `notes` stand below the images, cut to fit."""
     from PIL import Image, ImageDraw, ImageFont
 
+    names, title = [shown(name) for name in names], shown(title)
     side = rows[0].shape[-1]
     factor = max(1, -(-SCALE // side))
     tile, gap, margin, line = side * factor, 4, 12, 22
@@ -49,7 +51,7 @@ def grid(
             at = left + column * (tile + gap)
             canvas.paste(image, (at, top))
             if notes is not None:
-                text = "\n".join(_cut(part, tile, small) for part in notes[number][column].split("\n"))
+                text = "\n".join(_cut(shown(part), tile, small) for part in notes[number][column].split("\n"))
                 draw.multiline_text((at, top + tile), text, fill="dimgrey", font=small, spacing=2)
         top += tile + gap + below[number]
     with whole_file(path) as temporary:

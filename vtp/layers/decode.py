@@ -1,23 +1,30 @@
 """Pictures from elsewhere to RGB pixels, with the traps of real collections taken out: the one conversion that there is.
 
-A header that announces too many pixels is refused before anything is decoded. Orientation is applied, transparency
+A header that announces too many pixels is refused before anything is decoded, and whatever a decoder raises is one error:
+files of strangers find every fault of it. Orientation is applied, transparency
 lies on white, 16-bit and CMYK files become 8-bit RGB, of an animation the first frame is taken, and a file that was cut off
 is an error, never a half-grey image.
 """
 
 import io
-import struct
+import re
 import warnings
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vtp.texts import shown
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LONGEST = 200  # characters of a decoder's message
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in one: another in every process
 MAX_PIXELS = 89_000_000  # a header that announces more is refused; Pillow warns a little above
 ORIENTATION = 0x0112
+TILE_SIDES = (322, 323)  # tags of TIFF; libtiff makes room for a whole tile
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
 
@@ -25,20 +32,39 @@ class DecodeError(ValueError):
     """Not a readable image; the message says why, in few words."""
 
 
+@contextmanager
+def decoding(what: str) -> Iterator[None]:
+    """Errors of any kind that a decoder of foreign bytes raises become DecodeErrors that begin with `what`.
+
+    That memory ran out is one too: limits of pixels and bytes keep what a picture may need far below a machine's, so it
+    is the picture that asks for too much.
+    """
+    try:
+        yield
+    except DecodeError:
+        raise
+    except MemoryError:
+        raise DecodeError(f"{what} (it asks for more memory than there is)") from None
+    except Exception as error:
+        text = shown(ADDRESS.sub("", str(error)))[:LONGEST]
+        raise DecodeError(f"{what} ({type(error).__name__}: {text})") from None
+
+
 def open_header(content: bytes, *, max_pixels: int = MAX_PIXELS) -> "Image":
     """The picture with its header read and no pixel decoded. Raises DecodeError."""
     import PIL.Image
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+    with decoding("not an image"), warnings.catch_warnings():
+        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+        try:
             picture = PIL.Image.open(io.BytesIO(content), formats=tuple(FORMATS))
-    except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError):
-        raise DecodeError("too many pixels") from None
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        raise DecodeError(f"not an image ({type(error).__name__})") from None
-    if picture.width * picture.height > max_pixels:
-        raise DecodeError(f"too many pixels: {picture.width} x {picture.height}")
+        except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError):
+            raise DecodeError("too many pixels") from None
+        if picture.width * picture.height > max_pixels:
+            raise DecodeError(f"too many pixels: {picture.width} x {picture.height}")
+        width, height = (getattr(picture, "tag_v2", {}).get(side, 0) for side in TILE_SIDES)
+        if width * height > max_pixels:
+            raise DecodeError(f"too many pixels: in tiles of {width} x {height}")
     return picture
 
 
@@ -54,17 +80,22 @@ def decode_rgb(content: bytes, *, least: tuple[int, int] | None = None, max_pixe
 def finish(picture: "Image", *, least: tuple[int, int] | None = None) -> "Image":
     """Any picture of PIL, opened or made, as upright 8-bit RGB, as `decode_rgb` gives it. Raises DecodeError."""
     from PIL import ImageOps
-    from PIL.Image import DecompressionBombError
 
-    try:
+    with decoding("not a readable image"):
         if least is not None and picture.format == "JPEG":
             picture.draft("RGB", least)
         picture.load()
         if picture.getexif().get(ORIENTATION, 1) != 1:
             picture = ImageOps.exif_transpose(picture)
         return _rgb(picture)
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, DecompressionBombError) as error:
-        raise DecodeError(f"not a readable image ({error})") from None
+
+
+def croppable(picture: "Image", size: int) -> "Image":
+    """`picture`, which a centre crop to `size` may enlarge. Raises DecodeError for a long line, which would fill memory."""
+    short, long = sorted(picture.size)
+    if long * size**2 > MAX_PIXELS * short:  # of a picture without pixels too
+        raise DecodeError(f"too long for a centre crop of {size} pixels: {picture.width} x {picture.height}")
+    return picture
 
 
 def _rgb(picture: "Image") -> "Image":

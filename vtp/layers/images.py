@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtp.finite import require_finite
-from vtp.layers.decode import MAX_PIXELS, DecodeError, decode_rgb, finish
+from vtp.layers.decode import DecodeError, croppable, decode_rgb, finish
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,18 +84,9 @@ def centre_crop(image: "Image", size: int) -> "Image":
     return image.crop((left, top, left + size, top + size))
 
 
-def require_croppable(image: "Image", size: int) -> None:
-    """Raises DecodeError for a picture without pixels, or one so long that its crop would pass through too many."""
-    short, long = sorted(image.size)
-    if long * size**2 > MAX_PIXELS * short:
-        raise DecodeError(f"too long for a centre crop of {size} pixels: {image.width} x {image.height}")
-
-
 def from_pil(image: "Image", size: int) -> Tensor:
     """A PIL image of any mode, centre-cropped, as a normalised tensor [3, size, size]. Raises DecodeError."""
-    image = finish(image)
-    require_croppable(image, size)
-    pixels = torch.from_numpy(np.array(centre_crop(image, size)))  # [H, W, 3]
+    pixels = torch.from_numpy(np.array(centre_crop(croppable(finish(image), size), size)))  # [H, W, 3]
     return normalise(pixels.permute(2, 0, 1))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtp.step import Logs
+from vtp.texts import write_csv
 
 
 class Means:
@@ -67,15 +68,13 @@ class Curves:
             self._columns += fresh
             self._rewrite(rows)
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(row)
+            write_csv(file, [[row.get(name, "") for name in self._columns]])
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
-            if self._columns:
-                writer.writeheader()
-            writer.writerows(rows)
+            write_csv(file, [self._columns] if self._columns else [])
+            write_csv(file, ([row.get(name) or "" for name in self._columns] for row in rows))
         temporary.replace(self.path)
 
 

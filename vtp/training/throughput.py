@@ -1,6 +1,5 @@
 """How fast a run is: rates, waiting, utilisation, memory. Measured, so not reproducible, and no part of a result."""
 
-import csv
 import resource
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import torch
 
 from vtp.distributed import ranks
 from vtp.step import StepCost
+from vtp.texts import write_csv
 
 # Dense bfloat16 FLOPs per second, by what torch calls the device (vendors' data sheets).
 PEAK_FLOPS = {
@@ -85,9 +85,7 @@ class Throughput:
         self._waited, self._steps, self._since = 0.0, 0, time.monotonic()
         if ranks().first:
             with self._path.open("w" if self._header else "a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                if self._header:
-                    writer.writeheader()
-                writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
+                write_csv(file, [list(row)] if self._header else [])
+                write_csv(file, [[f"{value:.6g}" for value in row.values()]])
         self._header = False
         return row

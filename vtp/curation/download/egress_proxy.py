@@ -33,6 +33,7 @@ import h11
 from vtp.config import ConfigError
 from vtp.curation.download.policy import DEADLINE_HEADER, PREFIX, SCHEMES, Policy
 from vtp.params import read_parameters, split_address
+from vtp.texts import message
 
 MAX_HEAD = 64 << 10
 CHUNK = 64 << 10
@@ -294,7 +295,7 @@ def main() -> None:
     try:
         policy = load_policy(arguments.address)
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(message(f"error: {error}"))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two sockets for each picture on its way
     asyncio.run(serve(policy, host, int(port), follow=arguments.follow))

@@ -16,9 +16,35 @@ SCHEMES = ("http", "https")
 PREFIX = "proxy: "  # of the proxy's reason phrases that tell a cause
 DEADLINE_HEADER = "vtp-deadline"  # Unix time; redirects of one attempt carry the same
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# The rest of IPv6 is no public address, though `is_global` is true of its retired and unassigned parts: site-local
-# fec0::/10, 64:ff9b:1::/48 of local translators, and ::/96 with an IPv4 address in its end.
+# What IANA's registries of special addresses do not call globally reachable, and multicast: `is_global` is another list in
+# every release of Python. The few reachable addresses within 192.0.0.0/24 and 2001::/23 serve protocols, no pictures.
+SPECIAL_IPV4 = (
+    "0.0.0.0/8",  # this network
+    "10.0.0.0/8",  # private
+    "100.64.0.0/10",  # shared by providers
+    "127.0.0.0/8",  # loopback
+    "169.254.0.0/16",  # link-local: metadata of clouds
+    "172.16.0.0/12",  # private
+    "192.0.0.0/24",  # protocol assignments
+    "192.0.2.0/24",  # documentation
+    "192.88.99.0/24",  # relays of 6to4, retired
+    "192.168.0.0/16",  # private
+    "198.18.0.0/15",  # benchmarks
+    "198.51.100.0/24",  # documentation
+    "203.0.113.0/24",  # documentation
+    "224.0.0.0/4",  # multicast
+    "240.0.0.0/4",  # reserved, and broadcast
+)
+# All that is assigned to the public lies in 2000::/3; ULA, link-local, site-local, multicast, 100::/64, 5f00::/16, local
+# translators' 64:ff9b:1::/48 and ::/96 with an IPv4 address in its end do not.
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
+SPECIAL_IPV6 = (
+    "2001::/23",  # protocol assignments, Teredo among them
+    "2001:db8::/32",  # documentation
+    "2002::/16",  # 6to4
+    "3fff::/20",  # documentation
+)
+SPECIAL = tuple(map(ipaddress.ip_network, SPECIAL_IPV4 + SPECIAL_IPV6))
 
 
 class Policy(Config):
@@ -47,18 +73,20 @@ class Policy(Config):
             return True
         if isinstance(address, IPv6Address) and address not in PUBLIC_IPV6:
             return False
-        return address.is_global and not address.is_multicast
+        return not any(address in network for network in SPECIAL)
 
     def allows_port(self, port: int) -> bool:
         return self.allowed_ports is None or port in self.allowed_ports
 
 
 def innermost(text: str) -> IPv4Address | IPv6Address:
-    """The IPv4 address within an IPv6 address that carries one, or the address itself."""
+    """The IPv4 address that an IPv6 address stands for, mapped or behind the public translators, or the address itself.
+
+    Those of tunnels (6to4, Teredo) carry some too; they are not public, whatever they carry.
+    """
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, IPv4Address):
         return address
-    carried = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
     if address in NAT64:
-        carried = IPv4Address(int(address) & 0xFFFFFFFF)
-    return carried or address
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address

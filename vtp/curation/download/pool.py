@@ -6,7 +6,6 @@
 `open(pool / tar).seek(offset).read(size)` is a picture.
 """
 
-import csv
 import os
 import shutil
 from collections import Counter
@@ -20,6 +19,7 @@ import numpy as np
 from vtp.artefact import whole_file, whole_folder, write_json
 from vtp.curation.download.store import FAILED, SUCCESS, Store, fetchable, selected, texts
 from vtp.curation.rows import HEIGHT, SHA256, URL, WIDTH
+from vtp.texts import write_csv
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,11 +78,10 @@ class DownloadReport:
     def save_errors(self, path: Path) -> None:
         """As CSV: a cause, its rows, their share of all, and the first row that it met."""
         with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["cause", "rows", "share", "example", "message"])
+            write_csv(file, [["cause", "rows", "share", "example", "message"]])
             for cause, rows in self.table():
                 url, message = self.examples[cause]
-                writer.writerow([cause, rows, f"{rows / self.rows:.6f}", url, " ".join(message.split())])
+                write_csv(file, [[cause, rows, f"{rows / self.rows:.6f}", url, " ".join(message.split())]])
 
 
 def write_pool(selection: Path, store: Store, folder: Path, *, verify: bool) -> DownloadReport:

@@ -5,7 +5,6 @@ stage                holds the lock of the store, adopts shards as they are fini
 `- vtp.curation.download.worker     likewise, in a process group of its own, with img2dataset's processes or Spark's driver
 """
 
-import csv
 import errno
 import logging
 import os
@@ -24,6 +23,7 @@ from vtp.curation.download.deliveries import Adopted, adopt
 from vtp.curation.download.policy import Policy
 from vtp.curation.download.store import Store
 from vtp.curation.download.worker import FetchJob
+from vtp.texts import shown, write_csv
 
 POLL_SECONDS = 0.3
 COLUMNS = ("seconds", "rows", "successes", "share", "images_per_second", "commonest_cause")
@@ -83,8 +83,8 @@ class Live:
         self._start = time.monotonic()
         self._causes: Counter[str] = Counter()
         self.rows = self._successes = 0
-        with path.open("w", encoding="utf-8") as file:
-            file.write(",".join(COLUMNS) + "\n")
+        with path.open("w", newline="", encoding="utf-8") as file:
+            write_csv(file, [COLUMNS])
 
     def note(self, adopted: Adopted) -> None:
         """A shard is in the store."""
@@ -94,10 +94,12 @@ class Live:
         self._bar.update(adopted.rows)
         seconds = time.monotonic() - self._start
         share, cause = self._successes / max(1, self.rows), next(iter(self._causes.most_common(1)), ("", 0))[0]
-        self._bar.set_postfix_str(f"{share:.1%} of these with a picture" + (f", most others: {cause}" if cause else ""))
+        self._bar.set_postfix_str(
+            f"{share:.1%} of these with a picture" + (f", most others: {shown(cause)}" if cause else "")
+        )
         values = (f"{seconds:.1f}", self.rows, self._successes, f"{share:.4f}", f"{self.rows / seconds:.1f}", cause)
         with self._path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow(values)
+            write_csv(file, [values])
 
     def log(self) -> None:
         """The whole run, into its log."""

@@ -36,6 +36,7 @@ class PoolColumns(Config):
     """A folder written by the stage download, or by this one."""
 
     name: Literal["pool"]
+    outside_links: bool = Field(default=False, description="follow links that lead out of the pool's folder")
 
 
 class MappedColumns(Config):

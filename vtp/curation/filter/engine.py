@@ -54,7 +54,7 @@ class _Part(NamedTuple):
 
 
 class FilterEngine:
-    """Filters one source. `pool` is the folder whose tars hold the images, `lists` that of the prepared lists."""
+    """Filters one source; `pool` is the folder of the images' tars, `outside_links` whether links may lead out of it."""
 
     def __init__(
         self,
@@ -63,9 +63,11 @@ class FilterEngine:
         folder: Path,
         *,
         pool: Path,
+        outside_links: bool,
         workers: WorkerPool,
         host: Host,
     ) -> None:
+        self._outside_links = outside_links
         self.filter_steps = FilterSteps.of(rules)
         self._source, self._folder, self._pool = source, folder, pool
         self._workers, self._host = workers, host
@@ -193,6 +195,7 @@ class FilterEngine:
                     start,
                     min(start + PIECE, part.left),
                     self._pool,
+                    self._outside_links,
                 )
                 for start in starts
             ]

@@ -8,6 +8,7 @@ import numpy as np
 
 from vtp.artefact import read_json, write_json
 from vtp.curation.rows import CAPTION, KEY, ORDER, URL
+from vtp.texts import in_markdown, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,12 +117,12 @@ class Funnel(NamedTuple):
         text = ["# Funnel", "", "```", self.table(), "```"]
         for line in self.lines:
             if line.examples:
-                text += ["", f"## {line.name}", ""]
+                text += ["", f"## {in_markdown(line.name)}", ""]
                 text += [f"- `{row.key}` `{row.url or '-'}` `{row.caption or '-'}`" for row in line.examples]
         return "\n".join(text) + "\n"
 
 
 def _shown(text: str | None) -> str:
-    """A foreign text on one line, short, without what a terminal or Markdown would act on."""
-    plain = "".join(letter if letter.isprintable() and letter != "`" else " " for letter in (text or "")[: LONGEST + 1])
-    return plain if len(plain) <= LONGEST else plain[: LONGEST - 3] + "..."
+    """A foreign text on one line, short, without what a terminal or code in Markdown would act on."""
+    text = text or ""
+    return shown(text if len(text) <= LONGEST else text[: LONGEST - 3] + "...").replace("`", "'")

@@ -4,15 +4,16 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from vtp.curation.filter.rules import IMAGE_COLUMNS
 from vtp.curation.filter.spill import load_array, pick_rows, save_array
+from vtp.curation.places import open_inside, read_piece
 from vtp.curation.rows import CAPTION
-from vtp.layers.decode import DecodeError, decode_rgb
+from vtp.layers.decode import DecodeError, decode_rgb, decoding
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +32,7 @@ class ImageJob(NamedTuple):
     start: int  # among the rows that are left
     stop: int
     pool: Path
+    outside_links: bool  # whether links may lead out of the pool
 
 
 class Scorer(Protocol):
@@ -52,7 +54,8 @@ def hash_images(job: ImageJob) -> None:
     values = np.zeros((job.stop - job.start, 2), np.uint64)
     for index, place in enumerate(_places(job)):
         with suppress(DecodeError):
-            picture = decode_rgb(read_image(job.pool, place), least=(HASHED_SIDE, HASHED_SIDE))
+            content = read_image(job.pool, place, outside_links=job.outside_links)
+            picture = decode_rgb(content, least=(HASHED_SIDE, HASHED_SIDE))
             bits = np.packbits(imagehash.phash(picture).hash.reshape(-1))
             values[index] = bits.view(">u8")[0], MEASURED
     save_array(job.done, values)
@@ -79,10 +82,8 @@ def _score_piece(job: ImageJob, scorer: Scorer, batch_size: int, pool: ThreadPoo
     def prepared(place: "_ImageLocation") -> Any:  # noqa: ANN401
         if place.caption is None:
             return None
-        try:
-            return scorer.prepare(decode_rgb(read_image(job.pool, place)))
-        except DecodeError:
-            return None
+        with suppress(DecodeError), decoding("cannot be prepared"):
+            return scorer.prepare(decode_rgb(read_image(job.pool, place, outside_links=job.outside_links)))
 
     places = _places(job)
     values = np.zeros((len(places), 2), np.uint64)
@@ -98,30 +99,24 @@ def _score_piece(job: ImageJob, scorer: Scorer, batch_size: int, pool: ThreadPoo
 
 
 class _ImageLocation(NamedTuple):
-    """Where an image lies in a pool."""
+    """Where an image lies in a pool, as its table says: whatever stands there, it is read or refused."""
 
-    tar: str | None
-    offset: int | None
-    size: int | None
+    tar: str | bytes | None
+    offset: float | None
+    size: float | None
     caption: str | None
 
 
-def read_image(pool: Path, place: _ImageLocation) -> bytes:
+def read_image(pool: Path, place: _ImageLocation, *, outside_links: bool = False) -> bytes:
     """The bytes of an image file. Raises DecodeError when there is none, or less than there should be."""
     if place.tar is None or place.offset is None or place.size is None:
         raise DecodeError("not downloaded")
-    name = PurePosixPath(place.tar)
-    if name.is_absolute() or ".." in name.parts:
-        raise DecodeError("its tar lies outside of the pool")
     try:
-        file = os.open(pool / name, os.O_RDONLY)
+        file = open_inside(pool, os.fsdecode(place.tar), "the pool", outside_links=outside_links)
     except OSError as error:
         raise DecodeError(f"its tar cannot be opened ({error.strerror})") from None
     try:
-        left = os.fstat(file).st_size - place.offset
-        if place.offset < 0 or place.size < 0 or left < place.size:
-            raise DecodeError("its tar ends before it")
-        return os.pread(file, place.size, place.offset)
+        return read_piece(file, place.offset, place.size)
     finally:
         os.close(file)
 

@@ -5,13 +5,14 @@ subset. What a rule finds no value for, it keeps or drops as its `missing` says.
 source, or a role (`url`, `caption`, `sha256`, ...; see `vtp.curation.rows`).
 """
 
-from pathlib import PurePosixPath
 from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from vtp.config import Config
+from vtp.curation.places import inside, path_problem
 from vtp.curation.rows import CAPTION, HEIGHT, WIDTH
+from vtp.texts import shown
 
 KeepOrDrop = Literal["keep", "drop"]
 STATUS = "status"
@@ -19,8 +20,7 @@ IMAGE_COLUMNS = ("tar", "offset", "size")  # where the image of a pool's row lie
 
 
 def _inside(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or name in ("", "."):
+    if path_problem(name) is not None or not inside(name) or name == ".":
         raise ValueError("expected the name of a file inside of the folder, without ..")
     return name
 
@@ -261,4 +261,4 @@ def needs(rule: RowRule | SetRule) -> list[Need]:  # noqa: PLR0911 - one a rule
 def label(rule: RowRule | SetRule) -> str:
     """What the funnel calls a rule."""
     detail = getattr(rule, "column", None) or getattr(rule, "by", None)
-    return f"{rule.name}_{detail}" if detail else rule.name
+    return f"{rule.name}_{shown(detail)}" if detail else rule.name

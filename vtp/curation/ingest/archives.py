@@ -1,4 +1,6 @@
 """ImageNet in archives: the official tars, read where they are, and the parquet files of Hugging Face."""
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported.)
 
 import os
 import re
@@ -11,9 +13,10 @@ from typing import BinaryIO, NamedTuple
 from vtp.artefact import whole_file
 from vtp.curation.ingest.folders import EXTENSIONS, holds
 from vtp.curation.ingest.imagenet import DEVKIT, OTHER_CLASS, read_devkit, truth_of
-from vtp.curation.ingest.listing import Entry, safe_key
+from vtp.curation.ingest.listing import Entry, require_inside, safe_key
 from vtp.curation.ingest.shard_workers import IngestError, Stopped
 from vtp.data.imagenet import imagenet_classes
+from vtp.texts import shown
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 BATCH = 256  # rows of a parquet file in memory
@@ -21,11 +24,15 @@ BATCH = 256  # rows of a parquet file in memory
 SYNSET_BEHIND = re.compile(r"^(n\d{8}_\d+|ILSVRC2012_val_\d{8})_n\d{8}$")
 
 
-def list_imagenet_tars(source: Path, ignored: Counter[str]) -> Iterator[Entry]:
-    """Pictures of a tar of one tar per synset, and of a tar with all for validation."""
+def list_imagenet_tars(source: Path, ignored: Counter[str], *, root: Path | None) -> Iterator[Entry]:
+    """Pictures of a tar of one tar per synset, and of a tar with all for validation.
+
+    Raises IngestError for tars of another kind, and for one that links lead out of `root`, unless that is None.
+    """
     for name in (TRAIN, VALIDATION, f"{DEVKIT}.tar.gz"):
         if not (source / name).is_file():
             raise IngestError(f"{source}: expected {TRAIN}, {VALIDATION} and {DEVKIT}.tar.gz, found {holds(source)}")
+        require_inside(root, source / name)
     known = set(imagenet_classes().synsets)
     synsets = set()
     with (source / TRAIN).open("rb") as file:
@@ -52,12 +59,13 @@ def list_imagenet_tars(source: Path, ignored: Counter[str]) -> Iterator[Entry]:
 
 
 def list_imagenet_parquet(
-    source: Path, unpacked: Path, ignored: Counter[str], stop: Callable[[], bool]
+    source: Path, unpacked: Path, ignored: Counter[str], stop: Callable[[], bool], *, root: Path | None
 ) -> Iterator[Entry]:
     """Pictures of data/train-*.parquet and data/validation-*.parquet, with columns image {bytes, path} and label.
 
     A picture in a parquet file cannot be read alone, so each file's are laid end to end in a file of `unpacked`, which
-    needs as much space as the data set; files that are there are kept. Raises Stopped when asked to stop.
+    needs as much space as the data set; files that are there are kept. Raises Stopped when asked to stop, and
+    IngestError for files of another kind and for one that links lead out of `root`, unless that is None.
     """
     folder = source / "data" if (source / "data").is_dir() else source
     files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in ("train", "validation")}
@@ -69,10 +77,11 @@ def list_imagenet_parquet(
     there: set[str] = set()
     for split, paths in files.items():
         for path in paths:
+            require_inside(root, path)
             offset = 0
             for number, (name, size, label) in enumerate(_unpack(path, unpacked, stop)):
-                if label is None or not 0 <= label < len(synsets):
-                    raise IngestError(f"{path}, row {number}: label {label}; expected 0 to {len(synsets) - 1}")
+                if not isinstance(label, int) or not 0 <= label < len(synsets):
+                    raise IngestError(f"{path}, row {number}: label {label!r}; expected 0 to {len(synsets) - 1}")
                 if split == "train":
                     there.add(synsets[label])
                 if synsets[label] in there:
@@ -92,12 +101,14 @@ def _members(path: Path, file: BinaryIO, start: int, end: int) -> Iterator[tuple
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None and member.offset < end:
-                if member.offset_data + member.size > end:
-                    raise IngestError(f"{path}: ends within {member.name}; fetch it again")
+                if member.size < 0 or member.offset_data + member.size > end:
+                    raise IngestError(f"{path}: ends within {shown(member.name)}; fetch it again")
                 if member.isreg() and not member.issparse():
                     yield member, member.offset_data
             position = tar.offset
-    except tarfile.ReadError as error:
+    except IngestError:
+        raise
+    except Exception as error:  # tarfile has one of its own for few of its faults
         raise IngestError(f"{path}: no whole tar at byte {start} ({error}); fetch it again") from None
     # tarfile takes a damaged header for the end.
     file.seek(position)
@@ -112,7 +123,7 @@ def _size(file: BinaryIO) -> int:
 def _is_picture(name: str, ignored: Counter[str]) -> bool:
     extension = os.path.splitext(name)[1].lower()
     if extension not in EXTENSIONS:
-        ignored[extension or name] += 1
+        ignored[shown(extension or name)] += 1
     return extension in EXTENSIONS
 
 
@@ -140,7 +151,7 @@ def _unpack(path: Path, folder: Path, stop: Callable[[], bool]) -> Iterator[_Unp
         try:
             with whole_file(folder / f"{path.stem}.bin") as binary:
                 rows = list(_copy_pictures(path, binary, stop))
-        except (pa.ArrowException, KeyError) as error:
+        except (pa.ArrowException, KeyError, TypeError) as error:
             raise IngestError(f"{path}: expected columns image (bytes, path) and label ({error})") from None
         columns = list(map(list, zip(*rows, strict=True))) or [[], [], []]
         schema = pa.schema([("name", pa.string()), ("size", pa.int64()), ("label", pa.int64())])
@@ -151,14 +162,18 @@ def _unpack(path: Path, folder: Path, stop: Callable[[], bool]) -> Iterator[_Unp
 
 
 def _copy_pictures(path: Path, target: Path, stop: Callable[[], bool]) -> Iterator[_Unpacked]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file, target.open("wb") as binary:
         for batch in file.iter_batches(BATCH, columns=["image", "label"]):
             if stop():
                 raise Stopped
-            for row in batch.to_pylist():
-                image = row["image"] or {}
-                content = image.get("bytes") or b""  # none: unreadable later on, and counted
-                binary.write(content)
-                yield _Unpacked(image.get("path"), len(content), row["label"])
+            # Names as bytes: not all are UTF-8, and all can be keys.
+            columns = [pc.struct_field(batch["image"], name).cast(pa.binary()) for name in ("path", "bytes")]
+            for name, content, label in zip(
+                *(column.to_pylist() for column in (*columns, batch["label"])), strict=True
+            ):
+                binary.write(content or b"")  # none: unreadable later on, and counted
+                yield _Unpacked(shown(os.fsdecode(name)) if name else None, len(content or b""), label)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from vtp.config import Config
-from vtp.layers.decode import ORIENTATION, finish, open_header
+from vtp.layers.decode import ORIENTATION, croppable, decoding, finish, open_header
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,20 +44,22 @@ class Stored(NamedTuple):
 def store(content: bytes, config: ImageConfig) -> Stored:
     """A file's bytes as they are stored. Raises DecodeError when the picture cannot be decoded in full."""
     picture = open_header(content)
-    wide = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))  # more than 8 bits; told before loading
-    rgb = finish(picture)
-    if config.name == "keep" and picture.format in KEPT and not wide and is_plain(picture):
-        return Stored(content, KEPT[picture.format], rgb.width, rgb.height)
-    return draw(rgb, config)
+    with decoding("not a readable image"):
+        wide = any(
+            ";16" in str(tile[3]) for tile in getattr(picture, "tile", ())
+        )  # more than 8 bits; told before loading
+        rgb = finish(picture)
+        if config.name == "keep" and picture.format in KEPT and not wide and is_plain(picture):
+            return Stored(content, KEPT[picture.format], rgb.width, rgb.height)
+        return draw(rgb, config)
 
 
 def draw(picture: "Image", config: ImageConfig) -> Stored:
     """An RGB picture as it is stored: PNG. Raises DecodeError for one that is too long to be cut to a square."""
     if config.name == "centre_crop":
-        from vtp.layers.images import centre_crop, require_croppable
+        from vtp.layers.images import centre_crop
 
-        require_croppable(picture, config.size)
-        picture = centre_crop(picture, config.size)
+        picture = centre_crop(croppable(picture, config.size), config.size)
     png = io.BytesIO()
     picture.save(png, format="PNG", compress_level=COMPRESSION)
     return Stored(png.getvalue(), "png", picture.width, picture.height)

@@ -6,20 +6,24 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TextIO
 
 from pydantic import AfterValidator, Field, model_validator
 
+from vtp.artefact import ArtefactError, walk
 from vtp.config import Config
-from vtp.curation.ingest.listing import Entry, inside, safe_key
+from vtp.curation.ingest.listing import Entry, require_inside, safe_key
 from vtp.curation.ingest.shard_workers import IngestError
+from vtp.curation.places import inside, path_problem
+from vtp.texts import shown, text_problem
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+LONGEST_LINE = 1 << 24  # characters of a line of a table
 SHOWN = 8  # names that an error shows
 
 
 def _stays_inside(path: str) -> str:
-    if not inside(path):
+    if path_problem(path) is not None or not inside(path):
         raise ValueError("expected a path within the source folder, without ..")
     return path
 
@@ -66,6 +70,7 @@ class FolderSource(Config):
     validation: HeldOut | OwnFolder = Field(discriminator="name")
     caption: str | None = Field(description="caption of every picture, {} stands for the class; null: none")
     templates: Templates
+    outside_links: bool = Field(default=False, description="follow links that lead out of the source's folder")
 
     @model_validator(mode="after")
     def _splits_are_apart(self) -> Self:
@@ -86,6 +91,7 @@ class TableSource(Config):
     caption: str | None = Field(description="column of the captions; null: none")
     label: str | None = Field(description="column of the classes; null: none")
     templates: Templates
+    outside_links: bool = Field(default=False, description="follow links that lead out of the source's folder")
 
 
 def class_name(class_id: str) -> str:
@@ -94,7 +100,8 @@ def class_name(class_id: str) -> str:
 
 
 def list_folder(config: FolderSource, source: Path, ignored: Counter[str]) -> Iterator[Entry]:
-    """All pictures of a folder per class. Raises IngestError when a folder has none."""
+    """All pictures of a folder per class. Raises IngestError when a folder has none, and for a link to a folder outside."""
+    classes: dict[str, str] = {}
     folders = {"train": config.train}
     if isinstance(config.validation, OwnFolder):
         folders["validation"] = config.validation.folder
@@ -102,11 +109,15 @@ def list_folder(config: FolderSource, source: Path, ignored: Counter[str]) -> It
         if not (source / folder).is_dir():
             raise IngestError(f"{source / folder}: no such folder; {source} holds {holds(source)}")
         seen = False
-        for path in pictures_under(source / folder, ignored):
+        root = None if config.outside_links else source
+        for path in pictures_under(source / folder, ignored, root=root):
             seen = True
-            class_id, _, rest = path.partition("/")
+            class_folder, _, rest = path.partition("/")
+            class_id = text_of(class_folder)
+            if classes.setdefault(class_id, class_folder) != class_folder:
+                raise IngestError(f"{source / folder}: two folders are called {class_id!r} as text; rename one of them")
             name = path if folder == "." else f"{folder}/{path}"
-            yield Entry(split, safe_key(name), name, class_id=text_of(class_id) if rest else None)
+            yield Entry(split, safe_key(name), name, class_id=class_id if rest else None)
         if not seen:
             raise IngestError(
                 f"{source / folder}: no pictures; expected a folder per class, found {holds(source / folder)}"
@@ -122,41 +133,49 @@ def list_table(config: TableSource, source: Path) -> Iterator[Entry]:
         path = source / name
         if not path.is_file():
             raise IngestError(f"{path}: no such table; {source} holds {holds(source)}")
+        require_inside(None if config.outside_links else source, path)
         for place, row in _read_table(path):
             yield _entry(config, split, place, row)
 
 
-def pictures_under(folder: Path, ignored: Counter[str]) -> Iterator[str]:
+def pictures_under(folder: Path, ignored: Counter[str], *, root: Path | None) -> Iterator[str]:
     """Files below a folder that are pictures by their extension, as relative paths, in any order.
 
-    Links are followed, a link to one of its own parents once. Other files are counted in `ignored` by extension.
+    Links are followed, those to a folder that leads to them once; other files are counted in `ignored` by extension. A
+    file that cannot be one, such as a link to nothing, is for whoever reads it to tell.
+
+    Raises IngestError for a folder that links lead out of `root`, unless that is None, and for links without an end.
     """
-    stack: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(folder),))]
-    while stack:
-        prefix, parents = stack.pop()
-        with os.scandir(folder / prefix) as entries:
-            for entry in entries:
-                extension, hidden = os.path.splitext(entry.name)[1].lower(), entry.name.startswith(".")
-                if entry.is_dir():
-                    real = os.path.realpath(entry.path)
-                    if real not in parents and not hidden:
-                        stack.append((f"{prefix}{entry.name}/", (*parents, real)))
-                elif extension in EXTENSIONS and not hidden and entry.is_file():
-                    yield prefix + entry.name
-                else:
-                    ignored[text_of(extension or entry.name)] += 1
+
+    def enter(entry: os.DirEntry[str]) -> bool:
+        if entry.name.startswith("."):
+            return False
+        require_inside(root, Path(entry.path))
+        return True
+
+    require_inside(root, folder)
+    try:
+        for path, entry in walk(folder, enter):
+            extension = os.path.splitext(entry.name)[1].lower()
+            picture = extension in EXTENSIONS and not entry.name.startswith(".")
+            if picture and not path.is_dir():
+                yield path.relative_to(folder).as_posix()
+            else:
+                ignored[text_of(extension or entry.name)] += 1
+    except ArtefactError as error:
+        raise IngestError(str(error)) from None
 
 
 def holds(folder: Path) -> str:
     """The names in a folder, for messages."""
     if not folder.is_dir():
         return "no such folder"
-    names = sorted(text_of(entry) for entry in os.listdir(folder))
+    names = sorted(map(shown, os.listdir(folder)))
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "") or "nothing"
 
 
 def text_of(name: str) -> str:
-    """A file name as text that can be written anywhere; bytes that are not UTF-8 become escapes."""
+    """A file name as text for data, which keep all but bytes that are not UTF-8; those become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -164,19 +183,29 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Place and values of every row, or why it has none. What is not UTF-8 comes as surrogates."""
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(_lines(path, file), 1):
                 if line.strip():
                     yield f"{path.name}:{number}", _json_object(line)
         return
     if path.suffix not in (".csv", ".tsv"):
         raise IngestError(f"{path}: a table is a file .csv, .tsv or .jsonl")
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t")
+        reader = csv.DictReader(_lines(path, file), delimiter="," if path.suffix == ".csv" else "\t")
         try:
             for row in reader:
                 yield f"{path.name}:{reader.line_num}", row
         except csv.Error as error:
             raise IngestError(f"{path}:{reader.line_num}: {error}") from None
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    """The lines of a table. Raises IngestError for one that would fill memory."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise IngestError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} characters; is it a table?")
+        yield line
 
 
 def _json_object(line: str) -> dict[str, Any] | str:
@@ -189,33 +218,24 @@ def _json_object(line: str) -> dict[str, Any] | str:
 
 def _entry(config: TableSource, split: str, place: str, row: dict[str, Any] | str) -> Entry:
     if isinstance(row, str):
-        return Entry(split, safe_key(place), text_of(place), problem=row)
+        return Entry(split, safe_key(place), place, problem=row)
     for column in (config.path, config.caption, config.label):
         if column is not None and column not in row:
-            raise IngestError(f"{place}: no column {column!r}; it has {', '.join(map(str, row))}")
+            raise IngestError(f"{place}: no column {column!r}; it has {', '.join(shown(str(name)) for name in row)}")
     path = row[config.path]
     if not isinstance(path, str) or not path:
-        return Entry(split, safe_key(place), text_of(place), problem="no path")
+        return Entry(split, safe_key(place), place, problem="no path")
+    if (problem := path_problem(path)) is not None:
+        return Entry(split, safe_key(place), shown(path), problem=f"path {problem}")
     if not inside(path):
-        raise IngestError(f"{place}: path {text_of(path)!r} leaves the source folder; paths are relative to it")
+        raise IngestError(f"{place}: path {shown(path)!r} leaves the source folder; paths are relative to it")
     texts = []
     for what, column in (("caption", config.caption), ("label", config.label)):
         value = "" if column is None or row[column] is None else row[column]
         value = str(value) if what == "label" and type(value) is int else value
-        if (problem := _problem(value)) is not None:
+        if (problem := text_problem(value)) is not None:
             return Entry(split, safe_key(path, place), path, problem=f"{what} {problem}")
         texts.append(value)
     caption, label = texts
     # One picture may come with several captions.
     return Entry(split, safe_key(path, caption, label), path, class_id=label or None, caption=caption)
-
-
-def _problem(value: object) -> str | None:
-    """Why a value of a table cannot stand in a shard."""
-    if not isinstance(value, str):
-        return "is no text"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return "is not UTF-8"
-    return None

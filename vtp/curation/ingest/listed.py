@@ -1,22 +1,25 @@
 """Pictures of a list as a source of shards: read from files and archives, checked, stored."""
 
 import os
-import stat
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vtp.curation.ingest.encode import ImageConfig, store
-from vtp.curation.ingest.listing import WHOLE, Listing, inside, safe_key
+from vtp.curation.ingest.listing import WHOLE, Listing, safe_key
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.ingest.source import Description, Rejected
+from vtp.curation.places import MAX_BYTES, open_inside, read_piece
 from vtp.curation.rows import CAPTION, KEY, ORDER
 from vtp.data.shards import NO_LABEL, SampleRecord
 from vtp.layers.decode import DecodeError
+from vtp.texts import shown, text_problem
 
-MAX_BYTES = 1 << 28  # a larger file is no picture that anyone trains on
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 OPEN_FILES = 64
 
 
@@ -26,9 +29,10 @@ class Columns(NamedTuple):
     file: str
     problem: str
     label: str | None
+    whole: bool  # a size of WHOLE stands for a file of its own; foreign lists have no such sign
 
 
-LISTED = Columns("file", "problem", "label")
+LISTED = Columns("file", "problem", "label", whole=True)
 
 
 class Rows(NamedTuple):
@@ -50,19 +54,29 @@ class ListedPictures:
         description: Description,
         image: ImageConfig,
         columns: Columns = LISTED,
+        *,
+        outside_links: bool = False,
     ) -> None:
         self.description = description
+        self._outside_links = outside_links
         self._root, self._splits, self._image, self._columns = root, splits, image, columns
 
     @classmethod
     def of_folder(
-        cls, root: Path, folder: Path, listing: Listing, description: Description, image: ImageConfig
+        cls,
+        root: Path,
+        folder: Path,
+        listing: Listing,
+        description: Description,
+        image: ImageConfig,
+        *,
+        outside_links: bool,
     ) -> "ListedPictures":
         """From what `list_pictures` wrote to `folder`."""
         rows = {
             name: Rows((folder / f"{name}-rows.parquet",), (count,), 0, count) for name, count in listing.splits.items()
         }
-        return cls(root, rows, description, image)
+        return cls(root, rows, description, image, outside_links=outside_links)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -72,10 +86,14 @@ class ListedPictures:
     def records(self, split: str, rows: range) -> Iterator[SampleRecord | Rejected]:
         """Read, checked and stored one by one."""
         part = self._splits[split]
-        files = _Files(self._root)
+        files = _Files(self._root, outside_links=self._outside_links)
         before = (-1, "")
         for row in read_listed_rows(part, range(part.start + rows.start, part.start + rows.stop), self._columns):
             here = (row[ORDER], row[KEY])
+            if not isinstance(row[ORDER], int) or not isinstance(row[KEY], str):
+                raise IngestError(
+                    f"{part.files[0].parent}: a row has order {row[ORDER]!r} and key {row[KEY]!r}; run the filter again"
+                )
             if here <= before:
                 raise IngestError(
                     f"{part.files[0].parent}: rows are not sorted by (order, key), or a key comes twice: {here[1]!r}"
@@ -84,57 +102,53 @@ class ListedPictures:
             yield self._record(row, files)
 
     def _record(self, row: dict[str, Any], files: "_Files") -> SampleRecord | Rejected:
-        key, file = safe_key(row[KEY]), row[self._columns.file]
-        if row[self._columns.problem] is not None or file is None:
-            place = os.fsdecode(file) if file is not None else row[KEY]
-            return Rejected(key, place, row[self._columns.problem] or "not downloaded")
-        name, offset, size = os.fsdecode(file), row["offset"], row["size"]
+        key, file, problem = safe_key(row[KEY]), row[self._columns.file], row[self._columns.problem]
+        if problem is not None or file is None:
+            return Rejected(key, file or row[KEY], problem or "not downloaded")
+        offset, size, caption = row["offset"], row["size"], row[CAPTION] or ""
+        whole = self._columns.whole and size == WHOLE
         try:
-            stored = store(files.read(name, offset, size), self._image)
+            if (unusable := text_problem(caption)) is not None:
+                raise DecodeError(f"caption {unusable}")
+            stored = store(files.whole(file) if whole else files.piece(file, offset, size), self._image)
         except DecodeError as error:
-            return Rejected(key, name if size == WHOLE else f"{name} at byte {offset}", str(error))
+            return Rejected(key, file if whole else f"{file} at byte {offset}", str(error))
         label = NO_LABEL if self._columns.label is None else row[self._columns.label]
-        return SampleRecord(key, *stored, row[CAPTION] or "", label, NO_LABEL, "image")
+        return SampleRecord(key, *stored, caption, label, NO_LABEL, "image")
 
 
 class _Files:
-    """Reads pieces of files under a folder; the archives used last stay open."""
+    """Reads files and pieces of them under a folder; the archives used last stay open."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, *, outside_links: bool) -> None:
+        self._root, self._outside_links = root, outside_links
         self._open: OrderedDict[str, int] = OrderedDict()
 
-    def read(self, file: str, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset`, or the whole file. Raises DecodeError for what can be left out, IngestError else."""
-        if not inside(file):
-            raise IngestError(f"{file}: leaves the folder {self._root}")
-        if size == WHOLE:
-            return self._whole(self._root / file)
-        if size > MAX_BYTES:
-            raise DecodeError(f"{size} bytes")
+    def piece(self, file: str, offset: object, size: object) -> bytes:
+        """`size` bytes at `offset`. Raises DecodeError for what can be left out, IngestError for an archive that is gone."""
         if file not in self._open:
             try:
-                self._open[file] = os.open(self._root / file, os.O_RDONLY)
+                self._open[file] = self._opened(file)
             except OSError as error:
-                raise IngestError(f"{self._root / file}: {error.strerror}; it is in the list of pictures") from None
+                place = shown(str(self._root / file))
+                raise IngestError(f"{place}: {error.strerror}; it is in the list of pictures") from None
             if len(self._open) > OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         self._open.move_to_end(file)
-        content = os.pread(self._open[file], size, offset)
-        if len(content) != size:
-            raise DecodeError("the archive ends before it")
-        return content
+        return read_piece(self._open[file], offset, size)
 
-    def _whole(self, path: Path) -> bytes:
+    def whole(self, file: str) -> bytes:
+        """All of a file. Raises DecodeError."""
         try:
-            # Not blocking: what looks like a picture may be a pipe.
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-                    raise DecodeError("no file" if not stat.S_ISREG(status.st_mode) else f"{status.st_size} bytes")
-                return file.read()
+            with open(self._opened(file), "rb") as opened:
+                if (size := os.fstat(opened.fileno()).st_size) > MAX_BYTES:
+                    raise DecodeError(f"{size} bytes, more than {MAX_BYTES}")
+                return opened.read()
         except OSError as error:
             raise DecodeError(f"cannot be read ({error.strerror})") from None
+
+    def _opened(self, file: str) -> int:
+        return open_inside(self._root, file, "the source", outside_links=self._outside_links)
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
@@ -142,7 +156,10 @@ class _Files:
 
 
 def read_listed_rows(part: Rows, wanted: range, columns: Columns) -> Iterator[dict[str, Any]]:
-    """Rows with these numbers of the files; only the files and row groups that hold some are read."""
+    """Rows with these numbers of the files; only the files and row groups that hold some are read.
+
+    Bytes of texts that are not UTF-8 come as surrogates, as in names of files.
+    """
     import pyarrow.parquet as pq
 
     names = [KEY, ORDER, CAPTION, columns.file, "offset", "size", columns.problem, columns.label]
@@ -155,5 +172,15 @@ def read_listed_rows(part: Rows, wanted: range, columns: Columns) -> Iterator[di
                 if low < high:
                     table = file.read_row_group(group, columns=[name for name in names if name is not None])
                     for batch in table.slice(low, high - low).to_batches(max_chunksize=1024):
-                        yield from batch.to_pylist()
+                        texts = [_values(column) for column in batch.columns]
+                        yield from (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*texts, strict=True))
                 first += count
+
+
+def _values(column: "pa.Array") -> list[Any]:
+    import pyarrow as pa
+    from pyarrow import types
+
+    if types.is_string(column.type) or types.is_large_string(column.type):
+        column = column.cast(pa.binary() if types.is_string(column.type) else pa.large_binary())
+    return [os.fsdecode(value) if isinstance(value, bytes) else value for value in column.to_pylist()]

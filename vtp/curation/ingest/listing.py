@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,8 +20,10 @@ import numpy as np
 from vtp.artefact import read_json, whole_folder, write_json
 from vtp.config import Config
 from vtp.curation.ingest.shard_workers import IngestError, Stopped
+from vtp.curation.places import REMEDY, leads_out
 from vtp.curation.rows import ORDER, order_of
 from vtp.data.shards import KEY, NO_LABEL
+from vtp.texts import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,9 +70,10 @@ def safe_key(name: str, *more: str) -> str:
     return f"{re.sub('[^A-Za-z0-9_-]+', '_', name)[:64]}-{digest.hexdigest()}"
 
 
-def inside(path: str) -> bool:
-    """Whether a relative path stays in its folder, by its text; links are followed."""
-    return bool(path) and not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts
+def require_inside(root: Path | None, path: Path) -> None:
+    """Raises IngestError for a path that links lead out of the folder of a source, unless that is None."""
+    if root is not None and leads_out(root, path):
+        raise IngestError(f"{shown(str(path))}: a link leads outside of {root}; {REMEDY}")
 
 
 def list_pictures(
@@ -163,7 +166,7 @@ def _sorted(table: "pa.Table") -> "tuple[pa.Table, int]":
     twice = [i for i in np.flatnonzero(order[1:] == order[:-1]).tolist() if table["key"][i] == table["key"][i + 1]]
     for i in twice:
         if table["file"][i] != table["file"][i + 1]:
-            files = " and ".join(os.fsdecode(table["file"][row].as_py()) for row in (i, i + 1))
+            files = " and ".join(shown(os.fsdecode(table["file"][row].as_py())) for row in (i, i + 1))
             raise IngestError(f"{files} have one key, {table['key'][i].as_py()!r}; rename one of them")
     keep = np.ones(len(table), dtype=bool)
     keep[np.array(twice, dtype=np.int64) + 1] = False

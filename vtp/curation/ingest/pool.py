@@ -13,7 +13,7 @@ from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.ingest.source import Description
 from vtp.curation.rows import CAPTION, KEY, ORDER, counts, parts
 
-POOLED = Columns(file="tar", problem="error", label=None)
+POOLED = Columns(file="tar", problem="error", label=None, whole=False)
 REQUIRED = (KEY, ORDER, CAPTION, *POOLED[:2], "offset", "size")
 
 
@@ -22,6 +22,7 @@ class PoolSource(Config):
 
     name: Literal["pool"]
     validation_samples: int = Field(ge=1, description="the first rows of the selection, which are a random subset")
+    outside_links: bool = Field(default=False, description="follow links that lead out of the source's folder")
 
 
 def pooled_pictures(config: PoolSource, pool: Path, selection: Path, image: ImageConfig) -> ListedPictures:
@@ -44,4 +45,4 @@ def pooled_pictures(config: PoolSource, pool: Path, selection: Path, image: Imag
         "train": Rows(files, ends, config.validation_samples, total),
     }
     description = Description("pool", [], [], [], [], [], "")
-    return ListedPictures(pool, rows, description, image, POOLED)
+    return ListedPictures(pool, rows, description, image, POOLED, outside_links=config.outside_links)

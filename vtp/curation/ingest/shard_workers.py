@@ -4,7 +4,6 @@ state/train-00000.json   size, digest and statistics of a complete shard
 state/train-00000.csv    the pictures that it lacks, when there are any
 """
 
-import csv
 from collections.abc import Iterable, Iterator
 from itertools import chain, takewhile
 from pathlib import Path
@@ -15,6 +14,7 @@ from vtp.config import Config
 from vtp.curation.ingest.source import PictureSource, Rejected
 from vtp.data.shards import SampleRecord, ShardSummary, write_shard
 from vtp.processes import SPAWN, WorkerPool
+from vtp.texts import shown, write_csv
 
 NAMED = 5  # pictures that an error names
 
@@ -146,7 +146,7 @@ def _write(job: ShardJob) -> Result:
     if rejected:
         with whole_file(task.state / f"{job.name}.csv") as temporary:
             _list_rejected(temporary, job.split, rejected)
-    examples = [f"{item.place}: {item.reason}" for item in rejected[:NAMED]]
+    examples = [shown(f"{item.place}: {item.reason}") for item in rejected[:NAMED]]
     finished = Finished(summary=summary, rejected=len(rejected), examples=examples)
     if whole:
         write_json(task.state / f"{job.name}.json", finished.model_dump())
@@ -165,8 +165,8 @@ def _records(source: PictureSource, job: ShardJob, shared: _Shared, rejected: li
 
 
 def _list_rejected(path: Path, split: str, rejected: list[Rejected]) -> None:
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows((split, *item) for item in rejected)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        write_csv(file, ((split, *item) for item in rejected))
 
 
 def _move(path: Path, location: str) -> None:

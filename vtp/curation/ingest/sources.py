@@ -65,7 +65,9 @@ def open_pictures(
         held_out = config.validation.share if isinstance(config.validation, HeldOut) else None
     rows = scratch / "rows"
     listing = list_pictures(entries, rows, naming=naming, held_out=held_out, ignored=ignored, stop=stop)
-    pictures = ListedPictures.of_folder(root, rows, listing, _describe(config, listing), image)
+    pictures = ListedPictures.of_folder(
+        root, rows, listing, _describe(config, listing), image, outside_links=config.outside_links
+    )
     return Opened(pictures, {"duplicates": listing.duplicates, "ignored_files": sum(listing.ignored.values())})
 
 
@@ -83,13 +85,14 @@ def _check_inputs(name: str, inputs: SourceFolders) -> None:
 def _list_imagenet(
     config: ImageNetSource, source: Path, unpacked: Path, ignored: Counter[str], stop: Callable[[], bool]
 ) -> Iterator[Entry]:
+    root = None if config.outside_links else source
     match config.layout:
         case "folders":
-            return list_imagenet_folders(source, ignored)
+            return list_imagenet_folders(source, ignored, root=root)
         case "tars":
-            return list_imagenet_tars(source, ignored)
+            return list_imagenet_tars(source, ignored, root=root)
         case "parquet":
-            return list_imagenet_parquet(source, unpacked, ignored, stop)
+            return list_imagenet_parquet(source, unpacked, ignored, stop, root=root)
 
 
 def _list_own(
