@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "vtp").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
 # Each may import from earlier lines; parts of one line do not import each other, those of the first excepted.
 LAYERS = [
-    {"config", "params", "artefact", "draws", "finite", "distributed", "host", "processes", "step", "version"},
+    {
+        *("config", "params", "artefact", "texts", "draws", "finite", "distributed", "host", "processes", "step"),
+        "version",
+    },
     {"layers"},
     {"models", "losses", "flow", "data"},
     {"curation"},
@@ -127,6 +130,19 @@ def test_the_library_does_not_print():
         if "vtp" in path.relative_to(ROOT).parts and "print(" in path.read_text()
     }
     assert printing == programs
+
+
+def test_texts_leave_by_one_way():
+    """Whatever is printed or written as CSV has no text that a terminal or a spreadsheet obeys (`vtp/texts.py`)."""
+    ways = {
+        "csv.writer": {"vtp/texts.py"},
+        "csv.DictWriter": set(),
+        "html.escape": {"vtp/texts.py"},
+        "file=sys.stderr": {"stages/runner/environment.py"},
+        "logging.basicConfig": {"stages/runner/environment.py"},
+    }
+    for way, allowed in ways.items():
+        assert {str(path.relative_to(ROOT)) for path in SOURCES if way in path.read_text()} == allowed, way
 
 
 def test_sources_import_names_from_their_home():

@@ -59,6 +59,22 @@ def test_json_refuses_what_is_not_json(tmp_path):
         read_json(tmp_path / "b.json")
 
 
+def test_json_holds_names_that_are_no_text(tmp_path):
+    values = {"caf\udce9": ["\ud800", "\x1b\n\u2028", "größe"]}
+    write_json(tmp_path / "a.json", values)
+    assert read_json(tmp_path / "a.json") == values
+    (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_a_name_with_an_end_of_a_line_is_no_other_file(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    (tmp_path / "a" / "y").write_text("2")
+    (tmp_path / "b" / f"x\n{digest(tmp_path / 'a' / 'y')} y").write_text("1")
+    assert digest(tmp_path / "a") != digest(tmp_path / "b")
+
+
 def test_digest_of_a_folder_sees_names_and_contents(tmp_path):
     for name, content in (("a", "1"), ("b", "1"), ("c", "2")):
         (tmp_path / name).mkdir()

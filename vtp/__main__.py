@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from vtp.texts import message
+from vtp.texts import message, shown
 from vtp.version import __version__
 
 WRONG, INTERRUPTED = 2, 130
@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
     """Says mistakes in a line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(WRONG, f"error: {message}; see {self.prog} --help\n")
+        self.exit(WRONG, shown(f"error: {message}; see {self.prog} --help") + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

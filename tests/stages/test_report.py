@@ -1,11 +1,14 @@
 """How the page lays out figures and pictures."""
 
+import re
+
 import pytest
 import torch
 from PIL import Image
 
 from stages.figures.drawing import Panel, panels
 from stages.figures.paper_table import HEAD, TABLE_2, RunFigures, headline_figures, own_row
+from stages.figures.tables import markdown
 from stages.report import Section, _page, flatten
 from vtp.inference.grid import grid
 
@@ -24,6 +27,25 @@ def test_records_of_one_kind_stand_beside_each_other():
     assert "<th>reconstruction.at_one_protocol<th>pretrained<th>tuned" in page
     assert "<tr><td>psnr<td>20.12<td>2.500e+07<tr><td>only_here<td>1<td></table>" in page
     assert page.count("<table>") == 2
+
+
+def test_names_are_plain_text_on_the_page_and_in_tables():
+    name = "<script>alert(1)</script>|`x`\x1b[31m\u202e\n"
+    page = _page(name, [Section(name, {name: {name: 1.0, "nested": {name: {name: name}}}}, [])])
+    assert "<script>" not in page
+    assert not set(page) & set("\x1b\u202e")
+    table = markdown([name, "value"], [[name, "1"]])
+    assert table.count("\n") == 3
+    assert "<" not in table
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in table.splitlines())
+
+
+def test_dollars_are_no_formula(tmp_path):
+    panels([Panel("$x_{", "$", [0.0, 1.0], {"$\\frac": [1.0, 2.0], "b": [0.0, 1.0]})], tmp_path / "a.png")
+    rows = [torch.zeros(1, 3, 16, 16, dtype=torch.uint8)]
+    grid(rows, ["a\nb\udce9\x1b"], tmp_path / "b.png", title="x\ny", notes=[["\ud800\x1b"]])
+    assert (tmp_path / "a.png").exists()
+    assert (tmp_path / "b.png").exists()
 
 
 def test_flat_names_are_whole_and_texts_are_left_out():

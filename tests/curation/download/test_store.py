@@ -1,5 +1,6 @@
 """The store, the lists for img2dataset, and what is taken over of its work."""
 
+import csv
 import io
 import json
 import tarfile
@@ -47,6 +48,53 @@ def listed(delivery):
     return {
         kind: dict(zip(rows[kind]["key"].to_pylist(), rows[kind]["attempt"].to_pylist(), strict=True)) for kind in rows
     }
+
+
+def raw(texts):
+    return pa.array(
+        [text if text is None else text.encode("utf-8", "surrogateescape") for text in texts], pa.binary()
+    ).view(pa.string())
+
+
+def test_urls_and_captions_need_not_be_utf8(tmp_path):
+    """Their bytes are quoted; an odd row is a row, and the report can be written and read."""
+    folder = select(tmp_path / "selection", list("abcd"))
+    rows = pq.read_table(folder / "part-00000.parquet")
+    urls = ["http://a/caf\udce9", "=http://a/\x1b[31m\n\udcff", None, "http://a/d"]
+    captions = ["caf\udce9", None, "c", "d"]
+    rows = rows.set_column(rows.schema.get_field_index("url"), "url", raw(urls)).append_column("caption", raw(captions))
+    pq.write_table(rows, folder / "part-00000.parquet")
+    store = Store(tmp_path / "store")
+    assert list_missing(folder, store, tmp_path / "delivery", TERMS) == (4, 2)
+    asked = pq.read_table(next((tmp_path / "delivery" / "plain" / "lists").iterdir())).to_pylist()
+    assert [(row["url"], row["source_url"], row["caption"]) for row in asked] == [
+        ("http://a/caf%E9", "http://a/caf%E9", "caf%E9"),
+        ("http://a/d", "http://a/d", "d"),
+    ]
+    key = asked[0]["key"]
+    failure = record(key, FAILED, url="http://a/caf%E9", error="other", message="+cmd \x1b[2K\nx\u2028")
+    store.add("00001-plain-00000", [failure, record(asked[1]["key"], url="http://a/d")])
+    (store.tars / "a.tar").write_bytes(b"x")
+    report = write_pool(folder, store, tmp_path / "pool", verify=True)
+    assert (report.rows, report.successes, report.causes) == (4, 1, {"other": 1, "scheme refused": 2})
+    report.save_errors(tmp_path / "errors.csv")
+    text = (tmp_path / "errors.csv").read_text(encoding="utf-8")
+    assert not set(text) & set("\x1b\u2028")
+    with (tmp_path / "errors.csv").open(newline="") as file:
+        read = {row["cause"]: row for row in csv.DictReader(file)}
+    assert read["other"]["message"].startswith("'+cmd")
+    assert read["scheme refused"]["example"].startswith("'=http")
+
+
+@pytest.mark.parametrize("name", ["key", "order"])
+def test_rows_without_a_key_or_an_order_are_refused(tmp_path, name):
+    folder = select(tmp_path / "selection", list("abcd"))
+    rows = pq.read_table(folder / "part-00000.parquet")
+    values = [*rows[name].to_pylist()[:3], None]
+    changed = pa.array(values, rows.schema.field(name).type)
+    pq.write_table(rows.set_column(rows.schema.get_field_index(name), name, changed), folder / "part-00000.parquet")
+    with pytest.raises(ArtefactError, match="no key or no order"):
+        list_missing(folder, Store(tmp_path / "store"), tmp_path / "delivery", TERMS)
 
 
 def deliver(folder, shard, failed=(), lost=(), text="ü"):

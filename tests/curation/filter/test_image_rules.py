@@ -3,6 +3,8 @@
 import io
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sifting import removed, section, selected, sift, write_pool
 
@@ -99,6 +101,60 @@ def test_places_stay_within_the_pool(pool, tmp_path):
         read_image(pool, _ImageLocation("tars/9.tar", 0, 1, None))
     with pytest.raises(DecodeError, match="not downloaded"):
         read_image(pool, _ImageLocation(None, None, None, None))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"offset": -1},
+        {"offset": 2**62, "size": 2**62},
+        {"size": -1},
+        {"tar": "tars/0.tar\0"},
+        {"tar": "../pool/tars/0.tar"},
+        {"tar": "tars"},
+        {"tar": "tars/link.tar"},
+    ],
+)
+def test_rows_that_lead_nowhere_are_counted(tmp_path, change):
+    folder = write_pool(tmp_path / "pool", [(f"k{n}", "a", encoded(picture(n))) for n in range(4)])
+    (folder / "tars" / "0.tar").rename(tmp_path / "away.tar")
+    (folder / "tars" / "0.tar").write_bytes((tmp_path / "away.tar").read_bytes())
+    (folder / "tars" / "link.tar").symlink_to(tmp_path / "away.tar")
+    table = pq.read_table(folder / "part-00000.parquet")
+    rows = table.to_pylist()
+    rows[2] |= change
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), folder / "part-00000.parquet")
+    done = sift(pool_section(NEAR | {"max_distance": 0}, max_unreadable=0.3), folder, tmp_path)
+    assert removed(done)["unreadable_image"] == 1
+    assert f"`{rows[2]['key']}`" in (done / "examples").read_text()
+    if change == {"tar": "tars/link.tar"}:
+        columns = {"name": "pool", "outside_links": True}
+        config = section([NEAR | {"max_distance": 0}], columns=columns, keep_columns=[])
+        assert removed(sift(config, folder, tmp_path / "allowed"))["unreadable_image"] == 0
+
+
+def test_columns_of_places_may_be_of_any_type(tmp_path):
+    """Names as bytes, numbers as floats: what can be read is."""
+    folder = write_pool(tmp_path / "pool", [(f"k{n}", "a", encoded(picture(n))) for n in range(4)])
+    table = pq.read_table(folder / "part-00000.parquet")
+    for name, kind in (("tar", pa.binary()), ("offset", pa.float64()), ("size", pa.float64())):
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
+    offsets = table["offset"].to_pylist()
+    offsets[1] = float("nan")
+    table = table.set_column(table.schema.get_field_index("offset"), "offset", pa.array(offsets))
+    pq.write_table(table, folder / "part-00000.parquet")
+    done = sift(pool_section(NEAR | {"max_distance": 0}, max_unreadable=0.3), folder, tmp_path)
+    assert removed(done)["unreadable_image"] == 1
+
+
+def test_examples_hold_plain_text(tmp_path):
+    folder = write_pool(
+        tmp_path / "pool", [("k\x1b[31m`<b>", "\u202e`\n# heading\n=1", b"none"), ("k", "a", encoded(picture(0)))]
+    )
+    text = (sift(pool_section(NEAR, max_unreadable=0.6), folder, tmp_path) / "examples").read_text()
+    assert not set(text) & set("\x1b\u202e")
+    assert "\n# heading" not in text
+    assert r"`k\x1b[31m'<b>`" in text
 
 
 def test_hashing_goes_on_after_an_interruption(pool, tmp_path, monkeypatch):

@@ -149,7 +149,9 @@ def test_links_are_followed_and_circles_end(folder, shards, tmp_path):
     for entry in folder.iterdir():
         (source / entry.name).symlink_to(entry)
     (source / "circle").symlink_to(source)
-    prepare(tmp_path / "shards", FOLDER, source)
+    with pytest.raises(IngestError, match=r"source/\w+: a link leads outside of .*`outside_links: true`"):
+        prepare(tmp_path / "refused", FOLDER, source)
+    prepare(tmp_path / "shards", FOLDER | {"outside_links": True}, source)
     assert digest(tmp_path / "shards") == digest(shards)
     assert digest(source) == digest(folder)  # so that a run knows its input behind links
 

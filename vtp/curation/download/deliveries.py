@@ -32,6 +32,7 @@ from vtp.curation.download.store import (
     Store,
     expected_sha256,
     fetchable,
+    readable,
     selected,
     texts,
     to_disk,
@@ -154,7 +155,7 @@ def list_missing(selection: Path, store: Store, delivery: Path, terms: Terms) ->
         expected = expected_sha256(rows, verify=terms.verify_sha256)
         asked = {
             URL: pa.array([plain_url(url) for url in rows[URL].to_pylist()], pa.string()),
-            CAPTION: rows[CAPTION].cast(pa.string()) if CAPTION in rows.column_names else pa.nulls(len(rows), "string"),
+            CAPTION: readable(rows[CAPTION]) if CAPTION in rows.column_names else pa.nulls(len(rows), "string"),
             SHA256: pa.array(expected, pa.string()),
             KEY: rows[KEY],
             "source_url": rows[URL],

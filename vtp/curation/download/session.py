@@ -94,9 +94,8 @@ class Live:
         self._bar.update(adopted.rows)
         seconds = time.monotonic() - self._start
         share, cause = self._successes / max(1, self.rows), next(iter(self._causes.most_common(1)), ("", 0))[0]
-        self._bar.set_postfix_str(
-            f"{share:.1%} of these with a picture" + (f", most others: {shown(cause)}" if cause else "")
-        )
+        others = f", most others: {shown(cause)}" if cause else ""
+        self._bar.set_postfix_str(f"{share:.1%} of these with a picture{others}")
         values = (f"{seconds:.1f}", self.rows, self._successes, f"{share:.4f}", f"{self.rows / seconds:.1f}", cause)
         with self._path.open("a", newline="", encoding="utf-8") as file:
             write_csv(file, [values])

@@ -8,6 +8,7 @@ walked in that order: only those that overlap the rows at hand are in memory, be
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 SUCCESS, FAILED = "success", "failed"
 SHA256_DIFFERS = "sha256 differs"
 BATCH = 65_536
+SURROGATE = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, as Python holds it
 
 
 class DownloadRecord(NamedTuple):
@@ -154,7 +156,10 @@ class Store:
 
 
 def selected(selection: Path) -> Iterator[tuple[Path, "pa.Table"]]:
-    """The rows of a selection in order, some at a time, with the part they come from. Raises ArtefactError."""
+    """The rows of a selection in order, some at a time, with the part they come from.
+
+    Bytes of a URL that are not UTF-8 are quoted as in any URL. Raises ArtefactError for files and rows of another kind.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -166,9 +171,32 @@ def selected(selection: Path) -> Iterator[tuple[Path, "pa.Table"]]:
         for batch in file.iter_batches(BATCH):
             rows = pa.Table.from_batches([batch])
             for name in (KEY, URL, SHA256):
-                column = rows[name].cast(pa.string()) if name in names else pa.nulls(len(rows), pa.string())
+                column = readable(rows[name]) if name in names else pa.nulls(len(rows), pa.string())
                 rows = _with(rows, name, column.fill_null("") if name == URL else column)
+            if rows[KEY].null_count or rows[ORDER].null_count or rows.schema.field(ORDER).type != pa.uint64():
+                raise ArtefactError(
+                    f"{path}: a row has no key or no order of uint64; expected rows of the stage filter"
+                )
             yield path, rows
+
+
+def readable(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """Texts; bytes that are not UTF-8 stand in them as `%XX`."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    if types.is_string(column.type) or types.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        values = column.to_pylist()
+    texts = [None if value is None else SURROGATE.sub(_quoted, os.fsdecode(value)) for value in values]
+    return pa.chunked_array([pa.array(texts, pa.string())])
+
+
+def _quoted(match: re.Match[str]) -> str:
+    return f"%{ord(match[0]) - 0xDC00:02X}"
 
 
 def fetchable(rows: "pa.Table") -> np.ndarray:
