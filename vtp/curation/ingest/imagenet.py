@@ -121,7 +121,7 @@ def _from_archive(path: Path) -> dict[str, bytes]:
     contents = {}
     try:
         # A stream: what is passed over is unpacked too, and so are headers of any size.
-        with gzip.open(path) as unpacked, tarfile.open(fileobj=_Bounded(unpacked, path), mode="r|") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
+        with gzip.open(path) as unpacked, tarfile.open(fileobj=_LimitedStream(unpacked, path), mode="r|") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
             for member in tar:
                 if member.name in (TRUTH, META) and member.isreg() and member.size <= LARGEST_META:
                     file = tar.extractfile(member)
@@ -134,7 +134,7 @@ def _from_archive(path: Path) -> dict[str, bytes]:
     return contents
 
 
-class _Bounded:
+class _LimitedStream:
     """What a stream of tarfile needs of a file, up to LARGEST_DEVKIT bytes."""
 
     def __init__(self, file: gzip.GzipFile, path: Path) -> None:
