@@ -15,9 +15,11 @@ from vtp.curation.filter.hash_list import prepare
 from vtp.curation.filter.row_rules import prepared_list
 from vtp.curation.filter.rules import ClipScore, Downloaded, HashList, ImageRule, Rule, TokenizerModel, needs
 from vtp.curation.filter.spill import begin_process
+from vtp.curation.places import REMEDY, leads_out
 from vtp.evaluation.clip_score import build_scorer, check_model
 from vtp.host import Host
 from vtp.processes import WorkerPool
+from vtp.texts import shown
 
 
 class Filter(Config):
@@ -47,7 +49,7 @@ def run(
     examples: Annotated[Output, "Markdown file with examples of what each rule removed"],
     host: Host,
 ) -> None:
-    _check_inputs(config, tokenizer, lists, host)
+    _check_inputs(config, rows, tokenizer, lists, host)
     wanted = [need for rule in config.rules for need in needs(rule)]
     source = open_metadata(rows, config.columns, wanted, config.keep_columns)
     _prepare_lists(config, lists, host.folder / "lists")
@@ -79,8 +81,12 @@ def run(
     sys.stderr.write(f"{result.table()}\n")  # beside the bars
 
 
-def _check_inputs(config: Filter, tokenizer: Path | None, lists: Path | None, host: Host) -> None:
-    """All that rules need besides rows is there, before the long work."""
+def _check_inputs(config: Filter, rows: Path, tokenizer: Path | None, lists: Path | None, host: Host) -> None:
+    """All that rules need besides rows is there, before the long work; no tar of a pool is elsewhere without permission."""
+    if isinstance(config.columns, PoolColumns) and not config.columns.outside_links:
+        for tar in sorted((rows / "tars").glob("*")):
+            if leads_out(rows, tar):
+                raise ConfigError(f"{shown(str(tar))}: a link leads outside of the pool; {REMEDY}")
     for rule in config.rules:
         if isinstance(rule, Downloaded | ImageRule) and not isinstance(config.columns, PoolColumns):
             raise ConfigError(f"rule {rule.name} looks at a pool: it needs columns: {{name: pool}}, after the download")

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from sifting import removed, section, selected, sift, write_pool
 
+from vtp.config import ConfigError
 from vtp.curation.filter.engine import FilterError
 from vtp.curation.filter.image_rules import _ImageLocation, read_image
 from vtp.curation.ingest.compose import Composer, EmbeddedConfig
@@ -112,14 +113,15 @@ def test_places_stay_within_the_pool(pool, tmp_path):
         {"tar": "tars/0.tar\0"},
         {"tar": "../pool/tars/0.tar"},
         {"tar": "tars"},
-        {"tar": "tars/link.tar"},
+        {"tar": "more/link.tar"},
     ],
 )
 def test_rows_that_lead_nowhere_are_counted(tmp_path, change):
     folder = write_pool(tmp_path / "pool", [(f"k{n}", "a", encoded(picture(n))) for n in range(4)])
     (folder / "tars" / "0.tar").rename(tmp_path / "away.tar")
     (folder / "tars" / "0.tar").write_bytes((tmp_path / "away.tar").read_bytes())
-    (folder / "tars" / "link.tar").symlink_to(tmp_path / "away.tar")
+    (folder / "more").mkdir()
+    (folder / "more" / "link.tar").symlink_to(tmp_path / "away.tar")
     table = pq.read_table(folder / "part-00000.parquet")
     rows = table.to_pylist()
     rows[2] |= change
@@ -127,10 +129,18 @@ def test_rows_that_lead_nowhere_are_counted(tmp_path, change):
     done = sift(pool_section(NEAR | {"max_distance": 0}, max_unreadable=0.3), folder, tmp_path)
     assert removed(done)["unreadable_image"] == 1
     assert f"`{rows[2]['key']}`" in (done / "examples").read_text()
-    if change == {"tar": "tars/link.tar"}:
+    if change == {"tar": "more/link.tar"}:
         columns = {"name": "pool", "outside_links": True}
         config = section([NEAR | {"max_distance": 0}], columns=columns, keep_columns=[])
         assert removed(sift(config, folder, tmp_path / "allowed"))["unreadable_image"] == 0
+
+
+def test_a_tar_that_is_elsewhere_is_named_at_the_start(tmp_path):
+    folder = write_pool(tmp_path / "pool", [("k", "a", encoded(picture(0)))])
+    (folder / "tars" / "0.tar").rename(tmp_path / "away.tar")
+    (folder / "tars" / "0.tar").symlink_to(tmp_path / "away.tar")
+    with pytest.raises(ConfigError, match=r"0.tar: a link leads outside of the pool; .*`outside_links: true`"):
+        sift(pool_section(NEAR), folder, tmp_path)
 
 
 def test_columns_of_places_may_be_of_any_type(tmp_path):
