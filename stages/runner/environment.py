@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from vtp.artefact import write_json
 from vtp.config import Config, ConfigError
@@ -57,6 +57,10 @@ def explain(error: OSError) -> str:
     return f"{place}: {error.strerror or error}"
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 class Interrupted(Exception):
     """The stage has saved and stops because it was asked to."""
 
@@ -85,6 +89,9 @@ class Runtime(Config):
     cache_gigabytes: float = Field(100, gt=0, description="largest size of that folder")
     download_store: str | None = Field(None, description="folder of all that was ever downloaded; .scratch/download/")
     weights: str | None = Field(None, description="folder of external weights; weights/")
+    sinks: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_names)] = Field(
+        (), description="where curves are shown while a run goes on, separated by commas"
+    )
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Self:
@@ -140,7 +147,12 @@ class Runtime(Config):
     @property
     def cores(self) -> int:
         """Processes for work outside of torch."""
-        return len(os.sched_getaffinity(0)) if self.processes is None else self.processes
+        return cores_here() if self.processes is None else self.processes
+
+
+def cores_here() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 class LocalHost:

@@ -7,8 +7,10 @@ comment changes no digest; a changed formula changes those of the stages that ca
 import ast
 import fcntl
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from vtp.artefact import ArtefactError, read_json, remembered, write_json
 
@@ -23,6 +25,11 @@ LEFT_OUT = (
     "vtp.training.checkpoint",
     "vtp.training.throughput",
 )
+
+
+def fingerprint_of(identity: Mapping[str, Any], code: str) -> str:
+    """The name of a run: of its stage, parameters and digests of inputs (`identity`), and the digest of its code."""
+    return hashlib.sha256(json.dumps([identity, code], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def code_digest(module: str) -> str:

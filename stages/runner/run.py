@@ -7,15 +7,12 @@ inputs, meaning of its code. Equal fingerprints resume or republish; another one
 """
 
 import argparse
-import hashlib
 import inspect
-import json
 import logging
 import os
 import platform
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -23,10 +20,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
+from stages.runner import sinks
 from stages.runner.environment import STOP, Interrupted, LocalHost, Runtime, explain, keep_freed_memory, log_to, tell
-from stages.runner.fingerprint import DIGESTS, code_digest, recall_digests, store_digests
+from stages.runner.fingerprint import DIGESTS, code_digest, fingerprint_of, recall_digests, store_digests
 from stages.runner.launch import RankJob, run_ranks, several
 from stages.runner.scratch import Scratch, prune
+from stages.runner.starts import Start, Starts, device_here
 from vtp.artefact import digest, remove, write_json
 from vtp.config import Config
 from vtp.distributed import StateError
@@ -119,6 +118,7 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
     address, inputs, outputs, provenance = _parse(run, arguments)
     runtime = Runtime.of(os.environ)
     config = load(address, config_class(run))
+    sinks.require(runtime.sinks)
     root = _repository()
     store = root / DIGESTS
     recall_digests(store)
@@ -126,8 +126,7 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
     store_digests(store)
     identity = {"stage": stage, "config": config.model_dump(mode="json"), "inputs": digests}
     code = code_digest(f"stages.{stage}")
-    fingerprint = hashlib.sha256(json.dumps([identity, code], sort_keys=True).encode()).hexdigest()[:16]
-    scratch = Scratch(root / ".scratch" / stage / fingerprint)
+    scratch = Scratch(root / ".scratch" / stage / fingerprint_of(identity, code))
     destinations = outputs | {"provenance": provenance}
     with scratch.locked():
         prune(scratch.root.parent, scratch.root, Path("dvc.lock"))
@@ -140,7 +139,9 @@ def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -
             body = _Body(run, config, inputs, {name: scratch.output(name, path) for name, path in outputs.items()})
             if distributed:  # others allocate little at once, or not by torch
                 keep_freed_memory(runtime)
-            status = _work(body, host, scratch, several=distributed and several(runtime))
+            job = sinks.Job(stage, identity["config"], str(scratch.root), str(root / ".scratch"))
+            with sinks.following(job, runtime.sinks, lock=scratch.lock_descriptor):
+                status = _work(body, host, scratch, distributed=distributed)
             if status:
                 return status
             provenance_path = scratch.output("provenance", provenance)
@@ -171,12 +172,15 @@ class _Body(NamedTuple):
         return all(path.exists() for path in self.outputs.values())
 
 
-def _work(body: _Body, host: LocalHost, scratch: Scratch, *, several: bool) -> int:
+def _work(body: _Body, host: LocalHost, scratch: Scratch, *, distributed: bool) -> int:
     """Run the body here or on several ranks; its exit status. Our own errors are printed without a traceback."""
+    starts = Starts(scratch.root)
+    start = starts.begin()  # before anything else touches the folder: its files tell how long a killed start lived
     scratch.start()
-    _log_start(scratch.root / "run.log")
+    _log_start(scratch.root / "run.log", start)
+    on_ranks = distributed and several(host.runtime)
     try:
-        problem = _run_ranks(body, host, scratch) if several else _run_here(body, host)
+        problem = _run_ranks(body, host, scratch) if on_ranks else _run_here(body, host)
     except Interrupted:
         return INTERRUPTED
     except (ValueError, StateError) as error:
@@ -186,6 +190,7 @@ def _work(body: _Body, host: LocalHost, scratch: Scratch, *, several: bool) -> i
         logging.exception("the stage failed")
         problem = explain(error)
     finally:
+        starts.end(device_here(host.runtime, distributed=distributed))
         logging.info("ended, peak memory %.3g GB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
     if problem is not None:
         tell(f"error: {problem}")
@@ -282,17 +287,8 @@ def _repository() -> Path:
     return code.resolve().parent if code.is_dir() else project
 
 
-def _log_start(path: Path) -> None:
+def _log_start(path: Path, start: Start) -> None:
     """What does not belong to the result: versions, commit, host, time."""
     log_to(path)
     logging.info("started %s", " ".join(sys.argv))
-    logging.info("python %s on %s, commit %s", platform.python_version(), platform.node(), _commit() or "unknown")
-
-
-def _commit() -> str:
-    """That of the working tree; empty where there is no git, or no repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
+    logging.info("python %s on %s, commit %s", platform.python_version(), platform.node(), start.commit or "unknown")

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stages.runner.environment import tell
+from stages.runner.sinks import STATE
+from stages.runner.starts import STARTS
 from vtp.artefact import ArtefactError, files, read_json, remove, sync, write_json
 from vtp.config import ConfigError, read_yaml
 
@@ -54,7 +56,7 @@ class Scratch:
 
     def forget(self) -> None:
         """Drop what earlier starts left, checkpoints too."""
-        for path in (self._finished, self.outputs, self.folder):
+        for path in (self._finished, self.outputs, self.folder, self.root / STATE, self.root / STARTS):
             remove(path)
 
     def start(self) -> None:

@@ -70,8 +70,7 @@ class Throughput:
         """Rates since the last row, over all ranks, as they are also written to the file."""
         seconds = max(1e-9, time.monotonic() - self._since)
         rate = self._steps / seconds
-        row = {"step": float(step)}
-        row |= {f"{name}_images_per_second": count * rate for name, count in self._cost.samples.items() if count}
+        row = {f"{name}_images_per_second": count * rate for name, count in self._cost.samples.items() if count}
         row |= {
             "tokens_per_second": self._cost.tokens * rate,
             "seconds_per_step": 1 / rate if rate else 0.0,
@@ -85,7 +84,7 @@ class Throughput:
         self._waited, self._steps, self._since = 0.0, 0, time.monotonic()
         if ranks().first:
             with self._path.open("w" if self._header else "a", newline="", encoding="utf-8") as file:
-                write_csv(file, [list(row)] if self._header else [])
-                write_csv(file, [[f"{value:.6g}" for value in row.values()]])
+                write_csv(file, [["step", *row]] if self._header else [])
+                write_csv(file, [[step, *(f"{value:.6g}" for value in row.values())]])
         self._header = False
         return row
