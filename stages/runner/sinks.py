@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import select
-import shutil
 import subprocess
 import sys
 import threading
@@ -143,9 +142,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = Path(job.logs, "tensorboard", job.stage, Path(job.scratch).name)
-        if not sent:
-            shutil.rmtree(folder, ignore_errors=True)
-        # What lies behind the last known step was written by a start that was killed before it said so.
+        # What lies behind the last known step was written by a start that was killed before it said so, or forgotten.
         self._writer = SummaryWriter(str(folder), purge_step=sent + 1)
 
     def write(self, row: StepRow) -> None:
@@ -171,7 +168,9 @@ class WeightsAndBiases:
 
         fingerprint = Path(job.scratch).name
         folder = Path(os.environ.get("WANDB_DIR", job.logs), "wandb")
-        folder.mkdir(parents=True, exist_ok=True)  # wandb would silently take another place than one it cannot have
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder.parent, os.W_OK | os.R_OK):  # wandb would silently go to the system's temporary folder
+            raise PermissionError(f"{folder.parent}: cannot be written; make it writable, or set $WANDB_DIR")
         self._run = wandb.init(
             id=fingerprint,
             resume="allow" if sent else None,  # None: what is there under this id is replaced

@@ -329,13 +329,17 @@ def test_wandb_takes_no_other_place_than_the_one_it_was_given(tmp_path, capsys, 
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
     write_curves(tmp_path / "scratch/f1f1", "step,loss\n2,1\n")
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs/wandb").write_text("in the way")
+    (tmp_path / "logs").write_text("in the way")
     feed = Feed("wandb", job_of(tmp_path))
     feed.end()
     assert feed.failures == 1
-    assert "wandb" in capsys.readouterr().err
-    (tmp_path / "logs/wandb").unlink()
+    assert "Not a directory" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *arguments: False)  # root may write everywhere
+        write_curves(tmp_path / "closed/scratch/f1f1", "step,loss\n2,1\n")
+        Feed("wandb", job_of(tmp_path / "closed")).end()
+    assert "logs: cannot be written; make it writable, or set $WANDB_DIR" in capsys.readouterr().err
+    (tmp_path / "logs").unlink()
     feed.end()
     wandb.teardown()  # as at the end of a process: only then its file is whole
     rows, ids = history(tmp_path / "logs")
