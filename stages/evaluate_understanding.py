@@ -18,6 +18,7 @@ from stages.runner.run import Input, Output, main
 from vtp.artefact import ArtefactError, write_json
 from vtp.config import Config, Distinct, number_name
 from vtp.data.dataset import ShardDataset
+from vtp.data.imagenet import is_imagenet
 from vtp.data.remote import ShardCache
 from vtp.data.shards import Manifest
 from vtp.distributed import ranks
@@ -94,7 +95,8 @@ def run(
     table |= probing.neighbours(tables, config.neighbours)
     write_json(metrics, {"understanding": table | {"chance": 1 / len(images.manifest.classes)}})
     _write([row for probes in results for row in probes.rows], curves)
-    host.record(train_samples=len(train.rows), validation_samples=len(validation.rows))
+    counts = {"train_samples": len(train.rows), "validation_samples": len(validation.rows)}
+    host.record(**counts, imagenet=is_imagenet(images.manifest.class_ids))
 
 
 def _labelled(images: ShardDataset, most: int | None = None) -> LabelledSplit:

@@ -120,10 +120,9 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     cost = step_cost(config, objective.adversary)
     length = run_length(config.training.length, samples=config.active.pool, flops=cost.flops)
     _require_reachable(config.monitor.milestones, length.flops)
-    host.record(**length._asdict())
-
     train, validation = (ShardDataset(shards[0], split, cache=ShardCache.of(host)) for split in ("train", "validation"))
     others = [ShardDataset(folder, "train", cache=ShardCache.of(host)) for folder in shards[1:]]
+    host.record(**length._asdict(), data="; ".join(each.manifest.summary("train") for each in (train, *others)))
     stream = Stream([train, *others], config.data.stream, seed=config.seed)
     batches = build_batches(config, stream, rank_slice, colour_later=host.device != "cpu")
     monitor = TokenizerMonitor(objective, train, validation, config.monitor, host=host)

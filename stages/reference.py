@@ -17,6 +17,7 @@ from stages.runner.run import Input, Output, main
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config
 from vtp.data.dataset import ShardDataset
+from vtp.data.imagenet import is_imagenet
 from vtp.data.remote import ShardCache
 from vtp.distributed import own_rows, ranks, total
 from vtp.evaluation.feature_set import FeatureSet
@@ -72,7 +73,9 @@ def run(
     if ranks().first:
         collected = {name: (split.chosen, split.features) for name, split in splits.items()}
         save_reference(reference, collected, features=config.features, image_size=config.image_size)
-    host.record(images=images)
+    data = next(iter(splits.values())).chosen.images.manifest
+    words = "; ".join(data.summary(name) for name in splits)
+    host.record(images=images, data=words, imagenet=is_imagenet(data.class_ids))
 
 
 def _grow(

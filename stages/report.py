@@ -1,39 +1,48 @@
-"""One page on how the run went: per part of the recipe its figures and pictures, and the training curves.
+"""One page on how the run went: what was run, its headline, and per part of the recipe its figures and pictures.
 
 `report.html` needs no other file and no network; `metrics.md` holds all figures under their full names, `overview.png` is
 originals, reconstructions and samples. The headline is what DVC shows of an experiment: the columns of the paper's tables.
+Times, commits and devices are those of the starts of the stages (`stages.runner.starts`): they vary, as measured speeds do.
 """
 
-import base64
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from stages.figures.drawing import curves, stack
-from stages.figures.paper_table import HEAD, TABLE_2, RunFigures, headline_figures, own_row
+from stages.figures.legend import legend_of
+from stages.figures.page import CaptionedPicture, HeadlineFigure, Section, Table, page
+from stages.figures.paper_table import (
+    HEAD,
+    OWN_HEAD,
+    TABLE_2,
+    Conditions,
+    RunFigures,
+    headline_figures,
+    own_names,
+    own_row,
+)
 from stages.figures.tables import flatten, markdown, number
-from stages.runner.run import Input, Output, main
-from vtp.artefact import read_json, write_json
+from stages.runner.run import Input, Inputs, Output, main
+from stages.runner.starts import Start, starts_of
+from vtp.artefact import ArtefactError, read_json, write_json
 from vtp.config import Config
 from vtp.host import Host
-from vtp.texts import in_html
 
 MEASURED = ("pretrain", "understanding", "tune_decoder", "reconstruction", "speed", "train_generator", "generation")
-RECONSTRUCTIONS = ("first", "worst", "median", "best")
+NEEDED = ("pretrain", "reference", "evaluate_understanding")  # whose records say what figures are of
+RECONSTRUCTIONS = {
+    "first": "The first held-out images",
+    "worst": "The images with the largest perceptual distance",
+    "median": "The images around the median of the perceptual distance",
+    "best": "The images with the smallest perceptual distance",
+}
 TABLE_TITLE = "Beside the paper's table 2 (ImageNet 256 x 256, Inception, 50k)"
 OVERVIEW = 434  # pixels of each part of the overview: all reconstructions, and samples of four classes
-STYLE = """
-body { font: 15px/1.4 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse; margin: .5em 0 1em }
-th, td { padding: .15em 1em .15em 0; text-align: left; border-bottom: 1px solid #ddd }
-td + td, th + th { text-align: right }
-figure { margin: 1em 0 }
-figcaption { color: #555 }
-img { max-width: 100% }
-"""
 
 
 class Report(Config):
@@ -42,26 +51,19 @@ class Report(Config):
     title: str = Field(min_length=1, description="heading of the page")
 
 
-class Section(NamedTuple):
-    """A part of the page."""
-
-    heading: str
-    metrics: dict[str, Any]  # nested; numbers, and texts that say what they were measured with
-    pictures: Sequence[Path]
-    rows: Sequence[Sequence[str | float | None]] = ()  # of a table, the head first
-
-
 def run(
     config: Report,
     *,
     metrics: Annotated[Input, "folder of the JSON files of the stages before"],
     plots: Annotated[Input, "folder of their curves and pictures"],
+    records: Annotated[Inputs, "their provenances"],
     report: Annotated[Output, "folder for the page, its pictures and tables"],
     headline: Annotated[Output, "JSON file for the figures that `dvc metrics` compares"],
     host: Host,
 ) -> None:
     measured = {name: read_json(metrics / f"{name}.json") for name in MEASURED}
     latents = {"latents": measured["reconstruction"].pop("latents")}
+    of_stages = _records(records)
     report.mkdir()
     tables = {"pretrain": "pretrain", "decoder": "tune_decoder", "generator": "train_generator"}
     curves({name: _columns(plots / f"{file}.csv") for name, file in tables.items()}, report / "curves.png")
@@ -71,88 +73,205 @@ def run(
         understanding=measured["understanding"]["understanding"],
         generator=measured["train_generator"]["train_generator"],
         generation=measured["generation"]["generation"],
+        conditions=Conditions.of(of_stages),
     )
-    shown = [plots / "reconstructions" / f"{name}.png" for name in RECONSTRUCTIONS]
+    reconstructions = plots / "reconstructions"
+    shown = [
+        CaptionedPicture(reconstructions / f"{name}.png", f"{words}, over what each decoder makes of their latents")
+        for name, words in RECONSTRUCTIONS.items()
+    ]
+    drawn = sorted((plots / "samples").glob("*.png"))
+    settings = of_stages.get("generate", {}).get("config", {}).get("settings", {})
     sections = [
-        Section("Pre-training", measured["pretrain"], [plots / "pretrain.png"]),
-        Section("Understanding", measured["understanding"], []),
-        Section("Decoder tuning", measured["tune_decoder"], [plots / "tune_decoder.png"]),
+        Section(
+            "Pre-training",
+            measured["pretrain"],
+            [
+                CaptionedPicture(
+                    plots / "pretrain.png", "Held-out images, over their reconstructions at every evaluation"
+                )
+            ],
+        ),
+        Section("Understanding", measured["understanding"]),
+        Section(
+            "Decoder tuning",
+            measured["tune_decoder"],
+            [
+                CaptionedPicture(
+                    plots / "tune_decoder.png",
+                    "Held-out images, over the reconstructions of the decoder as it was pre-trained, and of the tuned one "
+                    "at every evaluation",
+                )
+            ],
+        ),
         Section("Reconstruction", measured["reconstruction"], shown),
-        Section("Latents", latents, [plots / "latents" / "latents.png"]),
-        Section("Speed", measured["speed"], []),
-        Section("Training of the generator", measured["train_generator"], [plots / "train_generator.png"]),
-        Section("Generation", measured["generation"], sorted((plots / "samples").glob("*.png"))),
-        Section(TABLE_TITLE, {}, [], [HEAD, own_row(figures), *TABLE_2]),
-        Section("Curves", {}, [report / "curves.png"]),
+        Section(
+            "Latents",
+            latents,
+            [
+                CaptionedPicture(
+                    plots / "latents" / "latents.png",
+                    "Mean and deviation of every channel; share of the variance by principal component; power by spatial "
+                    "frequency; what noise on the latents leaves of the PSNR",
+                )
+            ],
+        ),
+        Section("Speed", measured["speed"]),
+        Section(
+            "Training of the generator",
+            measured["train_generator"],
+            [CaptionedPicture(plots / "train_generator.png", "Samples of the same noise at every evaluation")],
+        ),
+        Section(
+            "Generation",
+            measured["generation"],
+            [CaptionedPicture(path, _of_samples(path.stem, settings)) for path in drawn],
+        ),
+        Section(
+            TABLE_TITLE,
+            tables=[Table(HEAD, [own_row(figures), *TABLE_2]), Table(OWN_HEAD, own_names(figures), words=True)],
+            notes=[
+                "The row of this run has what was measured as the column's figures were. All else stands below the table "
+                "under its own name, with what differs; it must not be compared with the column."
+            ],
+        ),
+        Section(
+            "Curves",
+            pictures=[
+                CaptionedPicture(
+                    report / "curves.png",
+                    "Scalars of the trainings over their steps, each a mean since the one before; dashed: what a model that "
+                    "knows nothing would score, or the decoder as it came",
+                )
+            ],
+        ),
     ]
     everything = {name: values for section in sections for name, values in section.metrics.items()}
     rows = [[name, number(value)] for name, value in flatten(everything).items()]
     (report / "metrics.md").write_text(markdown(["metric", "value"], rows), encoding="utf-8")
-    (report / "report.html").write_text(_page(config.title, sections), encoding="utf-8")
+    scratch = host.folder.parents[2]  # of all stages: this is <stage>/<fingerprint>/folder in it
+    opening = [_what_was_run(list(of_stages.values()), scratch), _legend(everything)]
+    (report / "report.html").write_text(
+        page(config.title, opening, _headline(figures, decoders), sections), encoding="utf-8"
+    )
     sampled = next(filter(None, reversed(figures.best)), None)  # guided, where a setting is
-    drawn = [] if sampled is None else [plots / "samples" / f"{sampled.setting}.png"]
-    stack([plots / "reconstructions" / "first.png", *drawn], report / "overview.png", tallest=OVERVIEW)
+    beside = [] if sampled is None else [plots / "samples" / f"{sampled.setting}.png"]
+    stack([plots / "reconstructions" / "first.png", *beside], report / "overview.png", tallest=OVERVIEW)
     flops = {"pretrain_flops": measured["pretrain"]["pretrain"]["flops"]}
     write_json(headline, flops | headline_figures(figures))
+
+
+def _records(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Provenances by stage. Raises ArtefactError when one is none, or one is missing."""
+    records = {}
+    for path in paths:
+        record = read_json(path)
+        if not {"stage", "config", "inputs", "code", "facts"} <= record.keys():
+            raise ArtefactError(f"--records {path}: no provenance of a stage; name files that --provenance wrote")
+        records[record["stage"]] = record
+    if missing := [name for name in NEEDED if name not in records]:
+        raise ArtefactError(
+            f"--records: no provenance of the stage {missing[0]}; add work/provenance/{missing[0]}.json"
+        )
+    return records
+
+
+def _what_was_run(records: Sequence[Mapping[str, Any]], scratch: Path) -> Section:
+    """Data, commits, times and devices."""
+    rows, total = [], 0.0
+    for record in records:
+        starts = starts_of(record, scratch)
+        total += sum(start.seconds or 0.0 for start in starts)
+        rows.append((record["stage"], *_of_starts(starts)))
+    data = [f"{words}: {record['facts']['data']}." for words, record in _data(records) if "data" in record["facts"]]
+    unknown = sum(row[1] is None for row in rows)
+    missing = f" Of {unknown} stages it is not known here: their outputs were made elsewhere." if unknown else ""
+    time = f"Time of the {len(rows)} stages below: {_duration(total)}.{missing}"
+    head = ("stage", "commit", "began (UTC)", "time", "starts", "device")
+    return Section("What was run", tables=[Table(head, rows, words=True)], notes=[*data, time])
+
+
+def _data(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    words = {"pretrain": "Pre-trained on", "reference": "Compared with"}
+    return [(words[record["stage"]], record) for record in records if record["stage"] in words]
+
+
+def _of_starts(starts: Sequence[Start]) -> tuple[str | None, ...]:
+    """Cells of a stage's row; all empty where its starts are not known."""
+    if not starts:
+        return (None,) * 5
+    began = datetime.fromtimestamp(starts[0].began, UTC).strftime("%Y-%m-%d %H:%M")
+    seconds = sum(start.seconds or 0.0 for start in starts)
+    commits = ", ".join(dict.fromkeys(start.commit for start in starts))
+    devices = ", ".join(dict.fromkeys(start.device for start in starts if start.device))
+    return commits, began, _duration(seconds), str(len(starts)), devices
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds; milliseconds are noise."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _headline(run: RunFigures, decoders: Mapping[str, Mapping[str, float]]) -> list[HeadlineFigure]:
+    """Six figures under their full names."""
+    plain, guided = run.best
+    before = next(iter(decoders.values())) if len(decoders) > 1 else {}
+    rfid = next((name for name in run.reconstruction if name.startswith("rfid_")), "")
+    baseline = next((v for name, v in run.generation.get("noise", {}).items() if name.startswith("gfid_")), None)
+    understood = [("Zero-shot accuracy", "zero_shot_top1_squash"), ("Linear probe", "linear_probe_multi")]
+    figures = [_figure(*named, run.understanding, "chance", run.understanding.get("chance")) for named in understood]
+    for label, name in (("PSNR in dB", "psnr"), ("Reconstruction: rFID", rfid)):
+        figures.append(_figure(label, name, run.reconstruction, "before decoder tuning", before.get(name)))
+    for label, sampled in (("Generation: gFID", plain), ("Generation, guided: gFID", guided)):
+        name, own = (f"gfid_{sampled.end}", run.generation[sampled.setting]) if sampled else ("", {})
+        figures.append(_figure(label, name, own, "noise through the decoder", baseline))
+    return figures
+
+
+def _figure(label: str, name: str, values: Mapping[str, float], words: str, beside: float | None) -> HeadlineFigure:
+    if name not in values:
+        return HeadlineFigure(label, "", None)
+    return HeadlineFigure(label, name, values[name], "" if beside is None else f"{words}: {number(beside)}")
+
+
+def _legend(everything: Mapping[str, Any]) -> Section:
+    """What the names on the page mean."""
+    names = dict.fromkeys(name for name in _leaves(everything))
+    meanings = legend_of(names)
+    described = dict.fromkeys(meaning for meaning in meanings.values() if meaning is not None)
+    rows = [
+        (", ".join(name for name in names if meanings[name] == each), each.what, each.better, each.unit, each.source)
+        for each in described
+    ]
+    rows += [(name, "not described", "-", "-", "-") for name in names if meanings[name] is None]
+    return Section(
+        "What the names mean", tables=[Table(("name", "what it is", "better", "unit", "source"), rows, words=True)]
+    )
+
+
+def _leaves(values: Mapping[str, Any]) -> list[str]:
+    """Last parts of the names of nested metrics."""
+    return [
+        leaf for name, value in values.items() for leaf in (_leaves(value) if isinstance(value, Mapping) else [name])
+    ]
+
+
+def _of_samples(name: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The caption of a picture of samples."""
+    if name == "guidance":
+        return "Figures of the samples over the scale of guidance"
+    if name == "noise":
+        return "noise: Gaussian noise with the statistics of the latents, through the decoder; no generator has a part in it"
+    if (sampler := settings.get(name)) is None:
+        return f"{name}: samples, a row per class"
+    steps = f"{sampler['solver']}, {sampler['steps']} steps, guidance scale {sampler['guidance_scale']:g}"
+    return f"{name}: samples, a row per class ({steps})"
 
 
 def _columns(path: Path) -> dict[str, list[float]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]} if rows else {}
-
-
-def _page(title: str, sections: Sequence[Section]) -> str:
-    heading = in_html(title)
-    body = "".join(
-        f"<h2>{in_html(section.heading)}</h2>"
-        + "".join(_tables(values, name) for name, values in section.metrics.items())
-        + _rows(section.rows)
-        + "".join(map(_figure, section.pictures))
-        for section in sections
-    )
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>{heading}</title><style>{STYLE}</style><h1>{heading}</h1>{body}\n'
-    )
-
-
-def _tables(values: dict[str, Any], name: str) -> str:
-    """Figures under `name`; records with the same kind of figures stand beside each other, in columns."""
-    nested = {key: value for key, value in values.items() if isinstance(value, dict)}
-    plain = {key: value for key, value in values.items() if key not in nested}
-    shown = _table(name, {"": plain}) if plain else ""
-    beside = {key: value for key, value in nested.items() if not any(isinstance(v, dict) for v in value.values())}
-    if beside:
-        shown += _table(name, beside)
-    return shown + "".join(_tables(value, f"{name}.{key}") for key, value in nested.items() if key not in beside)
-
-
-def _table(name: str, columns: dict[str, dict[str, Any]]) -> str:
-    rows = dict.fromkeys(row for column in columns.values() for row in column)
-    head = "".join(f"<th>{in_html(column)}" for column in (name, *columns))
-    body = "".join(
-        f"<tr><td>{in_html(row)}" + "".join(f"<td>{_cell(column, row)}" for column in columns.values()) for row in rows
-    )
-    return f"<table><tr>{head}{body}</table>"
-
-
-def _rows(rows: Sequence[Sequence[str | float | None]]) -> str:
-    """A table as it is given, its head first."""
-    if not rows:
-        return ""
-    head, *body = [[in_html(number(value)) for value in row] for row in rows]
-    lines = "".join("<tr><td>" + "<td>".join(row) for row in body)
-    return f"<table><tr><th>{'<th>'.join(head)}{lines}</table>"
-
-
-def _cell(column: dict[str, Any], row: str) -> str:
-    return in_html(number(column[row])) if row in column else ""
-
-
-def _figure(path: Path) -> str:
-    name = in_html(path.stem)
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import json
 import math
+import re
 import shlex
 from contextlib import nullcontext
 from importlib import import_module
-from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from stages.check import stage_config
 from stages.runner.environment import LocalHost, Runtime
 from stages.runner.run import path_flags
 from vtp import LightningDiT, load_tokenizer
+from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.latents import LatentDataset
 
@@ -60,7 +61,8 @@ def results(tmp_path_factory):
             run = import_module(f"stages.{name}").run
             paths = paths_of(name, root)
             inputs = {flag: paths[flag] for flag in path_flags(run, "input") if flag in paths}
-            inputs |= {flag: [inputs[flag]] for flag in path_flags(run, "several")}
+            several = path_flags(run, "several")
+            inputs |= {flag: [inputs[flag]] for flag in several if not isinstance(inputs[flag], list)}
             # Outputs that the recipe does not ask for are made too.
             outputs = {flag: paths.get(flag, root / name / flag) for flag in path_flags(run, "output")}
             for path in outputs.values():
@@ -68,13 +70,21 @@ def results(tmp_path_factory):
             host = QuietHost(root / "scratch" / name / "folder", root, Runtime())
             host.folder.mkdir(parents=True)
             run(configs[name], **inputs, **outputs, host=host)
+            record = {"stage": name, "config": configs[name].model_dump(mode="json"), "inputs": {}, "code": ""}
+            write_json(paths["provenance"], record | {"facts": host.recorded()})
     return root, configs, reads
 
 
 def paths_of(stage, root):
-    """Paths of the root's dvc.yaml by flag, in a folder of ours."""
+    """Paths of the root's dvc.yaml by flag, in a folder of ours; of a flag with several a list."""
     _, _, _, _, *words = shlex.split(STAGES[stage]["cmd"])
-    return {flag[2:].replace("-", "_"): root / path for flag, path in pairwise(words) if flag.startswith("--")}
+    paths = {}
+    for word in words:
+        if word.startswith("--"):
+            paths[word[2:].replace("-", "_")] = given = []
+        else:
+            given.append(root / word)
+    return {flag: given[0] if len(given) == 1 else given for flag, given in paths.items()}
 
 
 def fields(config):
@@ -178,8 +188,37 @@ def test_report_stands_alone(results):
     assert page.count("data:image/png;base64,") == 12
     assert "http" not in page
     assert "gfid_random-vgg16_24_cfg2_balanced" in page
-    own = "this run (random-vgg16, 24 samples); unguided; guided: guided"
-    assert page.index(own) < page.index("<td>VTP-L<td>0.36<td>78.2<td>85.7<td>675M<td>600<td>1.85")
+    parts = ['<h2 id="what-was-run">', 'class="figures"', "Contents", "What the names mean", "Pre-training</h2>"]
+    assert sorted(parts, key=page.index) == parts
+    assert "Pre-trained on: openmoji (train): 64 pictures of 6 classes, 16 px." in page
+    assert page.count("<b>") == 6
+    assert "not described" not in page
+    assert "not measured" not in page
+    for anchor in re.findall(r'href="#([^"]+)"', page):
+        assert f'id="{anchor}"' in page
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert len(set(captions)) == 12
+    assert all(len(caption.split()) > 5 for caption in captions), captions
+    assert "guided: samples, a row per class (euler, 2 steps, guidance scale 2)" in captions
+
+
+def test_nothing_of_the_drawings_stands_in_the_papers_columns(results):
+    """Random features, held-out probes and other data are shown under their own names."""
+    root, *_ = results
+    page = (root / "work/report" / "report.html").read_text()
+    table, others = page[
+        page.index("Beside the paper&#x27;s table 2 (ImageNet 256 x 256, Inception, 50k)</h2>") :
+    ].split("</table>")[:2]
+    assert re.search(r"<td>this run(<td>-){3}<td>[^-<]+<td>2(<td>-){8}<tr><td>REPA<td>0.61", table), table
+    assert "<tr><td>VTP-L<td>0.36<td>78.2<td>85.7<td>675M<td>600<td>1.85" in table
+    for name in ("rfid_random-vgg16_32", "zero_shot_top1_squash", "gfid_random-vgg16_24_cfg2_balanced"):
+        assert f"<td>{name}<td>" in others
+    assert re.search(r"<td>linear probe<td>linear_probe_multi<td>[\d.]+<td>not on ImageNet; .*held-out", others)
+    assert "not on ImageNet; 16 px; features of random-vgg16, not of Inception; 24 images, not 50k" in others
+
+
+def test_the_overview_and_the_list_of_figures(results):
+    root, *_ = results
     overview = Image.open(root / "work/report/overview.png")
     parts = [Image.open(root / "plots" / name) for name in ("reconstructions/first.png", "samples/guided.png")]
     assert overview.width == max(part.width for part in parts)

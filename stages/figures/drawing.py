@@ -83,7 +83,10 @@ def curves(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
         for axis, (run, name) in zip(every, scalars, strict=True):
             table = tables[run]
             points = [point for point in zip(table["step"], table[name], strict=True) if math.isfinite(point[1])]
-            axis.plot(*zip(*points, strict=True), linewidth=1.2)  # an evaluation leaves gaps between its points
+            # An evaluation leaves gaps between its points; a line of one point would be invisible.
+            axis.plot(*zip(*points, strict=True), linewidth=1.2, marker="o" if len(points) == 1 else None)
+            if not points:
+                axis.text(0.5, 0.5, "no finite value", ha="center", va="center", transform=axis.transAxes)
             if (reference := table.get(name + UNINFORMED)) is not None:
                 axis.axhline(reference[-1], linestyle="--", linewidth=0.8, color="grey")
             axis.set_title(f"{run}: {name}", fontsize=9)

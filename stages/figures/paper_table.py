@@ -1,11 +1,16 @@
-"""Table 2 of the paper, generation on ImageNet at 256 x 256, and the row of a run beside it."""
+"""Table 2 of the paper, generation on ImageNet at 256 x 256, and what of a run compares with it.
+
+A figure stands in a column of the table when it was measured as the column's figures were; every other one is shown under
+its own name, with what differs.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+RFID = re.compile(r"rfid_(?P<features>.+)_(?P<number>\d+k?)")
 FIGURE = re.compile(r"gfid_(?P<end>(?P<features>.+)_(?P<count>\d+)(?P<thousand>k?)_(?P<guidance>[^_]+)_[^_]+)")
-REAL = re.compile(r"_vs\d+k?(?=_)")  # of how many real images a figure's name tells, where it depends on them
+REAL = re.compile(r"_vs(\d+k?)(?=_)")  # of how many real images a figure's name tells, where it depends on them
 HEAD = (
     "method",
     "rFID",
@@ -18,11 +23,10 @@ HEAD = (
     "precision",
     "recall",
     "guided: gFID",
-    "IS",
-    "precision",
-    "recall",
+    "guided: IS",
+    "guided: precision",
+    "guided: recall",
 )
-OTHERS = ("is", "precision", "recall")  # beside gFID
 # FID of 50,000 samples in Inception's features; accuracies in %. None: not reported.
 TABLE_2: list[tuple[str | float | None, ...]] = [
     ("REPA", 0.61, None, None, "675M", 80, 7.90, 122.6, 0.70, 0.65, None, None, None, None),
@@ -45,6 +49,13 @@ TABLE_2: list[tuple[str | float | None, ...]] = [
 ]
 
 
+OWN_HEAD = ("column of the table", "in this run", "value", "what differs from the table")
+GENERATION = {"gfid": "gFID", "is": "IS", "precision": "precision", "recall": "recall"}  # columns by kinds of figures
+SIDE, IMAGES, TRAIN_IMAGES = 256, "50k", 1_281_167  # pixels, images of a Fréchet distance, ImageNet's training images
+REAL_IMAGES = "10k"  # those of ADM's batch, which precision and recall look at
+NOT_IMAGENET = "not on ImageNet"
+
+
 class Sampled(NamedTuple):
     """The figures of one setting, of its largest number of samples."""
 
@@ -54,7 +65,28 @@ class Sampled(NamedTuple):
     number: str
     guidance: str
     gfid: float
-    others: tuple[float | None, ...]  # of OTHERS
+
+
+class Conditions(NamedTuple):
+    """How a run was measured, as the provenance of its stages says."""
+
+    imagenet: bool  # the images of rFID and gFID
+    image_size: int  # pixels, of these
+    probed_imagenet: bool  # the images of zero-shot and probes
+    validation_samples: int  # of these
+    understanding: Mapping[str, Any]  # parameters of the stage
+
+    @classmethod
+    def of(cls, records: Mapping[str, Mapping[str, Any]]) -> "Conditions":
+        """From provenances by stage, `reference` and `evaluate_understanding`; what they do not say is not ImageNet."""
+        reference, understanding = records["reference"], records["evaluate_understanding"]
+        return cls(
+            bool(reference["facts"].get("imagenet")),
+            int(reference["config"]["image_size"]),
+            bool(understanding["facts"].get("imagenet")),
+            int(understanding["facts"].get("validation_samples", 0)),
+            understanding["config"],
+        )
 
 
 class RunFigures(NamedTuple):
@@ -64,6 +96,7 @@ class RunFigures(NamedTuple):
     understanding: Mapping[str, float]
     generator: Mapping[str, float]
     generation: Mapping[str, Mapping[str, float]]  # by setting
+    conditions: Conditions
 
     @property
     def best(self) -> tuple["Sampled | None", "Sampled | None"]:
@@ -73,6 +106,15 @@ class RunFigures(NamedTuple):
         return plain, min((s for s in every if s.guidance != "unguided"), key=lambda s: s.gfid, default=None)
 
 
+class ColumnFigure(NamedTuple):
+    """A figure of the run beside a column of the table."""
+
+    column: str
+    name: str
+    value: float
+    differs: Sequence[str]  # from what the column's figures are; empty: it stands there
+
+
 def headline_figures(run: RunFigures) -> dict[str, float]:
     """The columns of the paper's tables under their full names: each says what was measured."""
     accuracies = ("zero_shot_top1_squash", "linear_probe_bottleneck", "linear_probe_multi")
@@ -80,35 +122,112 @@ def headline_figures(run: RunFigures) -> dict[str, float]:
     figures |= {name: v for name, v in run.reconstruction.items() if name == "psnr" or name.startswith("rfid_")}
     for sampled in filter(None, run.best):
         own = run.generation[sampled.setting]
-        wanted = [f"{name}_{sampled.end}" for name in ("gfid", *OTHERS)]
-        figures |= {name: value for name, value in own.items() if REAL.sub("", name) in wanted}
+        figures |= {name: own[name] for name in _names(own, sampled.end).values()}
     return figures
 
 
-def own_row(run: RunFigures) -> tuple[str | float | None, ...]:
-    """The run in the columns of `HEAD`: its best setting without guidance, and with. Its name says what was measured."""
-    plain, guided = run.best
-    some = plain or guided
-    measured = f" ({some.features}, {some.number} samples)" if some else ""
-    names = (f"; {plain.setting}" if plain else "") + (f"; guided: {guided.setting}" if guided else "")
-    accuracy = [
-        100 * run.understanding[name] if name in run.understanding else None
-        for name in ("zero_shot_top1_squash", "linear_probe_multi")
+def entries(run: RunFigures) -> list[ColumnFigure]:
+    """Every figure of the run that is of a column's kind."""
+    conditions = run.conditions
+    found = [
+        ColumnFigure("rFID", name, value, _of_images(conditions, match["features"], match["number"]))
+        for name, value in run.reconstruction.items()
+        if (match := RFID.fullmatch(name))
     ]
-    rfid = next((v for name, v in run.reconstruction.items() if name.startswith("rfid_")), None)
-    return (
-        f"this run{measured}{names}",
-        rfid,
-        *accuracy,
-        f"{run.generator['parameters'] / 1e6:.3g}M",
-        run.generator["epochs"],
-        *_cells(plain),
-        *_cells(guided),
-    )
+    understood = {"zero_shot_top1_squash": ("zero-shot", _of_zero_shot(conditions))}
+    understood |= {f"linear_probe_{name}": ("linear probe", _of_probe(conditions, name)) for name in PROBES}
+    found += [
+        ColumnFigure(column, name, run.understanding[name], differs)
+        for name, (column, differs) in understood.items()
+        if name in run.understanding
+    ]
+    for sampled, prefix in zip(run.best, ("", "guided: "), strict=True):
+        if sampled is not None:
+            differs = _of_images(conditions, sampled.features, sampled.number)
+            own = run.generation[sampled.setting]
+            found += [
+                ColumnFigure(f"{prefix}{GENERATION[kind]}", name, own[name], [*differs, *_of_real(name)])
+                for kind, name in _names(own, sampled.end).items()
+            ]
+    return found
 
 
-def _cells(sampled: Sampled | None) -> tuple[float | None, ...]:
-    return (None,) * 4 if sampled is None else (sampled.gfid, *sampled.others)
+def own_row(run: RunFigures) -> tuple[str | float | None, ...]:
+    """The run in the columns of `HEAD`: what compares with them, of its best setting without guidance, and with."""
+    stands = {entry.column: entry for entry in entries(run) if not entry.differs}
+    of_shares = ("zero-shot", "linear probe")
+    cells: dict[str, str | float] = {
+        column: 100 * entry.value if column in of_shares else entry.value for column, entry in stands.items()
+    }
+    cells["parameters"] = f"{run.generator['parameters'] / 1e6:.3g}M"
+    cells["epochs"] = run.generator["epochs"]
+    settings = [
+        f"{words}{sampled.setting}"
+        for words, sampled in zip(("", "guided: "), run.best, strict=True)
+        if sampled is not None and f"{words}gFID" in stands
+    ]
+    return ("; ".join(["this run", *settings]), *(cells.get(column) for column in HEAD[1:]))
+
+
+def own_names(run: RunFigures) -> list[tuple[str | float, ...]]:
+    """Rows under `OWN_HEAD`: figures that do not compare with their column, under their own names."""
+    return [(e.column, e.name, e.value, "; ".join(e.differs)) for e in entries(run) if e.differs]
+
+
+def _names(figures: Mapping[str, float], end: str) -> dict[str, str]:
+    """Names of a setting's figures by their kind."""
+    plain = {REAL.sub("", name): name for name in figures}
+    return {kind: plain[f"{kind}_{end}"] for kind in GENERATION if f"{kind}_{end}" in plain}
+
+
+def _of_real(name: str) -> list[str]:
+    """What differs in the number of real images."""
+    count = REAL.search(name)
+    return [f"beside {count[1]} real images, not {REAL_IMAGES}"] if count and count[1] != REAL_IMAGES else []
+
+
+def _of_images(conditions: Conditions, features: str, count: str) -> list[str]:
+    """What differs in a figure of images' features."""
+    said = {
+        NOT_IMAGENET: conditions.imagenet,
+        f"{conditions.image_size} px": conditions.image_size == SIDE,
+        f"features of {features}, not of Inception": features == "inception",
+        f"{count} images, not {IMAGES}": count == IMAGES,
+    }
+    return [words for words, same in said.items() if not same]
+
+
+def _of_zero_shot(conditions: Conditions) -> list[str]:
+    said = _of_validation(conditions) | {
+        "other prompts than CLIP's 80": conditions.understanding["prompts"]["name"] == "openai"
+    }
+    return [words for words, same in said.items() if not same]
+
+
+PROBES = {  # by the end of a name: what it is that the table's is not
+    "multi_best_on_val": None,
+    "multi": "chosen on held-out training images, the table's on the validation images that it reports",
+    "bottleneck": "of the mean latent, the table's of class tokens of the last blocks",
+}
+
+
+def _of_probe(conditions: Conditions, name: str) -> list[str]:
+    config = conditions.understanding
+    probes = config["probes"]
+    view = (probes["resize"], probes["size"])
+    said = _of_validation(conditions) | {
+        str(PROBES[name]): PROBES[name] is None,
+        f"images of {view[1]} px, not 224": view == (256, 224),
+        "no random crops in training": probes["augment"] is not None,
+        f"{config['train_samples']:,} training images or fewer": config["train_samples"] >= TRAIN_IMAGES,
+        f"class tokens of {probes['blocks']} blocks, not [1, 4]": probes["blocks"] == [1, 4],
+    }
+    return [words for words, same in said.items() if not same]
+
+
+def _of_validation(conditions: Conditions) -> dict[str, bool]:
+    count = conditions.validation_samples
+    return {NOT_IMAGENET: conditions.probed_imagenet, f"{count:,} images, not 50,000": count == 50_000}
 
 
 def _sampled(setting: str, figures: Mapping[str, float]) -> Sampled | None:
@@ -117,9 +236,5 @@ def _sampled(setting: str, figures: Mapping[str, float]) -> Sampled | None:
     if not matches:
         return None
     largest = max(matches, key=lambda match: int(match["count"]) * (1000 if match["thousand"] else 1))
-    named = {REAL.sub("", name): value for name, value in figures.items()}
-    others = tuple(named.get(f"{name}_{largest['end']}") for name in OTHERS)
     count = largest["count"] + largest["thousand"]
-    return Sampled(
-        setting, largest["end"], largest["features"], count, largest["guidance"], figures[largest[0]], others
-    )
+    return Sampled(setting, largest["end"], largest["features"], count, largest["guidance"], figures[largest[0]])

@@ -1,15 +1,34 @@
 """How the page lays out figures and pictures."""
 
+import json
 import re
+import time
+from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import ROOT
 
-from stages.figures.drawing import Panel, panels
-from stages.figures.paper_table import HEAD, TABLE_2, RunFigures, headline_figures, own_row
-from stages.figures.tables import markdown
-from stages.report import Section, _page, flatten
+from stages.figures.drawing import Panel, curves, panels
+from stages.figures.legend import LEGEND, legend_of
+from stages.figures.page import CaptionedPicture, HeadlineFigure, Section, Table, page
+from stages.figures.paper_table import (
+    HEAD,
+    TABLE_2,
+    Conditions,
+    RunFigures,
+    headline_figures,
+    own_names,
+    own_row,
+)
+from stages.figures.tables import flatten, markdown
+from stages.report import _records, _what_was_run
+from stages.runner.fingerprint import fingerprint_of
+from stages.runner.starts import STARTS, Starts, read_starts
+from vtp.artefact import ArtefactError, write_json
+from vtp.config import read_yaml
 from vtp.inference.grid import grid
 
 FIGURES = [("gfid", "", 2.6), ("is", "", 197.0), ("precision", "_vs10k", 0.79), ("recall", "_vs10k", 0.62)]
@@ -21,19 +40,20 @@ METRICS = {
 
 
 def test_records_of_one_kind_stand_beside_each_other():
-    page = _page("A & B", [Section("Reconstruction", {"reconstruction": METRICS}, [])])
-    assert "<h1>A &amp; B</h1><h2>Reconstruction</h2>" in page
-    assert "<tr><th>reconstruction<th><tr><td>device<td>cpu<tr><td>plain<td>3</table>" in page
-    assert "<th>reconstruction.at_one_protocol<th>pretrained<th>tuned" in page
-    assert "<tr><td>psnr<td>20.12<td>2.500e+07<tr><td>only_here<td>1<td></table>" in page
-    assert page.count("<table>") == 2
+    text = page("A & B", [Section("What")], [], [Section("Reconstruction", {"reconstruction": METRICS})])
+    assert "<h1>A &amp; B</h1>" in text
+    assert "<tr><th>reconstruction<th><tr><td>device<td>cpu<tr><td>plain<td>3</table>" in text
+    assert "<th>reconstruction.at_one_protocol<th>pretrained<th>tuned" in text
+    assert "<tr><td>psnr<td>20.12<td>2.500e+07<tr><td>only_here<td>1<td></table>" in text
+    assert text.count("<table>") == 2
 
 
 def test_names_are_plain_text_on_the_page_and_in_tables():
     name = "<script>alert(1)</script>|`x`\x1b[31m\u202e\n"
-    page = _page(name, [Section(name, {name: {name: 1.0, "nested": {name: {name: name}}}}, [])])
-    assert "<script>" not in page
-    assert not set(page) & set("\x1b\u202e")
+    sections = [Section(name, {name: {name: 1.0, "nested": {name: {name: name}}}}, notes=[name])]
+    text = page(name, sections, [HeadlineFigure(name, name, 1.0, name)], sections)
+    assert "<script>" not in text
+    assert not set(text) & set("\x1b\u202e")
     table = markdown([name, "value"], [[name, "1"]])
     assert table.count("\n") == 3
     assert "<" not in table
@@ -75,35 +95,253 @@ def test_panels_are_the_same_bytes_again(tmp_path):
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
 
 
+def ink(path, column=0):
+    """Share of pixels in the colour of the first curve, in a column of panels of equal width."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return float((np.abs(pixels - (31, 119, 180)).sum(-1) < 60).mean())
+
+
+def test_a_curve_of_one_point_is_seen(tmp_path):
+    nan = float("nan")
+    drawn = {"one": [3.0], "gaps": [nan, 2.0, nan], "none": [nan, nan], "line": [1.0, 2.0]}
+    for name, values in drawn.items():
+        curves({"run": {"step": [10.0 * k for k in range(len(values))], "loss": values}}, tmp_path / f"{name}.png")
+    assert min(ink(tmp_path / f"{name}.png") for name in ("one", "gaps", "line")) > 2e-4
+    assert ink(tmp_path / "none.png") == 0
+    empty = np.asarray(Image.open(tmp_path / "none.png").convert("L"))
+    middle = empty[empty.shape[0] // 2 - 8 : empty.shape[0] // 2 + 8, 120:-60]
+    assert (middle < 100).any()  # it says so
+
+
+def test_the_page_opens_with_what_was_run_figures_and_contents(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    opening = [Section("What was run", notes=["On 3 < 4 pictures."]), Section("Names")]
+    figures = [HeadlineFigure("PSNR", "psnr", 24.0, "before: 20"), HeadlineFigure("gFID", "", None)]
+    table = Table(("a", "b"), [("x", None)], words=True)
+    sections = [
+        Section("Latents & more", pictures=[CaptionedPicture(tmp_path / "a.png", "What it shows")], tables=[table])
+    ]
+    text = page("T", opening, figures, sections)
+    parts = ["What was run</h2><p>On 3 &lt; 4 pictures.", "<div>PSNR<b>24</b><small>psnr<br>before: 20</small></div>"]
+    parts += ["<div>gFID<b>-</b><small>not measured</small></div>", "<h2>Contents</h2>"]
+    parts += [
+        '<li><a href="#names">Names</a><li><a href="#latents-more">Latents &amp; more</a></ul>',
+        '<h2 id="names">',
+    ]
+    parts += [
+        '<h2 id="latents-more">',
+        '<table class="words"><tr><th>a<th>b<tr><td>x<td>-</table>',
+        'alt="What it shows"',
+    ]
+    parts += ["<figcaption>What it shows</figcaption>"]
+    assert sorted(parts, key=text.index) == parts
+
+
+def test_the_legend_knows_every_name_once():
+    names = [
+        "rfid_inception_50k",
+        "psnr_0.05",
+        "knn20_last",
+        "linear_probe_multi_category_best_on_val",
+        "p99",
+        "device",
+    ]
+    names += [
+        "linear_probe_multi",
+        "zero_shot_top5_centre",
+        "is_inception_50k_cfg2_random_adm",
+        "encode_flops_per_image",
+    ]
+    assert all(legend_of(names).values())
+    assert legend_of(["linear_probe_multi"]) != legend_of(["linear_probe_multi_best_on_val"])
+    assert legend_of(["new_metric"]) == {"new_metric": None}
+    for name in names:
+        assert sum(re.fullmatch(each.pattern, name) is not None for each in LEGEND) == 1, name
+    assert {each.better for each in LEGEND} == {"higher", "lower", "-"}
+    assert all(each.what and each.unit and each.source for each in LEGEND)
+
+
+def record_of(stage, **facts):
+    return {"stage": stage, "config": {"seed": 0, "lr": 1e-4}, "inputs": {"shards": "ab"}, "code": "cd", "facts": facts}
+
+
+def scratch_of(folder, record):
+    identity = {name: record[name] for name in ("stage", "config", "inputs")}
+    scratch = folder / record["stage"] / fingerprint_of(identity, record["code"])
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+def test_what_was_run_is_told_by_its_starts(tmp_path):
+    known, unknown = record_of("pretrain", data="drawings (train): 64 pictures"), record_of("generate")
+    began = datetime(2026, 1, 2, 3, 4, tzinfo=UTC).timestamp()
+    starts = [(began, 3600.0, "aaaa", None), (began + 5000, 61.0, "bbbb-dirty", "8 x H200")]
+    fields = ("began", "seconds", "commit", "device")
+    written = {"starts": [dict(zip(fields, start, strict=True)) for start in starts]}
+    write_json(scratch_of(tmp_path, known) / STARTS, written)
+    section = _what_was_run([json.loads(json.dumps(known)), unknown], tmp_path)
+    assert section.tables[0].rows == [
+        ("pretrain", "aaaa, bbbb-dirty", "2026-01-02 03:04", "1:01:01", "2", "8 x H200"),
+        ("generate", None, None, None, None, None),
+    ]
+    assert section.notes == [
+        "Pre-trained on: drawings (train): 64 pictures.",
+        "Time of the 2 stages below: 1:01:01. Of 1 stages it is not known here: their outputs were made elsewhere.",
+    ]
+
+
+def test_a_killed_start_lasted_to_its_last_sign_of_life(tmp_path):
+    Starts(tmp_path).begin()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/curves.csv").write_text("step\n")
+    began = read_starts(tmp_path)[0].began
+    import os
+
+    os.utime(tmp_path / "folder/curves.csv", (began + 100, began + 100))
+    again = Starts(tmp_path)
+    again.begin()
+    time.sleep(0.01)
+    again.end("2 CPU cores")
+    killed, ended = read_starts(tmp_path)
+    assert (killed.seconds, killed.device) == (pytest.approx(100, abs=0.01), None)
+    assert 0 < ended.seconds < 50
+    assert ended.device == "2 CPU cores"
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", ended.commit)
+
+
+def test_records_are_provenances(tmp_path):
+    write_json(tmp_path / "a.json", {"psnr": 3})
+    with pytest.raises(ArtefactError, match=r"--records .*a.json: no provenance of a stage"):
+        _records([tmp_path / "a.json"])
+    write_json(tmp_path / "b.json", record_of("pretrain"))
+    with pytest.raises(ArtefactError, match="no provenance of the stage reference; add work/provenance/reference.json"):
+        _records([tmp_path / "b.json"])
+
+
+GENERATION = {
+    "unguided": {
+        f"{name}_inception_{count}{real}_unguided_random": value
+        for count in ("10k", "50k")
+        for name, real, value in FIGURES
+    },
+    "weak": {"gfid_inception_50k_cfg1p2_random": 2.0, "is_inception_50k_cfg1p2_random": 250.0},
+    "strong": {"gfid_inception_50k_cfg4_random": 9.0},
+    "noise": {"gfid_inception_50k_noise_random": 0.1},
+}
+GENERATION["unguided"]["gfid_inception_10k_unguided_random"] = 1.0
+UNDERSTANDING = {"zero_shot_top1_squash": 0.75, "knn20_last": 0.7}
+UNDERSTANDING |= {"linear_probe_multi": 0.8, "linear_probe_multi_best_on_val": 0.82, "linear_probe_bottleneck": 0.7}
+OFFICIAL = {
+    "train_samples": 1281167,
+    "prompts": {"name": "openai"},
+    "probes": {"resize": 256, "size": 224, "blocks": [1, 4], "augment": {"scale_min": 0.08}},
+}
+IMAGENET = Conditions(True, 256, True, 50_000, OFFICIAL)
+RUN = RunFigures(
+    reconstruction={"psnr": 30.0, "rfid_inception_50k": 0.4},
+    understanding=UNDERSTANDING,
+    generator={"parameters": 675_000_000, "epochs": 80.0},
+    generation=GENERATION,
+    conditions=IMAGENET,
+)
+
+
+def cells(run):
+    return dict(zip(HEAD, own_row(run), strict=True))
+
+
 def test_a_run_has_a_row_in_the_papers_table():
     """Its best settings, of most samples; the baseline is none; what was not measured stays empty."""
-    generation = {
-        "unguided": {
-            f"{name}_inception_{count}{real}_unguided_random": value
-            for count in ("10k", "50k")
-            for name, real, value in FIGURES
-        },
-        "weak": {"gfid_inception_50k_cfg1p2_random": 2.0, "is_inception_50k_cfg1p2_random": 250.0},
-        "strong": {"gfid_inception_50k_cfg4_random": 9.0},
-        "noise": {"gfid_inception_50k_noise_random": 0.1},
-    }
-    generation["unguided"]["gfid_inception_10k_unguided_random"] = 1.0
-    figures = RunFigures(
-        reconstruction={"psnr": 30.0, "rfid_inception_50k": 0.4},
-        understanding={"zero_shot_top1_squash": 0.75, "knn20_last": 0.7},
-        generator={"parameters": 675_000_000, "epochs": 80.0},
-        generation=generation,
-    )
-    row = own_row(figures)
-    name, *cells = row
-    assert name == "this run (inception, 50k samples); unguided; guided: weak"
-    assert cells == [0.4, 75.0, None, "675M", 80.0, 2.6, 197.0, 0.79, 0.62, 2.0, 250.0, None, None]
-    assert all(len(line) == len(HEAD) for line in (row, *TABLE_2))
-    assert headline_figures(figures) == {
+    name, *row = own_row(RUN)
+    assert name == "this run; unguided; guided: weak"
+    assert row == [0.4, 75.0, 82.0, "675M", 80.0, 2.6, 197.0, 0.79, 0.62, 2.0, 250.0, None, None]
+    assert all(len(line) == len(HEAD) for line in (own_row(RUN), *TABLE_2))
+    assert headline_figures(RUN) == {
         "zero_shot_top1_squash": 0.75,
+        "linear_probe_bottleneck": 0.7,
+        "linear_probe_multi": 0.8,
         "psnr": 30.0,
         "rfid_inception_50k": 0.4,
         **{f"{name}_inception_50k{real}_unguided_random": value for name, real, value in FIGURES},
         "gfid_inception_50k_cfg1p2_random": 2.0,
         "is_inception_50k_cfg1p2_random": 250.0,
     }
+
+
+def test_a_probe_chosen_on_held_out_images_stands_under_its_own_name():
+    understanding = {name: value for name, value in UNDERSTANDING.items() if "best_on_val" not in name}
+    run = RUN._replace(understanding=understanding)
+    assert cells(run)["linear probe"] is None
+    assert [row[:3] for row in own_names(run)] == [
+        ("linear probe", "linear_probe_multi", 0.8),
+        ("linear probe", "linear_probe_bottleneck", 0.7),
+    ]
+    assert "chosen on held-out training images" in own_names(run)[0][3]
+    assert own_names(RUN) == own_names(run)  # they do where the table's kind is there too
+
+
+IMAGES, GENERATED = (
+    {"rFID"},
+    {column for column in HEAD if column.split(": ")[-1] in ("gFID", "IS", "precision", "recall")},
+)
+ZERO_SHOT, PROBE = {"zero-shot"}, {"linear probe"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "emptied", "says"),
+    [
+        ({"imagenet": False}, IMAGES | GENERATED, "not on ImageNet"),
+        ({"image_size": 512}, IMAGES | GENERATED, "512 px"),
+        ({"probed_imagenet": False}, ZERO_SHOT | PROBE, "not on ImageNet"),
+        ({"validation_samples": 5000}, ZERO_SHOT | PROBE, "5,000 images, not 50,000"),
+        ({"understanding": OFFICIAL | {"prompts": {"name": "data_set"}}}, ZERO_SHOT, "prompts"),
+        ({"understanding": OFFICIAL | {"train_samples": 8000}}, PROBE, "8,000 training images"),
+        ({"understanding": OFFICIAL | {"probes": OFFICIAL["probes"] | {"augment": None}}}, PROBE, "no random crops"),
+        ({"understanding": OFFICIAL | {"probes": OFFICIAL["probes"] | {"size": 32}}}, PROBE, "32 px"),
+        ({"understanding": OFFICIAL | {"probes": OFFICIAL["probes"] | {"blocks": [1]}}}, PROBE, "[1] blocks"),
+    ],
+)
+def test_what_was_measured_otherwise_leaves_its_column(changes, emptied, says):
+    run = RUN._replace(conditions=IMAGENET._replace(**changes))
+    full, left = cells(RUN), cells(run)
+    assert {column for column in HEAD if full[column] is not None and left[column] is None} == {
+        column for column in emptied if full[column] is not None
+    }
+    told = own_names(run)
+    assert {row[0] for row in told if says in row[3]} == {column for column in emptied if full[column] is not None}
+    values = {row[1]: row[2] for row in told}
+    assert all(run.understanding.get(name, value) == value for name, value in values.items())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("inception", "random-vgg16"), ("inception", "dinov2-vit-b-14"), ("50k", "10k")]
+)
+def test_distances_of_other_features_or_numbers(before, after):
+    rename = {"rfid_inception_50k".replace(before, after): 0.4, "psnr": 30.0}
+    generation = {
+        setting: {name.replace(before, after): value for name, value in figures.items() if f"_{before}_" in name}
+        for setting, figures in GENERATION.items()
+    }
+    run = RUN._replace(reconstruction=rename, generation=generation)
+    assert all(cells(run)[column] is None for column in IMAGES | GENERATED)
+    assert cells(run)["zero-shot"] == 75.0
+    assert own_row(run)[0] == "this run"
+    assert {row[1] for row in own_names(run)} >= set(rename) - {"psnr"}
+
+
+def test_the_papers_recipe_is_measured_as_the_table_is():
+    """Were it not, no run could ever fill its row."""
+    from vtp.params import read_parameters
+
+    folder = ROOT / "pipelines/imagenet"
+    understanding = read_parameters(folder / "params.paper.yaml").values["evaluate_understanding"]
+    conditions = IMAGENET._replace(understanding=understanding)
+    assert own_row(RUN._replace(conditions=conditions)) == own_row(RUN)
+
+
+def test_the_report_has_the_records_of_all_stages_before_it():
+    stages = read_yaml(ROOT / "dvc.yaml")["stages"]
+    named = stages["report"]["cmd"].split("--records")[1].split("--")[0].split()
+    assert named == [
+        f"work/provenance/{name}.json" for name in stages if name not in ("check", "prepare_data", "report")
+    ]

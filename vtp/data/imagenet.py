@@ -1,5 +1,6 @@
 """ImageNet's classes: synsets in the official order, the names and the prompts that CLIP uses for them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -17,6 +18,11 @@ def imagenet_classes() -> Classes:
 
     synsets = ImageNetInfo("imagenet-1k").label_names()
     return Classes(synsets, dict(zip(synsets, IMAGENET_CLASSNAMES, strict=True)))
+
+
+def is_imagenet(class_ids: Sequence[str]) -> bool:
+    """Whether these are all 1,000 synsets in the official order."""
+    return len(class_ids) == 1000 and list(class_ids) == imagenet_classes().synsets
 
 
 def openai_templates() -> list[str]:

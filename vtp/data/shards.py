@@ -80,6 +80,12 @@ class Manifest(Config):
         except ConfigError as error:
             raise ArtefactError(f"{error}; write the shards again with prepare_data") from None
 
+    def summary(self, split: str) -> str:
+        """What a split is, in words."""
+        classes = f" of {len(self.classes):,} classes" if self.classes else ""
+        side = f", {self.image_size} px" if self.image_size else ""
+        return f"{self.source} ({split}): {self.splits[split].samples:,} pictures{classes}{side}"
+
     def save(self, folder: Path) -> None:
         """Write `manifest.json`."""
         write_json(folder / "manifest.json", self.model_dump())
