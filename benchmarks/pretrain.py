@@ -4,8 +4,8 @@
     python -m benchmarks.pretrain pipelines/overlays/sizes/L.yaml:pretrain --divide 256     # what one of 256 GPUs does
 
 `joint` is our step as the environment says (VTP_COMPILE, VTP_RECOMPUTE, VTP_MICRO_BATCH). `plain` is a step of as much
-computing as one would first write it (benchmarks/_plain.py). `separate` is the sum of three steps on the same sizes:
-open_clip's model and loss, a reconstruction, a DINO-style one. Rounds alternate, so that a busy machine slows all alike;
+computing as one would first write it (benchmarks/_plain.py), without stochastic depth. `separate` is the sum of three
+steps on the same sizes: open_clip's model and loss, a reconstruction, a DINO-style one. Rounds alternate, so that a busy machine slows all alike;
 medians are compared.
 """
 
@@ -30,6 +30,7 @@ from vtp.layers.images import normalise
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.cost import pretrain_cost
+from vtp.objectives.pretrain import DropPathConfig
 from vtp.params import load
 from vtp.step import StepContext
 from vtp.training.fit import in_precision
@@ -174,16 +175,22 @@ def _measure(steps: dict[str, Step], device: str, options: argparse.Namespace) -
 
 
 def _print(config: Pretrain, seconds: dict[str, float], host: LocalHost) -> None:
-    cost = pretrain_cost(config.architecture, config.data, config.objective, config.active)
+    everything = DropPathConfig(clip=0, ssl=0, reconstruction=0, blocks=1)
+    whole_objective = config.objective.model_copy(update={"drop_path": everything})
+    cost, whole = (
+        pretrain_cost(config.architecture, config.data, objective, config.active)
+        for objective in (config.objective, whole_objective)
+    )
+    flops = {"joint": cost.flops, "plain": whole.flops}  # stochastic depth leaves out nothing of the plain step
     device = torch.cuda.get_device_name() if host.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     peak = host.peak_flops or peak_flops(host.device)
     print(f"{device}, torch {torch.__version__}, {config.training.precision}, batch {config.active}")
     print(f"{cost.flops / 1e9:,.1f} GFLOP a step; peak memory {memory_bytes(host.device) / 1e9:.2f} GB")
     for name, value in seconds.items():
         line = f"{name:26}{value * 1e3:10.1f} ms {config.active.pool / value:10.1f} images/s"
-        if name in ("joint", "plain"):
-            line += f" {cost.flops / value / 1e12:8.3f} TFLOP/s"
-            line += f", {cost.flops / value / peak:.1%} of peak" if peak else ""
+        if name in flops:
+            line += f" {flops[name] / value / 1e12:8.3f} TFLOP/s"
+            line += f", {flops[name] / value / peak:.1%} of peak" if peak else ""
         if name != "joint":
             line += f"   joint is {value / seconds['joint']:.2f}x"
         print(line)

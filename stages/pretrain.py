@@ -75,6 +75,12 @@ class Pretrain(Config):
         active = self.active
         if self.data.subsets == "disjoint" and active.ssl and active.pool == active.ssl:
             raise ValueError("data.subsets is disjoint, and no image is left beside those of self-supervision")
+        rates = self.objective.drop_path
+        if (rates.clip or rates.ssl or rates.reconstruction) and active.reconstruction % rates.blocks:
+            raise ValueError(
+                f"objective.drop_path.blocks is {rates.blocks}, no divisor of data.batch.reconstruction "
+                f"{active.reconstruction}: that is the number of blocks, of which so many share a draw of stochastic depth"
+            )
         discriminator = self.adversary.discriminator if self.adversary else None
         if discriminator is not None and discriminator.name == "features" and discriminator.network.name == "tokenizer":
             raise ValueError("adversary.discriminator reads the encoder, which is in training; choose patch, or timm")

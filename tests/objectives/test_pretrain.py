@@ -259,19 +259,24 @@ def parts_of(config):
     return items(config.architecture, config.data, config.objective, config.active)
 
 
-@pytest.mark.parametrize("weights", COMBINATIONS.values(), ids=COMBINATIONS)
-def test_flops_are_those_of_the_step(weights):
-    """Counted from shapes against what torch counts while a step runs."""
+def wide_config_of(weights, drop_path=None):
+    """Wide and short, as real models are: in attention torch counts what its backward pass computes again."""
+    ssl = {"targets": {"name": "sinkhorn", "iterations": 1}}
+    return config_of(
+        {
+            "objective": {"weights": weights, "ssl": ssl, "drop_path": drop_path or {}},
+            "tokenizer": {"text": {"embed_dim": 64, "context_length": 8}},
+            "data": {"masks": {"ratio_min": 0.25, "ratio_max": 0.75}},
+        }
+    )
+
+
+def flops_of(config):
+    """Of a step, by shapes and by torch while it runs; without the perceptual network, which would hide the rest."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    ratios = {"ratio_min": 0.25, "ratio_max": 0.75}
-    targets = {"name": "sinkhorn", "iterations": 1}
-    # Wide and short, as real models are: in attention torch counts what its backward pass computes again.
-    text = {"embed_dim": 64, "context_length": 8}
-    changes = {"objective": {"weights": weights, "ssl": {"targets": targets}}, "tokenizer": {"text": text}}
-    config = config_of(changes | {"data": {"masks": ratios}})
     objective, batch = objective_of(config), batch_of(config)
-    objective._perceptual = [lambda a, b: (a - b).abs().mean((1, 2, 3))]  # its network would hide the rest
+    objective._perceptual = [lambda a, b: (a - b).abs().mean((1, 2, 3))]
     with FlopCounterMode(display=False) as counter:
         for term in objective.terms("model", [batch], StepContext(0, 10, log_step=False)):
             if term.loss is not None:
@@ -280,7 +285,39 @@ def test_flops_are_those_of_the_step(weights):
     rows = batch.masked.numel() + 2 * len(batch.global_views)
     repeated = 2 * rows * 8 * 16 if config.active.ssl else 0
     ours = sum(item.training for item in parts_of(config) if "perceptual" not in item.name)
-    assert ours + repeated == pytest.approx(counter.get_total_flops(), rel=0.01)
+    return ours, counter.get_total_flops() - repeated
+
+
+@pytest.mark.parametrize("weights", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_flops_are_those_of_the_step(weights):
+    ours, counted = flops_of(wide_config_of(weights))
+    assert ours == pytest.approx(counted, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def nothing_dropped():
+    return flops_of(wide_config_of(COMBINATIONS["clip+ssl+ae"]))
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"clip": 0.5, "blocks": 1},
+        {"ssl": 0.3, "blocks": 1},  # of 4 crops a block 2.8 are computed, hence 3
+        {"ssl": 0.7, "blocks": 2},  # of 8 crops a group 2.4, hence 2; a block by itself would round to 1
+        {"reconstruction": 0.5, "blocks": 2},
+        {"clip": 0.9, "reconstruction": 0.9, "blocks": 1},  # of 4 and of 1, at least one
+        {"clip": 0.4, "ssl": 0.6, "reconstruction": 0.5, "blocks": 2},
+    ],
+    ids=str,
+)
+def test_what_stochastic_depth_leaves_out_costs_nothing(nothing_dropped, rates):
+    """The student's residual branches alone: no teacher, no patch embedding, no head, no decoder."""
+    ours, counted = flops_of(wide_config_of(COMBINATIONS["clip+ssl+ae"], rates))
+    assert ours == pytest.approx(counted, rel=0.01)
+    ours_whole, counted_whole = nothing_dropped
+    assert counted_whole > counted
+    assert ours_whole - ours == pytest.approx(counted_whole - counted, rel=0.01)
 
 
 def test_forward_flops_of_the_models():
@@ -391,6 +428,7 @@ def test_impossible_configurations_are_refused():
         ({"data": {"clip_view": {"size": 8}}}, "reconstruction_view is shared"),
         ({"data": {"subsets": "disjoint", "batch": {"clip": 4}}}, "no image is left"),
         ({"tokenizer": {"vision": {"num_heads": 3}}}, "must be a multiple of 4"),
+        ({"objective": {"drop_path": {"clip": 0.1, "blocks": 3}}}, "blocks is 3, no divisor of data.batch.reconstruction 2"),
     ):
         with pytest.raises(ValueError, match=said):
             config_of(changes, new=True)

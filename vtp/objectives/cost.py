@@ -1,14 +1,16 @@
 """What a pre-training step takes, counted from shapes: floating-point operations of any configuration.
 
 Two per multiply-add of every matrix product and convolution, attention scores included; norms and activations are left
-out, as is usual. These are model FLOPs: what is computed a second time to save memory does not count. (The paper's
-table 1 counts otherwise: 2 x parameters x 256 tokens, see `paper_flops`.)
+out, as is usual. These are model FLOPs: what is computed a second time to save memory does not count, nor do the
+residual branches that stochastic depth leaves out, which nobody computes. (The paper's table 1 counts otherwise: 2 x
+parameters x 256 tokens, see `paper_flops`.)
 """
 
 from typing import NamedTuple
 
 from vtp.data.pretrain_batches import ActiveBatch, PretrainDataConfig
 from vtp.layers.block import FfnName, ffn_width
+from vtp.layers.drop_path import computed_samples
 from vtp.layers.flops import FROZEN, TRAINING
 from vtp.layers.random_vgg import STAGES
 from vtp.losses.perceptual import PerceptualConfig
@@ -18,6 +20,7 @@ from vtp.models.text import TextConfig
 from vtp.models.tokenizer import TokenizerConfig
 from vtp.models.vit import VisionConfig
 from vtp.objectives.pretrain import PretrainObjectiveConfig
+from vtp.objectives.self_distillation import SslConfig
 from vtp.step import StepCost
 
 PAPER_TOKENS = 256  # of a 256-pixel image at patch 16
@@ -50,20 +53,32 @@ def items(
     tokenizer: TokenizerConfig, data: PretrainDataConfig, objective: PretrainObjectiveConfig, active: ActiveBatch
 ) -> list[Item]:
     """The parts of a global step, those of absent objectives left out."""
-    vision = tokenizer.vision
+    vision, rates = tokenizer.vision, objective.drop_path
     items: list[Item] = []
+
+    def student(name: str, rate: float, size: int, count: int, *, bottleneck: bool) -> Item:
+        """The encoder, of whose `count` images each residual branch leaves out the share `rate`."""
+        computed = computed_samples(rate, crops=count, blocks=active.reconstruction, group=rates.blocks)
+        return _encoder(name, vision, size, count, computed, bottleneck=bottleneck)
+
     if active.clip:
         assert tokenizer.text is not None
         text, bottleneck = tokenizer.text, not vision.bottleneck_ae_only
-        items.append(_encoder("clip: encoder", vision, data.clip_view.size, active.clip, bottleneck=bottleneck))
+        items.append(student("clip: encoder", rates.clip, data.clip_view.size, active.clip, bottleneck=bottleneck))
         width = vision.feature_bottleneck if bottleneck else vision.embed_dim
         per_pair = text_flops(text) + 2 * width * text.embed_dim + 2 * active.clip * text.embed_dim
         items.append(Item("clip: text tower and contrast", active.clip * per_pair, TRAINING * active.clip * per_pair))
     if active.ssl:
-        items += _ssl(tokenizer, data, objective, active.ssl)
+        views, count, latent = data.ssl_views, active.ssl, objective.ssl.features == "latent"
+        seen = student("", rates.ssl, views.global_size, 2 * count, bottleneck=latent)
+        local = student("", rates.ssl, views.local_size, views.local_views * count, bottleneck=latent)
+        items.append(Item("ssl: student", seen.forward + local.forward, seen.training + local.training))
+        taught = 2 * count * encoder_flops(vision, views.global_size, bottleneck=latent)
+        items.append(Item("ssl: teacher", taught, taught))
+        items.append(_ssl_heads(vision, data, objective.ssl, count))
     shared = data.reconstruction_view.name == "shared"
     size, count = data.clip_view.size if shared else tokenizer.image_size, active.reconstruction
-    items.append(_encoder("reconstruction: encoder", vision, size, count, bottleneck=True))
+    items.append(student("reconstruction: encoder", rates.reconstruction, size, count, bottleneck=True))
     decoding = count * decoder_flops(tokenizer.decoder, vision, size)
     items.append(Item("reconstruction: decoder", decoding, TRAINING * decoding))
     network = count * perceptual_flops(objective.reconstruction.perceptual, size)
@@ -72,13 +87,8 @@ def items(
     return items
 
 
-def _ssl(
-    tokenizer: TokenizerConfig, data: PretrainDataConfig, objective: PretrainObjectiveConfig, count: int
-) -> list[Item]:
-    vision, views, config = tokenizer.vision, data.ssl_views, objective.ssl
-    bottleneck = config.features == "latent"
-    seen = _encoder("", vision, views.global_size, 2 * count, bottleneck=bottleneck)
-    local = _encoder("", vision, views.local_size, views.local_views * count, bottleneck=bottleneck)
+def _ssl_heads(vision: VisionConfig, data: PretrainDataConfig, config: SslConfig, count: int) -> Item:
+    views = data.ssl_views
     patches = _tokens(vision, views.global_size) - 1
     masked = count * 2 * data.masks.probability * patches * (data.masks.ratio_min + data.masks.ratio_max) / 2
     width = config.width(vision)
@@ -86,21 +96,14 @@ def _ssl(
     taught = 2 * count * head_flops(config.head, width) + masked * of_patch
     learnt = taught + views.local_views * count * head_flops(config.head, width)
     neighbours = 2 * 2 * count**2 * width if config.koleo else 0
-    return [
-        Item("ssl: student", seen.forward + local.forward, seen.training + local.training),
-        Item("ssl: teacher", seen.forward, seen.forward),
-        Item("ssl: heads", learnt + taught + neighbours, TRAINING * learnt + taught + neighbours),
-    ]
+    return Item("ssl: heads", learnt + taught + neighbours, TRAINING * learnt + taught + neighbours)
 
 
 def encoder_flops(config: VisionConfig, image_size: int, *, bottleneck: bool) -> float:
-    """Forward FLOPs of one image."""
-    tokens = _tokens(config, image_size)
-    hidden = int(config.embed_dim * config.mlp_ratio)
-    flops = _transformer(tokens, config.embed_dim, config.depth, hidden, config.ffn_layer)
-    flops += _patch_embed(config, image_size)
-    bottleneck = bottleneck and config.has_bottleneck
-    return flops + (2 * tokens * config.embed_dim * config.feature_bottleneck if bottleneck else 0)
+    """Forward FLOPs of one image, nothing left out."""
+    flops = _patch_embed(config, image_size) + _encoder_blocks(config, image_size)
+    behind = 2 * _tokens(config, image_size) * config.embed_dim * config.feature_bottleneck
+    return flops + (behind if bottleneck and config.has_bottleneck else 0)
 
 
 def decoder_flops(config: DecoderConfig | None, vision: VisionConfig, image_size: int) -> float:
@@ -142,10 +145,17 @@ def paper_flops(parameters: int) -> float:
     return 2.0 * parameters * PAPER_TOKENS
 
 
-def _encoder(name: str, config: VisionConfig, image_size: int, count: int, *, bottleneck: bool) -> Item:
-    forward = encoder_flops(config, image_size, bottleneck=bottleneck)
-    training = TRAINING * forward - (TRAINING - FIRST_LAYER) * _patch_embed(config, image_size)
-    return Item(name, count * forward, count * training)
+def _encoder(name: str, config: VisionConfig, image_size: int, count: int, computed: int, *, bottleneck: bool) -> Item:
+    """Of `count` images, each residual branch on `computed` of them."""
+    whole = count * encoder_flops(config, image_size, bottleneck=bottleneck)
+    forward = whole - (count - computed) * _encoder_blocks(config, image_size)
+    training = TRAINING * forward - (TRAINING - FIRST_LAYER) * count * _patch_embed(config, image_size)
+    return Item(name, forward, training)
+
+
+def _encoder_blocks(config: VisionConfig, image_size: int) -> float:
+    hidden = int(config.embed_dim * config.mlp_ratio)
+    return _transformer(_tokens(config, image_size), config.embed_dim, config.depth, hidden, config.ffn_layer)
 
 
 def _patch_embed(config: VisionConfig, image_size: int) -> float:
