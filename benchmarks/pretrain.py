@@ -5,11 +5,12 @@
 
 `joint` is our step as the environment says (VTP_COMPILE, VTP_RECOMPUTE, VTP_MICRO_BATCH). `plain` is a step of as much
 computing as one would first write it (benchmarks/_plain.py), without stochastic depth. `separate` is the sum of three
-steps on the same sizes: open_clip's model and loss, a reconstruction, a DINO-style one. Rounds alternate, so that a busy machine slows all alike;
-medians are compared.
+steps on the same sizes: open_clip's model and loss, a reconstruction, a DINO-style one. Rounds alternate, so that a
+busy machine slows all alike; medians are compared.
 """
 
 import argparse
+import math
 import os
 import statistics
 import tempfile
@@ -22,9 +23,8 @@ from torch import nn
 
 from benchmarks._pictures import stream_of, write_pictures
 from benchmarks._plain import PlainSsl, PlainStep, adamw, reconstruct
-from stages.pretrain import Pretrain, build_batches, build_objective, micro_batches_of, parallelize
+from stages.pretrain import Pretrain, build_batches, build_objective, parallelize, slice_of
 from stages.runner.environment import LocalHost, Runtime
-from vtp.data.batches import RankSlice
 from vtp.data.pretrain_batches import PretrainBatch
 from vtp.layers.images import normalise
 from vtp.losses.perceptual import build_perceptual
@@ -47,7 +47,7 @@ def main() -> None:
     config = _divided(load(options.address, Pretrain), options.divide)
     runtime = Runtime.of(os.environ)
     host = LocalHost(Path(tempfile.mkdtemp()) / "folder", Path.cwd(), runtime)
-    rank_slice = RankSlice(0, 1, micro_batches_of(config, 1, runtime.micro_batch))
+    rank_slice = slice_of(config, host)
     shards = write_pictures(
         Path(tempfile.mkdtemp()) / "shards", side=2 * config.tokenizer.image_size, count=config.active.pool
     )
@@ -201,6 +201,8 @@ def _divided(config: Pretrain, by: int) -> Pretrain:
     batch = {name: size // by for name, size in config.data.batch.model_dump().items()}
     values = config.model_dump()
     values["data"]["batch"] = batch
+    drop_path = values["objective"]["drop_path"]
+    drop_path["blocks"] = math.gcd(drop_path["blocks"], batch["reconstruction"])  # a device may hold less than a group
     return Pretrain.parse(values, where=f"--divide {by}")
 
 

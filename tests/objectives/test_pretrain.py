@@ -428,7 +428,10 @@ def test_impossible_configurations_are_refused():
         ({"data": {"clip_view": {"size": 8}}}, "reconstruction_view is shared"),
         ({"data": {"subsets": "disjoint", "batch": {"clip": 4}}}, "no image is left"),
         ({"tokenizer": {"vision": {"num_heads": 3}}}, "must be a multiple of 4"),
-        ({"objective": {"drop_path": {"clip": 0.1, "blocks": 3}}}, "blocks is 3, no divisor of data.batch.reconstruction 2"),
+        (
+            {"objective": {"drop_path": {"clip": 0.1, "blocks": 3}}},
+            "blocks is 3, no divisor of data.batch.reconstruction 2",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             config_of(changes, new=True)
