@@ -1,15 +1,18 @@
 """The stream: exact over ranks, workers, shards and resumes; samples that cannot be used; shards that cannot be read."""
 
+import io
 import itertools
 import multiprocessing
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from data.small_shards import picture, write_shards
+from PIL import Image
 from tiny import merged, tiny_params
 
 from stages.pretrain import Pretrain
@@ -301,3 +304,24 @@ def test_large_jpegs_are_decoded_no_larger_than_their_views(tmp_path):
     sizes.clear()
     batches_of(stream, reconstruction_view={"name": "centre_crop"})[0]
     assert sorted(sizes)[-4:] == [(320, 320)] * 4
+
+
+def test_crops_of_a_large_jpeg_on_its_side_lie_in_the_same_place(tmp_path):
+    """The size that a crop needs is that of the picture upright."""
+    ramp = np.indices((160, 480)).transpose(1, 2, 0) * (255 / 160, 255 / 480)
+    pixels = np.concatenate([ramp, np.full((160, 480, 1), 128)], axis=2).round().astype(np.uint8)
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=95, exif=exif)
+    jpeg = {"image": buffer.getvalue(), "extension": "jpg"}
+    folder = write_shards(tmp_path / "shards", [16], change=lambda number: jpeg)
+    views = {"global_size": 16, "local_size": 8, "local_views": 1, "jitter": 0.0, "grey": 0.0, "solarize": 0.0}
+    stream = stream_of(folder, decode="reduced", max_replaced=0.0)
+    drawn, read = [], stream.read
+    stream.read = lambda *a, **k: drawn.append(read(*a, **k)) or drawn[-1]
+    for step in range(4):
+        reduced, full = (batches_of(s, ssl=1.0, ssl_views=views)[step] for s in (stream, stream_of(folder)))
+        for name in ("clip_images", "global_views", "local_views"):
+            assert (getattr(reduced, name).int() - getattr(full, name).int()).abs().max() <= 12, name
+    assert {one.whole for one in drawn} == {(160, 480)}
+    assert {one.image.size for one in drawn} <= {(20, 60), (40, 120)}

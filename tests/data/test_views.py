@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from crops import CASES, assert_spread_as_torchvisions
 from PIL import Image
 
 from vtp.data.views import (
@@ -12,10 +14,14 @@ from vtp.data.views import (
     SslViewsConfig,
     _recolour,
     clip_batch,
+    clip_crop,
     gaussian_blur,
+    least_size,
     reconstruction_batch,
+    reconstruction_crop,
     shift_hue,
     ssl_batch,
+    ssl_crops,
 )
 from vtp.data.views import _Colours as Colours
 from vtp.layers.images import from_pil, normalise, to_uint8
@@ -62,21 +68,57 @@ def test_a_view_depends_on_its_address_alone():
 
 
 def test_a_crop_of_everything_is_the_image():
-    """Square crops of full area: aspect draws only shrink one side, so the centre keeps its colours."""
-    flat = Image.new("RGB", (16, 16), (10, 200, 90))
-    views, local = ssl_batch([flat], ssl_config(), 3, np.array([0]))
-    for view in (*views.unbind(1), *local.unbind(1)):
-        assert (view == torch.tensor([10, 200, 90], dtype=torch.uint8).view(1, 3, 1, 1)).all()
+    """Nothing but the square itself has its area and lies within it, so tries are in vain until there is no other."""
+    images = noise(40)
+    views, _ = ssl_batch(images, ssl_config(global_scale_min=1.0), 3, np.arange(40))
+    for view in views.unbind(1):
+        assert torch.equal(view, torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]))
 
 
-def test_local_crops_are_enlarged_parts():
-    """A horizontal ramp: a crop of at most 30 % of the area spans less of it than the whole does."""
-    ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))).convert("RGB")
-    _, local = ssl_batch([ramp] * 20, ssl_config(), 0, np.arange(20))
-    pixels = local[:, :, 0, 0].float() / 255
-    spans = pixels[..., -1] - pixels[..., 0]
-    assert spans.max() < 0.7
-    assert spans.min() > 0.1
+def crops_of(name, position):
+    """Every crop of a sample with the scale of a golden case."""
+    low, high = CASES[name]["scale"]
+    if high == 1.0:
+        ssl = ssl_config(global_scale_min=low)
+        yield clip_crop(ClipViewConfig(size=16, scale_min=low), 0, position)
+        yield reconstruction_crop(RandomCropView(name="random_crop", scale_min=low), 16, 0, position)
+        yield from ssl_crops(ssl, 0, position)[0][:2]
+    else:
+        yield from ssl_crops(ssl_config(local_scale_min=low, local_scale_max=high), 0, position)[0][2:]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["ratio"] == [3 / 4, 4 / 3]])
+def test_crops_of_every_objective_are_random_resized_crops(name):
+    """Areas, aspects, sides and places are spread as torchvision's; no crop but a fallback is below `scale_min`."""
+    case = CASES[name]
+    whole = (case["width"], case["height"])
+    every = [[crop.box(whole) for crop in crops_of(name, position)] for position in range(2000)]
+    for boxes in zip(*every, strict=True):
+        assert_spread_as_torchvisions(boxes, name)
+        shares = np.array([box.width * box.height / (whole[0] * whole[1]) for box in boxes])
+        rounded = 2 / min(whole)  # a side may be half a pixel short
+        assert np.mean(shares < case["scale"][0] - rounded) <= case["fallback_share"] + 0.06
+
+
+def coordinates(width, height):
+    """An image [1, 3, H, W] of the places of its pixels, in shares of the sides."""
+    x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.zeros(height, width)])[None]
+
+
+@pytest.mark.parametrize("whole", [(640, 480), (479, 641), (512, 512)])
+def test_a_smaller_decode_is_cropped_in_the_same_place(whole):
+    """Also where a try fits into one of the two sizes alone."""
+    image, config = coordinates(*whole), ClipViewConfig(size=16, scale_min=0.8)
+    small = F.interpolate(image, size=[-(-side // 4) for side in whole[::-1]], mode="area")
+    others = 0
+    for position in range(400):
+        crop = clip_crop(config, 0, position)
+        box, of_small = crop.box(whole), crop.box((small.shape[3], small.shape[2]))
+        others += abs(box.width - 4 * of_small.width) > 8  # another try was taken
+        assert (crop.of(image, whole) - crop.of(small, whole)).abs().max() < 0.01
+        assert min(box.width, box.height) * least_size(whole, [crop])[0] / whole[0] >= 16
+    assert others > 0
 
 
 def colours(count: int, **changes) -> Colours:

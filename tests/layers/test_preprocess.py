@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from crops import CASES, DRAWN, assert_spread_as_torchvisions
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomResizedCrop, Resize
 from torchvision.transforms import functional as F
@@ -98,7 +99,37 @@ def test_random_box_is_torchvisions(shape, monkeypatch):
         monkeypatch.setattr(torch, "randint", fed.randint)
         top, left, h, w = RandomResizedCrop.get_params(Image.new("RGB", shape), [0.08, 1.0], [3 / 4, 4 / 3])
         monkeypatch.undo()
-        assert random_box(width, height, uniform, scale_min=0.08) == Box(left, top, w, h)
+        assert random_box(width, height, uniform, scale=(0.08, 1.0)) == Box(left, top, w, h)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_random_box_has_the_sides_that_torchvision_drew(name):
+    """`golden/random-resized-crop`: from what it drew, try by try; a fallback has its place too."""
+    case = CASES[name]
+    (low, high), (least, largest) = case["scale"], np.log(case["ratio"])
+    shares, aspects = (DRAWN[f"{name}.drawn_{what}"].astype(np.float64) for what in ("share", "log_aspect"))
+    fallbacks = 0
+    for (top, left, h, w), share, aspect in zip(DRAWN[f"{name}.crop"].tolist(), shares, aspects, strict=True):
+        tries = np.count_nonzero(~np.isnan(share))  # nothing was drawn behind the first that fits
+        uniform = np.full((TRIES, 4), np.nan)
+        uniform[:tries, 0] = (share[:tries] - low) / (high - low)
+        uniform[:tries, 1] = (aspect[:tries] - least) / (largest - least)
+        uniform[:tries, 2:] = 0  # places are not known
+        box = random_box(case["width"], case["height"], uniform, scale=(low, high), aspects=tuple(case["ratio"]))
+        assert (box.width, box.height) == (w, h)
+        if box[:2] != (0, 0):
+            assert box[:2] == (left, top)
+            fallbacks += 1
+    assert fallbacks > 0 or name not in ("imagenet_224x900", "tall_1200x300")  # those of the others begin at 0, 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_random_boxes_are_spread_as_torchvisions(name):
+    case = CASES[name]
+    ranges = {"scale": tuple(case["scale"]), "aspects": tuple(case["ratio"])}
+    draws = (numpy_draws(0, name, number).random((TRIES, 4)) for number in range(2000))
+    boxes = [random_box(case["width"], case["height"], uniform, **ranges) for uniform in draws]
+    assert_spread_as_torchvisions(boxes, name)
 
 
 def fits(width, height, area, aspect):

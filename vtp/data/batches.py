@@ -17,7 +17,7 @@ from vtp.data.order import sample_indices
 from vtp.data.stream import Stream
 from vtp.data.views import CentreCropView, RandomCropView, least_size, reconstruction_batch, reconstruction_crop
 from vtp.draws import torch_draws
-from vtp.layers.decode import croppable, finish
+from vtp.layers.decode import croppable, finish, upright_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -114,7 +114,9 @@ class ImageBatches(Dataset[ImageBatch]):
             self.stream.read(number, position, decode=partial(self._decode, position=position), captioned=False)
             for number, position in zip(numbers.tolist(), positions.tolist(), strict=True)
         ]
-        images = reconstruction_batch([d.image for d in drawn], self.view, self.size, self.stream.seed, positions)
+        images = reconstruction_batch(
+            [d.image for d in drawn], self.view, self.size, self.stream.seed, positions, [d.whole for d in drawn]
+        )
         return ImageBatch(images, torch.tensor([d.replaced for d in drawn]))
 
     def _decode(self, picture: "Image", position: int) -> "Image":
@@ -123,7 +125,7 @@ class ImageBatches(Dataset[ImageBatch]):
         if self.stream.config.decode == "full" or isinstance(self.view, CentreCropView):
             return finish(picture)
         crop = reconstruction_crop(self.view, self.size, self.stream.seed, position)
-        return finish(picture, least=least_size(*picture.size, [crop]))
+        return finish(picture, least=least_size(upright_size(picture), [crop]))
 
 
 class LatentBatches(Dataset[LatentBatch]):

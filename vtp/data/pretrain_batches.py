@@ -21,6 +21,7 @@ from vtp.data.views import (
     RandomCropView,
     ReconstructionViewConfig,
     SharedView,
+    Size,
     SslViews,
     SslViewsConfig,
     clip_batch,
@@ -33,7 +34,7 @@ from vtp.data.views import (
     ssl_views,
 )
 from vtp.draws import numpy_draws
-from vtp.layers.decode import croppable, finish
+from vtp.layers.decode import croppable, finish, upright_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -160,19 +161,22 @@ class PretrainBatches(Dataset[PretrainBatch]):
         def of(places: np.ndarray) -> "list[Image]":
             return [samples[place].image for place in places.tolist()]
 
-        clip_images = clip_batch(of(for_clip), config.clip_view, seed, first + for_clip)
-        views = ssl_views(of(for_ssl), config.ssl_views, seed, first + for_ssl)
+        def wholes(places: np.ndarray) -> list[Size]:
+            return [samples[place].whole for place in places.tolist()]
+
+        clip_images = clip_batch(of(for_clip), config.clip_view, seed, first + for_clip, wholes(for_clip))
+        views = ssl_views(of(for_ssl), config.ssl_views, seed, first + for_ssl, wholes(for_ssl))
         if not self.colour_later:
             views = recolour(views, config.ssl_views)
         if isinstance(config.reconstruction_view, SharedView):
             rec_images = (
                 clip_images[torch.from_numpy(for_rec)]
                 if self.active.clip
-                else clip_batch(of(for_rec), config.clip_view, seed, first + for_rec)
+                else clip_batch(of(for_rec), config.clip_view, seed, first + for_rec, wholes(for_rec))
             )
         else:
             rec_images = reconstruction_batch(
-                of(for_rec), config.reconstruction_view, self.image_size, seed, first + for_rec
+                of(for_rec), config.reconstruction_view, self.image_size, seed, first + for_rec, wholes(for_rec)
             )
         captions = [samples[place].caption for place in for_clip.tolist()]
         tokens = self.tokenize(captions) if self.tokenize and captions else torch.empty(0, 0, dtype=torch.int64)
@@ -221,7 +225,7 @@ class PretrainBatches(Dataset[PretrainBatch]):
             if place in in_rec and isinstance(config.reconstruction_view, CentreCropView):
                 croppable(picture, self.image_size)
             wanted = crops(place) if config.stream.decode == "reduced" else None
-            return finish(picture, least=least_size(*picture.size, wanted) if wanted else None)
+            return finish(picture, least=least_size(upright_size(picture), wanted) if wanted else None)
 
         return {
             place: self.stream.read(

@@ -16,7 +16,7 @@ from vtp.config import Config, ConfigError
 from vtp.data.dataset import DataError, SampleError, ShardDataset
 from vtp.data.order import Mixture, epochs
 from vtp.draws import address, numpy_draws
-from vtp.layers.decode import DecodeError, open_header
+from vtp.layers.decode import DecodeError, open_header, upright_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +33,7 @@ class Drawn(NamedTuple):
     image: "Image"
     caption: str
     replaced: bool  # it stands in the place of one that cannot be used
+    whole: tuple[int, int]  # width and height of the picture, of which `image` may be a smaller decode
 
 
 class StreamConfig(Config):
@@ -117,7 +118,9 @@ class Stream:
                 caption = source.caption(index)
                 if captioned and not caption.strip():
                     raise SampleError("the caption is empty")
-                return Drawn(decode(open_header(source.content(index))), caption, attempt > 0)
+                picture = open_header(source.content(index))
+                whole = upright_size(picture)
+                return Drawn(decode(picture), caption, attempt > 0, whole)
             except (SampleError, DecodeError) as error:
                 self._replace(f"{source.name(index)}: {error}", first=attempt == 0)
             others = source.neighbours(index)

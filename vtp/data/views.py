@@ -20,14 +20,15 @@ from vtp.config import Config
 from vtp.draws import numpy_draws
 from vtp.layers.colour import gaussian_blur, grey, shift_hue
 from vtp.layers.images import centre_crop
+from vtp.layers.preprocess import TRIES, Box, random_box
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_LOG_ASPECT = math.log(4 / 3)
 SOLARIZE_THRESHOLD = 128 / 255
 CACHED = 1 << 18  # numbers in a working set
-DRAWS = 14  # uniform numbers per view: 4 for the crop, 10 for colours
+OF_CROP, OF_COLOURS = 4 * TRIES, 10  # uniform numbers per view
+Size = tuple[int, int]  # width and height in pixels
 
 
 class ClipViewConfig(Config):
@@ -110,66 +111,88 @@ class SslViewsConfig(Config):
 
 
 class Crop(NamedTuple):
-    """A random crop before the image is known."""
+    """A random crop before the image is known: torchvision's `RandomResizedCrop` with its aspects of 3/4 to 4/3."""
 
     size: int  # side of the result in pixels
     area: tuple[float, float]  # in shares of the image
-    draws: np.ndarray  # 4 uniform numbers: area, aspect, left, top
+    draws: np.ndarray  # [OF_CROP] uniform numbers
 
-    def extent(self, width: int, height: int) -> tuple[float, float]:
-        """Sides in pixels: aspect 3/4 to 4/3, limited to the image."""
-        pixels = width * height * (self.area[0] + (self.area[1] - self.area[0]) * self.draws[0])
-        aspect = math.exp((2 * self.draws[1] - 1) * MAX_LOG_ASPECT)
-        return min(width, math.sqrt(pixels * aspect)), min(height, math.sqrt(pixels / aspect))
+    def box(self, whole: Size) -> Box:
+        """Where it lies in an image of that size."""
+        return random_box(*whole, self.draws.reshape(TRIES, 4), scale=self.area)
 
-    def of(self, image: Tensor) -> Tensor:
-        """The crop [1, 3, size, size] of [1, 3, H, W], in whole pixels, resized bicubically as Pillow does."""
-        whole_height, whole_width = image.shape[2:]
-        width, height = (max(1, round(side)) for side in self.extent(whole_width, whole_height))
-        left, top = round(self.draws[2] * (whole_width - width)), round(self.draws[3] * (whole_height - height))
-        box = image[:, :, top : top + height, left : left + width]
-        return F.interpolate(box, size=(self.size, self.size), mode="bicubic", antialias=True)
+    def of(self, image: Tensor, whole: Size) -> Tensor:
+        """The crop [1, 3, size, size] of [1, 3, H, W], in whole pixels, resized bicubically as Pillow does.
+
+        The box is drawn in the `whole` image, of which `image` may be a smaller decode, so that it lies in the same place
+        in both: whether a try lies within the image is a matter of single pixels.
+        """
+        box, (height, width) = self.box(whole), image.shape[2:]
+        columns = _scaled(box.left, box.width, width / whole[0])
+        rows = _scaled(box.top, box.height, height / whole[1])
+        return F.interpolate(image[:, :, rows, columns], size=(self.size, self.size), mode="bicubic", antialias=True)
+
+
+def _scaled(start: int, length: int, factor: float) -> slice:
+    first = round(start * factor)
+    return slice(first, max(first + 1, round((start + length) * factor)))
 
 
 def clip_crop(config: ClipViewConfig, seed: int, position: int) -> Crop:
     """CLIP's crop of the sample at `position` of the stream."""
-    return Crop(config.size, (config.scale_min, 1.0), numpy_draws(seed, "clip_view", position).random(4))
+    return Crop(config.size, (config.scale_min, 1.0), numpy_draws(seed, "clip_view", position).random(OF_CROP))
 
 
 def reconstruction_crop(config: RandomCropView, size: int, seed: int, position: int) -> Crop:
     """The crop to reconstruct, when it is no view of another objective."""
-    return Crop(size, (config.scale_min, 1.0), numpy_draws(seed, "reconstruction_view", position).random(4))
+    return Crop(size, (config.scale_min, 1.0), numpy_draws(seed, "reconstruction_view", position).random(OF_CROP))
 
 
 def ssl_crops(config: SslViewsConfig, seed: int, position: int) -> tuple[list[Crop], np.ndarray]:
-    """The crops of self-supervision, global ones first, and the draws of their colours [V, 10]."""
-    uniform = numpy_draws(seed, "ssl_views", position).random((2 + config.local_views, DRAWS))
+    """The crops of self-supervision, global ones first, and the draws of their colours [V, OF_COLOURS]."""
+    uniform = numpy_draws(seed, "ssl_views", position).random((2 + config.local_views, OF_CROP + OF_COLOURS))
     whole, part = (config.global_scale_min, 1.0), (config.local_scale_min, config.local_scale_max)
-    crops = [Crop(config.global_size, whole, uniform[view, :4]) for view in range(2)]
-    crops += [Crop(config.local_size, part, draws[:4]) for draws in uniform[2:]]
-    return crops, uniform[:, 4:]
+    crops = [Crop(config.global_size, whole, draws[:OF_CROP]) for draws in uniform[:2]]
+    crops += [Crop(config.local_size, part, draws[:OF_CROP]) for draws in uniform[2:]]
+    return crops, uniform[:, OF_CROP:]
 
 
-def least_size(width: int, height: int, crops: Sequence[Crop]) -> tuple[int, int]:
+def least_size(whole: Size, crops: Sequence[Crop]) -> Size:
     """The smallest size of the whole image that enlarges no crop beyond what the full size would."""
-    scale = max(crop.size / min(crop.extent(width, height)) for crop in crops)
+    width, height = whole
+    boxes = [crop.box(whole) for crop in crops]
+    scale = max(crop.size / min(box.width, box.height) for crop, box in zip(crops, boxes, strict=True))
     return min(width, math.ceil(scale * width)), min(height, math.ceil(scale * height))
 
 
-def clip_batch(images: Sequence["Image"], config: ClipViewConfig, seed: int, positions: np.ndarray) -> Tensor:
-    """Crops [B, 3, S, S] uint8; `positions` are the places of the images in the stream."""
+def clip_batch(
+    images: Sequence["Image"],
+    config: ClipViewConfig,
+    seed: int,
+    positions: np.ndarray,
+    wholes: Sequence[Size] | None = None,
+) -> Tensor:
+    """Crops [B, 3, S, S] uint8; `positions` are the places of the images in the stream.
+
+    `wholes` are the sizes of the whole images, of which `images` may be smaller decodes; None: their own.
+    """
     drawn = [clip_crop(config, seed, position) for position in positions.tolist()]
-    return _stack([crop.of(_pixels(image)) for crop, image in zip(drawn, images, strict=True)], config.size)
+    return _cut(drawn, images, wholes, config.size)
 
 
 def reconstruction_batch(
-    images: Sequence["Image"], config: CentreCropView | RandomCropView, size: int, seed: int, positions: np.ndarray
+    images: Sequence["Image"],
+    config: CentreCropView | RandomCropView,
+    size: int,
+    seed: int,
+    positions: np.ndarray,
+    wholes: Sequence[Size] | None = None,
 ) -> Tensor:
-    """Crops [B, 3, size, size] uint8 that are no view of another objective."""
+    """Crops [B, 3, size, size] uint8 that are no view of another objective; `wholes` as in `clip_batch`."""
     if isinstance(config, CentreCropView):
         return _stack([_pixels(centre_crop(image, size)) for image in images], size)
     drawn = [reconstruction_crop(config, size, seed, position) for position in positions.tolist()]
-    return _stack([crop.of(_pixels(image)) for crop, image in zip(drawn, images, strict=True)], size)
+    return _cut(drawn, images, wholes, size)
 
 
 class SslViews(NamedTuple):
@@ -177,7 +200,7 @@ class SslViews(NamedTuple):
 
     whole: Tensor  # [B, 2, 3, G, G]
     local: Tensor  # [B, L, 3, S, S]
-    draws: Tensor  # [B, 2 + L, 10] uniform numbers; no rows when nothing is left to do
+    draws: Tensor  # [B, 2 + L, OF_COLOURS] uniform numbers; no rows when nothing is left to do
 
 
 def ssl_batch(
@@ -188,20 +211,26 @@ def ssl_batch(
     return whole, local
 
 
-def ssl_views(images: Sequence["Image"], config: SslViewsConfig, seed: int, positions: np.ndarray) -> SslViews:
-    """The crops alone, before their colours change."""
+def ssl_views(
+    images: Sequence["Image"],
+    config: SslViewsConfig,
+    seed: int,
+    positions: np.ndarray,
+    wholes: Sequence[Size] | None = None,
+) -> SslViews:
+    """The crops alone, before their colours change; `wholes` as in `clip_batch`."""
     views: list[list[Tensor]] = [[] for _ in range(2 + config.local_views)]
     draws = []
-    for image, position in zip(images, positions.tolist(), strict=True):
+    for image, whole, position in zip(images, wholes or _sizes(images), positions.tolist(), strict=True):
         crops, uniform = ssl_crops(config, seed, position)
         draws.append(uniform)
         pixels = _pixels(image)
         for view, crop in zip(views, crops, strict=True):
-            view.append(crop.of(pixels))
+            view.append(crop.of(pixels, whole))
     whole = torch.stack([_stack(view, config.global_size) for view in views[:2]], 1)
     local = [_stack(view, config.local_size) for view in views[2:]]
     empty = torch.empty(len(images), 0, 3, config.local_size, config.local_size, dtype=torch.uint8)
-    colours = np.array(draws, dtype=np.float32).reshape(len(images), len(views), DRAWS - 4)
+    colours = np.array(draws, dtype=np.float32).reshape(len(images), len(views), OF_COLOURS)
     return SslViews(whole, torch.stack(local, 1) if local else empty, torch.from_numpy(colours))
 
 
@@ -229,6 +258,15 @@ def _coloured(
         colours = _Colours.of(own, config, blur, solarize=solarize)
         parts.append(_recolour(some.float().div_(255), colours, reach).mul_(255).round_().to(torch.uint8))
     return torch.cat(parts)
+
+
+def _cut(crops: list[Crop], images: Sequence["Image"], wholes: Sequence[Size] | None, side: int) -> Tensor:
+    trios = zip(crops, images, wholes or _sizes(images), strict=True)
+    return _stack([crop.of(_pixels(image), whole) for crop, image, whole in trios], side)
+
+
+def _sizes(images: Sequence["Image"]) -> list[Size]:
+    return [image.size for image in images]
 
 
 def _pixels(image: "Image") -> Tensor:

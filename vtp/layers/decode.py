@@ -24,6 +24,7 @@ LONGEST = 200  # characters of a decoder's message
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in one: another in every process
 MAX_PIXELS = 89_000_000  # a header that announces more is refused; Pillow warns a little above
 ORIENTATION = 0x0112
+ON_ITS_SIDE = range(5, 9)  # of its values
 TILE_SIDES = (322, 323)  # tags of TIFF; libtiff makes room for a whole tile
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
@@ -71,8 +72,8 @@ def open_header(content: bytes, *, max_pixels: int = MAX_PIXELS) -> "Image":
 def decode_rgb(content: bytes, *, least: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> "Image":
     """The picture as upright 8-bit RGB.
 
-    Of a JPEG that is larger than `least` (width, height as stored), only so many coefficients are decoded as the
-    smallest of 1/2, 1/4, 1/8 scale needs that is still at least as large. Raises DecodeError.
+    Of a JPEG that is larger than `least` (width, height, upright), only so many coefficients are decoded as the smallest
+    of 1/2, 1/4, 1/8 scale needs that is still at least as large. Raises DecodeError.
     """
     return finish(open_header(content, max_pixels=max_pixels), least=least)
 
@@ -83,11 +84,17 @@ def finish(picture: "Image", *, least: tuple[int, int] | None = None) -> "Image"
 
     with decoding("not a readable image"):
         if least is not None and picture.format == "JPEG":
-            picture.draft("RGB", least)
+            picture.draft("RGB", _turned(least, picture))
         picture.load()
         if picture.getexif().get(ORIENTATION, 1) != 1:
             picture = ImageOps.exif_transpose(picture)
         return _rgb(picture)
+
+
+def upright_size(picture: "Image") -> tuple[int, int]:
+    """Width and height of an opened picture as `finish` turns it, when it is decoded in full. Raises DecodeError."""
+    with decoding("not a readable image"):
+        return _turned(picture.size, picture)
 
 
 def croppable(picture: "Image", size: int) -> "Image":
@@ -96,6 +103,12 @@ def croppable(picture: "Image", size: int) -> "Image":
     if long * size**2 > MAX_PIXELS * short:  # of a picture without pixels too
         raise DecodeError(f"too long for a centre crop of {size} pixels: {picture.width} x {picture.height}")
     return picture
+
+
+def _turned(size: tuple[int, int], picture: "Image") -> tuple[int, int]:
+    """Width and height changed over for a picture that lies on its side."""
+    width, height = size
+    return (height, width) if picture.getexif().get(ORIENTATION) in ON_ITS_SIDE else size
 
 
 def _rgb(picture: "Image") -> "Image":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TRIES = 10  # of a random box to lie within the picture
-MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
+ASPECTS = (3 / 4, 4 / 3)  # least and largest width over height of a random box
 
 
 def squash(image: "Image", size: int) -> "Image":
@@ -46,18 +46,28 @@ class Box(NamedTuple):
     height: int
 
 
-def random_box(width: int, height: int, uniform: np.ndarray, *, scale_min: float) -> Box:
-    """The box of `RandomResizedCrop`: at least `scale_min` of the area, aspect 3/4 to 4/3, from numbers [10, 4] in [0, 1).
+def random_box(
+    width: int,
+    height: int,
+    uniform: np.ndarray,
+    *,
+    scale: tuple[float, float],
+    aspects: tuple[float, float] = ASPECTS,
+) -> Box:
+    """The box of torchvision's `RandomResizedCrop.get_params`, from numbers [10, 4] in [0, 1): area, aspect, left, top.
 
-    A try that does not lie within the picture gives way to the next; after the last comes the largest centred box.
+    Its area is a share of the picture's between those of `scale`, its aspect (width over height) between `aspects`,
+    uniform in the logarithm. A try that does not lie within the picture gives way to the next; after the last comes the
+    largest centred box of such an aspect, whatever its area.
     """
+    least, largest = aspects
     for area, aspect, left, top in uniform.tolist():
-        pixels = width * height * (scale_min + (1 - scale_min) * area)
-        ratio = math.exp(math.log(MIN_ASPECT) + (math.log(MAX_ASPECT) - math.log(MIN_ASPECT)) * aspect)
+        pixels = width * height * (scale[0] + (scale[1] - scale[0]) * area)
+        ratio = math.exp(math.log(least) + (math.log(largest) - math.log(least)) * aspect)
         w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
         if 0 < w <= width and 0 < h <= height:
             return Box(int(left * (width - w + 1)), int(top * (height - h + 1)), w, h)
-    w, h = min(width, round(height * MAX_ASPECT)), min(height, round(width / MIN_ASPECT))
+    w, h = min(width, round(height * largest)), min(height, round(width / least))
     return Box((width - w) // 2, (height - h) // 2, w, h)
 
 
@@ -104,7 +114,7 @@ class RandomView(NamedTuple):
         from PIL.Image import Transpose
 
         uniform = numpy_draws(self.seed, "probe_view", self.epoch, row).random(4 * TRIES + 1)
-        box = random_box(*image.size, uniform[1:].reshape(TRIES, 4), scale_min=self.scale_min)
+        box = random_box(*image.size, uniform[1:].reshape(TRIES, 4), scale=(self.scale_min, 1.0))
         view = resized_box(image, box, self.size)
         return view.transpose(Transpose.FLIP_LEFT_RIGHT) if uniform[0] < self.flip else view
 
