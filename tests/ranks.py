@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from objectives.test_pretrain import COMBINATIONS, batch_of, config_of, objective_of
+from safetensors.torch import load_file
 
 from stages.runner.environment import LocalHost, Runtime
 from vtp.data.batches import RankSlice
@@ -37,6 +38,8 @@ CASES["everything"] = {
         "drop_path": {"ssl": 0.25, "clip": 0.25, "blocks": 1},
     }
 }
+OPEN_CLIP = Path(__file__).parent / "golden" / "openclip-losses"
+CONTRASTS = {"clip": (clip_loss, 14.2857), "siglip": (siglip_loss, 10.0, -10.0)}  # first scale, first bias
 LAYOUTS = [(parallel, micro_batches) for parallel in ("ddp", "fsdp") for micro_batches in (1, 2)]
 
 
@@ -111,6 +114,30 @@ def reductions():
     return results
 
 
+def contrast(name, dtype, *, autocast, leaves=torch.float32):
+    """Part and gradients of this rank of `golden/openclip-losses`, whose rows were rounded to `dtype`.
+
+    `leaves`: of what precision the features are that collect the gradient.
+    """
+    rank, size = ranks()
+    golden, (loss, *numbers) = load_file(OPEN_CLIP / "io.safetensors"), CONTRASTS[name]
+    rows = slice(rank * 8 // size, (rank + 1) * 8 // size)
+    given = {what: golden[what][rows].to(dtype).to(leaves).requires_grad_() for what in ("image", "text")}
+    given |= {what: torch.tensor(n, requires_grad=True) for what, n in zip(("scale", "bias"), numbers, strict=False)}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        part = loss(*given.values())
+    part.backward()
+    return {"loss": part.detach()} | {f"grad_{what}": leaf.grad for what, leaf in given.items()}
+
+
+def contrasts():
+    """In float32, and of rounded rows under autocast."""
+    return {
+        (name, dtype): contrast(name, getattr(torch, dtype), autocast=dtype == "bfloat16")
+        for name, dtype in itertools.product(CONTRASTS, ("float32", "bfloat16"))
+    }
+
+
 def poisoned(parallel):
     """The last rank's samples of one objective are not finite: what is said of it, and whether weights moved."""
     rank, size = ranks()
@@ -167,6 +194,7 @@ def main(folder):
             (case, *layout): gradients_and_weights(case, *layout) for case, layout in itertools.product(CASES, LAYOUTS)
         }
         results["reductions"] = reductions()
+        results["contrasts"] = contrasts()
         if size == 2:
             results["placed"] = placed_gradients("clip+ssl+ae")
         for parallel in ("ddp", "fsdp"):

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import CASES, LAYOUTS, LR, STEPS, checkpointed, gradients_and_weights, reductions
+from ranks import (
+    CASES,
+    CONTRASTS,
+    LAYOUTS,
+    LR,
+    OPEN_CLIP,
+    STEPS,
+    checkpointed,
+    gradients_and_weights,
+    reductions,
+)
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -89,6 +100,25 @@ def test_reductions_are_exact(request, size):
         torch.testing.assert_close(torch.cat([part[3] for part in parts]), second, rtol=1e-5, atol=1e-7)
     for of_rank in everybody:
         torch.testing.assert_close(of_rank["sinkhorn"][0], alone["sinkhorn"][0], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", CONTRASTS)
+def test_contrast_over_ranks_is_open_clips(request, name, size):
+    """`golden/openclip-losses`: a part is a rank's loss over the number of ranks, where DDP averages."""
+    golden = load_file(OPEN_CLIP / "io.safetensors")
+    everybody = [results["contrasts"] for results in ranks_of(request, size)]
+
+    kind = {"clip": "clip.local", "siglip": "siglip.bidir"}[name]
+    for what in everybody[0][name, "float32"]:
+        of_rows = what in ("grad_image", "grad_text")
+        join = torch.cat if of_rows else torch.stack
+        exact, rounded = (join([of_rank[name, d][what] for of_rank in everybody]) for d in ("float32", "bfloat16"))
+        theirs, theirs_rounded = (golden[f"world{size}.{d}.{kind}.{what}"] / size for d in ("float32", "bfloat16"))
+        torch.testing.assert_close(exact, theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rounded, theirs_rounded, atol=0.03, rtol=0)
+        alone = golden[f"world1.rounded.{name}.{what}"]
+        torch.testing.assert_close(rounded if of_rows else rounded.sum(), alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -5,7 +5,7 @@ import os
 from decimal import Decimal
 
 import pytest
-from vtp.data.decode import DecodeError
+from vtp.layers.decode import DecodeError
 
 from vtp.curation.places import open_inside, read_piece
 

@@ -10,7 +10,7 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 from PIL import Image
-from vtp.data.decode import DecodeError, croppable, decode_rgb, finish, open_header
+from vtp.layers.decode import DecodeError, croppable, decode_rgb, finish, open_header
 
 from vtp.curation.ingest.encode import CentreCrop, Keep, store
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import merged, tiny_params
 
 from stages.pretrain import Pretrain
@@ -452,6 +453,34 @@ def test_half_precision_is_near():
                 term.loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in objective.tokenizer.trunk.blocks.parameters()]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+def test_contrast_is_computed_in_float32(contrast):
+    """Embeddings are normalised in it too: bfloat16 would make them 0.4 % longer or shorter, which moves every logit."""
+    from vtp.training.fit import in_precision
+
+    named = {
+        "softmax": {"name": "softmax", "scale": 100.0},
+        "sigmoid": {"name": "sigmoid", "scale": 100.0, "bias": -10.0},
+    }
+    objective = objective_of(
+        config_of({"objective": {"contrast": named[contrast], "weights": {"clip": 1.0, "ssl": 0.0}}})
+    )
+    term = next(in_precision(objective.terms("model", [batch_of(config_of())], START), "cpu", "bfloat16"))
+    assert term.name == "clip"
+    for features in term.own:
+        assert features.dtype == torch.float32
+        torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(features)), atol=1e-6, rtol=0)
+    image, text = (features.detach().double() for features in term.own)
+    logits = 100 * image @ text.T
+    if contrast == "softmax":
+        truth = torch.arange(len(logits))
+        expected = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+    else:
+        signs = 2 * torch.eye(len(logits)) - 1
+        expected = -F.logsigmoid(signs * (logits - 10)).sum() / len(logits)
+    torch.testing.assert_close(term.loss.detach().double(), expected, atol=1e-4, rtol=1e-5)
 
 
 def from_the_start():

@@ -40,19 +40,26 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """
     rank, size = ranks()
     count = len(image)
-    image, text = image.float(), text.float()
-    of_image = logit_scale.float() * image @ gather(text).T  # [B, ranks * B]
-    of_text = of_image.T if size == 1 else logit_scale.float() * text @ gather(image).T
-    truth = torch.arange(rank * count, (rank + 1) * count, device=image.device)
-    both = F.cross_entropy(of_image, truth, reduction="sum") + F.cross_entropy(of_text, truth, reduction="sum")
-    return both / (2 * size * count)
+    with _float32(image):
+        image, text, scale = image.float(), text.float(), logit_scale.float()
+        of_image = scale * image @ gather(text).T  # [B, ranks * B]
+        of_text = of_image.T if size == 1 else scale * text @ gather(image).T
+        truth = torch.arange(rank * count, (rank + 1) * count, device=image.device)
+        both = F.cross_entropy(of_image, truth, reduction="sum") + F.cross_entropy(of_text, truth, reduction="sum")
+        return both / (2 * size * count)
 
 
 def siglip_loss(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
     """This rank's part of the mean over images of -sum_j log sigmoid(+-(scale x_i . y_j + bias)), in float32."""
     rank, size = ranks()
     count = len(image)
-    logits = logit_scale.float() * image.float() @ gather(text.float()).T + logit_bias.float()
-    signs = -torch.ones_like(logits)
-    signs.diagonal(rank * count).fill_(1)
-    return -F.logsigmoid(signs * logits).sum() / (size * count)
+    with _float32(image):
+        logits = logit_scale.float() * image.float() @ gather(text.float()).T + logit_bias.float()
+        signs = -torch.ones_like(logits)
+        signs.diagonal(rank * count).fill_(1)
+        return -F.logsigmoid(signs * logits).sum() / (size * count)
+
+
+def _float32(x: Tensor) -> torch.autocast:
+    """Autocast would take the products in bfloat16, where logits of 32 to 64 lie 0.25 apart."""
+    return torch.autocast(x.device.type, enabled=False)

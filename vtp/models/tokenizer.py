@@ -133,26 +133,26 @@ class VisualTokenizer(Tokenizer):
         return {"model": "vtp", "rope_dtype": self.config.rope_dtype, **settings}, tensors
 
     def encode_image(self, images: Tensor, *, drop_path_indices: Tensor | None = None) -> Tensor:
-        """Unit-norm CLIP embedding [B, E]. Raises ValueError for a tokenizer without a text tower."""
+        """Unit-norm CLIP embedding [B, E], float32. Raises ValueError for a tokenizer without a text tower."""
         self._require_text()
         return self._embed(
             self.trunk(images, drop_path_indices=drop_path_indices, latent=not self.config.vision.bottleneck_ae_only)
         )
 
     def project_image(self, features: Features) -> Tensor:
-        """Unit-norm CLIP embedding [B, E] of trunk features, without another pass through the trunk."""
+        """Unit-norm CLIP embedding [B, E], float32, of trunk features, without another pass through the trunk."""
         if not self.config.vision.bottleneck_ae_only:
             features = Features(*map(self.trunk.feature_bottleneck, features))
         return self._embed(features)
 
     def _embed(self, features: Features) -> Tensor:
         pooled = features.cls if self.config.vision.clip_feat == "cls" else features.patches.mean(1)
-        return F.normalize(self.visual_proj(pooled), dim=-1)
+        return F.normalize(self.visual_proj(pooled).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Unit-norm CLIP embedding [B, E] of token ids [B, L] from `tokenize`; of every token [B, L, E] without pooling."""
+        """Unit-norm CLIP embedding [B, E], float32, of token ids [B, L] from `tokenize`; without pooling [B, L, E]."""
         self._require_text()
-        return F.normalize(self.text(tokens), dim=-1)
+        return F.normalize(self.text(tokens).float(), dim=-1)
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Token ids [B, L] int64 of open_clip's byte-pair tokenizer."""
