@@ -91,13 +91,14 @@ def test_sharded_compiled_and_recomputed_at_once(two, one):
 def test_reductions_are_exact(request, size):
     alone = reductions()
     everybody = [results["reductions"] for results in ranks_of(request, size)]
-    for name in ("clip", "siglip", "koleo"):
+    for name in ("clip", "siglip", "koleo", "koleo of copies"):
         loss, scale, first, second = alone[name]
         parts = [of_rank[name] for of_rank in everybody]
         torch.testing.assert_close(sum(part[0] for part in parts), loss, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(sum(part[1] for part in parts), scale, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(torch.cat([part[2] for part in parts]), first, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(torch.cat([part[3] for part in parts]), second, rtol=1e-5, atol=1e-7)
+    assert sum(float(of_rank["duplicates"][0]) for of_rank in everybody) == float(alone["duplicates"][0]) == 5 / 16
     for of_rank in everybody:
         torch.testing.assert_close(of_rank["sinkhorn"][0], alone["sinkhorn"][0], rtol=1e-6, atol=1e-5)
 

@@ -20,7 +20,10 @@ from vtp.objectives.cost import items, pretrain_cost
 from vtp.objectives.gradient_cache import GradientCache
 from vtp.objectives.pretrain import PretrainObjective
 from vtp.step import StepContext
+from vtp.training.fit import in_precision
+from vtp.training.optim import build_optimizer
 from vtp.training.parallelize import parallelize
+from vtp.training.update import Update
 
 ALONE = RankSlice(0, 1, 1)
 START = StepContext(0, 10, log_step=True)
@@ -407,6 +410,38 @@ def test_temperature_rises_then_stays():
     assert values == pytest.approx([0.04, 0.055, 0.07, 0.07])
 
 
+def with_copies(batch, copies):
+    """The first pictures of self-supervision are one placeholder, and what is hidden of them is the same."""
+    views, masks = batch.global_views.clone(), batch.masks.clone()
+    views[:copies] = views[0, 0]
+    masks[:copies] = masks[0]
+    return batch._replace(
+        global_views=views,
+        masks=masks,
+        masked=masks.flatten().nonzero()[:, 0],
+        mask_weights=(1 / masks.sum(2, keepdim=True).clamp_min(1)).expand_as(masks)[masks],
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("copies", [2, 5, 8])
+def test_copies_of_a_picture_leave_the_rest_of_a_step_alone(precision, copies):
+    """KoLeo pushes no copies apart, so that clipping shrinks other terms no more than it does without KoLeo."""
+    found = {}
+    for koleo in (0.0, 0.1):
+        sizes = {"clip": 16, "ssl": 8, "reconstruction": 2}
+        config = config_of({"objective": {"ssl": {"koleo": koleo}}, "data": {"batch": sizes}})
+        objective, batch = objective_of(config), with_copies(batch_of(config), copies)
+        optimizer = build_optimizer(objective.phases()["model"], config.optim)
+        update = Update("model", optimizer, config.optim, objective.shared_parameters())
+        logs = update.apply(in_precision(objective.terms("model", [batch], START), "cpu", precision), START).logs
+        found[koleo] = {name: float(value) for name, value in logs.items()}
+    assert found[0.1]["koleo_duplicates"] == pytest.approx(copies / 8)
+    assert "koleo_duplicates" not in found[0.0]
+    for norm in ("model_gradient_norm", "trunk_gradient_ssl"):
+        assert found[0.1][norm] == pytest.approx(found[0.0][norm], rel=0.5), norm
+
+
 def test_l1_space():
     def losses(space):
         config = config_of({"objective": {"reconstruction": {"l1_space": space}}})
@@ -440,8 +475,6 @@ def test_impossible_configurations_are_refused():
 
 def test_half_precision_is_near():
     """bfloat16 forward passes, float32 losses: the gradient of every shared weight points the same way."""
-    from vtp.training.fit import in_precision
-
     config = config_of({"objective": {"drop_path": {"ssl": 0.25, "clip": 0.25, "blocks": 1}}})
     batches = [batch_of(config, 0, RankSlice(0, 1, 2), micro) for micro in range(2)]
     gradients = []
@@ -458,8 +491,6 @@ def test_half_precision_is_near():
 @pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
 def test_contrast_is_computed_in_float32(contrast):
     """Embeddings are normalised in it too: bfloat16 would make them 0.4 % longer or shorter, which moves every logit."""
-    from vtp.training.fit import in_precision
-
     named = {
         "softmax": {"name": "softmax", "scale": 100.0},
         "sigmoid": {"name": "sigmoid", "scale": 100.0, "bias": -10.0},

@@ -1,5 +1,8 @@
 """KoLeo: spread features by pushing each away from its nearest neighbour (Sablayrolles et al. 2019; DINOv2)."""
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,13 +10,27 @@ from torch import Tensor
 from vtp.distributed import gather, ranks
 
 EPS = 1e-8
+NEAR = 0.1  # a cosine of 0.995: distinct pictures are farther apart from the first steps on, copies are not
 
 
-def koleo_loss(features: Tensor) -> Tensor:
-    """This rank's part of -mean log distance to the nearest neighbour on the unit sphere, in float32.
+class Koleo(NamedTuple):
+    """This rank's parts of scalars of the global batch, float32."""
+
+    loss: Tensor
+    duplicates: Tensor  # share of the features whose nearest neighbour is nearer than NEAR
+
+
+def koleo_loss(features: Tensor) -> Koleo:
+    """The mean over features of -log d, d the distance to the nearest neighbour on the unit sphere, in float32.
 
     `features` [B, D] are rows of this rank; neighbours come from all ranks. Raises ValueError for a global batch of
     one, which has no neighbour.
+
+    DINOv2 has the same but for two of the same picture, where -log d pushes by 1 / d, up to 1e8, in a direction that is
+    rounding, and clipping then shrinks the rest of the step to nothing. Here the push is softened as in N-body codes:
+    -log d is the potential of a point in the plane, and within NEAR it is that of a disc of this radius, a parabola with
+    the same value and slope at its rim. So a feature is pushed by (x - y) / max(d, NEAR)^2, at most 1 / NEAR, and a copy
+    not at all; features that collapse together still part, each distance growing by a like factor in a step.
     """
     rank, size = ranks()
     count = len(features)
@@ -26,5 +43,8 @@ def koleo_loss(features: Tensor) -> Tensor:
             similarity = x @ every.T
             similarity.diagonal(rank * count).fill_(-2)
             nearest = similarity.argmax(1)
-        distance = F.pairwise_distance(x, every[nearest], eps=EPS)
-        return -(distance + EPS).log().sum() / (size * count)
+        squared = (x - every[nearest]).square().sum(1)
+        near = squared < NEAR**2
+        parabola = (1 - squared / NEAR**2) / 2 - math.log(NEAR)
+        each = torch.where(near, parabola, -squared.clamp_min(NEAR**2).log() / 2)
+        return Koleo(each.sum() / (size * count), near.sum() / (size * count))

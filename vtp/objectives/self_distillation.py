@@ -133,8 +133,10 @@ class SelfDistillation(nn.Module):
         own = (seen, patches)
         images = len(seen) * ranks().size
         if config.koleo:
-            koleo = torch.stack([koleo_loss(view) for view in seen.unbind(1)]).sum()
-            yield Term("ssl", weight * config.koleo * koleo, {"koleo_loss": koleo.detach()}, own)
+            first, second = (koleo_loss(view) for view in seen.unbind(1))
+            loss, duplicates = first.loss + second.loss, (first.duplicates + second.duplicates) / 2
+            logs = {"koleo_loss": loss.detach(), "koleo_duplicates": duplicates}
+            yield Term("ssl", weight * config.koleo * loss, logs, own)
         temperature = self.teacher_temperature(context.progress)
         diagnostics = TargetDiagnostics(config.head.prototypes, seen.device)
         potential = self._potential("views", taught.views.flatten(0, 1), temperature)
