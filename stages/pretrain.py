@@ -51,7 +51,7 @@ class Pretrain(Config):
     )
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _tokenizer_serves(self) -> Self:
         if self.objective.weights.clip and self.tokenizer.text is None:
             raise ValueError("objective.weights.clip is above 0, so tokenizer.text must not be null")
         if (text := self.tokenizer.text) is not None and text.vocab_size != VOCABULARY:
@@ -60,6 +60,13 @@ class Pretrain(Config):
             raise ValueError("tokenizer.text.pool_type is none: the contrast needs one token that stands for a caption")
         if self.tokenizer.decoder is None or self.tokenizer.upscale != self.tokenizer.vision.patch_size:
             raise ValueError("tokenizer needs a decoder, whose decoder_upscale is vision.patch_size, or null for that")
+        discriminator = self.adversary.discriminator if self.adversary else None
+        if discriminator is not None and discriminator.name == "features" and discriminator.network.name == "tokenizer":
+            raise ValueError("adversary.discriminator reads the encoder, which is in training; choose patch, or timm")
+        return self
+
+    @model_validator(mode="after")
+    def _images_fit(self) -> Self:
         patch_size, views = self.tokenizer.vision.patch_size, self.data.ssl_views
         for name, size in (
             ("data.clip_view.size", self.data.clip_view.size),
@@ -75,15 +82,11 @@ class Pretrain(Config):
         active = self.active
         if self.data.subsets == "disjoint" and active.ssl and active.pool == active.ssl:
             raise ValueError("data.subsets is disjoint, and no image is left beside those of self-supervision")
-        rates = self.objective.drop_path
-        if (rates.clip or rates.ssl or rates.reconstruction) and active.reconstruction % rates.blocks:
+        if active.reconstruction % (group := self.objective.drop_path.group):
             raise ValueError(
-                f"objective.drop_path.blocks is {rates.blocks}, no divisor of data.batch.reconstruction "
+                f"objective.drop_path.blocks is {group}, no divisor of data.batch.reconstruction "
                 f"{active.reconstruction}: that is the number of blocks, of which so many share a draw of stochastic depth"
             )
-        discriminator = self.adversary.discriminator if self.adversary else None
-        if discriminator is not None and discriminator.name == "features" and discriminator.network.name == "tokenizer":
-            raise ValueError("adversary.discriminator reads the encoder, which is in training; choose patch, or timm")
         return self
 
     @property

@@ -24,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from stages.runner.environment import log_to, tell
 from vtp.artefact import ArtefactError, read_json, write_json
 from vtp.config import ConfigError
 
@@ -70,7 +71,7 @@ def following(job: Job, names: Sequence[str], *, lock: int) -> Iterator[None]:
             _tell(process, "end")
         for name, process in processes.items():
             if process.wait():
-                print(f"{name}: ended with {process.returncode}; its curves may lack steps", file=sys.stderr)
+                tell(f"{name}: ended with {process.returncode}; its curves may lack steps")
 
 
 def _start(name: str, job: Job, lock: int) -> "subprocess.Popen[str]":
@@ -272,7 +273,7 @@ class Feed:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    tell(text)
     logging.warning("%s", text)
 
 
@@ -282,7 +283,7 @@ def main() -> None:
     if not line:
         return
     job = Job(**json.loads(line))
-    logging.basicConfig(filename=Path(job.scratch, "run.log"), level=logging.INFO, format="%(asctime)s %(message)s")
+    log_to(Path(job.scratch, "run.log"))
     feed = Feed(name, job)
     while not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
         feed.follow(now=time.monotonic())

@@ -76,7 +76,7 @@ def starts_of(provenance: Mapping[str, Any], scratch: Path) -> list[Start]:
 def commit_here() -> str:
     """The commit of the working tree, with `-dirty` where files differ from it; `unknown` outside of git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     return "unknown"
 
