@@ -5,9 +5,9 @@ import os
 from decimal import Decimal
 
 import pytest
-from vtp.layers.decode import DecodeError
 
 from vtp.curation.places import open_inside, read_piece
+from vtp.layers.decode import DecodeError
 
 
 @pytest.fixture

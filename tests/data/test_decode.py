@@ -10,9 +10,9 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 from PIL import Image
-from vtp.layers.decode import DecodeError, croppable, decode_rgb, finish, open_header
 
 from vtp.curation.ingest.encode import CentreCrop, Keep, store
+from vtp.layers.decode import DecodeError, croppable, decode_rgb, finish, open_header
 
 BOMB = zlib.compress(bytes(100 << 20), 9)
 ERRORS = [
