@@ -1,5 +1,7 @@
 """Whole files, stable bytes, digests."""
 
+import os
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from vtp.artefact import (
     load_tensors,
     read_json,
     save_tensors,
+    verify_files,
     whole_file,
     whole_folder,
     write_json,
@@ -82,3 +85,19 @@ def test_digest_of_a_folder_sees_names_and_contents(tmp_path):
     assert len({digest(tmp_path / name) for name in "abc"}) == 3
     with pytest.raises(ArtefactError, match="no such file or folder; .* holds a, b, c"):
         digest(tmp_path / "d")
+
+
+def test_all_files_that_were_changed_are_named(tmp_path):
+    digests = {}
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).write_text(name)
+        digests[name] = digest(tmp_path / name)
+    verify_files(tmp_path, digests, remedy="make them again")
+    (tmp_path / "b").write_text("x")
+    (tmp_path / "c").unlink()
+    (tmp_path / "d").unlink()
+    os.mkfifo(tmp_path / "d")
+    with pytest.raises(
+        ArtefactError, match=r"b has sha256 \w+\.\.\., not \w+\.\.\.; c is missing; d is no file; make them"
+    ):
+        verify_files(tmp_path, digests, remedy="make them again")

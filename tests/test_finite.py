@@ -33,7 +33,7 @@ def test_weights_are_numbers(tmp_path):
     module = nn.Linear(2, 2)
     weights = {name: value.clone() for name, value in module.state_dict().items()}
     weights["bias"][1] = math.inf
-    with pytest.raises(ArtefactError, match=r"w: 1 tensors hold NaN or infinity, the first is bias; fetch it again"):
+    with pytest.raises(ArtefactError, match=r"w: tensors hold NaN or infinity: bias; fetch it again"):
         assign_weights(module, weights, where=tmp_path / "w")
 
 

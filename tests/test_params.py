@@ -207,8 +207,8 @@ def test_what_is_inherited_is_wrong_where_it_stands(write, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: nowhere.yaml", "p.yaml: base names nowhere.yaml; there is no file"),
-        ("base: rot.yaml", "there is no file rot.yaml; did you mean 'root.yaml'?"),
+        ("base: [nowhere.yaml, gone.yaml]", "p.yaml: base names what is no file: nowhere.yaml, gone.yaml"),
+        ("base: rot.yaml", "no file: rot.yaml; did you mean 'root.yaml'?"),
         ("base: 3", "p.yaml: base is 3; expected a file or a list of files"),
         ("base: [root.yaml, 3]", "expected a file or a list of files"),
         ("base: p.yaml", "p.yaml: based on itself: p.yaml -> p.yaml"),

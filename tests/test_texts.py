@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vtp.texts import escape_tracebacks, in_html, in_markdown, message, shown, text_problem, write_csv
+from vtp.texts import escape_tracebacks, in_html, in_markdown, listed, message, shown, text_problem, write_csv
 
 ACTING = "\x1b]0;x\x07 \r\n\t\x00\x7f\x85\x9b \u2028\u2029 \u202e\u2066\u200b\ufeff \ud800 \udce9"
 
@@ -66,3 +66,11 @@ def test_tracebacks_are_escaped(monkeypatch, capsys):
     assert "\x1b" not in said
     assert "\nerror:" not in said
     assert r"\x1b[31m" in said
+
+
+def test_ten_are_listed_and_the_rest_is_counted():
+    names = [f"n{number}" for number in range(12)]
+    assert listed(names) == "n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, and 2 more"
+    assert listed(names[:10], "; ").endswith("; n9")
+    assert listed(names[:2], count=40) == "n0, n1, and 38 more"
+    assert listed([]) == "nothing"

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vtp.texts import shown
+from vtp.texts import listed, shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -191,12 +191,9 @@ def assign_weights(
         if tensors[key].is_floating_point() != state[key].is_floating_point()
     ]
     if problems:
-        rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ArtefactError(
-            f"{where} does not fit its config.json: {'; '.join(problems[:5])}{rest}; fetch both files again"
-        )
+        raise ArtefactError(f"{where} does not fit its config.json: {listed(problems, '; ')}; fetch both files again")
     if bad := [name(key) for key in sorted(tensors) if not tensors[key].isfinite().all()]:
-        raise ArtefactError(f"{where}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}; fetch it again")
+        raise ArtefactError(f"{where}: tensors hold NaN or infinity: {listed(bad)}; fetch it again")
     module.load_state_dict({key: value.to(state[key].dtype) for key, value in tensors.items()}, assign=True)
 
 
@@ -237,14 +234,16 @@ def _digest_bytes(path: Path) -> str:
 def verify_files(folder: Path, digests: Mapping[str, str], *, remedy: str) -> None:
     """See that files of a folder have their digests, by name.
 
-    Raises ArtefactError that names the first that is missing or was changed, cut or exchanged.
+    Raises ArtefactError that names those that are missing or were changed, cut or exchanged.
     """
+    problems = []
     for name, expected in digests.items():
-        if (actual := digest(folder / name)) != expected:
-            raise ArtefactError(
-                f"{folder / name}: not the file that was written there: its sha256 is {actual[:12]}..., not "
-                f"{expected[:12]}...; {remedy}"
-            )
+        if not (folder / name).is_file():
+            problems.append(f"{name} is {'no file' if (folder / name).exists() else 'missing'}")
+        elif (actual := digest(folder / name)) != expected:
+            problems.append(f"{name} has sha256 {actual[:12]}..., not {expected[:12]}...")
+    if problems:
+        raise ArtefactError(f"{folder}: not the files that were written there: {listed(problems, '; ')}; {remedy}")
 
 
 def files(folder: Path) -> list[Path]:
@@ -299,7 +298,7 @@ def siblings(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
     names = sorted(shown(entry.name) for entry in path.parent.iterdir())
-    return f"{path.parent} holds {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"
+    return f"{path.parent} holds {listed(names)}"
 
 
 def verified_weights(

@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 
 from vtp.artefact import whole_file
 from vtp.config import Config, ConfigError, Keys, did_you_mean, number_name, read_yaml
-from vtp.texts import shown
+from vtp.texts import listed, shown
 
 C = TypeVar("C", bound=Config)
 BASE = "base"
@@ -183,13 +183,15 @@ def _collect(path: Path, above: tuple[Path, ...], layers: dict[Path, Layer]) -> 
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: base is {bases!r}; expected a file or a list of files, such as ../../params.yaml")
-    for base in bases:
-        file = path.parent / base
+    missing = []
+    for file in (path.parent / base for base in bases):
         if not file.is_file():
             near = [other.name for other in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
-            hint = did_you_mean(file.name, near)
-            raise ConfigError(f"{path}: base names {base}; there is no file {file}{hint}")
-        _collect(file, (*above, real), layers)
+            missing.append(f"{file}{did_you_mean(file.name, near)}")
+    if missing:
+        raise ConfigError(f"{path}: base names what is no file: {listed(missing)}")
+    for base in bases:
+        _collect(path.parent / base, (*above, real), layers)
     layers[real] = Layer(Origin(path, ()), values)
 
 

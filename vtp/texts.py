@@ -9,7 +9,7 @@ import html
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TextIO
 from unicodedata import category
@@ -21,6 +21,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|[+-]?inf", re.ASCII
 FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the wide ones too
 MARKDOWN = re.compile(r"[\\`*|\[\]]")
 INDENT = "  "
+LISTED = 10  # things that a message names
 
 
 def shown(text: str) -> str:
@@ -45,6 +46,13 @@ def in_markdown(text: str) -> str:
 def in_html(text: str) -> str:
     """A text or a quoted attribute of a page."""
     return html.escape(shown(text))
+
+
+def listed(texts: Sequence[str], separator: str = ", ", *, count: int | None = None) -> str:
+    """The first `LISTED` of them, and how many are left out; `nothing` for none. `count`: how many there are, if more."""
+    first = list(texts[:LISTED])
+    left = (len(texts) if count is None else count) - len(first)
+    return separator.join([*first, *([f"and {left} more"] if left > 0 else [])]) or "nothing"
 
 
 def write_csv(file: TextIO, rows: Iterable[Iterable[object]]) -> None:

@@ -151,7 +151,7 @@ def test_another_size(tokenizer):
         (torch.rand(3, 8, 8), r"Tensor of float32 \[3, 8, 8\]"),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), r"Tensor of uint8 \[3, 8, 8\]"),
     ],
-    ids=str,
+    ids=range(9),
 )
 def test_arrays_of_another_kind_are_refused_by_name(tokenizer, given, named):
     with pytest.raises(ValueError, match=named) as refused:

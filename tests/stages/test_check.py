@@ -238,7 +238,7 @@ def test_an_error_names_the_file_of_the_chain_in_which_it_stands(study, tmp_path
         f"{tmp_path}/more.yaml:generate.samples: Input should be greater"
     )
     (tmp_path / "params.yaml").write_text("base: mroe.yaml\n")
-    assert "params.yaml: base names mroe.yaml; there is no file" in said_of(tmp_path / "params.yaml")
+    assert "params.yaml: base names what is no file: " in said_of(tmp_path / "params.yaml")
 
 
 def test_sections_of_other_stages_may_stand_in_a_base_alone(study, tmp_path):

@@ -196,7 +196,9 @@ def test_damaged_and_foreign_folders(reference, tmp_path):
     ):
         save_tensors(folder / "train.safetensors", changed)
         write_json(folder / "config.json", config)
-        with pytest.raises(ArtefactError, match=r"train\.safetensors: not the file that was written there"):
+        with pytest.raises(
+            ArtefactError, match=r"not the files that were written there: train\.safetensors has sha256"
+        ):
             Reference.load(folder).of("train")
         files = config["files"] | {"train.safetensors": digest(folder / "train.safetensors")}
         write_json(folder / "config.json", config | {"files": files})

@@ -39,6 +39,7 @@ from vtp.curation.filter.write_selection import plan_files, write_file
 from vtp.curation.rows import KEY, ORDER, PART, ROLES
 from vtp.host import Host
 from vtp.processes import WorkerPool
+from vtp.texts import listed
 
 
 class FilterError(ValueError):
@@ -115,7 +116,7 @@ class FilterEngine:
     def _check(self, bad: int, rows: int, most: float, what: str) -> None:
         if bad > most * rows:
             first = [str(tuple(e)) for line in self.funnel.lines if "unreadable" in line.name for e in line.examples]
-            shown = f"; first: {', '.join(first[:3])}" if first else ""
+            shown = f": {listed(first, count=bad)}" if first else ""
             raise FilterError(f"{bad} of {rows} {what}, more than max_unreadable {most}{shown}")
 
     def _pass(self, function: Callable[[Any], None], jobs: Sequence[Any], sizes: Sequence[int], what: str) -> None:

@@ -15,11 +15,10 @@ from vtp.config import Config
 from vtp.curation.ingest.listing import Entry, require_inside, safe_key
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.places import inside, path_problem
-from vtp.texts import shown, text_problem
+from vtp.texts import listed, shown, text_problem
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 LONGEST_LINE = 1 << 24  # characters of a line of a table
-SHOWN = 8  # names that an error shows
 
 
 def _stays_inside(path: str) -> str:
@@ -171,7 +170,7 @@ def holds(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder"
     names = sorted(map(shown, os.listdir(folder)))
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "") or "nothing"
+    return listed(names)
 
 
 def text_of(name: str) -> str:

@@ -12,7 +12,6 @@ from pydantic import Field, field_validator
 from vtp.artefact import read_json, whole_file
 from vtp.config import Config
 from vtp.curation.ingest.shard_workers import (
-    NAMED,
     Finished,
     IngestError,
     Result,
@@ -24,6 +23,7 @@ from vtp.curation.ingest.shard_workers import (
 from vtp.curation.ingest.source import PictureSource
 from vtp.data.remote import require_shared
 from vtp.data.shards import FORMAT_VERSION, Manifest, ShardSummary, describe_split
+from vtp.texts import listed
 
 UNREADABLE = "unreadable.csv"
 
@@ -116,7 +116,7 @@ class Ingest:
         return IngestError(
             f"{count} of {self.total} pictures are unreadable{' so far' if len(finished) < len(self._jobs) else ''}, "
             f"max_unreadable allows {self._allowed}; {self._task.state}/*.csv lists them:\n  "
-            + "\n  ".join(examples[:NAMED])
+            + listed(examples, "\n  ", count=count)
         )
 
     def _assemble(self) -> Manifest:

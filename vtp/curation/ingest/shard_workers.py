@@ -14,9 +14,7 @@ from vtp.config import Config
 from vtp.curation.ingest.source import PictureSource, Rejected
 from vtp.data.shards import SampleRecord, ShardSummary, write_shard
 from vtp.processes import SPAWN, WorkerPool
-from vtp.texts import shown, write_csv
-
-NAMED = 5  # pictures that an error names
+from vtp.texts import LISTED, shown, write_csv
 
 
 class IngestError(ValueError):
@@ -146,7 +144,7 @@ def _write(job: ShardJob) -> Result:
     if rejected:
         with whole_file(task.state / f"{job.name}.csv") as temporary:
             _list_rejected(temporary, job.split, rejected)
-    examples = [shown(f"{item.place}: {item.reason}") for item in rejected[:NAMED]]
+    examples = [shown(f"{item.place}: {item.reason}") for item in rejected[:LISTED]]
     finished = Finished(summary=summary, rejected=len(rejected), examples=examples)
     if whole:
         write_json(task.state / f"{job.name}.json", finished.model_dump())
