@@ -1,6 +1,7 @@
 """Whole files, stable bytes, digests."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vtp.artefact import (
     whole_folder,
     write_json,
 )
+from vtp.config import ConfigError, read_yaml
 
 
 def test_files_are_whole_or_absent(tmp_path):
@@ -101,3 +103,27 @@ def test_all_files_that_were_changed_are_named(tmp_path):
         ArtefactError, match=r"b has sha256 \w+\.\.\., not \w+\.\.\.; c is missing; d is no file; make them"
     ):
         verify_files(tmp_path, digests, remedy="make them again")
+
+
+def unreadable(folder):
+    """What may lie where a file belongs."""
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "device").symlink_to("/dev/zero")
+    (folder / "circle").symlink_to("circle")
+    (folder / "utf16").write_text("{}", encoding="utf-16")
+    (folder / "deep").write_text("[" * 1500 + "]" * 1500)
+    (folder / "cut").write_text('{"a": [1,')
+    (folder / "zeros").write_bytes(bytes(100))
+    return sorted([*folder.iterdir(), folder / "missing", folder / "zeros" / "below", Path("a\0b"), Path("x" * 300)])
+
+
+@pytest.mark.parametrize("read", [read_json, load_tensors, read_yaml])
+def test_what_is_no_file_is_an_error_at_once(tmp_path, read):
+    """Never a wait for a pipe, or memory full of a device; what the system itself says is an OSError."""
+    for path in unreadable(tmp_path):
+        with pytest.raises((ArtefactError, ConfigError, OSError)) as raised:
+            read(path)
+        assert isinstance(raised.value, OSError) or str(raised.value).startswith(f"{path}: ")
+        if path.name in ("folder", "pipe", "device"):
+            assert "where a file belongs" in str(raised.value)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,8 +93,19 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def require_regular(path: Path) -> None:
+    """See that what is there, if anything, is a file with an end: a pipe or a device would be read for ever.
+
+    Raises ArtefactError otherwise, and OSError for links in a circle.
+    """
+    if stat.S_IFMT(mode := path.stat().st_mode if path.exists() else stat.S_IFREG) != stat.S_IFREG:
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
+        raise ArtefactError(f"{path}: a {kind}, where a file belongs; put the file there")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ArtefactError when it is missing or damaged."""
+    require_regular(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -121,6 +133,7 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    require_regular(path)
     try:
         return load_file(path)
     except FileNotFoundError:

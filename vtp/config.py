@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, fie
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.constructor import DuplicateKeyError
 
+from vtp.artefact import ArtefactError, require_regular
 from vtp.texts import shown
 
 Keys = tuple[str | int, ...]
@@ -80,9 +81,12 @@ class Config(BaseModel):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML 1.2 file. Raises ConfigError when there is none, or one that no person writes."""
     try:
+        require_regular(path)
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such parameter file") from None
+    except ArtefactError as error:
+        raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except DuplicateKeyError as error:
