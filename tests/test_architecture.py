@@ -138,7 +138,7 @@ def test_texts_leave_by_one_way():
         "csv.writer": {"vtp/texts.py"},
         "csv.DictWriter": set(),
         "html.escape": {"vtp/texts.py"},
-        "file=sys.stderr": {"stages/runner/environment.py"},
+        "file=sys.stderr": {"stages/runner/environment.py", "vtp/__main__.py"},
         "logging.basicConfig": {"stages/runner/environment.py"},
     }
     for way, allowed in ways.items():
