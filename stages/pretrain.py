@@ -53,7 +53,10 @@ class Pretrain(Config):
     @model_validator(mode="after")
     def _tokenizer_serves(self) -> Self:
         if self.objective.weights.clip and self.tokenizer.text is None:
-            raise ValueError("objective.weights.clip is above 0, so tokenizer.text must not be null")
+            raise ValueError(
+                f"objective.weights.clip is {self.objective.weights.clip} and tokenizer.text null: CLIP needs a text tower; "
+                "give one, or set the weight to 0"
+            )
         if (text := self.tokenizer.text) is not None and text.vocab_size != VOCABULARY:
             raise ValueError(f"tokenizer.text.vocab_size {text.vocab_size} is not {VOCABULARY}, open_clip's byte pairs")
         if self.objective.weights.clip and not self.tokenizer.compares_captions:
@@ -77,11 +80,14 @@ class Pretrain(Config):
                 raise ValueError(f"{name} {size} is not a multiple of tokenizer.vision.patch_size {patch_size}")
         if self.data.reconstruction_view.name == "shared" and self.data.clip_view.size != self.tokenizer.image_size:
             raise ValueError(
-                "data.clip_view.size and tokenizer.image_size differ, and data.reconstruction_view is shared"
+                f"data.clip_view.size {self.data.clip_view.size} and tokenizer.image_size {self.tokenizer.image_size} "
+                "differ, and data.reconstruction_view is shared"
             )
         active = self.active
         if self.data.subsets == "disjoint" and active.ssl and active.pool == active.ssl:
-            raise ValueError("data.subsets is disjoint, and no image is left beside those of self-supervision")
+            raise ValueError(
+                f"data.subsets is disjoint, and of {active.pool} images none is left beside data.batch.ssl {active.ssl}"
+            )
         if active.reconstruction % (group := self.objective.drop_path.group):
             raise ValueError(
                 f"objective.drop_path.blocks is {group}, no divisor of data.batch.reconstruction "

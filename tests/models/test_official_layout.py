@@ -217,7 +217,7 @@ def test_keys_that_are_left_out_have_official_defaults(tmp_path):
         ({"train_clip": "no"}, "train_clip is 'no', expected true or false"),
         ({"train_reconstruction": None}, "train_reconstruction is None, expected true or false"),
         ({"nonscalar_logit_scale": 1}, "nonscalar_logit_scale: "),
-        ({"vision_embed_dim": 30}, "vision: embed_dim 30 must be a multiple of 4 [*] num_heads"),
+        ({"vision_embed_dim": 30}, "vision.embed_dim 30 is not a multiple of 4 [*] vision.num_heads"),
         ({"vtp_pipeline": 3}, "vtp_pipeline: "),
         (
             {"vtp_pipeline": {"format_version": 2, "rope_dtype": "float32"}},

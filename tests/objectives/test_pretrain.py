@@ -453,8 +453,8 @@ def test_l1_space():
 
 def test_impossible_configurations_are_refused():
     for changes, said in (
-        ({"objective": {"weights": {"reconstruction": 0.0}}}, "reconstruction must be above 0"),
-        ({"tokenizer": {"text": None}}, "text must not be null"),
+        ({"objective": {"weights": {"reconstruction": 0.0}}}, "reconstruction is 0.0 and must be above 0"),
+        ({"tokenizer": {"text": None}}, "and tokenizer.text null: CLIP needs"),
         ({"tokenizer": {"text": {"pool_type": "none"}}}, "pool_type is none: the contrast needs one token"),
         ({"tokenizer": {"decoder": None}}, "tokenizer needs a decoder"),
         ({"tokenizer": {"decoder_upscale": 16}}, "whose decoder_upscale is vision.patch_size"),
@@ -462,8 +462,8 @@ def test_impossible_configurations_are_refused():
         ({"data": {"batch": {"ssl": 5}}}, "ssl 5 is not a multiple of reconstruction 2"),
         ({"data": {"ssl_views": {"local_size": 9}}}, "local_size 9 is not a multiple"),
         ({"data": {"clip_view": {"size": 8}}}, "reconstruction_view is shared"),
-        ({"data": {"subsets": "disjoint", "batch": {"clip": 4}}}, "no image is left"),
-        ({"tokenizer": {"vision": {"num_heads": 3}}}, "must be a multiple of 4"),
+        ({"data": {"subsets": "disjoint", "batch": {"clip": 4}}}, "of 4 images none is left"),
+        ({"tokenizer": {"vision": {"num_heads": 3}}}, "is not a multiple of 4"),
         (
             {"objective": {"drop_path": {"clip": 0.1, "blocks": 3}}},
             "blocks is 3, no divisor of data.batch.reconstruction 2",

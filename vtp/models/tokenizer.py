@@ -46,7 +46,9 @@ class TokenizerConfig(Config):
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.vision.patch_size}")
         for name, part in (("vision", self.vision), ("decoder", self.decoder)):
             if part is not None and part.embed_dim % (4 * part.num_heads):
-                raise ValueError(f"{name}: embed_dim {part.embed_dim} must be a multiple of 4 * num_heads")
+                raise ValueError(
+                    f"{name}.embed_dim {part.embed_dim} is not a multiple of 4 * {name}.num_heads {part.num_heads}"
+                )
         return self
 
     @property

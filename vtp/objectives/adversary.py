@@ -49,7 +49,10 @@ class AdversaryConfig(Config):
     @model_validator(mode="after")
     def _head_start(self) -> Self:
         if self.start < self.discriminator_start:
-            raise ValueError("start is before discriminator_start: the decoder would follow an untrained discriminator")
+            raise ValueError(
+                f"start {self.start} is before discriminator_start {self.discriminator_start}: the decoder would follow an "
+                "untrained discriminator"
+            )
         return self
 
 

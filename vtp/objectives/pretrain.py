@@ -47,7 +47,10 @@ class WeightsConfig(Config):
     @model_validator(mode="after")
     def _something_to_train(self) -> Self:
         if not self.reconstruction:
-            raise ValueError("reconstruction must be above 0: without it there is no decoder, hence no tokenizer")
+            raise ValueError(
+                f"reconstruction is {self.reconstruction} and must be above 0: without it there is no decoder, hence no "
+                "tokenizer"
+            )
         return self
 
 
