@@ -390,7 +390,7 @@ def test_the_version_is_that_of_the_package(tmp_path):
 
     assert vtp.__version__ == version("vtp")
     (tmp_path / "vtp").mkdir()
-    for name in ("__init__.py", "__main__.py", "version.py"):
+    for name in ("__init__.py", "__main__.py", "texts.py", "version.py"):
         shutil.copy(ROOT / "vtp" / name, tmp_path / "vtp")
     shown = subprocess.run(
         [sys.executable, "-S", "-m", "vtp", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -365,9 +365,15 @@ def test_adm_batches_are_for_inception(made, tmp_path):
     [
         ({"split": "test"}, "no split 'test', it has train, validation"),
         ({"split": "validation"}, r"keeps 0 of validation; raise reference\.splits\.validation\.kept"),
-        ({"kernel": {"subset_size": 36}}, r"compares 36 features .* keeps 35 of train; raise reference\.splits\.train"),
-        ({"neighbours": 35}, "compares 36 features"),
-        ({"kernel": {"subset_size": 32}}, r"31 samples are too few .* raise evaluate_generator\.counts"),
+        (
+            {"counts": [40], "kernel": {"subset_size": 36}},
+            r"compares 36 features .* keeps 35 of train; raise reference\.splits\.train",
+        ),
+        ({"counts": [40], "neighbours": 35}, "compares 36 features"),
+        (
+            {"kernel": {"subset_size": 32}},
+            "counts 31 are fewer than the 32 samples that neighbours and kernel.subset_size need",
+        ),
         ({"counts": [COUNT + 1]}, r"counts asks for 32 samples, there are 31; raise generate\.samples"),
     ],
 )

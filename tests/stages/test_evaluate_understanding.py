@@ -300,7 +300,7 @@ class Pixels(Tokenizer):
         super().__init__()
         self.pixel_decoder = nn.Identity()
 
-    def encode(self, images):
+    def _encode(self, images):
         return 2 * images
 
     def encoder_state(self):
@@ -354,12 +354,12 @@ def test_mistakes_are_told(made, tmp_path, monkeypatch):
     assert not taken.exists()  # nothing was computed before
     with pytest.raises(ConfigError, match="resize 15 is below size 16"):
         here(made, tmp_path / "a", probes={"resize": 15})
-    with pytest.raises(ValueError, match="k is 20, the training set has 10 samples"):
+    with pytest.raises(ValueError, match="neighbours 20 are more than train_samples 10"):
         here(made, tmp_path / "b", train_samples=10)
     broken = VisualTokenizer.from_pretrained(made / "tokenizer")
     nn.init.constant_(broken.trunk.cls_token, float("nan"))
     monkeypatch.setattr(stage, "load_tokenizer", lambda folder: broken)
-    with pytest.raises(ValueError, match="features that are not finite"):
+    with pytest.raises(ValueError, match="features of the encoder as torch.float32 hold NaN or infinity"):
         here(made, tmp_path / "c")
 
 
