@@ -10,6 +10,7 @@ change runs what depends on it. `--runs` writes the parameters of every run of a
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -113,11 +114,11 @@ def _unread(parameters: Parameters, pipeline: Pipeline) -> list[str]:
 
 def _untracked(parameters: Parameters, pipeline: Pipeline) -> list[str]:
     """Files of the chain that DVC would not notice a change of."""
-    tracked = [path.resolve() for path in pipeline.tracked]
+    tracked = [Path(os.path.realpath(path)) for path in pipeline.tracked]
     return [
         f"{parameters.path}: based on {file}, which dvc.yaml does not track: add it to the deps of its stage check"
         for file in parameters.files[:-1]
-        if tracked and not any(file.resolve().is_relative_to(path) for path in tracked)
+        if tracked and not any(Path(os.path.realpath(file)).is_relative_to(path) for path in tracked)
     ]
 
 

@@ -193,3 +193,12 @@ def test_a_value_that_is_none_of_a_choice_is_told_once():
         Named.parse({"counts": [], "milestones": [-1.0]}, where="p")
     expected = "p.milestones.0: Input should be greater than 0, or: Input should be 'end' (given: -1.0)"
     assert str(raised.value) == expected
+
+
+class Swept(Config):
+    intervals: list[Annotated[tuple[float, float], Field(strict=False)]]
+
+
+def test_a_pair_that_lacks_a_number_is_named():
+    with pytest.raises(ConfigError, match=r"p\.intervals\.1\.1: Field required"):
+        Swept.parse({"intervals": [[0.0, 1.0], [0.5]]}, where="p")

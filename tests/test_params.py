@@ -54,6 +54,13 @@ def test_a_file_without_base_is_itself(write, tmp_path):
     assert load(f"{tmp_path}/root.yaml:a", Section).model.width == 4
 
 
+def test_a_link_to_itself_is_no_file(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.symlink_to("params.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_parameters(path)
+
+
 def test_changes_merge_lists_and_values_replace(write):
     path = write("study/params.yaml", "base: ../root.yaml\na: {rate: 2.0, steps: [7], model: {width: 9}}\n")
     expected = read_yaml(path.parent.parent / "root.yaml")

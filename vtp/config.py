@@ -175,7 +175,9 @@ def _keys(location: Sequence[str | int], values: Any) -> Keys:  # noqa: ANN401 -
         elif not isinstance(here, list) or not isinstance(part, int):
             continue
         keys.append(part)
-        here = here.get(part) if isinstance(here, Mapping) else here[int(part)]
+        if isinstance(here, list):  # a tuple may lack the item that it asks for
+            here = dict(enumerate(here))
+        here = here.get(part)
     return tuple(keys)
 
 

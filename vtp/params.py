@@ -14,6 +14,7 @@ A file that compares runs says what each changes (`runs: {first: {}, second: {pr
 run are laid over all files like one more, so that what is based on something that it changes follows.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -172,7 +173,7 @@ def _bases(values: Any) -> Iterator[str]:  # noqa: ANN401 - YAML's
 
 def _collect(path: Path, above: tuple[Path, ...], layers: dict[Path, Layer]) -> None:
     """The files that `path` is based on, then itself, each once."""
-    real = path.resolve()
+    real = Path(os.path.realpath(path))  # of a link to itself too, which reading finds
     if real in above:
         chain = " -> ".join(file.name for file in (*above[above.index(real) :], real))
         raise ConfigError(f"{path}: based on itself: {chain}")
