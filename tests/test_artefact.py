@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.runner.scratch import dvc_digest
 from vtp.artefact import (
     ArtefactError,
     digest,
@@ -125,5 +126,12 @@ def test_what_is_no_file_is_an_error_at_once(tmp_path, read):
         with pytest.raises((ArtefactError, ConfigError, OSError)) as raised:
             read(path)
         assert isinstance(raised.value, OSError) or str(raised.value).startswith(f"{path}: ")
-        if path.name in ("folder", "pipe", "device"):
-            assert "where a file belongs" in str(raised.value)
+        if path.name in ("pipe", "device"):
+            assert "a pipe, a socket or a device" in str(raised.value)
+
+
+@pytest.mark.parametrize("read", [digest, read_json, load_tensors, dvc_digest])
+def test_nobody_waits_for_a_pipe(tmp_path, read):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ArtefactError, match="config.json: a pipe, a socket or a device, not a file; remove it"):
+        read(tmp_path / "config.json")

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -93,19 +92,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def require_regular(path: Path) -> None:
-    """See that what is there, if anything, is a file with an end: a pipe or a device would be read for ever.
-
-    Raises ArtefactError otherwise, and OSError for links in a circle.
-    """
-    if stat.S_IFMT(mode := path.stat().st_mode if path.exists() else stat.S_IFREG) != stat.S_IFREG:
-        kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
-        raise ArtefactError(f"{path}: a {kind}, where a file belongs; put the file there")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ArtefactError when it is missing or damaged."""
-    require_regular(path)
+    require_no_pipe(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -133,7 +122,7 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    require_regular(path)
+    require_no_pipe(path)
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -221,6 +210,7 @@ def digest(path: Path) -> str:
         return hashlib.sha256(b"".join(lines)).hexdigest()
     if not path.exists():
         raise ArtefactError(f"{path}: no such file or folder; {siblings(path)}")
+    require_no_pipe(path)
     status = path.stat()
     if status.st_size < LARGE:
         return _digest_bytes(path)
@@ -242,6 +232,14 @@ def _digest_bytes(path: Path) -> str:
         while chunk := file.read(CHUNK):
             state.update(chunk)
     return state.hexdigest()
+
+
+def require_no_pipe(path: Path) -> None:
+    """Raises ArtefactError for a pipe, a socket or a device: who reads one may wait for ever, or never come to an end."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ArtefactError(
+            f"{path}: a pipe, a socket or a device, not a file; remove it, and make or fetch the file again"
+        )
 
 
 def verify_files(folder: Path, digests: Mapping[str, str], *, remedy: str) -> None:

@@ -5,6 +5,7 @@ changes a result has a default, so parameters are complete and DVC sees every ch
 YAML 1.2, the dialect of DVC (`1e-4` is a number there, and a string in YAML 1.1).
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -15,7 +16,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, fie
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.constructor import DuplicateKeyError
 
-from vtp.artefact import ArtefactError, require_regular
 from vtp.texts import shown
 
 Keys = tuple[str | int, ...]
@@ -80,13 +80,12 @@ class Config(BaseModel):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML 1.2 file. Raises ConfigError when there is none, or one that no person writes."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ConfigError(f"{path}: cannot be read: a pipe, a socket or a device, not a file")
     try:
-        require_regular(path)
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such parameter file") from None
-    except ArtefactError as error:
-        raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except DuplicateKeyError as error:

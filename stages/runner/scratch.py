@@ -20,7 +20,7 @@ from pathlib import Path
 from stages.runner.environment import tell
 from stages.runner.sinks import STATE
 from stages.runner.starts import STARTS
-from vtp.artefact import ArtefactError, files, read_json, remove, sync, write_json
+from vtp.artefact import ArtefactError, files, read_json, remove, require_no_pipe, sync, write_json
 from vtp.config import ConfigError, read_yaml
 
 LINKED_BYTES = 16_000_000  # files of this size and more are linked to their place, not copied
@@ -141,6 +141,7 @@ def dvc_digest(path: Path) -> str:
         entries = [{"md5": dvc_digest(file), "relpath": file.relative_to(path).as_posix()} for file in files(path)]
         entries.sort(key=lambda entry: entry["relpath"])
         return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+    require_no_pipe(path)
     state = hashlib.md5()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
