@@ -67,6 +67,9 @@ def main(run: Callable[..., None], *, distributed: bool = False) -> None:
         status = _fail(str(error), BAD_PARAMETERS)
     except OSError as error:
         status = _fail(explain(error), 1)
+    except KeyboardInterrupt:  # no body is at work, which would save first
+        tell("stopped; the next start goes on with what was saved before")
+        status = INTERRUPTED
     sys.exit(status)
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 from tiny import ROOT
 
-from stages.runner.run import Input, command_line, describe_flag, path_flags
+from stages.runner.run import INTERRUPTED, Input, command_line, describe_flag, main, path_flags
 
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py") if path.stem != "check")
 PLANS = sorted(path.stem for path in (ROOT / "stages/plans").glob("[a-z]*.py"))
@@ -94,3 +94,16 @@ def test_flags_are_not_cut(cut):
     command_line(run).parse_args(flags)
     with pytest.raises(SystemExit):
         command_line(run).parse_args([*flags, cut] if cut == "--pla" else [*flags[:1], cut, *flags[2:]])
+
+
+def test_interrupted_while_no_body_is_at_work(monkeypatch, capsys):
+    """Ctrl-C while inputs are read: a line, and the status of a stop."""
+
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stages.runner.run._run", interrupt)
+    with pytest.raises(SystemExit) as end:
+        main(import_module("stages.reference").run)
+    assert end.value.code == INTERRUPTED
+    assert capsys.readouterr().err == "stopped; the next start goes on with what was saved before\n"
