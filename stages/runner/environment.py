@@ -42,16 +42,31 @@ class _LogFormatter(logging.Formatter):
         return message(super().format(record))
 
 
+class _LogFile(logging.FileHandler):
+    """A log whose disk may be full: a line says so, once, and the work goes on as far as it can."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            tell(f"the log {self.baseFilename} cannot be written: {error.strerror}")
+
+
 def log_to(path: Path) -> None:
     """Have this process log to a file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(_LogFormatter("%(asctime)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
 
 
-def explain(error: OSError) -> str:
-    """What the operating system refused, in a line."""
-    place = shown(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else "a file of the run"
+def explain(error: OSError, within: Path | None = None) -> str:
+    """What the operating system refused, in a line; `within` says where, of an error that names no file."""
+    somewhere = "a file of the run" if within is None else f"a file in {within}"
+    place = shown(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else somewhere
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{place}: no space is left there; make room and start again, what was saved before is kept"
     return f"{place}: {error.strerror or error}"

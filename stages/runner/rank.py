@@ -51,7 +51,7 @@ def main() -> None:
         if isinstance(error, ValueError | StateError):
             message = str(error)
         elif isinstance(error, OSError):
-            message = explain(error)
+            message = explain(error, path.parent)
         consequence = isinstance(error, RuntimeError) and any(word in str(error) for word in CONSEQUENCES)
         if consequence:
             message = f"waited for another rank, at most {runtime.timeout_seconds:g} s ({message.splitlines()[0]})"

@@ -191,7 +191,7 @@ def _work(body: _Body, host: LocalHost, scratch: Scratch, *, distributed: bool) 
         problem = str(error)
     except OSError as error:
         logging.exception("the stage failed")
-        problem = explain(error)
+        problem = explain(error, scratch.root)
     finally:
         starts.end(device_here(host.runtime, distributed=distributed))
         logging.info("ended, peak memory %.3g GB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)

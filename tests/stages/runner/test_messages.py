@@ -1,10 +1,12 @@
 """What a stage says of foreign texts: on the terminal, in its log, from ranks."""
 
+import errno
 import json
 import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import ROOT
@@ -36,6 +38,27 @@ def test_messages_and_records_are_plain(tmp_path, capsys):
     assert is_plain(text)
     assert "Traceback" in text
     assert "\n" not in explain(OSError(2, "No such file", f"a{FOREIGN}"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
+def test_a_log_on_a_full_disk_is_a_line(tmp_path, capsys):
+    (tmp_path / "run.log").symlink_to("/dev/full")
+    log_to(tmp_path / "run.log")
+    try:
+        logging.warning("one")
+        logging.warning("two")
+    finally:
+        logging.getLogger().handlers.clear()
+        logging.basicConfig(force=True)
+    assert capsys.readouterr().err == f"the log {tmp_path}/run.log cannot be written: No space left on device\n"
+
+
+def test_what_is_full_is_named():
+    error = OSError(errno.ENOSPC, "No space left on device")  # of a write, which knows no name
+    assert explain(error, Path(".scratch/pretrain/1")).startswith(
+        "a file in .scratch/pretrain/1: no space is left there"
+    )
+    assert explain(OSError(errno.ENOSPC, "", "a.tar")).startswith("a.tar: no space")
 
 
 def test_ranks_are_quoted_plainly(tmp_path, capsys):
