@@ -135,3 +135,9 @@ def test_nobody_waits_for_a_pipe(tmp_path, read):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ArtefactError, match="config.json: a pipe, a socket or a device, not a file; remove it"):
         read(tmp_path / "config.json")
+
+
+def test_a_folder_that_stands_where_tensors_should_is_named(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(ArtefactError, match=r"model\.safetensors: cannot be read \(.*\); make or fetch it again"):
+        load_tensors(tmp_path / "model.safetensors")

@@ -119,14 +119,24 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":
     """All tensors of a safetensors file, on the CPU. Raises ArtefactError when it is missing or damaged."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    with reading_tensors(path):
+        return load_file(path)
+
+
+@contextmanager
+def reading_tensors(path: Path) -> Iterator[None]:
+    """What safetensors raises for a file, which names none, becomes an ArtefactError that does."""
+    from safetensors import SafetensorError
 
     require_no_pipe(path)
     try:
-        return load_file(path)
+        yield
     except FileNotFoundError:
         raise ArtefactError(f"{path}: no such file; {siblings(path)}") from None
+    except OSError as error:  # a folder, a file of another user
+        raise ArtefactError(f"{path}: cannot be read ({error}); make or fetch it again") from None
     except SafetensorError as error:
         raise ArtefactError(f"{path}: not a complete safetensors file ({error}); make or fetch it again") from None
 

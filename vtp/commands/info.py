@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vtp.artefact import ArtefactError, digest, files, read_json, siblings
+from vtp.artefact import ArtefactError, digest, files, read_json, reading_tensors, siblings
 from vtp.commands.pictures import SUFFIX, describe_latents
 from vtp.data.latents import LatentsArtefact, read_latents_config
 from vtp.data.shards import Manifest
@@ -293,13 +293,10 @@ def _require(folder: Path, names: Any) -> None:  # noqa: ANN401 - any iterable o
 
 def _shapes(path: Path) -> dict[str, list[int]]:
     """Of the tensors of a file, of which the head alone is read. Raises ArtefactError for a file that is cut."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise ArtefactError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
+    with reading_tensors(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def _latent_shapes(path: Path) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, whole_file, whole_folder
+from vtp.artefact import ArtefactError, load_tensors, read_json, reading_tensors, save_tensors, whole_file, whole_folder
 from vtp.commands.places import device_of, require_file, require_new_folder
 from vtp.config import Config
 from vtp.evaluation.reconstruction import psnr
@@ -147,13 +147,10 @@ def read_latents(path: Path) -> Latents:
 
 def describe_latents(path: Path) -> LatentsFile | None:
     """What a file says of itself; None: nothing. Raises ArtefactError when it cannot be read, ConfigError for others."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            said = (file.metadata() or {}).get(METADATA)
-    except SafetensorError as error:
-        raise ArtefactError(f"{path}: not a complete safetensors file ({error}); make it again") from None
+    with reading_tensors(path), safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get(METADATA)
     try:
         return None if said is None else LatentsFile.parse(json.loads(said), where=f"{path}: metadata")
     except json.JSONDecodeError as error:
