@@ -29,7 +29,7 @@ from stages.figures.paper_table import (
 from stages.figures.tables import flatten, markdown, number
 from stages.runner.run import Input, Inputs, Output, main
 from stages.runner.starts import Start, starts_of
-from vtp.artefact import ArtefactError, read_json, write_json
+from vtp.artefact import ArtefactError, read_json, require_no_pipe, write_json
 from vtp.config import Config
 from vtp.host import Host
 
@@ -269,9 +269,15 @@ def _of_samples(name: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _columns(path: Path) -> dict[str, list[float]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]} if rows else {}
+    """Of a table of numbers; NaN where it holds none. Raises ArtefactError for one that is damaged."""
+    require_no_pipe(path)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            head, *rows = csv.reader(file, strict=True)
+            columns = zip(*([float(value or "nan") for value in row] for row in rows), strict=True)
+            return dict(zip(head, map(list, columns), strict=True)) if rows else {}
+    except (ValueError, csv.Error) as error:  # of UTF-8, of numbers, of rows of other lengths
+        raise ArtefactError(f"{path}: not a whole table of numbers ({error}); run its stage again") from None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vtp.layers.decode import decode_rgb
+from vtp.layers.decode import read_rgb
 from vtp.step import UNINFORMED
 
 
@@ -14,7 +14,7 @@ def stack(pictures: Sequence[Path], path: Path, *, tallest: int) -> None:
     """Pictures below each other as one PNG of 256 colours, each cut to `tallest` pixels."""
     from PIL import Image
 
-    parts = [decode_rgb(picture.read_bytes()) for picture in pictures]
+    parts = [read_rgb(picture) for picture in pictures]
     parts = [part.crop((0, 0, part.width, min(part.height, tallest))) for part in parts]
     canvas = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
     top = 0

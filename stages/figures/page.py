@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.figures.tables import number
+from vtp.layers.decode import read_rgb
 from vtp.texts import in_html
 
 STYLE = """
@@ -134,6 +135,7 @@ def _cell(column: dict[str, Any], row: str) -> str:
 
 def _picture(picture: CaptionedPicture) -> str:
     caption = in_html(picture.caption)
+    read_rgb(picture.path)  # raises: a page does not show a broken one as if there were none
     data = base64.b64encode(picture.path.read_bytes()).decode()
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'

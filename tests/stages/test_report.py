@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny import ROOT
 
-from stages.figures.drawing import Panel, curves, panels
+from stages.figures.drawing import Panel, curves, panels, stack
 from stages.figures.legend import LEGEND, legend_of
 from stages.figures.page import CaptionedPicture, HeadlineFigure, Section, Table, page
 from stages.figures.paper_table import (
@@ -24,12 +24,13 @@ from stages.figures.paper_table import (
     own_row,
 )
 from stages.figures.tables import flatten, markdown
-from stages.report import _records, _what_was_run
+from stages.report import _columns, _records, _what_was_run
 from stages.runner.fingerprint import fingerprint_of
 from stages.runner.starts import STARTS, Starts, read_starts
 from vtp.artefact import ArtefactError, write_json
 from vtp.config import read_yaml
 from vtp.inference.grid import grid
+from vtp.layers.decode import DecodeError
 
 FIGURES = [("gfid", "", 2.6), ("is", "", 197.0), ("precision", "_vs10k", 0.79), ("recall", "_vs10k", 0.62)]
 METRICS = {
@@ -111,6 +112,32 @@ def test_a_curve_of_one_point_is_seen(tmp_path):
     empty = np.asarray(Image.open(tmp_path / "none.png").convert("L"))
     middle = empty[empty.shape[0] // 2 - 8 : empty.shape[0] // 2 + 8, 120:-60]
     assert (middle < 100).any()  # it says so
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"step,loss\n1,2\n3\n", b"step,loss\n1,x\n", b"step,loss\n1,\xff\n", b"step,loss\n1,2,3\n"]
+)
+def test_a_damaged_table_is_named(tmp_path, content):
+    (tmp_path / "pretrain.csv").write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"pretrain\.csv: not a whole table of numbers \(.*; run its stage again"):
+        _columns(tmp_path / "pretrain.csv")
+
+
+def test_numbers_of_a_table_may_be_missing(tmp_path):
+    (tmp_path / "pretrain.csv").write_text("step,loss\n1,\n2,0.5\n")
+    columns = _columns(tmp_path / "pretrain.csv")
+    assert columns["step"] == [1.0, 2.0]
+    assert np.isnan(columns["loss"][0]) and columns["loss"][1] == 0.5
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    Image.effect_noise((32, 32), 9).save(tmp_path / "a.png")
+    path = tmp_path / "guided.png"
+    path.write_bytes((tmp_path / "a.png").read_bytes()[:-200])
+    with pytest.raises(DecodeError, match=r"guided\.png: not a readable image"):
+        stack([tmp_path / "a.png", path], tmp_path / "out.png", tallest=9)
+    with pytest.raises(DecodeError, match=r"guided\.png: not a readable image"):
+        page("T", [Section("W")], [], [Section("S", pictures=[CaptionedPicture(path, "c")])])
 
 
 def test_the_page_opens_with_what_was_run_figures_and_contents(tmp_path):

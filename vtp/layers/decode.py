@@ -11,10 +11,12 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vtp.artefact import require_no_pipe
 from vtp.texts import shown
 
 if TYPE_CHECKING:
@@ -76,6 +78,15 @@ def decode_rgb(content: bytes, *, least: tuple[int, int] | None = None, max_pixe
     of 1/2, 1/4, 1/8 scale needs that is still at least as large. Raises DecodeError.
     """
     return finish(open_header(content, max_pixels=max_pixels), least=least)
+
+
+def read_rgb(path: Path) -> "Image":
+    """The picture in a file, as `decode_rgb` gives it. Raises DecodeError that names it."""
+    require_no_pipe(path)
+    try:
+        return decode_rgb(path.read_bytes())
+    except DecodeError as error:
+        raise DecodeError(f"{path}: {error}") from None
 
 
 def finish(picture: "Image", *, least: tuple[int, int] | None = None) -> "Image":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtp.finite import require_finite
-from vtp.layers.decode import DecodeError, croppable, decode_rgb, finish
+from vtp.layers.decode import croppable, decode_rgb, finish, read_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,10 +54,7 @@ def rgb(picture: "Picture") -> "Image":
     from PIL.Image import Image, fromarray
 
     if isinstance(picture, str | Path):
-        try:
-            return decode_rgb(Path(picture).read_bytes())
-        except DecodeError as error:
-            raise DecodeError(f"{picture}: {error}") from None
+        return read_rgb(Path(picture))
     if isinstance(picture, bytes):
         return decode_rgb(picture)
     if isinstance(picture, Image):
