@@ -174,9 +174,9 @@ def _keys(location: Sequence[str | int], values: Any) -> Keys:  # noqa: ANN401 -
         elif not isinstance(here, list) or not isinstance(part, int):
             continue
         keys.append(part)
-        if isinstance(here, list):  # a tuple may lack the item that it asks for
-            here = dict(enumerate(here))
-        here = here.get(part)
+        # A pair may lack the item that a message is about.
+        inside: Mapping[Any, Any] = here if isinstance(here, Mapping) else dict(enumerate(here))
+        here = inside.get(part)
     return tuple(keys)
 
 
