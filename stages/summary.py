@@ -16,8 +16,8 @@ from stages.runner.run import Input, Output, main
 from vtp.artefact import ArtefactError, read_json, write_json
 from vtp.config import Config
 from vtp.host import Host
+from vtp.inference.lettering import drawable
 from vtp.params import END
-from vtp.texts import shown
 
 
 class Summary(Config):
@@ -140,11 +140,11 @@ def _figure(runs: dict[str, list[Point]], config: Summary, path: Path) -> None:
             if single:
                 axis.set_xticks(range(len(runs)), list(runs))
                 axis.set_xlim(-0.5, len(runs) - 0.5)
-            axis.set_title(shown(name), fontsize=9)
+            axis.set_title(drawable(name), fontsize=9)
             axis.set_xlabel("training FLOPs" if counted else "", fontsize=8)
             axis.tick_params(labelsize=8, labelbottom=counted or single, bottom=counted)
         every[0].legend(fontsize=8)
-        every[0].figure.suptitle(shown(f"{config.title} (dotted: published)" if config.published else config.title))
+        every[0].figure.suptitle(drawable(f"{config.title} (dotted: published)" if config.published else config.title))
 
 
 def _draw(axis: Any, colour: str, run: str, curve: list[Point], name: str) -> None:  # noqa: ANN401 - matplotlib's

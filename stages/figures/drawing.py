@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vtp.inference.lettering import font_files
 from vtp.layers.decode import read_rgb
 from vtp.step import UNINFORMED
 
@@ -31,6 +33,7 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
 
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # titles and names are texts: a dollar begins no formula
+    matplotlib.rcParams["font.family"] = _families()  # what the first does not cover the others may
     from matplotlib import pyplot
 
     columns = min(columns, count)
@@ -46,6 +49,19 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
     figure.tight_layout()
     figure.savefig(path, dpi=dpi, metadata={"Software": None})
     pyplot.close(figure)
+
+
+@cache
+def _families() -> list[str]:
+    """The fonts of all drawn texts, made known to matplotlib."""
+    from matplotlib import font_manager
+
+    families = []
+    for path in map(str, font_files()):
+        families.append(font_manager.get_font(path).family_name)
+        # Of variable fonts matplotlib draws what is in the file, and would warn that it is no regular weight.
+        font_manager.fontManager.ttflist.append(font_manager.FontEntry(fname=path, name=families[-1], weight=400))
+    return families
 
 
 class Panel(NamedTuple):
