@@ -1,5 +1,5 @@
-"""Encode the labelled images once: sharded latents, of horizontal flips too, and their statistics per
-channel (paper 4.1).
+"""Encode once the images that a generator learns, those with a class: sharded latents, of horizontal flips too, and their
+statistics per channel (paper 4.1).
 
 Each picture is decoded once, by worker processes, and flipped on the device. A file is written while the next is
 encoded; ranks share whole files, and a killed run goes on with those that are missing.
@@ -54,7 +54,9 @@ class CacheLatents(Config):
 def run(
     config: CacheLatents,
     *,
-    shards: Annotated[Input, "folder of prepare_data, whose labelled pictures are encoded"],
+    shards: Annotated[
+        Input, "folder of prepare_data, whose pictures with a class are encoded; or all, without classes"
+    ],
     tokenizer: Annotated[Input, "folder of the tokenizer"],
     latents: Annotated[Output, "folder for the latents"],
     host: Host,
@@ -81,7 +83,7 @@ def run(
         return
     description = {
         "dtype": config.dtype,
-        "classes": splits["train"].images.manifest.classes,
+        "classes": splits["train"].images.manifest.learnt_classes,
         "image_size": model.image_size,
         "encoder": model.encoder_digest(),
     }
@@ -91,7 +93,7 @@ def run(
 
 
 class _SplitImages(NamedTuple):
-    """The labelled samples of a split; scenes have no class."""
+    """The samples of a split that a generator learns; scenes have no class."""
 
     images: ShardDataset
     singles: LabelledSamples

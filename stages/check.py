@@ -28,7 +28,7 @@ from stages.runner.schema import schema_of
 from stages.summary import Summary
 from vtp.artefact import whole_folder, write_json
 from vtp.config import Config, ConfigError, did_you_mean
-from vtp.params import BASE, POINTS, RUNS, Origin, Parameters, milestone_name, read_parameters, write_yaml
+from vtp.params import BASE, PICTURES, POINTS, RUNS, Origin, Parameters, milestone_name, read_parameters, write_yaml
 
 C = TypeVar("C", bound=Config)
 NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
@@ -51,6 +51,7 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
         problems.append(f"{params}: no {RUNS}; name at least one, such as `{RUNS}: {{joint: {{}}}}`")
     if pipeline.has_points:
         problems += _malformed_points(parameters)
+    problems += _misplaced_pictures(parameters) if pipeline.has_pictures else []
     once = [use for use in pipeline.uses if not use.of_runs]
     shared, wrong = _configs(parameters, once)
     problems += wrong
@@ -95,6 +96,7 @@ def _unread(parameters: Parameters, pipeline: Pipeline) -> list[str]:
     """Sections that no stage reads. A base may hold what another pipeline reads, under the name of a stage."""
     compares = any(use.of_runs for use in pipeline.uses)
     known = {use.section for use in pipeline.uses} | ({POINTS} if pipeline.has_points else set())
+    known |= {PICTURES} if pipeline.has_pictures else set()
     keys = known | {BASE} | ({RUNS} if compares else set())
     stages = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")}
     unread = [
@@ -145,6 +147,18 @@ def _not_here(parameters: Parameters) -> list[str]:
         for place in places
         if place.file != parameters.path
     ]
+
+
+def _misplaced_pictures(parameters: Parameters) -> list[str]:
+    """What is wrong with the place of own pictures, apart from what lies there."""
+    place, path = parameters.origins.get((PICTURES,)), parameters.values.get(PICTURES)
+    if place is None or place.file != parameters.path:
+        return [f"{parameters.path}: no {PICTURES}, which DVC reads from this file alone; say where yours lie there"]
+    if not isinstance(path, str) or not path.strip() or path.startswith("~"):
+        return [
+            f"{place}: {path!r} is no path of a folder; write it out, from the root / or from the folder of this file"
+        ]
+    return []
 
 
 def _unknown_runs(parameters: Parameters, configs: Mapping[str, Config]) -> list[str]:

@@ -4,9 +4,11 @@ Three linear probes, `bottleneck`, `last` and `multi` (`vtp.evaluation.probes`),
 asked question about these figures. All are chosen on held-out training samples; `linear_probe_multi_best_on_val` is the
 official way: the best head and epoch on the validation images that it reports. `_category` marks probes of categories.
 A tokenizer has the figures that its kind can have: without text tower, or with one that does not pool, no zero-shot;
-without features those of the bottleneck alone. A decoder is no input: a new one redoes none of this.
+without features those of the bottleneck alone. Of data without two classes there is nothing to tell, and the figures say so:
+what follows needs none of them. A decoder is no input: a new one redoes none of this.
 """
 
+import logging
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -15,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages.runner.run import Input, Output, main
-from vtp.artefact import ArtefactError, write_json
+from vtp.artefact import write_json
 from vtp.config import Config, Distinct, number_name
 from vtp.data.dataset import ShardDataset
 from vtp.data.imagenet import is_imagenet
@@ -59,15 +61,22 @@ class EvaluateUnderstanding(Config):
 def run(
     config: EvaluateUnderstanding,
     *,
-    shards: Annotated[Input, "folder of prepare_data, with labelled pictures of train and validation"],
+    shards: Annotated[Input, "folder of prepare_data; of its pictures those with a class are told apart"],
     tokenizer: Annotated[Input, "folder of the tokenizer"],
     metrics: Annotated[Output, "JSON file for zero-shot, probes and nearest neighbours"],
     curves: Annotated[Output, "CSV file with a row per candidate of every probe"],
     host: Host,
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
-    model = load_tokenizer(tokenizer).to(host.device)
     images = ShardDataset(shards, "train", cache=ShardCache.of(host))
+    if (reason := images.manifest.unprobed) is not None:
+        if ranks().first:
+            logging.warning("%s: nothing is measured; give the source labels to have figures", reason)
+            write_json(metrics, {"understanding": {"not_measured": reason}})
+            _write([], curves)
+        host.record(train_samples=0, validation_samples=0, imagenet=False)
+        return
+    model = load_tokenizer(tokenizer).to(host.device)
     prompts = _prompts(config, model, images.manifest)  # refused before anything is computed
     train = _labelled(images, config.train_samples)
     validation = _labelled(ShardDataset(shards, "validation", cache=ShardCache.of(host)))
@@ -101,8 +110,6 @@ def run(
 
 def _labelled(images: ShardDataset, most: int | None = None) -> LabelledSplit:
     singles = images.singles(most)
-    if not len(singles.rows):
-        raise ArtefactError(f"{images.folder}: no sample has a class, so nothing can be probed; give the source labels")
     return LabelledSplit(images, singles.rows, torch.from_numpy(singles.labels))
 
 

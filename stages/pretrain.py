@@ -1,5 +1,6 @@
 """Pre-train a visual tokenizer jointly on CLIP, self-supervision and reconstruction (paper 3.3 to 3.6)."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
@@ -46,6 +47,9 @@ class Pretrain(Config):
     adversary: AdversaryConfig | None = Field(description="a GAN term from the start; null, as in the paper: none")
     training: TrainingConfig
     monitor: TokenizerMonitorConfig
+    without_captions: Literal["refuse", "no_clip"] = Field(
+        description="what becomes of a training with clip where no picture has a caption: it is refused, or goes on without"
+    )
     export: Literal["student", "teacher"] = Field(
         description="weights that the tokenizer gets: those of the student or of the teacher"
     )
@@ -128,6 +132,9 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     picture: Annotated[Output, "PNG file for reconstructions along the training"],
     host: Host,
 ) -> None:
+    train, validation = (ShardDataset(shards[0], split, cache=ShardCache.of(host)) for split in ("train", "validation"))
+    others = [ShardDataset(folder, "train", cache=ShardCache.of(host)) for folder in shards[1:]]
+    config, remark = _with_captions(config, [train, *others])
     rank_slice = slice_of(config, host)
     objective = build_objective(config, host)
     optimizer_state = load_pretrain_state(objective, init_from) if init_from is not None else {}
@@ -135,9 +142,8 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     cost = step_cost(config, objective.adversary)
     length = run_length(config.training.length, samples=config.active.pool, flops=cost.flops)
     _require_reachable(config.monitor.milestones, length.flops)
-    train, validation = (ShardDataset(shards[0], split, cache=ShardCache.of(host)) for split in ("train", "validation"))
-    others = [ShardDataset(folder, "train", cache=ShardCache.of(host)) for folder in shards[1:]]
-    host.record(**length._asdict(), data="; ".join(each.manifest.summary("train") for each in (train, *others)))
+    data = "; ".join(each.manifest.summary("train") for each in (train, *others))
+    host.record(**length._asdict(), data=data + remark)
     stream = Stream([train, *others], config.data.stream, seed=config.seed)
     batches = build_batches(config, stream, rank_slice, colour_later=host.device != "cpu")
     monitor = TokenizerMonitor(objective, train, validation, config.monitor, host=host)
@@ -160,6 +166,35 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
         curves.write_bytes((host.folder / "curves.csv").read_bytes())
         monitor.draw(picture, steps=length.steps)
         exports.publish(milestones)
+
+
+def _with_captions(config: Pretrain, sources: Sequence[ShardDataset]) -> tuple[Pretrain, str]:
+    """The training that the captions of the data allow, and a remark where it is another than the parameters'.
+
+    Raises ConfigError when more samples than `data.stream.max_replaced` have no caption for clip, unless none of all has one
+    and `without_captions` says what then.
+    """
+    weights, shares = config.objective.weights, [source.split.share_without_caption for source in sources]
+    if not weights.clip or max(shares) <= config.data.stream.max_replaced:
+        return config, ""
+    if min(shares) == 1 and config.without_captions == "no_clip":
+        values = config.model_dump()
+        values["objective"]["weights"]["clip"] = 0.0
+        logging.warning("no picture has a caption: training goes on without clip, as pretrain.without_captions says")
+        return Pretrain.parse(values, where="pretrain, without clip"), "; without captions, and so without clip"
+    share, source = max(zip(shares, sources, strict=True), key=lambda pair: pair[0])
+    which, also = (
+        ("no training picture has a caption", "pretrain.without_captions to no_clip")
+        if share == 1
+        else (
+            f"{share:.2%} of the training pictures have no caption",
+            f"data.stream.max_replaced to {share:.2g} or more",
+        )
+    )
+    raise ConfigError(
+        f"{source.folder}: {which}, and pretrain.objective.weights.clip is {weights.clip:g}; give the source captions, or "
+        f"set the weight to 0, or {also}"
+    )
 
 
 def _require_reachable(milestones: Sequence[float | str], flops: float) -> None:

@@ -97,7 +97,7 @@ def _grow(
         part, reported = FeatureSet.of(extractor), 0
         for number in own_rows(len(chunk)):
             pixels = split.chosen.images.images(chunk[number], config.image_size)
-            part.update(extractor(pixels), keep=split.chosen.config.kept - first)
+            part.update(extractor(pixels), keep=split.chosen.kept - first)
             first += len(pixels)
             report(len(pixels) * ranks().size)
             reported += len(pixels) * ranks().size

@@ -29,6 +29,7 @@ from vtp.texts import listed, shown
 C = TypeVar("C", bound=Config)
 BASE = "base"
 RUNS, POINTS = "runs", "points"  # keys of a file that compares runs, beside its sections
+PICTURES = "pictures"  # where those of a user lie, which dvc.yaml reads
 END = "end"  # the point at which a run ends
 
 

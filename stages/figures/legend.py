@@ -20,6 +20,7 @@ class LegendEntry(NamedTuple):
 SHARE = "share, 0 to 1"
 LEGEND = [
     # understanding
+    LegendEntry(r"not_measured", "why there are no figures", NEITHER, "-", "this project"),
     LegendEntry(
         r"zero_shot_top(1|5)_squash",
         "right class among the first 1 or 5 by class token and prompts; both sides of an image scaled",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stages.monitors.snapshots import SnapshotStore
 from vtp.artefact import write_json
-from vtp.config import Config, Distinct
+from vtp.config import Config, ConfigError, Distinct
 from vtp.data.dataset import ShardDataset
 from vtp.distributed import ranks
 from vtp.evaluation.neighbours import knn_accuracy
@@ -117,9 +117,11 @@ class _LabelledImages:
     """The first images that have a class."""
 
     def __init__(self, shards: ShardDataset, most: int, side: int) -> None:
+        if shards.manifest.unprobed is not None:
+            raise ConfigError(
+                f"{shards.folder}: {shards.manifest.unprobed}; set pretrain.monitor.probe to null, or give the source labels"
+            )
         singles = shards.singles(most)
-        if not len(singles.rows):
-            raise ValueError(f"{shards.folder}: no sample has a class; set pretrain.monitor.probe to null")
         self._shards = shards
         self._rows = singles.rows
         self._side = side

@@ -147,7 +147,7 @@ def _reference_keeps_enough(recipe: Recipe) -> Iterator[str]:
     for name, reference in recipe.of(ReferenceStatistics):
         for own, evaluation in recipe.of(EvaluateGenerator):
             split = reference.splits.get(evaluation.split)
-            if split is not None and split.kept < evaluation.compared:
+            if split is not None and split.kept is not None and split.kept < evaluation.compared:
                 yield (
                     f"{name}.splits.{evaluation.split}.kept: {split.kept}, {own} compares {evaluation.compared} features "
                     "or more with those of real images"

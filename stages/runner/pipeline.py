@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vtp.config import ConfigError, read_yaml
+from vtp.params import PICTURES
 
 RUN, AT = "${item.run}", "${item.at}"  # name of a run, of a point
+OWN = f"${{{PICTURES}}}"
 COMMAND = re.compile(r"python -m stages\.(\w+)\s+(\S+):(\S+)")
 
 
@@ -27,6 +29,7 @@ class Pipeline(NamedTuple):
     tracked: list[Path]  # dependencies of its stage `check`
     taken: frozenset[str] = frozenset()  # names beside the folders of runs
     has_points: bool = False  # stages that run at every point of a run
+    has_pictures: bool = False  # a stage that reads them where the parameter file says
 
     @classmethod
     def of(cls, dvc_file: Path) -> "Pipeline":
@@ -52,7 +55,8 @@ class Pipeline(NamedTuple):
                     uses.append(Use(match[1], match[3], RUN in match[2], flags))
         deps = stages.get("check", {}).get("deps", [])
         tracked = [dvc_file.parent / (dep if isinstance(dep, str) else next(iter(dep))) for dep in deps]
-        return cls(list(dict.fromkeys(uses)), tracked, _taken(words), any(AT in word for word in words))
+        has_points, has_pictures = (any(name in word for word in words) for name in (AT, OWN))
+        return cls(list(dict.fromkeys(uses)), tracked, _taken(words), has_points, has_pictures)
 
 
 def _taken(paths: Iterable[str]) -> frozenset[str]:

@@ -7,8 +7,8 @@ Each folder is a project, so that DVC speaks of that study alone; all share one 
 that another project made by what went in. `stages` and `vtp` are links to the code, so that DVC watches it, and an
 experiment in a temporary copy runs its own.
 
-Derived are `imagenet` and `vtp`, whose stages are the root's with another source, and every folder whose params.yaml
-compares runs, whose stages are those of `pipelines/comparison.dvc.yaml`.
+Derived are `imagenet`, `own_data` and `vtp`, whose stages are the root's with another source, and every folder whose
+params.yaml compares runs, whose stages are those of `pipelines/comparison.dvc.yaml`.
 """
 
 import sys
@@ -33,8 +33,10 @@ HERE = Path(__file__).resolve().parents[2]  # a study has a link to the code
 CHAIN = "../../params.yaml, ../overlays"  # what parameter files of studies are based on
 DERIVED_FROM_ROOT = {
     "imagenet": "# The whole recipe on ImageNet: the stages are those of the root, and prepare_data reads data/imagenet.",
+    "own_data": "# The whole recipe on own pictures: the stages of the root, and prepare_data reads what params.yaml names.",
     "vtp": "# The paper's recipe: the stages are those of the root, on captioned images first and labelled ones after.",
 }
+SOURCES = {"imagenet": "data/imagenet", "own_data": '"${pictures}"'}  # which DVC reads in params.yaml
 
 
 def update(folder: Path, root: Path = HERE, *, replace: bool = False) -> list[Path]:
@@ -77,15 +79,15 @@ def derived(folder: Path, root: Path = HERE) -> str | None:
 def _from_root(study: str, text: str) -> str:
     """The root's dvc.yaml with another source of data."""
     _, separator, stages = text.partition("stages:\n")
-    note = "# Derived from the root's by `python -m stages.runner.project`; README.md says what to put into data/."
+    note = "# Derived from the root's by `python -m stages.runner.project`; README.md says where the data lie."
     checked = "deps: [params.yaml, vtp, stages]"
     stages = _replaced(stages, checked, f"deps: [params.yaml, {CHAIN}, vtp, stages]")
     text = f"{DERIVED_FROM_ROOT[study]}\n{note}\n{separator}{stages}"
     before, _, rest = text.partition("  prepare_data:\n")
     prepare, _, rest = rest.partition("  reference:\n")
-    if study == "imagenet":
-        prepare = _replaced(prepare, "--shards work/shards", "--source data/imagenet --shards work/shards")
-        prepare = _replaced(prepare, "prepare_data.txt]", "prepare_data.txt, data/imagenet]")
+    if (source := SOURCES.get(study)) is not None:
+        prepare = _replaced(prepare, "--shards work/shards", f"--source {source} --shards work/shards")
+        prepare = _replaced(prepare, "prepare_data.txt]", f"prepare_data.txt, {source}]")
         prepare = _replaced(prepare, "compose captioned pictures into shards", "write the pictures as canonical shards")
         return f"{before}  prepare_data:\n{prepare}  reference:\n{rest}"
     first, _, rest = rest.partition("  pretrain:\n")

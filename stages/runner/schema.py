@@ -9,7 +9,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from vtp.config import Config
-from vtp.params import BASE, POINTS, RUNS
+from vtp.params import BASE, PICTURES, POINTS, RUNS
 
 FILES = {
     "description": "files that this one changes, relative to it, in their order",
@@ -24,6 +24,10 @@ OF_POINTS = {
     "description": "milestones of every run at which they are compared; `end` is where a run ends",
     "type": "array",
     "items": {"type": "string"},
+}
+OF_PICTURES = {
+    "description": "folder of own pictures, seen from this file, or from the root",
+    "type": "string",
 }
 NONE = {"type": "null", "description": "null: this section is none"}
 EMPTY = {"description": "a section that this one changes; null: begin empty", "type": ["string", "null"]}
@@ -41,7 +45,7 @@ def schema_of(stages: Mapping[str, type[Config]]) -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Parameters",
         "type": "object",
-        "properties": {BASE: FILES, RUNS: OF_RUNS, POINTS: OF_POINTS, **sections},
+        "properties": {BASE: FILES, RUNS: OF_RUNS, POINTS: OF_POINTS, PICTURES: OF_PICTURES, **sections},
         "additionalProperties": {"anyOf": [*(references[config, "validation"] for config in stages.values()), NONE]},
         "$defs": definitions,
     }

@@ -50,6 +50,7 @@ class ShardDataset:
         self.manifest = Manifest.load(folder)
         if split not in self.manifest.splits:
             raise ArtefactError(f"{folder}: no split {split!r}; it has {', '.join(self.manifest.splits)}")
+        self.name_of_split = split
         self.split = self.manifest.splits[split]
         self.shards = self.split.shards
         self.sizes = [shard.samples for shard in self.shards]
@@ -72,10 +73,22 @@ class ShardDataset:
         return self.__dict__ | {"_tables": LruCache[_SampleTable](TABLES), "_files": LruCache[BinaryIO](FILES)}
 
     def singles(self, most: int | None = None) -> "LabelledSamples":
-        """The samples that have a class: all, or the first `most`, whose shards alone are looked at."""
+        """The samples that have a class: all, or the first `most`, whose shards alone are looked at.
+
+        Where the data have no classes these are all samples, of the class 0. Raises ArtefactError where the data have
+        classes, and no sample of the split has one.
+        """
+        if not self.manifest.classes:
+            rows = np.arange(len(self), dtype=np.int64)[:most]
+            return LabelledSamples(rows, np.zeros_like(rows))
         rows, labels, seen = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
         known = sum(self.split.class_counts)
         wanted = known if most is None else min(most, known)
+        if not known:
+            raise ArtefactError(
+                f"{self.folder}: {len(self.manifest.classes)} classes, and none of the {len(self)} samples of split "
+                f"{self.name_of_split!r} has one; give the source labels for some, or for none at all"
+            )
         for shard, first in zip(self.shards, self._first[:-1].tolist(), strict=True):
             if seen >= wanted:
                 break

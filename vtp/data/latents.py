@@ -64,7 +64,7 @@ class LatentsArtefact(Config):
 
 
 class LatentShard(NamedTuple):
-    """A file of a cache that is being written: rows of a split's labelled samples."""
+    """A file of a cache that is being written: rows of a split's samples that a generator learns."""
 
     split: str
     number: int
@@ -121,7 +121,10 @@ def finish_cache(
     mean, std, images = _statistics(folder, training, most, seed)
     if not bool((std > 0).all()):
         dead = int((std == 0).sum())
-        raise ArtefactError(f"{dead} latent channels are constant over the data set: the encoder has collapsed")
+        raise ArtefactError(
+            f"{dead} latent channels are constant over the data set: its {images} pictures are all alike and plain, or the "
+            "encoder has collapsed; see the curves of the tokenizer's training"
+        )
     LatentStatistics(mean.float().view(1, -1, 1, 1), std.float().view(1, -1, 1, 1)).save(folder / STATISTICS_FILE)
     splits: dict[str, dict[str, Any]] = {}
     for shard in shards:

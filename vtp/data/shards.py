@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 3
 COLUMNS = ("key", "offset", "size", "width", "height", "caption", "label", "category", "kind")
 NO_LABEL = -1  # a sample of no class, or of no category
+WHOLE_SET = "all"  # the one class of data without classes, whose generator is unconditional
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # a file name without a dot: WebDataset splits names at the first one
 
 
@@ -79,6 +80,17 @@ class Manifest(Config):
             return cls.parse(values, where=str(path))
         except ConfigError as error:
             raise ArtefactError(f"{error}; write the shards again with prepare_data") from None
+
+    @property
+    def learnt_classes(self) -> list[str]:
+        """Names of the classes that a generator learns: data without classes are one."""
+        return self.classes or [WHOLE_SET]
+
+    @property
+    def unprobed(self) -> str | None:
+        """Why no probe has anything to say; None where there are classes to tell apart."""
+        found = {0: "have no classes", 1: "are all of one class"}.get(len(self.classes))
+        return f"the data {found}, and a probe tells classes apart" if found else None
 
     def summary(self, split: str) -> str:
         """What a split is, in words."""
@@ -216,6 +228,6 @@ def _summary(shard: Shard, table: "pa.Table", classes: int) -> ShardSummary:
         shard=shard,
         class_counts=np.bincount(labels[labels != NO_LABEL], minlength=classes).tolist(),
         caption_characters=sum(map(len, captions)),
-        without_caption=sum(not caption for caption in captions),
+        without_caption=sum(not caption.strip() for caption in captions),
         side=sides.pop() if len(sides) == 1 else None,
     )

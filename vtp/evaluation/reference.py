@@ -43,8 +43,12 @@ class SplitConfig(Config):
     """Which images of a split count."""
 
     samples: int | None = Field(ge=2, description="the first so many; null: all")
-    labelled: bool = Field(description="only images with a class, as a class-conditional generator learns them")
-    kept: int = Field(ge=0, description="images whose features are kept, for precision, recall and kernel distance")
+    labelled: bool = Field(
+        description="only images with a class, as a generator learns them; all, where the data have no classes"
+    )
+    kept: int | None = Field(
+        ge=0, description="images whose features are kept, for precision, recall and kernel distance; null: all"
+    )
 
 
 class SplitFacts(Config):
@@ -155,11 +159,16 @@ class Chosen(NamedTuple):
     config: SplitConfig
     rows: np.ndarray  # [count] int64, ascending
 
+    @property
+    def kept(self) -> int:
+        """How many of the first have their features kept."""
+        return len(self.rows) if self.config.kept is None else self.config.kept
+
 
 def choose(images: ShardDataset, config: SplitConfig) -> Chosen:
     """Raises ValueError when there are fewer images than asked for, or than a covariance needs."""
     rows = images.singles(config.samples).rows if config.labelled else np.arange(len(images))[: config.samples]
-    wanted = max(config.samples or 2, config.kept)
+    wanted = max(config.samples or 2, config.kept or 0)
     if len(rows) < wanted:
         kind = "labelled images" if config.labelled else "images"
         raise ValueError(
@@ -191,7 +200,9 @@ def save_reference(
             data=_data(some.images),
             splits={
                 name: SplitFacts(
-                    count=feature_set.count, labelled=chosen.config.labelled, kept=len(feature_set.features)
+                    count=feature_set.count,
+                    labelled=chosen.config.labelled and bool(chosen.images.manifest.classes),
+                    kept=len(feature_set.features),
                 )
                 for name, (chosen, feature_set) in splits.items()
             },
