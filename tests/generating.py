@@ -21,7 +21,7 @@ from vtp.models.tokenizer import VisualTokenizer
 class QuietHost(LocalHost):
     """Without bars; asked to stop after so many units of progress."""
 
-    workers = property(lambda self: 0)
+    workers = processes = property(lambda self: 0)
     stop_after: int | None = None
     done = 0
 

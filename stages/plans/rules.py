@@ -91,6 +91,27 @@ def _pictures_are_not_enlarged(recipe: Recipe) -> Iterator[str]:
                 )
 
 
+def _captions_are_there(recipe: Recipe) -> Iterator[str]:
+    for name, data in recipe.of(PrepareData):
+        for own, pretrain in recipe.of(Pretrain):
+            missing = getattr(data.source, "caption", "") is None
+            if missing and pretrain.objective.weights.clip and pretrain.without_captions == "refuse":
+                yield (
+                    f"{name}.source.caption: null, and {own}.objective.weights.clip is {pretrain.objective.weights.clip:g}; "
+                    f"give the source captions, or set the weight to 0, or {own}.without_captions to no_clip"
+                )
+
+
+def _probes_have_labels(recipe: Recipe) -> Iterator[str]:
+    for name, data in recipe.of(PrepareData):
+        for own, pretrain in recipe.of(Pretrain):
+            if getattr(data.source, "label", "") is None and pretrain.monitor.probe is not None:
+                yield (
+                    f"{name}.source.label: null, and {own}.monitor.probe tells classes apart; set it to null, or name the "
+                    "column of the classes"
+                )
+
+
 def _prompts_are_for_the_data(recipe: Recipe) -> Iterator[str]:
     for name, understanding in recipe.of(EvaluateUnderstanding):
         for _, data in recipe.of(PrepareData):
@@ -248,6 +269,8 @@ def _online_distances_have_a_reference(recipe: Recipe) -> Iterator[str]:
 RULES = (
     _milestones_are_reached,
     _pictures_are_not_enlarged,
+    _captions_are_there,
+    _probes_have_labels,
     _prompts_are_for_the_data,
     _probes_see_whole_patches,
     _probes_read_blocks_that_are_there,

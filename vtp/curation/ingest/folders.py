@@ -19,6 +19,7 @@ from vtp.texts import listed, shown, text_problem
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 LONGEST_LINE = 1 << 24  # characters of a line of a table
+VALIDATION_NAMES = frozenset(("dev", "test", "val", "valid", "validation"))
 
 
 def _stays_inside(path: str) -> str:
@@ -100,6 +101,12 @@ def class_name(class_id: str) -> str:
 
 def list_folder(config: FolderSource, source: Path, ignored: Counter[str]) -> Iterator[Entry]:
     """All pictures of a folder per class. Raises IngestError when a folder has none, and for a link to a folder outside."""
+    if isinstance(config.validation, HeldOut) and (splits := _splits_in(source / config.train)):
+        raise IngestError(
+            f"{source / config.train}: {' and '.join(splits)} are names of splits, and a sub-folder is a class; set "
+            f"prepare_data.source.train to {splits[0]} and its validation to {{name: folder, folder: {splits[1]}}}, or "
+            "rename them"
+        )
     classes: dict[str, str] = {}
     folders = {"train": config.train}
     if isinstance(config.validation, OwnFolder):
@@ -121,6 +128,12 @@ def list_folder(config: FolderSource, source: Path, ignored: Counter[str]) -> It
             raise IngestError(
                 f"{source / folder}: no pictures; expected a folder per class, found {holds(source / folder)}"
             )
+
+
+def _splits_in(folder: Path) -> list[str]:
+    """The sub-folders of a data set whose splits are folders, those of training first; none in other data sets."""
+    names = {entry.name for entry in os.scandir(folder) if entry.is_dir()} if folder.is_dir() else set()
+    return ["train", *sorted(names & VALIDATION_NAMES)] if "train" in names and names & VALIDATION_NAMES else []
 
 
 def list_table(config: TableSource, source: Path) -> Iterator[Entry]:
