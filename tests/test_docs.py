@@ -54,11 +54,11 @@ def test_the_new_study_is_valid(tmp_path):
     assert len(shown.splitlines()) <= 10
 
 
-def test_sources_of_the_readme_are_valid():
-    sources = [block for block in blocks(ROOT / "README.md") if block.startswith("source:")]
+def test_sources_of_the_documents_are_valid():
+    sources = [block for block in blocks(ROOT / "docs/stages.md") if block.startswith("source:")]
     section = read_parameters(ROOT / "params.yaml").values["prepare_data"]
     for source in sources:
-        PrepareData.parse(section | YAML(typ="safe", pure=True).load(source), where="README.md")
+        PrepareData.parse(section | YAML(typ="safe", pure=True).load(source), where="docs/stages.md")
     assert len(sources) == 2
 
 

@@ -69,13 +69,13 @@ TRACKED += ["weights/network.pth", "weights/net"]
 
 
 def cut(folder, pictures, of):
-    """The first two stages of the root, `of`, on own pictures: as the README says."""
+    """The first two stages of the root, `of`, on own pictures: as docs/stages.md says."""
     yaml = YAML(typ="safe", pure=True)
     stages = yaml.load((of / "dvc.yaml").read_text())["stages"]
     prepare = stages["prepare_data"]
     prepare["cmd"] = prepare["cmd"].replace("--shards", f"--source {pictures} --shards")
     prepare["deps"].append(pictures)
-    source = next(block for block in blocks(ROOT / "README.md") if "name: folder" in block)
+    source = next(block for block in blocks(ROOT / "docs/stages.md") if "name: folder" in block)
     section = read_yaml(of / "params.yaml")["prepare_data"] | yaml.load(source)
     write_params({"stages": {name: stages[name] for name in ("check", "prepare_data")}}, folder / "dvc.yaml")
     write_params({"prepare_data": section}, folder / "params.yaml")

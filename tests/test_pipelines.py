@@ -109,11 +109,14 @@ def test_a_study_is_a_project_of_its_own(study):
 
 def test_studies_run_the_stages_of_the_root():
     """They differ from it in the folders of their data alone, and in what they are about."""
-    ours, vtp, imagenet, datacomp, guidance, official = (
+    ours, vtp, imagenet, own, datacomp, guidance, official = (
         stages_of(folder)
         for folder in (
             ROOT,
-            *(ROOT / "pipelines" / name for name in ("vtp", "imagenet", "datacomp", "guidance", "official_vtp")),
+            *(
+                ROOT / "pipelines" / name
+                for name in ("vtp", "imagenet", "own_data", "datacomp", "guidance", "official_vtp")
+            ),
         )
     )
     assert vtp.keys() == ours.keys() - {"prepare_data"}
@@ -123,7 +126,13 @@ def test_studies_run_the_stages_of_the_root():
         for folder in ("data/captioned", "data/labelled"):
             text = text.replace(folder, "work/shards")
         assert json.loads(text) == ours[name], name
-        assert imagenet[name] == ours[name], name
+        assert imagenet[name] == own[name] == ours[name], name
+    text = (
+        json.dumps(own["prepare_data"])
+        .replace(r"\"${pictures}\"", "data/imagenet")
+        .replace("${pictures}", "data/imagenet")
+    )
+    assert json.loads(text) == imagenet["prepare_data"]
     assert datacomp["pretrain"] == ours["pretrain"]
     assert {"filter_metadata", "download", "filter_images", "prepare_data"} < datacomp.keys()
     up_to_the_generator = list(ours)[1 : list(ours).index("generate")]
@@ -249,6 +258,22 @@ def test_presets_lie_over_every_size(tmp_path, size, preset):
     assert trained["objective"]["timesteps"] == of_size["train_generator"]["objective"]["timesteps"]
     assert all(values[name] == of_size[name] for name in ("pretrain", "tune_decoder", "reference"))
     assert trained["model"]["use_qknorm"] is (preset == "stable")
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("table", [[], ["table.yaml"]], ids=["folder", "table"])
+def test_own_pictures_have_one_size_through_all_stages(tmp_path, size, table):
+    """One overlay; `check` knows what does not fit together, but for how the pictures are stored and probed."""
+    bases = [str(OVERLAYS / "own" / name) for name in (f"{size}.yaml", *table)]
+    (tmp_path / "params.yaml").write_text(json.dumps({"base": bases, "pictures": "x"}))
+    pipeline = Pipeline.of(ROOT / "pipelines/own_data/dvc.yaml")._replace(tracked=[])
+    values = check(tmp_path / "params.yaml", pipeline).shared
+    assert values["pretrain"]["tokenizer"]["image_size"] == values["reference"]["image_size"] == size
+    assert values["prepare_data"]["image"] == {"name": "centre_crop", "size": 2 * size}
+    assert values["prepare_data"]["source"]["name"] == ("table" if table else "folder")
+    assert values["pretrain"]["without_captions"] == "no_clip"
+    batches = values["pretrain"]["data"]["batch"], values["tune_decoder"]["batch_size"]
+    assert max(batches[0].values()) >= batches[1]  # too few pictures are told before anything is trained
 
 
 def test_schema_is_current():

@@ -52,6 +52,56 @@ def study(tmp_path):
     return write
 
 
+OWN = Pipeline.of(ROOT / "pipelines/own_data/dvc.yaml")._replace(tracked=[])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "params.yaml: no pictures, which DVC reads from this file alone; say where yours lie there"),
+        ("pictures: 3", "params.yaml:pictures: 3 is no path of a folder"),
+        ("pictures: ''", "params.yaml:pictures: '' is no path of a folder"),
+        ("pictures: ~/birds", "write it out, from the root / or from the folder of this file"),
+        ("picturs: /birds", "no stage reads section 'picturs'; did you mean 'pictures'?"),
+    ],
+)
+def test_own_pictures_lie_somewhere(study, line, message):
+    assert message in study(line, OWN)
+
+
+def test_own_pictures_are_read_where_the_pipeline_reads_them(study):
+    assert study("pictures: /birds", OWN) == ""
+    assert "no stage reads section 'pictures'" in study("pictures: /birds")
+
+
+TABLE = {"name": "table", "train": "a.csv", "validation": {"name": "held_out", "share": 0.1}, "path": "p"}
+TABLE |= {"caption": "c", "label": "l", "templates": []}
+
+
+@pytest.mark.parametrize(
+    ("source", "pretrain", "message"),
+    [
+        (
+            {"caption": None},
+            {},
+            "prepare_data.source.caption: null, and pretrain.objective.weights.clip is 1; give the source",
+        ),
+        ({"caption": None}, {"without_captions": "no_clip"}, ""),
+        ({"caption": None}, {"objective": {"weights": {"clip": 0.0}}}, ""),
+        (
+            {"label": None},
+            {},
+            "prepare_data.source.label: null, and pretrain.monitor.probe tells classes apart; set it to null",
+        ),
+        ({"label": None}, {"monitor": {"probe": None}}, ""),
+    ],
+)
+def test_objectives_and_probes_have_what_they_read(tmp_path, source, pretrain, message):
+    found = said(tmp_path, {"prepare_data": {"source": TABLE | source}, "pretrain": pretrain})
+    assert message in found
+    assert bool(found) is bool(message)
+
+
 def test_the_recipe_is_valid(tmp_path):
     assert said(tmp_path) == ""
 
