@@ -165,7 +165,8 @@ def _short(value: object) -> str:
 def _keys(location: Sequence[str | int], values: Any) -> Keys:  # noqa: ANN401 - whatever YAML holds
     """The keys that lead to a place, without what pydantic calls the members of unions on the way."""
     keys: list[str | int] = []
-    here, member = values, False
+    here: Any = values
+    member = False
     for part in location:
         if isinstance(here, Mapping):
             # A member of a union is called by its name, which may be that of a field too, which then comes after it.

@@ -1,6 +1,7 @@
 """The loop on a problem of a few numbers: it learns, resumes exactly, stops when asked, and refuses NaN."""
 
 import csv
+import errno
 import json
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -335,3 +336,18 @@ def test_only_matrices_decay():
     assert [p.ndim for p in decaying["params"]] == [2]
     assert [p.ndim for p in plain["params"]] == [1, 1, 1]
     assert (decaying["decay_factor"], plain["decay_factor"]) == (1.0, 0.0)
+
+
+def test_curves_that_no_disk_has_room_for_leave_nothing_half(tmp_path, monkeypatch):
+    curves = Curves(tmp_path / "curves.csv", start=0)
+    curves.write(1, {"loss": 1.0})
+    before = (tmp_path / "curves.csv").read_text()
+
+    def full(file, rows):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vtp.training.log.write_csv", full)
+    with pytest.raises(OSError, match="No space left"):
+        curves.write(2, {"loss": 1.0, "other": 2.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.csv"]
+    assert (tmp_path / "curves.csv").read_text() == before

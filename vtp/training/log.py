@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vtp.artefact import whole_file
 from vtp.step import Logs
 from vtp.texts import write_csv
 
@@ -71,11 +72,9 @@ class Curves:
             write_csv(file, [[row.get(name, "") for name in self._columns]])
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with whole_file(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             write_csv(file, [self._columns] if self._columns else [])
             write_csv(file, ([row.get(name) or "" for name in self._columns] for row in rows))
-        temporary.replace(self.path)
 
 
 def gradient_figures(path: Path, phase: str) -> dict[str, dict[str, float]]:
