@@ -64,11 +64,13 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
             problems.append(str(error))
             continue
         configs, wrong = _configs(own, of_runs)
-        between = [f"{RUNS}.{name}: {problem}" for problem in disagreements({**shared, **configs}, pipeline.uses)]
+        between = [
+            f"{params}:{RUNS}.{name}: {problem}" for problem in disagreements({**shared, **configs}, pipeline.uses)
+        ]
         problems += [*wrong, *between, *_points(own, name, configs)]
         written[name] = {section: own.values[section] for section in configs}
     if not written:
-        problems += disagreements(shared, pipeline.uses)
+        problems += [f"{params}: {problem}" for problem in disagreements(shared, pipeline.uses)]
     problems += _not_here(parameters) if of_runs else []
     problems += _unknown_runs(parameters, shared) if of_runs else []
     if problems:
@@ -164,7 +166,7 @@ def _misplaced_pictures(parameters: Parameters) -> list[str]:
 def _unknown_runs(parameters: Parameters, configs: Mapping[str, Config]) -> list[str]:
     """Published figures of runs that there are not."""
     return [
-        f"summary.published.{name}: no such run{did_you_mean(name, parameters.runs)}"
+        f"{parameters.path}:summary.published.{name}: no such run{did_you_mean(name, parameters.runs)}"
         for config in configs.values()
         if isinstance(config, Summary)
         for name in config.published

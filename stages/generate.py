@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import ArtefactError, save_tensors
-from vtp.config import Config, ConfigError, Distinct, number_name
+from vtp.config import Config, ConfigError, Distinct, Keys, number_name
 from vtp.data.latents import LatentDataset
 from vtp.data.shared_files import SharedFiles
 from vtp.distributed import ranks
@@ -44,8 +44,13 @@ class Sweep(Config):
             of_scale, of_start, of_end, of_shift = map(number_name, (scale, start, end, shift))
             name = f"w{of_scale}_t{of_start}-{of_end}_s{of_shift}".replace(".", "p")
             changed = {"guidance_scale": scale, "guidance_interval": (start, end), "timestep_shift": shift}
-            settings[name] = SamplerConfig.parse(base.model_dump() | changed, where="generate.sweep")
+            settings[name] = SamplerConfig.parse(base.model_dump() | changed, where=_place_in_sweep)
         return settings
+
+
+def _place_in_sweep(keys: Keys) -> str:
+    lists = {"guidance_scale": "scales", "guidance_interval": "intervals", "timestep_shift": "shifts"}
+    return ".".join(["sweep", *(lists.get(str(key), str(key)) for key in keys)])
 
 
 class Generate(Config):

@@ -403,13 +403,13 @@ def test_runs_of_another_file_are_refused(study, tmp_path):
 def test_published_figures_are_of_a_run(study):
     pipeline = Pipeline([Use("generate", "generate", True), Use("summary", "summary", False)], [])
     text = "runs: {one: {}}\nsummary: {title: T, metrics: [m], published: {on: {m: 1.0}}}"
-    assert study(text, pipeline) == "summary.published.on: no such run; did you mean 'one'?"
+    assert study(text, pipeline) == "params.yaml:summary.published.on: no such run; did you mean 'one'?"
 
 
 def test_what_disagrees_is_said_of_its_run(study):
     pipeline = Pipeline([Use("generate", "generate", True), Use("evaluate_generator", "evaluate_generator", True)], [])
     found = study("runs: {one: {}, two: {generate: {samples: 23}}}", pipeline)
-    assert found == "runs.two: evaluate_generator.counts: 24, generate.samples is 23"
+    assert found == "params.yaml:runs.two: evaluate_generator.counts: 24, generate.samples is 23"
 
 
 def test_milestones_beyond_the_end(study):
@@ -430,10 +430,10 @@ def test_a_weaker_generator_is_given_where_one_is_asked_for(study):
     missing = "generate.settings.guided.guide: generator asks for a weaker one, and the stage's command gives none; add"
     unasked = "generate.settings: the stage's command gives a --guide, and no setting has `guide: generator`"
     given = Pipeline([Use("generate", "generate", False, frozenset({"--guide"}))], [])
-    assert study(asked).startswith(missing)
+    assert study(asked).startswith(f"params.yaml: {missing}")
     assert study(asked, given) == ""
-    assert study("", given).startswith(unasked)
-    assert study(f"runs: {{one: {{{asked}}}, two: {{}}}}", COMPARISON).startswith(f"runs.one: {missing}")
+    assert study("", given).startswith(f"params.yaml: {unasked}")
+    assert study(f"runs: {{one: {{{asked}}}, two: {{}}}}", COMPARISON).startswith(f"params.yaml:runs.one: {missing}")
 
 
 def test_a_command_s_flags_are_read(tmp_path):

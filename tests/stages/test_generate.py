@@ -145,6 +145,9 @@ def test_names_of_a_sweep_tell_all_its_numbers_apart():
     for part, value in (("scales", 2.0), ("shifts", 0.5), ("intervals", [0.1, 1.0])):
         with pytest.raises(ConfigError, match=rf"sweep\.{part}: .* comes twice"):
             Generate.parse(values | {"sweep": sweep | {part: [value, value]}}, where="test")
+    for part, value in (("scales", 1e9), ("shifts", -1.0)):
+        with pytest.raises(ConfigError, match=rf"test: sweep\.{part}: Input should be"):
+            Generate.parse(values | {"sweep": sweep | {part: [value]}}, where="test")
 
 
 def test_half_precision_is_near(inputs, drawn, tmp_path):
