@@ -55,7 +55,7 @@ def parameters(project: Project, folder: Path, draws: Random) -> Tried:
     result = ended(Stage("check", [path.name]), path.parent, seconds=LONG)
     problem = None
     if result.status != 0:
-        problem = result.refusal(path.name) or result.refusal(key)
+        problem = result.refusal(".yaml") or result.refusal(key)
     if result.status == 1 or result.cpu > QUICK or result.peak > LARGE:
         problem = problem or f"status {result.status}, {result.cpu:.1f} CPU s, {result.peak / 1e9:.1f} GB"
     return f"{path.relative_to(folder)}: {case}{' is accepted' if result.status == 0 else ''}", problem
