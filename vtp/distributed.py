@@ -225,6 +225,17 @@ def save_state(folder: Path, state: Mapping[str, Tensor]) -> "Future[Any]":
     return cast("Future[Any]", answer)
 
 
+def wait_for_state(written: "Future[Any]") -> None:
+    """Until a state is written. Raises OSError, such as of a full disk, or StateError, of the first rank that failed."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        written.result()
+    except dcp.api.CheckpointException as error:  # no Exception, which hides those of the ranks
+        cause = next(iter(cause for cause, _ in error.failures.values()))
+        raise (cause if isinstance(cause, OSError) else StateError(str(cause))) from None
+
+
 def load_state(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Fill `state` in place from `folder`, whatever number of ranks wrote it.
 

@@ -3,15 +3,19 @@
 import csv
 import errno
 import json
+import re
+from concurrent.futures import Future
 from contextlib import contextmanager
+from traceback import StackSummary
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import Dataset
 
-from vtp.distributed import StateError
+from vtp.distributed import StateError, wait_for_state
 from vtp.finite import NotFiniteError
 from vtp.step import OptimConfig, ParameterGroup, StepContext, StepCost, Term
 from vtp.training.checkpoint import Checkpoints
@@ -351,3 +355,14 @@ def test_curves_that_no_disk_has_room_for_leave_nothing_half(tmp_path, monkeypat
         curves.write(2, {"loss": 1.0, "other": 2.0})
     assert [path.name for path in tmp_path.iterdir()] == ["curves.csv"]
     assert (tmp_path / "curves.csv").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("cause", "raised"),
+    [(OSError(errno.ENOSPC, "No space left on device"), OSError), (RuntimeError("no such shape"), StateError)],
+)
+def test_what_a_rank_could_not_write_is_an_error_of_its_kind(cause, raised):
+    written = Future()
+    written.set_exception(CheckpointException("write", {0: (cause, StackSummary())}))
+    with pytest.raises(raised, match=re.escape(str(cause))):
+        wait_for_state(written)

@@ -19,7 +19,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vtp.artefact import ArtefactError, digest, files, read_json, write_json
-from vtp.distributed import StateError, StateMismatchError, barrier, gather_objects, load_state, ranks, save_state
+from vtp.distributed import (
+    StateError,
+    StateMismatchError,
+    barrier,
+    gather_objects,
+    load_state,
+    ranks,
+    save_state,
+    wait_for_state,
+)
 
 
 class Checkpoint(NamedTuple):
@@ -87,7 +96,7 @@ class Checkpoints:
     def _complete(self, temporary: Path, written: "Future[Any]") -> None:
         """In the background: when all ranks have written, the first gives the folder its name."""
         try:
-            written.result()
+            wait_for_state(written)
         except BaseException:
             if ranks().first:
                 shutil.rmtree(temporary, ignore_errors=True)
