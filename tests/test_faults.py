@@ -11,7 +11,7 @@ from benchmarks._fault_families import FAMILIES
 from benchmarks._faulty import Project, Stage, different, ended
 from benchmarks.faults import failures
 
-CASES = {"parameters": 12, "pictures": 40, "values": 4, "artefacts": 6, "scratch": 4, "disks": 3, "signals": 2}
+CASES = {"parameters": 10, "pictures": 30, "values": 2, "artefacts": 3, "scratch": 3, "disks": 2, "signals": 1}
 
 
 @pytest.fixture(scope="module")
