@@ -32,6 +32,7 @@ from stages.runner.starts import Start, starts_of
 from vtp.artefact import ArtefactError, read_json, require_no_pipe, write_json
 from vtp.config import Config
 from vtp.host import Host
+from vtp.inference.grid import height_of
 
 MEASURED = ("pretrain", "understanding", "tune_decoder", "reconstruction", "speed", "train_generator", "generation")
 NEEDED = ("pretrain", "reference", "evaluate_understanding")  # whose records say what figures are of
@@ -42,7 +43,7 @@ RECONSTRUCTIONS = {
     "best": "The images with the smallest perceptual distance",
 }
 TABLE_TITLE = "Beside the paper's table 2 (ImageNet 256 x 256, Inception, 50k)"
-OVERVIEW = 434  # pixels of each part of the overview: all reconstructions, and samples of four classes
+OVERVIEW = 4  # classes whose samples the overview shows, below all reconstructions
 
 
 class Report(Config):
@@ -155,8 +156,11 @@ def run(
         page(config.title, opening, _headline(figures, decoders), sections), encoding="utf-8"
     )
     sampled = next(filter(None, reversed(figures.best)), None)  # guided, where a setting is
-    beside = [] if sampled is None else [plots / "samples" / f"{sampled.setting}.png"]
-    stack([plots / "reconstructions" / "first.png", *beside], report / "overview.png", tallest=OVERVIEW)
+    parts: list[tuple[Path, int | None]] = [(plots / "reconstructions" / "first.png", None)]
+    if sampled is not None:
+        classes = height_of(OVERVIEW, figures.conditions.image_size)
+        parts.append((plots / "samples" / f"{sampled.setting}.png", classes))
+    stack(parts, report / "overview.png")
     flops = {"pretrain_flops": measured["pretrain"]["pretrain"]["flops"]}
     write_json(headline, flops | headline_figures(figures))
 

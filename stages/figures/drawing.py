@@ -12,12 +12,12 @@ from vtp.layers.decode import read_rgb
 from vtp.step import UNINFORMED
 
 
-def stack(pictures: Sequence[Path], path: Path, *, tallest: int) -> None:
-    """Pictures below each other as one PNG of 256 colours, each cut to `tallest` pixels."""
+def stack(pictures: Sequence[tuple[Path, int | None]], path: Path) -> None:
+    """Pictures below each other as one PNG of 256 colours, each cut to so many pixels in height; None: whole."""
     from PIL import Image
 
-    parts = [read_rgb(picture) for picture in pictures]
-    parts = [part.crop((0, 0, part.width, min(part.height, tallest))) for part in parts]
+    whole = [(read_rgb(picture), tallest) for picture, tallest in pictures]
+    parts = [part.crop((0, 0, part.width, min(part.height, tallest or part.height))) for part, tallest in whole]
     canvas = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
     top = 0
     for part in parts:
@@ -76,6 +76,8 @@ class Panel(NamedTuple):
 
 def panels(drawn: Sequence[Panel], path: Path) -> None:
     """Panels beside each other, as one PNG."""
+    from matplotlib.ticker import LogFormatter
+
     with axes(len(drawn), path, columns=len(drawn), size=(4, 3)) as every:
         for axis, panel in zip(every, drawn, strict=True):
             for name, values in panel.curves.items():
@@ -84,6 +86,8 @@ def panels(drawn: Sequence[Panel], path: Path) -> None:
             axis.set_xlabel(panel.axis, fontsize=8)
             if panel.log:
                 axis.set_yscale("log")
+                for of in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    of(LogFormatter(minor_thresholds=(2, 0.5)))  # in plain digits: formulas are off
             if len(panel.curves) > 1:
                 axis.legend(fontsize=7)
 

@@ -29,7 +29,7 @@ from stages.runner.fingerprint import fingerprint_of
 from stages.runner.starts import STARTS, Starts, read_starts
 from vtp.artefact import ArtefactError, write_json
 from vtp.config import read_yaml
-from vtp.inference.grid import grid
+from vtp.inference.grid import GAP, grid, height_of
 from vtp.layers.decode import DecodeError
 
 FIGURES = [("gfid", "", 2.6), ("is", "", 197.0), ("precision", "_vs10k", 0.79), ("recall", "_vs10k", 0.62)]
@@ -130,12 +130,40 @@ def test_numbers_of_a_table_may_be_missing(tmp_path):
     assert np.isnan(columns["loss"][0]) and columns["loss"][1] == 0.5
 
 
+def test_logarithmic_axes_have_plain_numbers(tmp_path, monkeypatch):
+    """Formulas are off, so a power of ten written as one would stand there with its dollars."""
+    from matplotlib.figure import Figure
+
+    texts, save = [], Figure.savefig
+
+    def read(figure, *args, **kwargs):
+        save(figure, *args, **kwargs)
+        texts.extend(label.get_text() for axis in figure.axes for label in axis.get_yticklabels(which="both"))
+
+    monkeypatch.setattr(Figure, "savefig", read)
+    for name, values in (("wide", [1.0, 1e4]), ("narrow", [1.0, 3.0])):
+        panels([Panel("p", "x", [0, 1], {"a": values}, log=True)], tmp_path / f"{name}.png")
+    assert any(texts)
+    assert not [text for text in texts if "$" in text]
+
+
+def test_the_overview_cuts_no_row_in_two(tmp_path):
+    for side in (16, 32, 64, 256):
+        rows = [torch.full((2, 3, side, side), 9 * number, dtype=torch.uint8) for number in range(6)]
+        grid(rows, list("abcdef"), tmp_path / "samples.png", title="t")
+        stack([(tmp_path / "samples.png", None), (tmp_path / "samples.png", height_of(4, side))], tmp_path / "out.png")
+        whole, both = (Image.open(tmp_path / f"{name}.png").convert("RGB") for name in ("samples", "out"))
+        below = both.crop((0, whole.height, both.width, both.height))
+        assert below.getpixel((below.width - 30, below.height - GAP - 1)) == (27, 27, 27)  # the fourth row, to its end
+        assert below.getpixel((below.width - 30, below.height - 1)) == (255, 255, 255)
+
+
 def test_a_damaged_picture_is_named(tmp_path):
     Image.effect_noise((32, 32), 9).save(tmp_path / "a.png")
     path = tmp_path / "guided.png"
     path.write_bytes((tmp_path / "a.png").read_bytes()[:-200])
     with pytest.raises(DecodeError, match=r"guided\.png: not a readable image"):
-        stack([tmp_path / "a.png", path], tmp_path / "out.png", tallest=9)
+        stack([(tmp_path / "a.png", 9), (path, 9)], tmp_path / "out.png")
     with pytest.raises(DecodeError, match=r"guided\.png: not a readable image"):
         page("T", [Section("W")], [], [Section("S", pictures=[CaptionedPicture(path, "c")])])
 

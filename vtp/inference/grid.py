@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 LETTERS, SMALL = 13, 10  # pixels of the letters of names, and of notes
 NOTE_LINE = 15  # pixels of a line of notes
 SCALE = 96  # least side of an image in a grid, in pixels
+GAP, MARGIN, LINE = 4, 12, 22  # pixels between images, around all, of the heading
+
+
+def tile_of(side: int) -> int:
+    """Side of an image in a grid, in pixels: a multiple of its own."""
+    return side * max(1, -(-SCALE // side))
+
+
+def height_of(rows: int, side: int) -> int:
+    """Pixels from the top of a grid without notes to the end of its first `rows` rows of images of this side."""
+    return MARGIN + LINE + rows * (tile_of(side) + GAP)
 
 
 def grid(
@@ -29,9 +40,7 @@ def grid(
     """Rows of uint8 images [n, 3, H, W], each under its name, as one PNG; `notes` stand below the images, cut to fit."""
     from PIL import Image
 
-    side = rows[0].shape[-1]
-    factor = max(1, -(-SCALE // side))
-    tile, gap, margin, line = side * factor, 4, 12, 22
+    tile, gap, margin, line = tile_of(rows[0].shape[-1]), GAP, MARGIN, LINE
     heading = draw_text(title, LETTERS, "black")
     lettered = [draw_text(name, LETTERS, "black") for name in names]
     below = [
