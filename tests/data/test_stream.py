@@ -1,5 +1,6 @@
 """The stream: exact over ranks, workers, shards and resumes; samples that cannot be used; shards that cannot be read."""
 
+import json
 import io
 import itertools
 import multiprocessing
@@ -258,7 +259,19 @@ def test_no_more_shards_are_looked_at_than_have_the_labels_that_are_asked_for(tm
         train.singles(6)
     other = write_shards(tmp_path / "other", [3], change=lambda n: {"label": -1})
     (other / "train-00000.parquet").unlink()
-    assert len(ShardDataset(other, "train").singles().rows) == 0
+    with pytest.raises(ArtefactError, match="3 classes, and none of the 3 samples of split 'train' has one"):
+        ShardDataset(other, "train").singles()
+
+
+@pytest.mark.parametrize("most", [None, 4])
+def test_data_without_classes_are_one_class(tmp_path, most):
+    folder = write_shards(tmp_path / "shards", [5, 2], change=lambda n: {"label": -1})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_json(folder / "manifest.json", manifest | {"classes": [], "class_ids": [], "category_of_class": []})
+    train = ShardDataset(folder, "train")
+    assert train.singles(most).rows.tolist() == list(range(most or 7))
+    assert set(train.singles(most).labels.tolist()) == {0}
+    assert train.manifest.learnt_classes == ["all"]
 
 
 def test_an_empty_split_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -363,8 +364,12 @@ def test_mistakes_are_told(made, tmp_path, monkeypatch):
         here(made, tmp_path / "c")
 
 
-def test_images_without_classes_are_told(made, tmp_path, monkeypatch):
-    plain = ShardDataset.singles
-    monkeypatch.setattr(ShardDataset, "singles", lambda self, most=None: plain(self, 0))
-    with pytest.raises(ArtefactError, match="no sample has a class"):
-        here(made, tmp_path)
+def test_a_split_without_classes_is_told(made, tmp_path):
+    """Data without any class: tests/stages/test_own_data.py."""
+    shutil.copytree(made / "shards", tmp_path / "shards")
+    manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
+    manifest["splits"]["validation"]["class_counts"] = [0] * len(manifest["classes"])
+    (tmp_path / "shards/manifest.json").write_text(json.dumps(manifest))
+    shutil.copytree(made / "tokenizer", tmp_path / "tokenizer")
+    with pytest.raises(ArtefactError, match="none of the 32 samples of split 'validation' has one"):
+        here(tmp_path, tmp_path / "out")
