@@ -1,8 +1,8 @@
 """The stream: exact over ranks, workers, shards and resumes; samples that cannot be used; shards that cannot be read."""
 
-import json
 import io
 import itertools
+import json
 import multiprocessing
 import shutil
 from pathlib import Path
