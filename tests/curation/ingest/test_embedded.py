@@ -1,5 +1,6 @@
 """The embedded data set: composition, shards, reading back."""
 
+import hashlib
 import json
 import shutil
 
@@ -185,6 +186,15 @@ def test_corrupt_image_is_named(folder, tmp_path):
     offset = pq.read_table(tar.with_suffix(".parquet"))["offset"][5].as_py()
     content[offset : offset + 40] = bytes(40)
     tar.write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"train-00000\.tar has sha256"):
+        data.image(5)
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    split = manifest["splits"]["train"]
+    split["shards"][0]["sha256"] = digest(tar)  # as if it had been written so
+    lines = "".join(f"{shard['sha256']} {shard['name']}\n" for shard in split["shards"])
+    split["digest"] = hashlib.sha256(lines.encode()).hexdigest()
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    data = ShardDataset(tmp_path / "a", "train")
     with pytest.raises(DataError, match=r"train-00000\.tar, train-000000005"):
         data.image(5)
     assert data.image(6).size == (24, 24)
