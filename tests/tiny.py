@@ -1,5 +1,7 @@
 """The reference recipe at a size of seconds: params.yaml with small numbers, every section and key kept."""
 
+import hashlib
+import json
 import subprocess
 import time
 from collections.abc import Callable
@@ -123,6 +125,19 @@ def write_shards(folder: Path) -> None:
     config = PrepareData.parse(tiny_params()["prepare_data"], where="test")
     source = ComposedPictures(config.source, config.image)
     Ingest(source, config, folder, folder.parent / f"{folder.name}_state").run(processes=0, progress=lambda count: None)
+
+
+def reseal(folder: Path) -> None:
+    """Digests of the shards of `folder` as its tars are now, as if they had been written so."""
+    from vtp.artefact import digest
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            shard["sha256"] = digest(folder / shard["name"])
+        lines = "".join(f"{shard['sha256']} {shard['name']}\n" for shard in split["shards"])
+        split["digest"] = hashlib.sha256(lines.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def write_params(values: dict[str, Any], path: Path) -> None:
