@@ -64,7 +64,7 @@ def changed(row):
 def test_a_fresh_root_speaks_of_itself_alone(clone):
     status = clone.asked("status")
     assert "pipelines" not in status
-    assert len(status.splitlines()) < 130
+    assert len(status.splitlines()) < 150
     assert len(clone.asked("dag").splitlines()) < 50
     for command in (("metrics", "show"), ("params", "diff"), ("exp", "show", "--only-changed")):
         assert len(clone.asked(*command).splitlines()) < 10

@@ -35,6 +35,7 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
     matplotlib.rcParams["text.parse_math"] = False  # titles and names are texts: a dollar begins no formula
     matplotlib.rcParams["font.family"] = _families()  # what the first does not cover the others may
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
 
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -46,6 +47,9 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
     yield every[:count]
+    for scale in (scale for axis in every[:count] for scale in (axis.xaxis, axis.yaxis) if scale.get_scale() == "log"):
+        for use in (scale.set_major_formatter, scale.set_minor_formatter):
+            use(LogFormatter(minor_thresholds=(2, 0.5)))  # in plain digits: formulas are off
     figure.tight_layout()
     figure.savefig(path, dpi=dpi, metadata={"Software": None})
     pyplot.close(figure)
@@ -76,8 +80,6 @@ class Panel(NamedTuple):
 
 def panels(drawn: Sequence[Panel], path: Path) -> None:
     """Panels beside each other, as one PNG."""
-    from matplotlib.ticker import LogFormatter
-
     with axes(len(drawn), path, columns=len(drawn), size=(4, 3)) as every:
         for axis, panel in zip(every, drawn, strict=True):
             for name, values in panel.curves.items():
@@ -86,8 +88,6 @@ def panels(drawn: Sequence[Panel], path: Path) -> None:
             axis.set_xlabel(panel.axis, fontsize=8)
             if panel.log:
                 axis.set_yscale("log")
-                for of in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                    of(LogFormatter(minor_thresholds=(2, 0.5)))  # in plain digits: formulas are off
             if len(panel.curves) > 1:
                 axis.legend(fontsize=7)
 

@@ -9,6 +9,7 @@ from tiny import tiny_params
 
 from stages.pretrain import Pretrain
 from vtp.artefact import ArtefactError
+from vtp.config import ConfigError
 from vtp.losses.gan import discriminator_loss
 from vtp.models.discriminator import (
     FeatureDiscriminator,
@@ -105,8 +106,11 @@ def test_norms_move_once_a_step_and_not_in_forward_passes():
 def test_heads_keep_the_tokens():
     head = TokenHead(6, 9)
     assert head(torch.randn(2, 6, 12)).shape == (2, 1, 12)
-    with pytest.raises(ValueError, match="an odd one"):
-        TokenHead(6, 4)
+    with pytest.raises(ConfigError, match="kernel: a convolution over neighbours on both sides needs an odd one"):
+        FeatureDiscriminatorConfig.parse(
+            {"name": "features", "network": {"name": "tokenizer", "image_size": None, "blocks": 1}, "kernel": 4},
+            where="t",
+        )
     with pytest.raises(ValueError, match="have 8 tokens, fewer than discriminator.kernel 9"):
         head(torch.randn(2, 6, 8))
 
