@@ -25,6 +25,7 @@ from vtp.params import milestone_name
 from vtp.training.fit import FlopsLength
 
 C = TypeVar("C", bound=Config)
+D = TypeVar("D", bound=Config)
 
 
 def disagreements(configs: Mapping[str, Config], uses: Iterable[Use]) -> list[str]:
@@ -56,6 +57,12 @@ class Recipe:
             if isinstance(config, kind):
                 yield name, config
 
+    def pairs(self, kind: type[C], other: type[D]) -> Iterator[tuple[str, C, str, D]]:
+        """Every record of the one kind beside every one of the other, each behind its name."""
+        for name, config in self.of(kind):
+            for own, beside in self.of(other):
+                yield name, config, own, beside
+
     def given(self, section: str, flag: str) -> bool:
         """Whether a command that reads the section has the flag."""
         return flag in self._flags.get(section, ())
@@ -82,66 +89,57 @@ def _milestones_are_reached(recipe: Recipe) -> Iterator[str]:
 
 
 def _pictures_are_not_enlarged(recipe: Recipe) -> Iterator[str]:
-    for name, data in recipe.of(PrepareData):
-        for own, pretrain in recipe.of(Pretrain):
-            if (side := data.side) is not None and side < pretrain.tokenizer.image_size:
-                yield (
-                    f"{name}: pictures have image_size {side}, {own}.tokenizer.image_size is "
-                    f"{pretrain.tokenizer.image_size}: they would be enlarged; write them at that size, or train at theirs"
-                )
+    for name, data, own, pretrain in recipe.pairs(PrepareData, Pretrain):
+        if (side := data.side) is not None and side < pretrain.tokenizer.image_size:
+            yield (
+                f"{name}: pictures have image_size {side}, {own}.tokenizer.image_size is "
+                f"{pretrain.tokenizer.image_size}: they would be enlarged; write them at that size, or train at theirs"
+            )
 
 
 def _captions_are_there(recipe: Recipe) -> Iterator[str]:
-    for name, data in recipe.of(PrepareData):
-        for own, pretrain in recipe.of(Pretrain):
-            missing = getattr(data.source, "caption", "") is None
-            if missing and pretrain.objective.weights.clip and pretrain.without_captions == "refuse":
-                yield (
-                    f"{name}.source.caption: null, and {own}.objective.weights.clip is {pretrain.objective.weights.clip:g}; "
-                    f"give the source captions, or set the weight to 0, or {own}.without_captions to no_clip"
-                )
+    for name, data, own, pretrain in recipe.pairs(PrepareData, Pretrain):
+        missing = getattr(data.source, "caption", "") is None
+        if missing and pretrain.objective.weights.clip and pretrain.without_captions == "refuse":
+            yield (
+                f"{name}.source.caption: null, and {own}.objective.weights.clip is {pretrain.objective.weights.clip:g}; "
+                f"give the source captions, or set the weight to 0, or {own}.without_captions to no_clip"
+            )
 
 
 def _probes_have_labels(recipe: Recipe) -> Iterator[str]:
-    for name, data in recipe.of(PrepareData):
-        for own, pretrain in recipe.of(Pretrain):
-            if getattr(data.source, "label", "") is None and pretrain.monitor.probe is not None:
-                yield (
-                    f"{name}.source.label: null, and {own}.monitor.probe tells classes apart; set it to null, or name the "
-                    "column of the classes"
-                )
+    for name, data, own, pretrain in recipe.pairs(PrepareData, Pretrain):
+        if getattr(data.source, "label", "") is None and pretrain.monitor.probe is not None:
+            yield (
+                f"{name}.source.label: null, and {own}.monitor.probe tells classes apart; set it to null, or name the "
+                "column of the classes"
+            )
 
 
 def _prompts_are_for_the_data(recipe: Recipe) -> Iterator[str]:
-    for name, understanding in recipe.of(EvaluateUnderstanding):
-        for _, data in recipe.of(PrepareData):
-            if understanding.prompts.name == "openai" and data.source.name == "openmoji":
-                yield f"{name}.prompts: openai's are for ImageNet; take {{name: data_set}}"
+    for name, understanding, _, data in recipe.pairs(EvaluateUnderstanding, PrepareData):
+        if understanding.prompts.name == "openai" and data.source.name == "openmoji":
+            yield f"{name}.prompts: openai's are for ImageNet; take {{name: data_set}}"
 
 
 def _probes_see_whole_patches(recipe: Recipe) -> Iterator[str]:
-    for name, understanding in recipe.of(EvaluateUnderstanding):
-        for _, pretrain in recipe.of(Pretrain):
-            side, patch = understanding.probes.size, pretrain.tokenizer.vision.patch_size
-            if side % patch:
-                yield f"{name}.probes.size: {side} is no multiple of {patch}, the encoder's patch_size"
+    for name, understanding, _, pretrain in recipe.pairs(EvaluateUnderstanding, Pretrain):
+        side, patch = understanding.probes.size, pretrain.tokenizer.vision.patch_size
+        if side % patch:
+            yield f"{name}.probes.size: {side} is no multiple of {patch}, the encoder's patch_size"
 
 
 def _probes_read_blocks_that_are_there(recipe: Recipe) -> Iterator[str]:
-    for name, understanding in recipe.of(EvaluateUnderstanding):
-        for own, pretrain in recipe.of(Pretrain):
-            asked, depth = max(understanding.probes.blocks), pretrain.tokenizer.vision.depth
-            if asked > depth:
-                yield (
-                    f"{name}.probes.blocks: {asked}, and {own}.tokenizer.vision.depth is {depth}; take so many or fewer"
-                )
+    for name, understanding, own, pretrain in recipe.pairs(EvaluateUnderstanding, Pretrain):
+        asked, depth = max(understanding.probes.blocks), pretrain.tokenizer.vision.depth
+        if asked > depth:
+            yield (f"{name}.probes.blocks: {asked}, and {own}.tokenizer.vision.depth is {depth}; take so many or fewer")
 
 
 def _samples_suffice(recipe: Recipe) -> Iterator[str]:
-    for name, evaluation in recipe.of(EvaluateGenerator):
-        for own, generate in recipe.of(Generate):
-            if max(evaluation.counts) > generate.samples:
-                yield f"{name}.counts: {max(evaluation.counts)}, {own}.samples is {generate.samples}"
+    for name, evaluation, own, generate in recipe.pairs(EvaluateGenerator, Generate):
+        if max(evaluation.counts) > generate.samples:
+            yield f"{name}.counts: {max(evaluation.counts)}, {own}.samples is {generate.samples}"
 
 
 def _reference_has_the_size_of_the_tokenizer(recipe: Recipe) -> Iterator[str]:
@@ -165,14 +163,13 @@ def _reference_has_the_splits(recipe: Recipe) -> Iterator[str]:
 
 
 def _reference_keeps_enough(recipe: Recipe) -> Iterator[str]:
-    for name, reference in recipe.of(ReferenceStatistics):
-        for own, evaluation in recipe.of(EvaluateGenerator):
-            split = reference.splits.get(evaluation.split)
-            if split is not None and split.kept is not None and split.kept < evaluation.compared:
-                yield (
-                    f"{name}.splits.{evaluation.split}.kept: {split.kept}, {own} compares {evaluation.compared} features "
-                    "or more with those of real images"
-                )
+    for name, reference, own, evaluation in recipe.pairs(ReferenceStatistics, EvaluateGenerator):
+        split = reference.splits.get(evaluation.split)
+        if split is not None and split.kept is not None and split.kept < evaluation.compared:
+            yield (
+                f"{name}.splits.{evaluation.split}.kept: {split.kept}, {own} compares {evaluation.compared} features "
+                "or more with those of real images"
+            )
 
 
 def _batches_are_filled(recipe: Recipe) -> Iterator[str]:
@@ -187,11 +184,10 @@ def _batches_are_filled(recipe: Recipe) -> Iterator[str]:
 
 
 def _splits_are_written(recipe: Recipe) -> Iterator[str]:
-    for _, data in recipe.of(PrepareData):
-        for own, reference in recipe.of(ReferenceStatistics):
-            for split in reference.splits:
-                if isinstance(data.source, EmbeddedConfig) and split not in ("train", "validation"):
-                    yield f"{own}.splits.{split}: {data.source.name} has train and validation; rename or remove it"
+    for _, data, own, reference in recipe.pairs(PrepareData, ReferenceStatistics):
+        for split in reference.splits:
+            if isinstance(data.source, EmbeddedConfig) and split not in ("train", "validation"):
+                yield f"{own}.splits.{split}: {data.source.name} has train and validation; rename or remove it"
 
 
 def _generators_fit_the_latents(recipe: Recipe) -> Iterator[str]:
