@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from stages.plans.rules import disagreements
 from stages.pretrain import Pretrain
@@ -30,7 +30,6 @@ from vtp.artefact import whole_folder, write_json
 from vtp.config import Config, ConfigError, did_you_mean
 from vtp.params import BASE, PICTURES, POINTS, RUNS, Origin, Parameters, milestone_name, read_parameters, write_yaml
 
-C = TypeVar("C", bound=Config)
 NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 
 

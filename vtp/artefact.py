@@ -244,9 +244,14 @@ def _digest_bytes(path: Path) -> str:
     return state.hexdigest()
 
 
+def is_endless(path: Path) -> bool:
+    """Whether a pipe, a socket or a device is there: who reads one may wait for ever, or never come to an end."""
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+
+
 def require_no_pipe(path: Path) -> None:
-    """Raises ArtefactError for a pipe, a socket or a device: who reads one may wait for ever, or never come to an end."""
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    """Raises ArtefactError where a reader may never come to an end."""
+    if is_endless(path):
         raise ArtefactError(
             f"{path}: a pipe, a socket or a device, not a file; remove it, and make or fetch the file again"
         )

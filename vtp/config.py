@@ -5,7 +5,6 @@ changes a result has a default, so parameters are complete and DVC sees every ch
 YAML 1.2, the dialect of DVC (`1e-4` is a number there, and a string in YAML 1.1).
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, fie
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.constructor import DuplicateKeyError
 
+from vtp.artefact import is_endless
 from vtp.texts import shown
 
 Keys = tuple[str | int, ...]
@@ -80,7 +80,7 @@ class Config(BaseModel):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML 1.2 file. Raises ConfigError when there is none, or one that no person writes."""
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    if is_endless(path):
         raise ConfigError(f"{path}: cannot be read: a pipe, a socket or a device, not a file")
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
