@@ -63,7 +63,7 @@ def run(
     host: Host,
 ) -> None:
     measured = {name: read_json(metrics / f"{name}.json") for name in MEASURED}
-    latents = {"latents": measured["reconstruction"].pop("latents")}
+    measured["latents"] = measured["reconstruction"].pop("latents")
     of_stages = _records(records)
     report.mkdir()
     tables = {"pretrain": "pretrain", "decoder": "tune_decoder", "generator": "train_generator"}
@@ -76,14 +76,38 @@ def run(
         generation=measured["generation"]["generation"],
         conditions=Conditions.of(of_stages),
     )
+    sections = _sections(
+        measured, plots, report, figures, settings=of_stages.get("generate", {}).get("config", {}).get("settings", {})
+    )
+    everything = {name: values for section in sections for name, values in section.metrics.items()}
+    rows = [[name, number(value)] for name, value in flatten(everything).items()]
+    (report / "metrics.md").write_text(markdown(["metric", "value"], rows), encoding="utf-8")
+    scratch = host.folder.parents[2]  # of all stages: this is <stage>/<fingerprint>/folder in it
+    opening = [_what_was_run(list(of_stages.values()), scratch), _legend(everything)]
+    (report / "report.html").write_text(
+        page(config.title, opening, _headline(figures, decoders), sections), encoding="utf-8"
+    )
+    sampled = next(filter(None, reversed(figures.best)), None)  # guided, where a setting is
+    parts: list[tuple[Path, int | None]] = [(plots / "reconstructions" / "first.png", None)]
+    if sampled is not None:
+        classes = height_of(OVERVIEW, figures.conditions.image_size)
+        parts.append((plots / "samples" / f"{sampled.setting}.png", classes))
+    stack(parts, report / "overview.png")
+    flops = {"pretrain_flops": measured["pretrain"]["pretrain"]["flops"]}
+    write_json(headline, flops | headline_figures(figures))
+
+
+def _sections(
+    measured: Mapping[str, Any], plots: Path, report: Path, figures: RunFigures, *, settings: Mapping[str, Any]
+) -> list[Section]:
+    """The parts of the page in the order of the recipe; `settings` are those of the samples, by name."""
     reconstructions = plots / "reconstructions"
     shown = [
         CaptionedPicture(reconstructions / f"{name}.png", f"{words}, over what each decoder makes of their latents")
         for name, words in RECONSTRUCTIONS.items()
     ]
     drawn = sorted((plots / "samples").glob("*.png"))
-    settings = of_stages.get("generate", {}).get("config", {}).get("settings", {})
-    sections = [
+    return [
         Section(
             "Pre-training",
             measured["pretrain"],
@@ -108,7 +132,7 @@ def run(
         Section("Reconstruction", measured["reconstruction"], shown),
         Section(
             "Latents",
-            latents,
+            {"latents": measured["latents"]},
             [
                 CaptionedPicture(
                     plots / "latents" / "latents.png",
@@ -147,22 +171,6 @@ def run(
             ],
         ),
     ]
-    everything = {name: values for section in sections for name, values in section.metrics.items()}
-    rows = [[name, number(value)] for name, value in flatten(everything).items()]
-    (report / "metrics.md").write_text(markdown(["metric", "value"], rows), encoding="utf-8")
-    scratch = host.folder.parents[2]  # of all stages: this is <stage>/<fingerprint>/folder in it
-    opening = [_what_was_run(list(of_stages.values()), scratch), _legend(everything)]
-    (report / "report.html").write_text(
-        page(config.title, opening, _headline(figures, decoders), sections), encoding="utf-8"
-    )
-    sampled = next(filter(None, reversed(figures.best)), None)  # guided, where a setting is
-    parts: list[tuple[Path, int | None]] = [(plots / "reconstructions" / "first.png", None)]
-    if sampled is not None:
-        classes = height_of(OVERVIEW, figures.conditions.image_size)
-        parts.append((plots / "samples" / f"{sampled.setting}.png", classes))
-    stack(parts, report / "overview.png")
-    flops = {"pretrain_flops": measured["pretrain"]["pretrain"]["flops"]}
-    write_json(headline, flops | headline_figures(figures))
 
 
 def _records(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
