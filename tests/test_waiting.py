@@ -7,6 +7,8 @@ import sys
 import pytest
 from tiny import ROOT
 
+FREE = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+FREE |= {"PYTHONPATH": str(ROOT)}
 SAY = "import stages.pretrain, os, torch; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
 
 
@@ -19,16 +21,12 @@ SAY = "import stages.pretrain, os, torch; print(os.environ.get('OMP_WAIT_POLICY'
     ],
 )
 def test_a_choice_of_ones_own_stays(given, said):
-    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    environment |= {"PYTHONPATH": str(ROOT)} | given
-    run = subprocess.run([sys.executable, "-c", SAY], env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", SAY], env=FREE | given, capture_output=True, text=True, check=True)
     assert run.stdout.split() == said.split()
 
 
 def test_libgomp_reads_it_when_torch_is_loaded():
     """What the library says of itself, with torch imported after the stages as in every stage."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "true"}
-    command = [sys.executable, "-c", "import stages.pretrain"]
+    environment, command = FREE | {"OMP_DISPLAY_ENV": "true"}, [sys.executable, "-c", "import stages.pretrain"]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in said.replace("[host] ", "")

@@ -127,6 +127,22 @@ def write_shards(folder: Path) -> None:
     Ingest(source, config, folder, folder.parent / f"{folder.name}_state").run(processes=0, progress=lambda count: None)
 
 
+def damage_file(path: Path, damage: str, other: Path) -> None:
+    """Exchange a file with another, cut it, flip one of its bits, or remove it."""
+    content = bytearray(path.read_bytes())
+    if damage == "exchange":
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    elif damage == "truncate":
+        path.write_bytes(content[:-8])
+    elif damage == "flip":
+        content[-3] ^= 1
+        path.write_bytes(content)
+    else:
+        assert damage == "remove", damage
+        path.unlink()
+
+
 def reseal(folder: Path) -> None:
     """Digests of the shards of `folder` as its tars are now, as if they had been written so."""
     from vtp.artefact import digest

@@ -8,7 +8,7 @@ import pytest
 import torch
 from generating import cache, write_inputs
 from launching import on_two_ranks
-from tiny import tiny_params
+from tiny import damage_file, tiny_params
 
 from stages.runner.environment import Interrupted
 from vtp import load_tokenizer
@@ -115,19 +115,13 @@ def test_files_of_latents_are_those_that_were_written(cached, tmp_path, damage):
     folder = tmp_path / "latents"
     shutil.copytree(cached, folder)
     first, second = sorted(folder.glob("train-*.safetensors"))[:2]
-    other = next(folder.glob("validation-*.safetensors")) if damage == "splits" else second
-    content = bytearray(first.read_bytes())
-    if damage in ("exchange", "splits"):
-        first.write_bytes(other.read_bytes())
-        other.write_bytes(content)
-    elif damage == "flip":
-        content[-3] ^= 1
-        first.write_bytes(content)
-    elif damage == "remove":
-        first.unlink()
-    else:
+    if damage == "splits":
+        damage_file(first, "exchange", next(folder.glob("validation-*.safetensors")))
+    elif damage == "statistics":
         first = folder / "statistics.safetensors"
         save_tensors(first, {name: value + 1 for name, value in load_tensors(first).items()})
+    else:
+        damage_file(first, damage, second)
     with pytest.raises(
         ArtefactError, match=rf"not the files that were written there: {first.name} (has sha256|is missing)"
     ):
