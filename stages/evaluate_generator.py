@@ -1,9 +1,10 @@
-"""Decode the sampled latents and compare them with real images: gFID, sFID, KID, IS, precision, recall.
+"""Decode the sampled latents and compare them with real images: gFID, sFID, KID, IS, precision, recall, class accuracy.
 
-Beside the settings stands the baseline `noise`: Gaussian noise with the latents' own statistics, through the decoder.
-Pixels stream: decoded, looked at, forgotten. Names say which features, of how many samples, how guided and with which
-labels, as `gfid_inception_50k_cfg1p5_balanced`; those that end in `_adm` compare with a reference batch of ADM's
-evaluation. Precision and recall depend on the number of real features too, and say it: `precision_inception_50k_vs10k_...`.
+Beside the settings stand `noise`, Gaussian noise with the latents' own statistics through the decoder, and
+`reconstructed`, latents of real images through it: the floor of every distance. Pictures made elsewhere are scored
+alike. Pixels stream: decoded, looked at, forgotten. Names say which features, of how many samples, how guided and with
+which labels, as `gfid_inception_50k_cfg1p5_balanced`; those that end in `_adm` compare with a reference batch of ADM's
+evaluation. Precision and recall depend on the number of real features too: `precision_inception_50k_vs10k_...`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,35 +18,29 @@ from torch import Tensor
 from stages.figures.guidance import Guided, draw_guidance
 from stages.runner.run import Input, OptionalInput, OptionalOutput, Output, main
 from vtp.artefact import whole_file, write_json
-from vtp.config import Config, ConfigError, Distinct
+from vtp.config import ConfigError, Distinct
+from vtp.data.latents import LatentDataset
+from vtp.data.shards import NO_LABEL
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.adm import AdmReference
+from vtp.evaluation.class_probe import ClassProbe
 from vtp.evaluation.export import ExportConfig, SampleWriter, build_writer
-from vtp.evaluation.feature_set import FeatureSet
-from vtp.evaluation.features import FeatureExtractor, build_features, count_name
-from vtp.evaluation.frechet import Gaussian, frechet_distance
-from vtp.evaluation.inception_score import inception_score
-from vtp.evaluation.kernel_distance import kernel_distance
-from vtp.evaluation.manifold import precision_recall
-from vtp.evaluation.reference import Reference
-from vtp.evaluation.samples import Samples, SettingSamples
+from vtp.evaluation.feature_set import FeatureSets
+from vtp.evaluation.features import FeatureExtractor, build_extractors, extract
+from vtp.evaluation.generation import ComparisonConfig, Distance, Judge, RealImages
+from vtp.evaluation.image_sets import DecodedSamples, ImageSet, Reconstructions, open_given
+from vtp.evaluation.reference import Reference, SplitReference
+from vtp.evaluation.samples import Samples
 from vtp.host import Host
 from vtp.inference.grid import grid
-from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
 from vtp.texts import write_csv
 
-
-class KernelConfig(Config):
-    """Random subsets behind the kernel distance; 100 of 1000 for published numbers."""
-
-    subsets: int = Field(ge=1, description="number of random subsets that are averaged; published: 100")
-    subset_size: int = Field(ge=2, description="images of a subset; published: 1000")
-    seed: int = Field(ge=0, lt=2**32, description="seed of the choice of subsets")
+RECONSTRUCTED, GIVEN, REAL = "reconstructed", "given", "real"
 
 
-class EvaluateGenerator(Config):
+class EvaluateGenerator(ComparisonConfig):
     """The section `evaluate_generator`."""
 
     split: str = Field(min_length=1, description="split of the reference that the generator learnt")
@@ -53,11 +48,6 @@ class EvaluateGenerator(Config):
         min_length=1, description="how many of the samples are compared, the first so many; published: 10000, 50000"
     )
     batch_size: int = Field(ge=1, description="images of a forward pass")
-    neighbours: int = Field(ge=1, description="k of precision and recall")
-    kernel: KernelConfig | None = Field(description="subsets of the kernel distance (KID); null leaves it out")
-    inception_split_size: int = Field(
-        ge=1, description="samples of a split of the inception score, where features have classes; published: 5000"
-    )
     export: ExportConfig = Field(description="form of the decoded samples, where --export asks for them")
     pictures_per_class: int = Field(ge=1, description="samples that are shown of every class")
     pictured_classes: int = Field(ge=1, description="classes that are shown, the first so many")
@@ -71,30 +61,31 @@ class EvaluateGenerator(Config):
             )
         return self
 
-    @property
-    def compared(self) -> int:
-        """Features of real images, and of samples, that distances between points need at least."""
-        return max(self.neighbours + 1, self.kernel.subset_size if self.kernel else 0)
 
+class _Scored(NamedTuple):
+    """Images that are scored, and what they are called."""
 
-class _Real(NamedTuple):
-    """What samples are compared with."""
-
-    suffix: str  # of metric names
-    statistics: Gaussian
-    spatial: Gaussian | None
-    features: Tensor  # [n, D]
+    name: str
+    images: ImageSet
+    distance: Distance
+    drawn: str  # the end of the names of figures
 
 
 @torch.inference_mode()
 def run(  # noqa: PLR0913 - one flag per path
     config: EvaluateGenerator,
     *,
-    tokenizer: Annotated[Input, "folder of the tokenizer of these latents"],
+    tokenizer: Annotated[OptionalInput, "folder of the tokenizer of the sampled latents; not with --given"] = None,
     decoder: Annotated[
         OptionalInput, "folder of a tuned decoder, through which samples are seen; default: the tokenizer's own"
     ] = None,
-    samples: Annotated[Input, "folder of the stage generate"],
+    samples: Annotated[OptionalInput, "folder of the stage generate; not with --given"] = None,
+    latents: Annotated[
+        OptionalInput, "folder of cache_latents, whose first images are decoded beside the samples; default: none"
+    ] = None,
+    given: Annotated[
+        OptionalInput, "pictures made elsewhere, in place of samples: a folder, or ADM's npz; default: none"
+    ] = None,
     reference: Annotated[Input, "folder of the stage reference, with the features of real images"],
     adm: Annotated[
         OptionalInput, "ADM's file of reference statistics (.npz), to compare with besides; default: none"
@@ -108,83 +99,114 @@ def run(  # noqa: PLR0913 - one flag per path
     host: Host,
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
-    model = load_tokenizer(tokenizer, decoder).to(host.device)
-    model.require_decoder(tokenizer)
-    drawn, known = Samples(samples), Reference.load(reference)
-    drawn.require_encoder(model.encoder_digest(), tokenizer)
-    known.require_size(model.image_size)
+    known = Reference.load(reference)
+    if given is not None and (tokenizer or decoder or samples or latents):
+        raise ConfigError("--given is scored as it is: leave --tokenizer, --decoder, --samples and --latents out")
+    if given is not None:
+        drawn, opened = None, open_given(given)
+        side, scored = opened.image_size, [_Scored(GIVEN, opened, "gfid", GIVEN)]
+    elif tokenizer is None or samples is None:
+        raise ConfigError("give the command --tokenizer and --samples, or --given with pictures made elsewhere")
+    else:
+        drawn, model = Samples(samples), load_tokenizer(tokenizer, decoder).to(host.device)
+        model.require_decoder(tokenizer)
+        drawn.require_encoder(model.encoder_digest(), tokenizer)
+        side, scored = model.image_size, _drawn(drawn, model, host)
+        if latents is not None:
+            scored.append(_floor(config, LatentDataset(latents), model, tokenizer, host))
+    known.require_size(side)
     learnt = known.of(config.split)
-    extractor = build_features(known.features, weights=host.weights, device=host.device)
-    _check(config, extractor, kept=len(learnt.features), count=len(drawn))
-    reals = [_Real("", learnt.statistics, learnt.spatial, learnt.features)]
-    if adm is not None:
-        reals.append(_official(adm, known, extractor, config.batch_size, host))
+    _check(config, learnt, count=min(len(each.images) for each in scored))
+    extractors = build_extractors(known.features, weights=host.weights, device=host.device)
+    official = None if adm is None else _official(adm, known, extractors, config.batch_size, host)
+    judges = {name: _judge(config, extractor, learnt, official) for name, extractor in extractors.items()}
     if ranks().first:
         pictures.mkdir()
-    table: dict[str, dict[str, float]] = {}
-    images = len(drawn.settings) * len(drawn)
+    table: dict[str, dict[str, float]] = {REAL: {n: v for judge in judges.values() for n, v in judge.ceiling.items()}}
+    images = sum(len(each.images) for each in scored)
     with host.progress(total=images, description="decoding", unit="image") as bar:
-        for name in drawn.settings:
-            decoding = _Decoding(drawn.of(name), model, config, len(drawn.config.classes))
+        for each in scored:
+            viewing = _Viewing(each.images, config, classes=len(drawn.config.classes) if drawn else 1, side=side)
             writer = None
-            if export is not None:
-                writer = build_writer(config.export, export, name, image_size=model.image_size, scratch=host.folder)
-            sets = decoding.features(extractor, writer, bar.update)
-            shown = decoding.shown()
+            if export is not None and each.distance == "gfid":
+                writer = build_writer(config.export, export, each.name, image_size=side, scratch=host.folder)
+            sets = viewing.features(extractors, writer, bar.update)
+            shown = viewing.shown()
             if ranks().first:
-                title = f"Samples by class: {name}"
-                grid(shown, drawn.config.classes[: len(shown)], pictures / f"{name}.png", title=title)
-                end = f"{drawn.guidance(name)}_{drawn.config.labels}"
-                table[name] = {
+                names = drawn.config.classes[: len(shown)] if drawn else [GIVEN]
+                grid(shown, names, pictures / f"{each.name}.png", title=f"Samples by class: {each.name}")
+                table[each.name] = {
                     figure: value
-                    for features in sets
-                    for figure, value in _figures(config, extractor, features, reals, end).items()
+                    for networks in sets
+                    for name, judge in judges.items()
+                    for figure, value in judge.figures(
+                        networks[name], each.images.labels, distance=each.distance, drawn=each.drawn
+                    ).items()
                 }
     if ranks().first:
-        write_json(metrics, {"generation": table})
-        rows = _write_curves(curves, drawn, table)
-        draw_guidance(rows, pictures / "guidance.png")
+        write_json(metrics, {"generation": {name: figures for name, figures in table.items() if figures}})
+        draw_guidance(_write_curves(curves, drawn, table), pictures / "guidance.png")
     host.record(samples=images)
 
 
-class _Decoding:
-    """The samples of one setting; ranks share whole batches of them, so that rounding does not depend on their number."""
+def _drawn(samples: Samples, model: Tokenizer, host: Host) -> list[_Scored]:
+    """Every setting, the baseline among them."""
+    scored = []
+    for name in samples.settings:
+        images = DecodedSamples(samples.of(name), model, host.device)
+        scored.append(_Scored(name, images, "gfid", f"{samples.guidance(name)}_{samples.config.labels}"))
+    return scored
 
-    def __init__(self, samples: SettingSamples, model: Tokenizer, config: EvaluateGenerator, classes: int) -> None:
-        self._samples = samples
-        self._model = model
-        self._config = config
+
+def _floor(config: EvaluateGenerator, latents: LatentDataset, model: Tokenizer, tokenizer: Path, host: Host) -> _Scored:
+    """The first of the images that the generator learnt, as the decoder shows them."""
+    latents.require_encoder(model.encoder_digest(), str(tokenizer))
+    images = Reconstructions(latents, max(config.counts), model, host.device)
+    return _Scored(RECONSTRUCTED, images, "rfid", RECONSTRUCTED)
+
+
+class _Viewing:
+    """A pass over a set of images; ranks share whole batches, so that rounding does not depend on their number."""
+
+    def __init__(self, images: ImageSet, config: EvaluateGenerator, *, classes: int, side: int) -> None:
+        self._images, self._config = images, config
+        labels = images.labels
+        if labels is None:
+            labels = torch.zeros(len(images), dtype=torch.long)
+        self._labels = labels  # [N]
         self._wanted = [
-            (samples.labels == label).nonzero()[: config.pictures_per_class, 0]
+            (labels == label).nonzero()[: config.pictures_per_class, 0]
             for label in range(min(config.pictured_classes, classes))
         ]
         self._pictured = torch.cat(self._wanted)  # indices
-        self._seen = [(torch.empty(0, dtype=torch.long), torch.empty(0, 3, *[model.image_size] * 2, dtype=torch.uint8))]
+        self._seen = [(torch.empty(0, dtype=torch.long), torch.empty(0, 3, side, side, dtype=torch.uint8))]
 
     def features(
-        self, extractor: FeatureExtractor, writer: SampleWriter | None, report: Callable[[int], object]
-    ) -> list[FeatureSet]:
+        self,
+        extractors: Mapping[str, FeatureExtractor],
+        writer: SampleWriter | None,
+        report: Callable[[int], object],
+    ) -> list[FeatureSets]:
         """Of the first samples, one set per count, on every rank; pixels go to `writer` and to the pictures on their way."""
-        sets, reported, labels = [FeatureSet.of(extractor) for _ in self._config.counts], 0, self._samples.labels
-        batches = torch.arange(len(labels)).split(self._config.batch_size)
-        for number in own_rows(len(batches)):
-            indices = batches[number]
-            first, latents = int(indices[0]), self._samples.latents(int(indices[0]), len(indices))
-            decoded = self._model.decode(latents.to(extractor.device))
-            images = to_uint8(decoded, f"images of setting {self._samples.setting} from number {first} on")
-            extracted = extractor(images)
+        sets, reported, size = [FeatureSets.of(extractors) for _ in self._config.counts], 0, self._config.batch_size
+        numbers = own_rows(-(-len(self._labels) // size))
+        for number, images in zip(numbers, self._images.batches(size, numbers), strict=True):
+            first = number * size
+            extracted = extract(extractors, images)
             for features, count in zip(sets, self._config.counts, strict=True):
                 if first < count:
-                    features.update(extracted.first(count - first), keep=count - first)
+                    part = {name: of.first(count - first) for name, of in extracted.items()}
+                    features.add(part, keep=count - first)
             if writer is not None:
                 writer.add(first, images)
+            indices = torch.arange(first, first + len(images))
             here = torch.isin(indices, self._pictured)
             self._seen.append((indices[here], images.cpu()[here]))
             report(len(images) * ranks().size)
             reported += len(images) * ranks().size
-        report(len(labels) - reported)
+        report(len(self._labels) - reported)
         if writer is not None:
-            writer.finish(labels)
+            writer.finish(self._labels)
         return [features.over_ranks() for features in sets]
 
     def shown(self) -> list[Tensor]:
@@ -193,8 +215,9 @@ class _Decoding:
         return [images[torch.isin(indices, wanted)] for wanted in self._wanted]
 
 
-def _check(config: EvaluateGenerator, extractor: FeatureExtractor, *, kept: int, count: int) -> None:
-    """Raises ConfigError for what a distance needs and does not have, before anything is decoded."""
+def _check(config: EvaluateGenerator, learnt: SplitReference, *, count: int) -> None:
+    """Raises ConfigError for what a comparison needs and does not have, before anything is decoded."""
+    kept = min(len(of.features) for of in learnt.networks.values())
     if kept < config.compared:
         raise ConfigError(
             f"evaluate_generator compares {config.compared} features or more with those of real images, and the "
@@ -205,69 +228,61 @@ def _check(config: EvaluateGenerator, extractor: FeatureExtractor, *, kept: int,
             f"evaluate_generator.counts asks for {max(config.counts)} samples, there are {count}; raise generate.samples, "
             "or lower it"
         )
-
-
-def _official(path: Path, known: Reference, extractor: FeatureExtractor, batch_size: int, host: Host) -> _Real:
-    """A reference batch of ADM's evaluation; its images pass through our network."""
-    if extractor.name != "inception":
+    if config.class_probe is not None and (not kept or bool((learnt.labels[:kept] == NO_LABEL).any())):
         raise ConfigError(
-            f"--adm {path}: its statistics are those of Inception, reference.features.name is {known.features.name!r}; "
-            "set that to inception, or leave --adm out"
+            f"evaluate_generator.class_probe learns from classes of real images, and the reference knows none of "
+            f"{config.split}; set reference.splits.{config.split}.labelled to true, or class_probe to null"
+        )
+
+
+def _judge(
+    config: EvaluateGenerator, extractor: FeatureExtractor, learnt: SplitReference, official: RealImages | None
+) -> Judge:
+    own = learnt.networks[extractor.name]
+    reals = [RealImages.of(own)]
+    if official is not None and extractor.name == "inception":
+        reals.append(official)
+    probe = None
+    if config.class_probe is not None and ranks().first:
+        features = own.features.to(extractor.device)
+        probe = ClassProbe.of(features, learnt.labels[: len(features)], config.class_probe)
+    return Judge(extractor, reals, probe, config)
+
+
+def _official(
+    path: Path, known: Reference, extractors: Mapping[str, FeatureExtractor], batch_size: int, host: Host
+) -> RealImages:
+    """A reference batch of ADM's evaluation; its images pass through our network."""
+    if "inception" not in extractors:
+        raise ConfigError(
+            f"--adm {path}: its statistics are those of Inception, reference.features has {', '.join(extractors)}; "
+            "add inception there, or leave --adm out"
         )
     batch = AdmReference(path)
     if batch.image_size != known.image_size:
         raise ConfigError(f"--adm {path}: images of {batch.image_size} pixels, the samples have {known.image_size}")
-    features, numbers = FeatureSet.of(extractor), own_rows(-(-batch.count // batch_size))
+    inception = {"inception": extractors["inception"]}
+    networks, numbers = FeatureSets.of(inception), own_rows(-(-batch.count // batch_size))
     with host.progress(total=batch.count, description="ADM's images", unit="image") as bar:
-        for images in batch.images(batch_size, numbers):
-            features.update(extractor(images), keep=len(images))
+        for images in batch.batches(batch_size, numbers):
+            networks.add(extract(inception, images), keep=len(images))
             bar.update(len(images) * ranks().size)
-    return _Real("_adm", batch.statistics, batch.spatial, features.over_ranks().features)
+    features = networks.over_ranks()["inception"].features
+    return RealImages("_adm", batch.statistics, batch.spatial, features)
 
 
-def _figures(
-    config: EvaluateGenerator, extractor: FeatureExtractor, generated: FeatureSet, reals: list[_Real], drawn: str
-) -> dict[str, float]:
-    """All figures of a set of samples, by name, which ends with how they were drawn."""
-    table: dict[str, float] = {}
-    samples = f"{extractor.name}_{count_name(generated.count)}"
-    if extractor.has_logits:
-        logits = extractor.logits(generated.features)
-        table[f"is_{samples}_{drawn}"] = inception_score(logits, split_size=config.inception_split_size).mean
-    for real in reals:
-        table |= _compare(config, extractor, generated, real, samples, drawn + real.suffix)
-    return table
-
-
-def _compare(
-    config: EvaluateGenerator,
-    extractor: FeatureExtractor,
-    generated: FeatureSet,
-    real: _Real,
-    samples: str,
-    drawn: str,
-) -> dict[str, float]:
-    fake, features = generated.features.to(extractor.device), real.features[: generated.count].to(extractor.device)
-    table = {f"gfid_{samples}_{drawn}": frechet_distance(generated.statistics, real.statistics)}
-    if generated.spatial is not None and real.spatial is not None:
-        table[f"sfid_{samples}_{drawn}"] = frechet_distance(generated.spatial, real.spatial)
-    if (kernel := config.kernel) is not None:
-        subsets = {"subsets": kernel.subsets, "subset_size": kernel.subset_size, "seed": kernel.seed}
-        table[f"kid_{samples}_{drawn}"] = kernel_distance(fake, features, **subsets).mean
-    manifold = precision_recall(features, fake, neighbours=config.neighbours)
-    against = f"{samples}_vs{count_name(len(features))}_{drawn}"
-    return table | {f"precision_{against}": manifold.precision, f"recall_{against}": manifold.recall}
-
-
-def _write_curves(path: Path, samples: Samples, table: Mapping[str, Mapping[str, float]]) -> list[Guided]:
+def _write_curves(path: Path, samples: Samples | None, table: Mapping[str, Mapping[str, float]]) -> list[Guided]:
     """A row per setting, its guidance beside its figures, whose names need not tell of it here."""
     rows = []
-    for name, sampler in samples.config.settings.items():
-        end = f"_{sampler.guidance}_{samples.config.labels}"
-        rows.append(Guided(name, sampler, {figure.replace(end, ""): value for figure, value in table[name].items()}))
+    if samples is not None:
+        for name, sampler in samples.config.settings.items():
+            end = f"_{sampler.guidance}_{samples.config.labels}"
+            figures = {figure.replace(end, ""): value for figure, value in table[name].items()}
+            rows.append(Guided(name, sampler, figures))
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        names = list(rows[0].cells())
-        write_csv(file, [names, *([cells[name] for name in names] for cells in map(Guided.cells, rows))])
+        names = list(rows[0].cells()) if rows else ["setting", *table[GIVEN]]
+        cells = [row.cells() for row in rows] or [{"setting": GIVEN, **table[GIVEN]}]
+        write_csv(file, [names, *([row[name] for name in names] for row in cells)])
     return rows
 
 

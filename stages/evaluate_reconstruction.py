@@ -5,6 +5,7 @@ images are those of the reference statistics, which come from the same crops. Be
 what noise on them costs, and the speed of encoder and decoder (paper 4.4 and table 2).
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, NamedTuple, Self
 
@@ -19,7 +20,7 @@ from vtp.config import Config, number_name
 from vtp.data.dataset import ShardDataset
 from vtp.data.remote import ShardCache
 from vtp.distributed import gather_rows, ranks
-from vtp.evaluation.features import FeatureExtractor, build_features, count_name
+from vtp.evaluation.features import FeatureExtractor, build_extractors, count_name, extract
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.evaluation.latents import LatentAccumulator, LatentNoise
 from vtp.evaluation.reconstruction import Quality, psnr, quality
@@ -94,22 +95,27 @@ def run(  # noqa: PLR0913 - one flag per output
     statistics.require(data, size)
     real = statistics.of(config.split)
     comparison = Comparison(data, real.rows, models, batch_size=config.batch_size, device=host.device)
-    extractor = build_features(statistics.features, weights=host.weights, device=host.device)
+    extractors = build_extractors(statistics.features, weights=host.weights, device=host.device)
     perceptual = build_perceptual(config.perceptual, weights=host.weights).to(host.device)
 
-    measured = _measure(comparison, extractor, perceptual, host)
+    measured = _measure(comparison, extractors, perceptual, host)
     latents = measured.latents.diagnostics()
     noisy = _noise_curves(comparison, config.noise, latents.std, host)
     if not ranks().first:
         return
 
     protocol = f"{config.split}_centre{size}"
-    fids = {name: frechet_distance(real.statistics, of) for name, of in measured.features.items()}
+    fids = {
+        name: {
+            f"rfid_{network}_{count_name(real.count)}": frechet_distance(real.networks[network].statistics, of)
+            for network, of in networks.items()
+        }
+        for name, networks in measured.features.items()
+    }
     named = ("psnr", "ssim", f"lpips_{perceptual.name}")
     means = measured.quality.mean(0).tolist()  # of [N, models, 3]
     table = {
-        name: dict(zip(named, values, strict=True)) | {f"rfid_{extractor.name}_{count_name(real.count)}": fids[name]}
-        for name, values in zip(models, means, strict=True)
+        name: dict(zip(named, values, strict=True)) | fids[name] for name, values in zip(models, means, strict=True)
     }
     tolerance = {
         name: {f"psnr_{number_name(level)}": value for level, value in zip(config.noise.levels, curve, strict=True)}
@@ -129,15 +135,18 @@ class _Measured(NamedTuple):
     """Of all images, on every rank."""
 
     quality: Tensor  # [N, models, 3] float64, as in Quality, in the order of the images
-    features: dict[str, GaussianStatistics]  # of the reconstructions, by decoder
+    features: dict[str, dict[str, GaussianStatistics]]  # of the reconstructions, by decoder and network
     latents: LatentAccumulator
 
 
 def _measure(
-    comparison: Comparison, extractor: FeatureExtractor, perceptual: PerceptualDistance, host: Host
+    comparison: Comparison, extractors: Mapping[str, FeatureExtractor], perceptual: PerceptualDistance, host: Host
 ) -> _Measured:
     """One pass over this rank's images, then all ranks together."""
-    features = {name: GaussianStatistics(extractor.dim) for name in comparison.models}
+    features = {
+        name: {network: GaussianStatistics(extractor.dim) for network, extractor in extractors.items()}
+        for name in comparison.models
+    }
     latents = LatentAccumulator(comparison.latent_shape)
     values = [torch.empty(0, len(comparison.models), len(Quality._fields), dtype=torch.float64)]
     batches = comparison.own_batches()
@@ -148,11 +157,14 @@ def _measure(
             latents.update(encoded)
             of_decoders = []
             for name, written in comparison.decode(encoded).items():
-                features[name].update(extractor(written).pooled)
+                for network, extracted in extract(extractors, written).items():
+                    features[name][network].update(extracted.pooled)
                 of_decoders.append(torch.stack(quality(originals, written, perceptual), 1).cpu().double())
             values.append(torch.stack(of_decoders, 1))  # [B, models, 3]
             bar.update(len(rows))
-    together = {name: statistics.over_ranks() for name, statistics in features.items()}
+    together = {
+        name: {network: statistics.over_ranks() for network, statistics in of.items()} for name, of in features.items()
+    }
     return _Measured(gather_rows(torch.cat(values)), together, latents.over_ranks())
 
 

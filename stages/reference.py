@@ -5,13 +5,13 @@ share whole batches: what an image is computed with, and so its rounding, depend
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from stages.runner.run import Input, Output, main
 from vtp.artefact import load_tensors, save_tensors
@@ -20,8 +20,8 @@ from vtp.data.dataset import ShardDataset
 from vtp.data.imagenet import is_imagenet
 from vtp.data.remote import ShardCache
 from vtp.distributed import own_rows, ranks, total
-from vtp.evaluation.feature_set import FeatureSet
-from vtp.evaluation.features import FeatureExtractor, FeaturesConfig, build_features
+from vtp.evaluation.feature_set import FeatureSets
+from vtp.evaluation.features import FeatureExtractor, FeaturesConfig, build_extractors, distinct_networks, extract
 from vtp.evaluation.reference import Chosen, SplitConfig, SplitName, choose, save_reference
 from vtp.host import Host
 
@@ -31,7 +31,10 @@ BATCHES = 16  # of a rank, between two looks at what all ranks have: a stop and 
 class ReferenceStatistics(Config):
     """The section `reference`."""
 
-    features: FeaturesConfig
+    features: Annotated[list[FeaturesConfig], AfterValidator(distinct_networks)] = Field(
+        min_length=1,
+        description="networks whose features are taken, each named in metrics; the first is the headline's",
+    )
     image_size: int = Field(ge=1, description="side of the crops, that of the tokenizer")
     batch_size: int = Field(ge=1, description="images of a forward pass")
     splits: dict[SplitName, SplitConfig] = Field(
@@ -41,8 +44,8 @@ class ReferenceStatistics(Config):
 
 class _ReferenceSplit(NamedTuple):
     chosen: Chosen
-    features: FeatureSet  # of the first images, all ranks together
-    state: Path  # where `features` is kept while it grows
+    networks: FeatureSets  # of the first images, all ranks together
+    state: Path  # where `networks` is kept while it grows
 
 
 @torch.inference_mode()
@@ -54,24 +57,24 @@ def run(
     host: Host,
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # features are those of float32 convolutions
-    extractor = build_features(config.features, weights=host.weights, device=host.device)
+    extractors = build_extractors(config.features, weights=host.weights, device=host.device)
     splits: dict[str, _ReferenceSplit] = {}
     for name, wanted in config.splits.items():
         chosen, state = (
             choose(ShardDataset(shards, name, cache=ShardCache.of(host)), wanted),
             host.folder / f"{name}.partial",
         )
-        features = FeatureSet.of(extractor)
+        networks = FeatureSets.of(extractors)
         if state.exists():
-            features = FeatureSet.of_tensors(load_tensors(state), where=str(state))
-        splits[name] = _ReferenceSplit(chosen, features, state)
+            networks = FeatureSets.of_tensors(load_tensors(state), extractors, where=str(state))
+        splits[name] = _ReferenceSplit(chosen, networks, state)
     images = sum(len(split.chosen.rows) for split in splits.values())
-    done = sum(split.features.count for split in splits.values())
+    done = sum(split.networks.count for split in splits.values())
     with host.progress(total=images, description="features", unit="image", done=done) as bar:
         for split in splits.values():
-            _grow(split, extractor, config, host, bar.update)
+            _grow(split, extractors, config, host, bar.update)
     if ranks().first:
-        collected = {name: (split.chosen, split.features) for name, split in splits.items()}
+        collected = {name: (split.chosen, split.networks) for name, split in splits.items()}
         save_reference(reference, collected, features=config.features, image_size=config.image_size)
     data = next(iter(splits.values())).chosen.images.manifest
     words = "; ".join(data.summary(name) for name in splits)
@@ -80,33 +83,33 @@ def run(
 
 def _grow(
     split: _ReferenceSplit,
-    extractor: FeatureExtractor,
+    extractors: Mapping[str, FeatureExtractor],
     config: ReferenceStatistics,
     host: Host,
     report: Callable[[int], object],
 ) -> None:
-    """Add the images that are missing to `split.features`, some batches of every rank at a time."""
+    """Add the images that are missing to `split.networks`, some batches of every rank at a time."""
     rows, saved = split.chosen.rows, time.monotonic()
     batches = np.split(rows, range(config.batch_size, len(rows), config.batch_size))[
-        -(-split.features.count // config.batch_size) :
+        -(-split.networks.count // config.batch_size) :
     ]
     at_once = BATCHES * ranks().size
     for start in range(0, len(batches), at_once):
         chunk = batches[start : start + at_once]
-        first = split.features.count + int(sum(map(len, chunk[: own_rows(len(chunk)).start])))
-        part, reported = FeatureSet.of(extractor), 0
+        first = split.networks.count + int(sum(map(len, chunk[: own_rows(len(chunk)).start])))
+        part, reported = FeatureSets.of(extractors), 0
         for number in own_rows(len(chunk)):
             pixels = split.chosen.images.images(chunk[number], config.image_size)
-            part.update(extractor(pixels), keep=split.chosen.kept - first)
+            part.add(extract(extractors, pixels), keep=split.chosen.kept - first)
             first += len(pixels)
             report(len(pixels) * ranks().size)
             reported += len(pixels) * ranks().size
         report(sum(map(len, chunk)) - reported)
-        split.features.merge(part.over_ranks())
+        split.networks.merge(part.over_ranks())
         stop = bool(total(torch.tensor(int(host.stop_requested))))
-        over = split.features.count == len(rows)
+        over = split.networks.count == len(rows)
         if ranks().first and (stop or over or time.monotonic() - saved > host.checkpoint_seconds):
-            save_tensors(split.state, split.features.tensors())
+            save_tensors(split.state, split.networks.tensors())
             saved = time.monotonic()
         if stop:
             host.stop()

@@ -152,8 +152,8 @@ def _reference(config: TrainGenerator, folder: Path | None, size: int, host: Hos
         )
     reference = Reference.load(folder)
     reference.require_size(size)
-    extractor = build_features(reference.features, weights=host.weights, device=host.device)
-    return FidReference(extractor, reference.of("train").statistics)
+    extractor = build_features(reference.features[0], weights=host.weights, device=host.device)
+    return FidReference(extractor, reference.of("train").networks[extractor.name].statistics)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from vtp.artefact import digest
 pytestmark = pytest.mark.slow
 METRICS = [
     "reconstruction.validation_centre16.tuned.psnr",
-    "generation.unguided.gfid_random-vgg16_24_unguided_balanced",
+    "generation.unguided.gfid_efficientnet-lite0-64_24_unguided_balanced",
 ]
 # Of one length; the second has an adversary from the start.
 RUNS = {
@@ -91,7 +91,7 @@ def test_a_finished_root_is_quiet(finished):
     assert {
         "zero_shot_top1_squash",
         "psnr",
-        "gfid_random-vgg16_24_unguided_balanced",
+        "gfid_efficientnet-lite0-64_24_unguided_balanced",
         "pretrain_flops",
     } < figures.keys()
 
@@ -127,7 +127,7 @@ def test_experiments_in_a_copy(finished, how):
         finished.run_queue(name)
     row = table(finished, "--only-changed")[name]
     assert changed(row)["generate.settings.guided.guidance_scale"] == "3.0"
-    assert row["gfid_random-vgg16_24_cfg3_balanced"]
+    assert row["gfid_efficientnet-lite0-64_24_cfg3_balanced"]
     assert digest(finished.folder / "params.yaml") == before
 
 

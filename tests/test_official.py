@@ -10,8 +10,8 @@ from vtp import VisualTokenizer, load_tokenizer
 pytestmark = pytest.mark.slow
 SIZE = 64  # of the golden checkpoints' images
 SIZES = {"Small": "vtp-tiny", "Base": "vtp-tiny-layernorm-mlp", "Large": "vtp-tiny-ae"}
-RFID = f"reconstruction.validation_centre{SIZE}.pretrained.rfid_random-vgg16_16"
-GFID = "generation.unguided.gfid_random-vgg16_24_unguided_balanced"
+RFID = f"reconstruction.validation_centre{SIZE}.pretrained.rfid_efficientnet-lite0-64_16"
+GFID = "generation.unguided.gfid_efficientnet-lite0-64_24_unguided_balanced"
 PUBLISHED = {
     "understanding.zero_shot_top1_squash": 0.667,
     "understanding.linear_probe_multi_best_on_val": 0.775,

@@ -136,12 +136,12 @@ def test_metrics_are_finite_and_named(results):
 
     assert all(isinstance(value, str) or math.isfinite(value) for value in leaves(table))
     reconstruction = table["reconstruction"]["validation_centre16"]
-    assert set(reconstruction["tuned"]) == {"psnr", "ssim", "lpips_random-vgg16", "rfid_random-vgg16_32"}
+    assert set(reconstruction["tuned"]) == {"psnr", "ssim", "lpips_efficientnet-lite0-64", "rfid_efficientnet-lite0-64_32"}
     assert set(table["latents"]) == set(table["reconstruction"])
     assert set(table["generation"]) == {"unguided", "guided", "noise"}
     names = ("gfid", "sfid", "kid", "precision", "recall")
     counts = {name: "24_vs24" if name in ("precision", "recall") else "24" for name in names}
-    of_samples = {f"{name}_random-vgg16_{count}_cfg2_balanced" for name, count in counts.items()}
+    of_samples = {f"{name}_efficientnet-lite0-64_{count}_cfg2_balanced" for name, count in counts.items()}
     assert set(table["generation"]["guided"]) == of_samples
     assert {"zero_shot_top1_squash", "linear_probe_bottleneck", "linear_probe_last", "linear_probe_multi"} <= set(
         table["understanding"]
@@ -193,7 +193,7 @@ def test_report_stands_alone(results):
     page = (root / "work/report" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 12
     assert "http" not in page
-    assert "gfid_random-vgg16_24_cfg2_balanced" in page
+    assert "gfid_efficientnet-lite0-64_24_cfg2_balanced" in page
     parts = ['<h2 id="what-was-run">', 'class="figures"', "Contents", "What the names mean", "Pre-training</h2>"]
     assert sorted(parts, key=page.index) == parts
     assert "Pre-trained on: openmoji (train): 64 pictures of 6 classes, 16 px." in page
@@ -217,10 +217,10 @@ def test_nothing_of_the_drawings_stands_in_the_papers_columns(results):
     ].split("</table>")[:2]
     assert re.search(r"<td>this run(<td>-){3}<td>[^-<]+<td>2(<td>-){8}<tr><td>REPA<td>0.61", table), table
     assert "<tr><td>VTP-L<td>0.36<td>78.2<td>85.7<td>675M<td>600<td>1.85" in table
-    for name in ("rfid_random-vgg16_32", "zero_shot_top1_squash", "gfid_random-vgg16_24_cfg2_balanced"):
+    for name in ("rfid_efficientnet-lite0-64_32", "zero_shot_top1_squash", "gfid_efficientnet-lite0-64_24_cfg2_balanced"):
         assert f"<td>{name}<td>" in others
     assert re.search(r"<td>linear probe<td>linear_probe_multi<td>[\d.]+<td>not on ImageNet; .*held-out", others)
-    assert "not on ImageNet; 16 px; features of random-vgg16, not of Inception; 24 images, not 50k" in others
+    assert "not on ImageNet; 16 px; features of efficientnet-lite0-64, not of Inception; 24 images, not 50k" in others
 
 
 def test_the_overview_and_the_list_of_figures(results):
@@ -231,7 +231,7 @@ def test_the_overview_and_the_list_of_figures(results):
     assert overview.height == sum(min(part.height, 434) for part in parts)
     figures = (root / "work/report" / "metrics.md").read_text()
     for name in (
-        "generation.guided.gfid_random-vgg16_24_cfg2_balanced",
+        "generation.guided.gfid_efficientnet-lite0-64_24_cfg2_balanced",
         "reconstruction.validation_centre16.tuned.psnr",
         "latents.validation_centre16.effective_rank",
         "speed.encode_images_per_second",

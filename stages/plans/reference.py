@@ -18,6 +18,7 @@ from stages.plans.estimate import (
 from stages.reference import ReferenceStatistics
 from vtp.evaluation.features import AnyFeaturesConfig
 from vtp.evaluation.networks import DINO_SIZES
+from vtp.layers.efficientnet_lite import EfficientNetLite0
 from vtp.layers.flops import forward_flops
 from vtp.losses.perceptual import RandomVggDistanceConfig
 from vtp.objectives.cost import perceptual_flops
@@ -73,8 +74,9 @@ def images_of(config: ReferenceStatistics, inputs: PlannedInputs, split: str) ->
 
 
 def reference_flops(config: ReferenceStatistics) -> float | None:
-    """Of the features of one image."""
-    return features_flops(config.features, config.image_size)
+    """Of the features of one image, by all networks; None where the shapes of one do not say."""
+    flops = [features_flops(each, config.image_size) for each in config.features]
+    return None if None in flops else sum(filter(None, flops))
 
 
 def features_flops(config: AnyFeaturesConfig, image_size: int) -> float | None:
@@ -85,6 +87,9 @@ def features_flops(config: AnyFeaturesConfig, image_size: int) -> float | None:
     if config.name == "clip":
         return None
     with torch.device("meta"):
+        if config.name == "efficientnet_lite0":
+            network = EfficientNetLite0(config.side, weights=False)
+            return forward_flops(network, torch.empty(1, 3, config.side, config.side))
         if config.name == "inception":
             from torchvision.models import inception_v3
 

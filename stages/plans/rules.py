@@ -172,6 +172,28 @@ def _reference_keeps_enough(recipe: Recipe) -> Iterator[str]:
             )
 
 
+def _networks_do_not_score_what_they_trained(recipe: Recipe) -> Iterator[str]:
+    trained = [(f"{own}.objective.reconstruction", p.objective.reconstruction) for own, p in recipe.of(Pretrain)]
+    trained += [(f"{own}.objective", tuning.objective) for own, tuning in recipe.of(TuneDecoder)]
+    scoring = [
+        (f"{name}.features", each) for name, config in recipe.of(ReferenceStatistics) for each in config.features
+    ]
+    scoring += [(f"{name}.perceptual", config.perceptual) for name, config in recipe.of(EvaluateReconstruction)]
+    for place, network in scoring:
+        for own, objective in trained:
+            if _same_network(network, objective.perceptual):
+                yield (
+                    f"{place}: {network.name} is the network of {own}.perceptual, and a network is blind to what it "
+                    "trained; choose another one, or another seed"
+                )
+
+
+def _same_network(one: Config, other: Config) -> bool:
+    """Whether two records name the same weights; of how many stages, and at which size, does not matter."""
+    weights = ("name", "seed", "sha256")
+    return all(getattr(one, key, None) == getattr(other, key, None) for key in weights)
+
+
 def _batches_are_filled(recipe: Recipe) -> Iterator[str]:
     for name, data in recipe.of(PrepareData):
         if not isinstance(source := data.source, EmbeddedConfig):
@@ -274,6 +296,7 @@ RULES = (
     _reference_has_the_size_of_the_tokenizer,
     _reference_has_the_splits,
     _reference_keeps_enough,
+    _networks_do_not_score_what_they_trained,
     _batches_are_filled,
     _splits_are_written,
     _generators_fit_the_latents,

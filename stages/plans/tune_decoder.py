@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.plans.adversary import discriminator_of
 from stages.plans.estimate import (
@@ -25,8 +25,7 @@ from stages.plans.estimate import (
 )
 from stages.tune_decoder import TuneDecoder
 from vtp.layers.flops import FROZEN, TRAINING
-from vtp.layers.random_vgg import STAGES, ConvStages
-from vtp.losses.perceptual import PerceptualConfig
+from vtp.losses.perceptual import perceptual_shapes
 from vtp.models.discriminator import Discriminator, PatchDiscriminator
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.adversary import Adversary
@@ -63,7 +62,7 @@ def plan(arguments: list[str]) -> Estimate:
 
     memory = estimate.section(f"memory per GPU, {options.gpus} GPUs; weights are whole on each")
     trained = sum(counts.values())
-    frozen = count_of(model.trunk) + count_of(network_of(config.objective.perceptual))
+    frozen = count_of(model.trunk) + count_of(perceptual_shapes(config.objective.perceptual))
     static = {"encoder and perceptual network": frozen, "weights": trained, "gradients": trained}
     static |= {"optimiser": 2 * trained, "average": counts["decoder"]}
     memory |= {name: gigabytes(count * FLOAT) for name, count in static.items()}
@@ -99,20 +98,13 @@ def cost(config: TuneDecoder, inputs: PlannedInputs, discriminator: Discriminato
     return {name: flops for name, flops in parts.items() if flops}
 
 
-def network_of(config: PerceptualConfig) -> nn.Module:
-    """The convolutions behind a perceptual distance, without contents; LPIPS is a VGG16 too."""
-    stages = config.stages if config.name == "random_vgg16" else len(STAGES)
-    with torch.device("meta"):
-        return ConvStages(STAGES[:stages]).requires_grad_(False)
-
-
 def activations(
     config: TuneDecoder, inputs: PlannedInputs, model: VisualTokenizer, discriminator: Discriminator | None
 ) -> dict[str, float]:
     """Bytes that autograd keeps per image, without recomputing and compiling."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    side, perceptual = inputs.tokenizer.image_size, network_of(config.objective.perceptual)
+    side, perceptual = inputs.tokenizer.image_size, perceptual_shapes(config.objective.perceptual)
     with FakeTensorMode(allow_non_fake_inputs=True):
         decoder, perceptual = model.pixel_decoder.to_empty(device="cpu"), perceptual.to_empty(device="cpu")
 

@@ -40,7 +40,7 @@ ENDS = {"unguided": "unguided_balanced", "guided": "cfg2_balanced", NOISE: "nois
 SHARD = 13  # samples of a file
 
 
-def named(name, count=COUNT, features="random-vgg16"):
+def named(name, count=COUNT, features="efficientnet-lite0-64"):
     """A figure's name but for how samples were drawn; the reference has more images, so as many are compared."""
     return f"{name}_{features}_{count}" + (f"_vs{count}" if name in ("precision", "recall") else "")
 
@@ -196,7 +196,7 @@ def test_without_what_is_not_asked_for(made, outputs, tmp_path):
     given = {flag: made / flag for flag in INPUTS}
     files = {"metrics": "metrics.json", "curves": "curves.csv", "pictures": "pictures"}
     stage.run(config, **given, **{flag: tmp_path / file for flag, file in files.items()}, host=work_in(tmp_path))
-    kernel = f"kid_random-vgg16_{COUNT}"
+    kernel = f"kid_efficientnet-lite0-64_{COUNT}"
     for ours, theirs in zip(rows(tmp_path / "metrics.json"), rows(outputs["metrics"]), strict=True):
         assert theirs == ours | {kernel: theirs[kernel]}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.csv", "metrics.json", "pictures", "scratch"]
@@ -209,7 +209,7 @@ def test_several_numbers_of_samples(made, outputs, tmp_path):
     for together, alone, many in zip(*(rows(out["metrics"]) for out in (both, few, outputs)), strict=True):
         assert set(together) == {named(name, count) for name in NAMES for count in (22, COUNT)}
         assert alone.items() <= together.items()
-        assert together[f"gfid_random-vgg16_{COUNT}"] == many[f"gfid_random-vgg16_{COUNT}"]
+        assert together[f"gfid_efficientnet-lite0-64_{COUNT}"] == many[f"gfid_efficientnet-lite0-64_{COUNT}"]
     latents = {name: Samples(made / "samples").of(name).latents(0, 22) for name in ENDS}
     write_samples(tmp_path / "samples", latents, load_tokenizer(made / "tokenizer").encoder_digest())
     inputs = {"samples": tmp_path / "samples"}
@@ -225,7 +225,7 @@ def test_a_row_per_setting_and_a_picture_of_guidance(made, outputs, tmp_path):
     assert [row["setting"] for row in table] == ["unguided", "guided"]
     assert [float(row["guidance_scale"]) for row in table] == [1, 2]
     for row, figures in zip(table, rows(outputs["metrics"])[:2], strict=True):
-        assert float(row[f"gfid_random-vgg16_{COUNT}"]) == figures[f"gfid_random-vgg16_{COUNT}"]
+        assert float(row[f"gfid_efficientnet-lite0-64_{COUNT}"]) == figures[f"gfid_efficientnet-lite0-64_{COUNT}"]
     assert not (outputs["pictures"] / "guidance.png").exists()  # they differ in their intervals too
     sampler = SAMPLERS["guided"].model_copy(update={"guidance_scale": 3.0})
     guided = [

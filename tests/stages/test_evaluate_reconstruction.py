@@ -34,7 +34,7 @@ OUTPUTS = {
     "diagnostics": "diagnostics",
     "speed": "speed.json",
 }
-LPIPS, RFID = "lpips_random-vgg16", f"rfid_random-vgg16_{COUNT}"
+LPIPS, RFID = "lpips_efficientnet-lite0-64", f"rfid_efficientnet-lite0-64_{COUNT}"
 
 
 class QuietHost(LocalHost):

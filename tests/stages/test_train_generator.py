@@ -25,7 +25,7 @@ from vtp.models.loading import save_decoder
 STEPS = 12
 KEPT = {"objective": {"ema": [0.9, 0.5]}}
 MONITORED = {"monitor": {"fid": {"samples": 12}}}
-DISTANCE = "gfid_random-vgg16_12_unguided_balanced"
+DISTANCE = "gfid_efficientnet-lite0-64_12_unguided_balanced"
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from vtp.artefact import ArtefactError, digest, files, read_json, reading_tensor
 from vtp.commands.pictures import SUFFIX, describe_latents
 from vtp.data.latents import LatentsArtefact, read_latents_config
 from vtp.data.shards import Manifest
+from vtp.evaluation.features import features_name
 from vtp.evaluation.reference import Reference
 from vtp.evaluation.samples import Samples
 from vtp.models.base import Tokenizer
@@ -167,7 +168,7 @@ def _reference(folder: Path) -> Lines:
     reference = Reference.load(folder)
     config = reference.config
     _require(folder, config.files)
-    lines = {"format": str(config.format_version), "features": config.features.name}
+    lines = {"format": str(config.format_version), "features": ", ".join(map(features_name, config.features))}
     lines["images"] = f"{config.image_size} x {config.image_size} pixels, cropped by {config.crop}"
     said = {
         name: f"{split.count:,} {'labelled ' if split.labelled else ''}images, features of {split.kept:,} kept"

@@ -25,7 +25,7 @@ from vtp.evaluation.networks import Inception
 POOLED, SPATIAL, IMAGES, LABELS = ("mu", "sigma"), ("mu_s", "sigma_s"), "arr_0", "arr_1"
 DIMS = {POOLED: Inception.DIM, SPATIAL: Inception.CHANNELS * Inception.SIDE**2}
 LONGEST_HEADER = 1 << 12  # bytes before an array; numpy writes 128
-REMEDY = "is it one of ADM's reference batches, such as VIRTUAL_imagenet256_labeled.npz? If so, fetch it again"
+REMEDY = "is it an npz of ADM's layout? If so, fetch it again"
 
 
 class _Header(NamedTuple):
@@ -35,17 +35,17 @@ class _Header(NamedTuple):
     dtype: np.dtype
 
 
-class AdmReference:
-    """A reference batch. Raises ArtefactError for a file that is none, before anything large is read."""
+class SampleBatch:
+    """A sample batch. Raises ArtefactError for a file that is none, before anything large is read."""
+
+    needed: tuple[str, ...] = (IMAGES,)
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with _opened(path) as archive:
             names = archive.namelist()
-            if missing := [name for name in (*POOLED, *SPATIAL, IMAGES) if f"{name}.npy" not in names]:
+            if missing := [name for name in self.needed if f"{name}.npy" not in names]:
                 raise ArtefactError(f"{path}: no {missing[0]}.npy among {', '.join(sorted(names)[:8])}; {REMEDY}")
-            self.statistics = self._moments(archive, POOLED)
-            self.spatial = self._moments(archive, SPATIAL)
             with self._array(archive, IMAGES) as (_, header):
                 shape = header.shape
         if header.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or shape[1] != shape[2]:
@@ -53,36 +53,33 @@ class AdmReference:
                 f"{path}: {IMAGES} holds {header.dtype} {list(shape)}, not uint8 [N, S, S, 3]; {REMEDY}"
             )
         self.count, self.image_size = shape[0], shape[1]
+        self.labels = None  # [N] int64, where there are some
+        if f"{LABELS}.npy" in names:
+            with _opened(path) as archive:
+                self.labels = self._values(archive, LABELS, (self.count,), np.integer).long()
 
-    def images(self, batch_size: int, numbers: Iterable[int]) -> Iterator[Tensor]:
-        """The batches with these `numbers`, ascending, of `batch_size` images: [B, 3, S, S] uint8."""
-        size = self.image_size**2 * 3
+    def __len__(self) -> int:
+        """Number of images."""
+        return self.count
+
+    def batches(self, size: int, numbers: Iterable[int]) -> Iterator[Tensor]:
+        """The batches with these `numbers`, ascending, of `size` images: [B, 3, S, S] uint8."""
+        image = self.image_size**2 * 3  # bytes
         with _opened(self.path) as archive, self._array(archive, IMAGES) as (file, _):
             start = file.tell()
             for number in numbers:
-                first = number * batch_size
-                count = min(batch_size, self.count - first)
-                file.seek(start + first * size)  # forwards: what lies between is read and forgotten
-                pixels = torch.frombuffer(bytearray(_read(file, count * size)), dtype=torch.uint8)
+                first = number * size
+                count = min(size, self.count - first)
+                file.seek(start + first * image)  # forwards: what lies between is read and forgotten
+                pixels = torch.frombuffer(bytearray(_read(file, count * image)), dtype=torch.uint8)
                 yield pixels.view(count, self.image_size, self.image_size, 3).permute(0, 3, 1, 2)
 
-    def _moments(self, archive: ZipFile, names: tuple[str, str]) -> Moments:
-        dim = DIMS[names]
-        mean, covariance = (
-            self._values(archive, name, shape) for name, shape in zip(names, ((dim,), (dim, dim)), strict=True)
-        )
-        if not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise ArtefactError(f"{self.path}: {names[0]} or {names[1]} holds NaN or infinity; {REMEDY}")
-        scale = covariance.diagonal().max()
-        if covariance.diagonal().min() < 0 or (covariance - covariance.T).abs().max() > 1e-4 * scale:
-            raise ArtefactError(f"{self.path}: {names[1]} is no covariance; {REMEDY}")
-        return Moments(mean, (covariance + covariance.T) / 2)
-
-    def _values(self, archive: ZipFile, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _values(self, archive: ZipFile, name: str, shape: tuple[int, ...], kind: type[np.generic]) -> Tensor:
         with self._array(archive, name) as (file, header):
-            if header.shape != shape or header.dtype not in (np.float32, np.float64):
+            if header.shape != shape or not np.issubdtype(header.dtype, kind):
                 raise ArtefactError(
-                    f"{self.path}: {name} holds {header.dtype} {list(header.shape)}, not floats {list(shape)}; {REMEDY}"
+                    f"{self.path}: {name} holds {header.dtype} {list(header.shape)}, not {kind.__name__} {list(shape)}; "
+                    f"{REMEDY}"
                 )
             content = _read(file, int(np.prod(shape)) * header.dtype.itemsize)
         return torch.from_numpy(np.frombuffer(content, header.dtype).reshape(shape).astype(np.float64))
@@ -111,6 +108,31 @@ class AdmReference:
         except ValueError as error:
             raise ArtefactError(f"{self.path}: {name} cannot be read ({error}); {REMEDY}") from None
         return _Header(shape, dtype)
+
+
+class AdmReference(SampleBatch):
+    """A reference batch, such as VIRTUAL_imagenet256_labeled.npz. Raises ArtefactError for a file that is none."""
+
+    needed = (*POOLED, *SPATIAL, IMAGES)
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with _opened(path) as archive:
+            self.statistics = self._moments(archive, POOLED)
+            self.spatial = self._moments(archive, SPATIAL)
+
+    def _moments(self, archive: ZipFile, names: tuple[str, str]) -> Moments:
+        dim = DIMS[names]
+        mean, covariance = (
+            self._values(archive, name, shape, np.floating)
+            for name, shape in zip(names, ((dim,), (dim, dim)), strict=True)
+        )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ArtefactError(f"{self.path}: {names[0]} or {names[1]} holds NaN or infinity; {REMEDY}")
+        scale = covariance.diagonal().max()
+        if covariance.diagonal().min() < 0 or (covariance - covariance.T).abs().max() > 1e-4 * scale:
+            raise ArtefactError(f"{self.path}: {names[1]} is no covariance; {REMEDY}")
+        return Moments(mean, (covariance + covariance.T) / 2)
 
 
 def write_batch(path: Path, images: Iterable[Tensor], labels: Tensor | None, *, count: int, image_size: int) -> None:

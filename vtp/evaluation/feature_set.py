@@ -1,6 +1,9 @@
-"""What is kept of the features of a set of images while they stream by: statistics of all, features of some."""
+"""What is kept of the features of a set of images while they stream by: statistics of all, features of some.
 
-from collections.abc import Mapping
+Several networks may look at the same images: a `FeatureSets` has a set for each.
+"""
+
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import torch
@@ -84,3 +87,44 @@ class FeatureSet:
             feature_set.spatial = GaussianStatistics.of_tensors(parts[SPATIAL], where=where)
         feature_set._kept = [tensors.get(FEATURES, torch.empty(0, len(feature_set.statistics.mean)))]
         return feature_set
+
+
+class FeatureSets(dict[str, FeatureSet]):
+    """The features of the same images by the names of networks."""
+
+    @classmethod
+    def of(cls, extractors: Mapping[str, FeatureExtractor]) -> Self:
+        """Empty sets of what `extractors` give."""
+        return cls({name: FeatureSet.of(extractor) for name, extractor in extractors.items()})
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return next(iter(self.values())).count
+
+    def add(self, extracted: Mapping[str, Extracted], *, keep: int) -> None:
+        """Add a batch; the features of its first `keep` images stay."""
+        for name, feature_set in self.items():
+            feature_set.update(extracted[name], keep=keep)
+
+    def merge(self, other: "FeatureSets") -> None:
+        """Add the images of other sets behind these."""
+        for name, feature_set in self.items():
+            feature_set.merge(other[name])
+
+    def over_ranks(self) -> "FeatureSets":
+        """The images of all ranks, in the order of ranks, on every rank; each of them must ask."""
+        return FeatureSets({name: feature_set.over_ranks() for name, feature_set in self.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `of_tensors` takes."""
+        return {f"{name}/{key}": value for name, of in self.items() for key, value in of.tensors().items()}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], names: Iterable[str], *, where: str) -> Self:
+        """The sets that `tensors` gave, of networks with these names. Raises ArtefactError for other ones."""
+        sets = cls()
+        for name in names:
+            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            sets[name] = FeatureSet.of_tensors(own, where=f"{name} in {where}")
+        return sets

@@ -1,9 +1,11 @@
 """Features by name, behind Fréchet and kernel distances, inception score, precision and recall.
 
-Inception, DINOv2 and CLIP need a weights file; Inception's are those of published numbers. The random VGG16 needs none
-and serves laptops and tests; its numbers compare with each other only, which is why metric names carry the extractor's.
+Inception, DINOv2 and CLIP need a weights file; Inception's are those of published numbers. EfficientNet-Lite0 comes with
+its weights of ImageNet and serves where nothing can be downloaded; the random VGG16 serves tests. Numbers of one network
+compare with each other only, which is why metric names carry its name.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from vtp.artefact import verified_weights
 from vtp.config import Config
-from vtp.evaluation.networks import Clip, DinoV2, Extracted, Inception, RandomVgg
+from vtp.evaluation.networks import Clip, DinoV2, EfficientNetLite, Extracted, Inception, RandomVgg
 from vtp.finite import require_finite
 
 
@@ -22,6 +24,18 @@ class RandomVggFeaturesConfig(Config):
 
     name: Literal["random_vgg16"]
     seed: int = Field(description="seed of the network's weights")
+
+
+class EfficientNetFeaturesConfig(Config):
+    """The pooled features of EfficientNet-Lite0 (Tan et al. 2020), whose weights of ImageNet a package ships."""
+
+    name: Literal["efficientnet_lite0"]
+    side: int = Field(
+        ge=64,
+        le=1024,
+        multiple_of=32,
+        description="pixels to which pictures are resized; from 128 on IS is measured too",
+    )
 
 
 class InceptionFeaturesConfig(Config):
@@ -54,8 +68,15 @@ class ClipFeaturesConfig(Config):
     sha256: str = Field(description="digest that the file must have")
 
 
-AnyFeaturesConfig = RandomVggFeaturesConfig | InceptionFeaturesConfig | DinoV2FeaturesConfig | ClipFeaturesConfig
+AnyFeaturesConfig = (
+    EfficientNetFeaturesConfig
+    | RandomVggFeaturesConfig
+    | InceptionFeaturesConfig
+    | DinoV2FeaturesConfig
+    | ClipFeaturesConfig
+)
 FeaturesConfig = Annotated[AnyFeaturesConfig, Field(discriminator="name")]
+CLASSIFIES = 128  # pixels from which EfficientNet's classes mean something; smaller photos are told wrong
 
 
 class FeatureExtractor:
@@ -125,20 +146,61 @@ def count_name(count: int) -> str:
     return f"{count // 1000}k" if count and count % 1000 == 0 else str(count)
 
 
+def features_name(config: AnyFeaturesConfig) -> str:
+    """A network's name in those of metrics."""
+    match config:
+        case RandomVggFeaturesConfig():
+            return "random-vgg16"
+        case EfficientNetFeaturesConfig():
+            return f"efficientnet-lite0-{config.side}"
+        case InceptionFeaturesConfig():
+            return "inception"
+        case _:
+            return f"{config.name}-{config.architecture}"
+
+
 def build_features(config: AnyFeaturesConfig, *, weights: Path, device: torch.device | str) -> FeatureExtractor:
     """The extractor that the parameters name. Raises ArtefactError when its weights file is missing or another one."""
+    name = features_name(config)
     if isinstance(config, RandomVggFeaturesConfig):
         spatial_dim = RandomVgg.CHANNELS * RandomVgg.SIDE**2
         network = RandomVgg(config.seed)
-        return FeatureExtractor("random-vgg16", network, dim=RandomVgg.DIM, device=device, spatial_dim=spatial_dim)
+        return FeatureExtractor(name, network, dim=RandomVgg.DIM, device=device, spatial_dim=spatial_dim)
+    if isinstance(config, EfficientNetFeaturesConfig):
+        network = EfficientNetLite(config.side)
+        head = network.head if config.side >= CLASSIFIES else None
+        spatial_dim = EfficientNetLite.CHANNELS * EfficientNetLite.SIDE**2
+        return FeatureExtractor(
+            name, network, dim=EfficientNetLite.DIM, device=device, spatial_dim=spatial_dim, head=head
+        )
     path = weights / config.weights
     if isinstance(config, InceptionFeaturesConfig):
         network = Inception(verified_weights(path, config.sha256, "torch-fidelity's Inception weights"))
         spatial_dim = Inception.CHANNELS * Inception.SIDE**2
         return FeatureExtractor(
-            "inception", network, dim=Inception.DIM, device=device, spatial_dim=spatial_dim, head=network.head
+            name, network, dim=Inception.DIM, device=device, spatial_dim=spatial_dim, head=network.head
         )
     kind, what = (DinoV2, "DINOv2") if isinstance(config, DinoV2FeaturesConfig) else (Clip, "OpenAI's CLIP")
     verified = verified_weights(path, config.sha256, f"the weights of {what} {config.architecture}")
     network = kind(config.architecture, verified)
-    return FeatureExtractor(f"{config.name}-{config.architecture}", network, dim=network.dim, device=device)
+    return FeatureExtractor(name, network, dim=network.dim, device=device)
+
+
+def build_extractors(
+    configs: Sequence[AnyFeaturesConfig], *, weights: Path, device: torch.device | str
+) -> dict[str, FeatureExtractor]:
+    """The extractors by their names in metrics, in the order of `configs`. Raises ArtefactError as `build_features`."""
+    return {features_name(config): build_features(config, weights=weights, device=device) for config in configs}
+
+
+def distinct_networks(configs: list[AnyFeaturesConfig]) -> list[AnyFeaturesConfig]:
+    """Raises ValueError for two networks whose figures would have one name."""
+    names = [features_name(config) for config in configs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two networks are called {twice[0]} in metrics; leave one out")
+    return configs
+
+
+def extract(extractors: Mapping[str, FeatureExtractor], images: Tensor) -> dict[str, Extracted]:
+    """What every network sees in a batch."""
+    return {name: extractor(images) for name, extractor in extractors.items()}

@@ -67,12 +67,12 @@ def linear_probe(
     accuracies = {}
     for l2 in sorted(config.l2, reverse=True):
         head = fit_logistic(known, known_labels, classes, l2=l2, max_iterations=config.max_iterations, scale=scale)
-        accuracies[l2] = _accuracy(head, asked, asked_labels, scale)
+        accuracies[l2] = accuracy(head, asked, asked_labels, scale)
     del known  # a copy of nearly all
     best = max(accuracies, key=accuracies.__getitem__)  # the strongest of equals
     head = fit_logistic(train_features, labels, classes, l2=best, max_iterations=config.max_iterations, scale=scale)
-    accuracy = _accuracy(head, test_features, test_labels.to(device), scale)
-    return ProbeResult(accuracy, _accuracy(head, train_features, labels, scale), best, accuracies)
+    right = accuracy(head, test_features, test_labels.to(device), scale)
+    return ProbeResult(right, accuracy(head, train_features, labels, scale), best, accuracies)
 
 
 def fit_logistic(
@@ -122,7 +122,8 @@ def _logits(weight: Tensor, features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _accuracy(weight: Tensor, features: Tensor, labels: Tensor, scale: Scale) -> float:
+def accuracy(weight: Tensor, features: Tensor, labels: Tensor, scale: Scale) -> float:
+    """Share of features [N, D] that a head [D + 1, classes] puts into the class of their labels [N]."""
     hits = 0
     for block, truth in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):
         hits += int((_logits(weight, scale.standardise(block)).argmax(1) == truth).sum())

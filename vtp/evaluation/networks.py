@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtp.artefact import ArtefactError, load_tensors
+from vtp.layers.efficientnet_lite import DIM, EfficientNetLite0
 from vtp.layers.images import IMAGENET_MEAN, IMAGENET_STD, normalise
 from vtp.layers.random_vgg import random_vgg16
 
@@ -59,6 +60,26 @@ class RandomVgg(nn.Module):
         stages = self.network(normalise(images))
         spatial = F.adaptive_avg_pool2d(stages[self.STAGE][:, : self.CHANNELS], self.SIDE)
         return Extracted(stages[-1].mean((2, 3)), spatial.flatten(1))
+
+
+class EfficientNetLite(nn.Module):
+    """What the classes are told by; spatial: seven channels of the third stage, averaged onto 8 x 8 places."""
+
+    DIM, STAGE, CHANNELS, SIDE = DIM, 2, 7, 8
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.network = EfficientNetLite0(side)
+
+    @property
+    def head(self) -> Tensor:
+        """Weights [1000, 1280] of the classes."""
+        return self.network.classifier.weight.detach()
+
+    def forward(self, images: Tensor) -> Extracted:
+        stages = self.network(images.float() / 255)
+        spatial = F.adaptive_avg_pool2d(stages[self.STAGE][:, : self.CHANNELS], self.SIDE)
+        return Extracted(self.network.last(stages[-1]), spatial.flatten(1))
 
 
 class Inception(nn.Module):

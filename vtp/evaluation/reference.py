@@ -1,13 +1,14 @@
 """Statistics of real images, which rFID and gFID compare with: computed once, kept as an artefact.
 
-    config.json             features with their weights' digest, crop, digest of the data, and what each split is
-    <split>.safetensors     rows: the images, as indices into the split; pooled_*, spatial_*: count, mean and scatter;
-                            features: pooled features of the first images
+    config.json             networks with their weights' digests, crop, digest of the data, and what each split is
+    <split>.safetensors     rows: the images, as indices into the split; labels: their classes, where only images
+                            with one count; of every network, <name>/pooled_* and <name>/spatial_*: count, mean and
+                            scatter, and <name>/features: pooled features of the first images
 
-They belong to one data set, one crop and one network; whoever reads them says what they must belong to.
+They belong to one data set and one crop; whoever reads them says what they must belong to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
@@ -29,13 +30,13 @@ from vtp.artefact import (
 )
 from vtp.config import Config, ConfigError
 from vtp.data.dataset import ShardDataset
-from vtp.evaluation.feature_set import FeatureSet
-from vtp.evaluation.features import AnyFeaturesConfig, FeaturesConfig
-from vtp.evaluation.frechet import GaussianStatistics
+from vtp.data.shards import NO_LABEL
+from vtp.evaluation.feature_set import FeatureSets
+from vtp.evaluation.features import AnyFeaturesConfig, FeaturesConfig, features_name
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REMEDY = "fetch the folder again (dvc checkout), or run the stage reference again"
-ROWS = "rows"
+ROWS, LABELS = "rows", "labels"
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names a file
 
 
@@ -62,8 +63,8 @@ class SplitFacts(Config):
 class ReferenceArtefact(Config):
     """`config.json` of a reference."""
 
-    format_version: Literal[2]
-    features: FeaturesConfig
+    format_version: Literal[3]
+    features: list[FeaturesConfig] = Field(min_length=1)
     image_size: int  # side of the crops
     crop: Literal["adm_centre"]  # vtp.layers.images.centre_crop
     data: str  # digest of the shards' manifest
@@ -76,9 +77,8 @@ class SplitReference:
     """One split."""
 
     rows: np.ndarray  # [count] int64: the images, as indices into the split
-    statistics: GaussianStatistics
-    spatial: GaussianStatistics | None
-    features: Tensor  # [kept, D] pooled features of the first images
+    labels: Tensor  # [count] int64, NO_LABEL for an image without a class
+    networks: FeatureSets  # kept: pooled features of the first images
 
     @property
     def count(self) -> int:
@@ -108,8 +108,8 @@ class Reference:
             raise ArtefactError(f"{error}; {REMEDY}") from None
 
     @property
-    def features(self) -> AnyFeaturesConfig:
-        """The network; whatever is compared needs the same."""
+    def features(self) -> Sequence[AnyFeaturesConfig]:
+        """The networks; whatever is compared needs the same."""
         return self.config.features
 
     @property
@@ -145,11 +145,14 @@ class Reference:
         path = self.folder / f"{split}.safetensors"
         verify_files(self.folder, {path.name: self.config.files.get(path.name, "")}, remedy=REMEDY)
         tensors = load_tensors(path)
-        feature_set, rows = FeatureSet.of_tensors(tensors, where=str(path)), tensors.get(ROWS, torch.empty(0))
+        networks = FeatureSets.of_tensors(tensors, map(features_name, self.features), where=str(path))
+        rows, labels = (tensors.get(name, torch.empty(0)) for name in (ROWS, LABELS))
         facts = self.config.splits[split]
-        if (len(rows), feature_set.count, len(feature_set.features)) != (facts.count, facts.count, facts.kept):
-            raise ArtefactError(f"{path} is not what {self.folder / 'config.json'} says; {REMEDY}")
-        return SplitReference(rows.numpy(), feature_set.statistics, feature_set.spatial, feature_set.features)
+        for each in networks.values():
+            found = (len(rows), len(labels), each.count, len(each.features))
+            if found != (facts.count, facts.count, facts.count, facts.kept):
+                raise ArtefactError(f"{path} is not what {self.folder / 'config.json'} says; {REMEDY}")
+        return SplitReference(rows.numpy(), labels, networks)
 
 
 class Chosen(NamedTuple):
@@ -158,6 +161,7 @@ class Chosen(NamedTuple):
     images: ShardDataset
     config: SplitConfig
     rows: np.ndarray  # [count] int64, ascending
+    labels: np.ndarray  # [count] int64; NO_LABEL where images without a class count too
 
     @property
     def kept(self) -> int:
@@ -167,44 +171,49 @@ class Chosen(NamedTuple):
 
 def choose(images: ShardDataset, config: SplitConfig) -> Chosen:
     """Raises ValueError when there are fewer images than asked for, or than a covariance needs."""
-    rows = images.singles(config.samples).rows if config.labelled else np.arange(len(images))[: config.samples]
+    if config.labelled:
+        rows, labels = images.singles(config.samples)
+    else:
+        rows = np.arange(len(images))[: config.samples]
+        labels = np.full(len(rows), NO_LABEL)
     wanted = max(config.samples or 2, config.kept or 0)
     if len(rows) < wanted:
         kind = "labelled images" if config.labelled else "images"
         raise ValueError(
             f"{images.folder}: {len(rows)} {kind} where reference.splits asks for {wanted}; lower `samples` and `kept`"
         )
-    return Chosen(images, config, rows.astype(np.int64))
+    return Chosen(images, config, rows.astype(np.int64), labels.astype(np.int64))
 
 
 def save_reference(
     folder: Path,
-    splits: Mapping[str, tuple[Chosen, FeatureSet]],
+    splits: Mapping[str, tuple[Chosen, FeatureSets]],
     *,
-    features: AnyFeaturesConfig,
+    features: Sequence[AnyFeaturesConfig],
     image_size: int,
 ) -> None:
     """Write the folder, whole or not at all."""
     some = next(iter(splits.values()))[0]
     with whole_folder(folder) as temporary:
         written = {}
-        for name, (chosen, feature_set) in splits.items():
+        for name, (chosen, networks) in splits.items():
             path = temporary / f"{name}.safetensors"
-            save_tensors(path, {ROWS: torch.from_numpy(chosen.rows)} | feature_set.tensors())
+            of_images = {ROWS: torch.from_numpy(chosen.rows), LABELS: torch.from_numpy(chosen.labels)}
+            save_tensors(path, of_images | networks.tensors())
             written[path.name] = digest(path)
         config = ReferenceArtefact(
             format_version=FORMAT_VERSION,
-            features=features,
+            features=list(features),
             image_size=image_size,
             crop="adm_centre",
             data=_data(some.images),
             splits={
                 name: SplitFacts(
-                    count=feature_set.count,
+                    count=networks.count,
                     labelled=chosen.config.labelled and bool(chosen.images.manifest.classes),
-                    kept=len(feature_set.features),
+                    kept=chosen.kept,
                 )
-                for name, (chosen, feature_set) in splits.items()
+                for name, (chosen, networks) in splits.items()
             },
             files=written,
         )

@@ -8,12 +8,13 @@ parameters x 256 tokens, see `paper_flops`.)
 
 from typing import NamedTuple
 
+import torch
+
 from vtp.data.pretrain_batches import ActiveBatch, PretrainDataConfig
 from vtp.layers.block import FfnName, ffn_width
 from vtp.layers.drop_path import computed_samples
-from vtp.layers.flops import FROZEN, TRAINING
-from vtp.layers.random_vgg import STAGES
-from vtp.losses.perceptual import PerceptualConfig
+from vtp.layers.flops import FROZEN, TRAINING, forward_flops
+from vtp.losses.perceptual import AnyPerceptualConfig, perceptual_shapes
 from vtp.models.decoder import DecoderConfig
 from vtp.models.heads import DinoHeadConfig
 from vtp.models.text import TextConfig
@@ -128,16 +129,9 @@ def head_flops(config: DinoHeadConfig, width: int) -> float:
     return 2 * (width * hidden + hidden * hidden + hidden * bottleneck + bottleneck * config.prototypes)
 
 
-def perceptual_flops(config: PerceptualConfig, image_size: int) -> float:
+def perceptual_flops(config: AnyPerceptualConfig, image_size: int) -> float:
     """Forward FLOPs of the network for one image."""
-    stages = config.stages if config.name == "random_vgg16" else len(STAGES)
-    flops, side, before = 0.0, image_size, 3
-    for stage in STAGES[:stages]:
-        for width in stage:
-            flops += 2 * 9 * before * width * side**2
-            before = width
-        side //= 2
-    return flops
+    return forward_flops(perceptual_shapes(config), torch.empty(1, 3, image_size, image_size, device="meta"))
 
 
 def paper_flops(parameters: int) -> float:
