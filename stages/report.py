@@ -22,6 +22,8 @@ from stages.figures.paper_table import (
     TABLE_2,
     Conditions,
     RunFigures,
+    floor,
+    floor_names,
     headline_figures,
     own_names,
     own_row,
@@ -225,7 +227,7 @@ def _duration(seconds: float) -> str:
 
 
 def _headline(run: RunFigures, decoders: Mapping[str, Mapping[str, float]]) -> list[HeadlineFigure]:
-    """Six figures under their full names."""
+    """Figures under their full names, each beside what it is to be held against."""
     plain, guided = run.best
     before = next(iter(decoders.values())) if len(decoders) > 1 else {}
     rfid = next((name for name in run.reconstruction if name.startswith("rfid_")), "")
@@ -237,6 +239,13 @@ def _headline(run: RunFigures, decoders: Mapping[str, Mapping[str, float]]) -> l
     for label, sampled in (("Generation: gFID", plain), ("Generation, guided: gFID", guided)):
         name, own = (f"gfid_{sampled.end}", run.generation[sampled.setting]) if sampled else ("", {})
         figures.append(_figure(label, name, own, "noise through the decoder", baseline))
+    if (sampled := guided or plain) is not None:
+        own = {**run.generation[sampled.setting], **floor(run, sampled)}
+        rfid, accuracy = floor_names(sampled)
+        figures.append(_figure("The decoder's floor of gFID", rfid, own, "", None))
+        figures.append(_figure("KID", f"kid_{sampled.end}", own, "", None))
+        shown = f"class_accuracy_{sampled.end}"
+        figures.append(_figure("Samples of their class", shown, own, "reconstructions", own.get(accuracy)))
     return figures
 
 

@@ -136,7 +136,12 @@ def test_metrics_are_finite_and_named(results):
 
     assert all(isinstance(value, str) or math.isfinite(value) for value in leaves(table))
     reconstruction = table["reconstruction"]["validation_centre16"]
-    assert set(reconstruction["tuned"]) == {"psnr", "ssim", "lpips_efficientnet-lite0-64", "rfid_efficientnet-lite0-64_32"}
+    assert set(reconstruction["tuned"]) == {
+        "psnr",
+        "ssim",
+        "lpips_efficientnet-lite0-64",
+        "rfid_efficientnet-lite0-64_32",
+    }
     assert set(table["latents"]) == set(table["reconstruction"])
     assert set(table["generation"]) == {"unguided", "guided", "noise"}
     names = ("gfid", "sfid", "kid", "precision", "recall")
@@ -217,7 +222,11 @@ def test_nothing_of_the_drawings_stands_in_the_papers_columns(results):
     ].split("</table>")[:2]
     assert re.search(r"<td>this run(<td>-){3}<td>[^-<]+<td>2(<td>-){8}<tr><td>REPA<td>0.61", table), table
     assert "<tr><td>VTP-L<td>0.36<td>78.2<td>85.7<td>675M<td>600<td>1.85" in table
-    for name in ("rfid_efficientnet-lite0-64_32", "zero_shot_top1_squash", "gfid_efficientnet-lite0-64_24_cfg2_balanced"):
+    for name in (
+        "rfid_efficientnet-lite0-64_32",
+        "zero_shot_top1_squash",
+        "gfid_efficientnet-lite0-64_24_cfg2_balanced",
+    ):
         assert f"<td>{name}<td>" in others
     assert re.search(r"<td>linear probe<td>linear_probe_multi<td>[\d.]+<td>not on ImageNet; .*held-out", others)
     assert "not on ImageNet; 16 px; features of efficientnet-lite0-64, not of Inception; 24 images, not 50k" in others

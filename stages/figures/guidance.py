@@ -9,7 +9,7 @@ from stages.figures.drawing import Panel, panels
 from vtp.config import number_name
 from vtp.flow import SamplerConfig
 
-SHOWN = ("gfid", "is", "precision", "recall")
+SHOWN = ("gfid", "is", "precision", "recall", "class")
 
 
 class Guided(NamedTuple):
@@ -36,7 +36,7 @@ class Guided(NamedTuple):
 
 
 def draw_guidance(rows: Sequence[Guided], path: Path) -> None:
-    """gFID, IS, precision and recall against the scale, as one PNG; nothing where no curve has two points."""
+    """Figures against the scale, as one PNG; nothing where no curve has two points."""
     curves: dict[str, list[Guided]] = {}
     for row in sorted(rows, key=lambda row: row.sampler.guidance_scale):
         curves.setdefault(_curve(row.sampler), []).append(row)

@@ -78,11 +78,32 @@ LEGEND = [
         "LPIPS, Zhang et al. 2018",
     ),
     LegendEntry(
+        r"rfid_.+_reconstructed",
+        "Fréchet distance of so many reconstructions to the real images of gFID: its floor by this decoder",
+        LOWER,
+        "squared distance of features",
+        "this project",
+    ),
+    LegendEntry(
         r"rfid_.+",
         "Fréchet distance of reconstructions to their originals; after _ the features and the number of images",
         LOWER,
         "squared distance of features",
         "Heusel et al. 2017",
+    ),
+    LegendEntry(
+        r"class_accuracy_.+_real",
+        "share of held-out real images whose class a linear probe on features of real images tells: the ceiling",
+        HIGHER,
+        SHARE,
+        "this project",
+    ),
+    LegendEntry(
+        r"class_accuracy_.+",
+        "share of images whose class that probe tells; of reconstructions, the decoder's ceiling",
+        HIGHER,
+        SHARE,
+        "this project; Ravuri & Vinyals 2019 for the idea",
     ),
     LegendEntry(
         r"gfid_.+",

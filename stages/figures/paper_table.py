@@ -51,6 +51,8 @@ TABLE_2: list[tuple[str | float | None, ...]] = [
 
 OWN_HEAD = ("column of the table", "in this run", "value", "what differs from the table")
 GENERATION = {"gfid": "gFID", "is": "IS", "precision": "precision", "recall": "recall"}  # columns by kinds of figures
+BESIDE = ("kid", "class_accuracy")  # kinds that the table lacks
+RECONSTRUCTED = "reconstructed"  # what is scored beside the settings of samples, the floor of the decoder
 SIDE, IMAGES, TRAIN_IMAGES = 256, "50k", 1_281_167  # pixels, images of a Fréchet distance, ImageNet's training images
 REAL_IMAGES = "10k"  # those of ADM's batch, which precision and recall look at
 NOT_IMAGENET = "not on ImageNet"
@@ -123,7 +125,21 @@ def headline_figures(run: RunFigures) -> dict[str, float]:
     for sampled in filter(None, run.best):
         own = run.generation[sampled.setting]
         figures |= {name: own[name] for name in _names(own, sampled.end).values()}
+        figures |= {name: own[name] for kind in BESIDE if (name := f"{kind}_{sampled.end}") in own}
+        figures |= floor(run, sampled)
     return figures
+
+
+def floor(run: RunFigures, sampled: Sampled) -> dict[str, float]:
+    """Fréchet distance and class accuracy of reconstructions, in the features and number of samples; by name."""
+    own = run.generation.get(RECONSTRUCTED, {})
+    return {name: own[name] for name in floor_names(sampled) if name in own}
+
+
+def floor_names(sampled: Sampled) -> tuple[str, str]:
+    """What distance and class accuracy of reconstructions are called beside a setting's."""
+    end = f"{sampled.features}_{sampled.number}_{RECONSTRUCTED}"
+    return f"rfid_{end}", f"class_accuracy_{end}"
 
 
 def entries(run: RunFigures) -> list[ColumnFigure]:
