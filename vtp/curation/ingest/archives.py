@@ -4,17 +4,17 @@
 
 import os
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from vtp.artefact import whole_file
 from vtp.curation.ingest.folders import EXTENSIONS, holds
 from vtp.curation.ingest.imagenet import DEVKIT, OTHER_CLASS, read_devkit, truth_of
 from vtp.curation.ingest.listing import Entry, require_inside, safe_key
 from vtp.curation.ingest.shard_workers import IngestError, Stopped
+from vtp.curation.ingest.tars import members, size_of
 from vtp.data.imagenet import imagenet_classes
 from vtp.texts import shown
 
@@ -36,19 +36,19 @@ def list_imagenet_tars(source: Path, ignored: Counter[str], *, root: Path | None
     known = set(imagenet_classes().synsets)
     synsets = set()
     with (source / TRAIN).open("rb") as file:
-        for inner, start in _members(source / TRAIN, file, 0, _size(file)):
+        for inner, start in members(source / TRAIN, file, 0, size_of(file)):
             synset = inner.name.removesuffix(".tar")
             if synset not in known:
                 raise IngestError(
                     f"{source / TRAIN}: holds {inner.name!r}; expected one tar per synset, such as n01440764.tar"
                 )
             synsets.add(synset)
-            for member, offset in _members(source / TRAIN, file, start, start + inner.size):
+            for member, offset in members(source / TRAIN, file, start, start + inner.size):
                 if _is_picture(member.name, ignored):
                     yield Entry("train", _key(member.name), TRAIN, offset, member.size, class_id=synset)
     truth = read_devkit(source)
     with (source / VALIDATION).open("rb") as file:
-        for member, offset in _members(source / VALIDATION, file, 0, _size(file)):
+        for member, offset in members(source / VALIDATION, file, 0, size_of(file)):
             if not _is_picture(member.name, ignored):
                 continue
             synset = truth_of(member.name, truth)
@@ -90,34 +90,6 @@ def list_imagenet_parquet(
                 else:
                     ignored[OTHER_CLASS] += 1
                 offset += size
-
-
-def _members(path: Path, file: BinaryIO, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """Regular members of a tar between two bytes of a file, with the offsets of their contents in the file.
-
-    Raises IngestError when it is damaged or cut off.
-    """
-    file.seek(start)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None and member.offset < end:
-                if member.size < 0 or member.offset_data + member.size > end:
-                    raise IngestError(f"{path}: ends within {shown(member.name)}; fetch it again")
-                if member.isreg() and not member.issparse():
-                    yield member, member.offset_data
-            position = tar.offset
-    except IngestError:
-        raise
-    except Exception as error:  # tarfile has one of its own for few of its faults
-        raise IngestError(f"{path}: no whole tar at byte {start} ({error}); fetch it again") from None
-    # tarfile takes a damaged header for the end.
-    file.seek(position)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise IngestError(f"{path}: damaged or cut off at byte {position}; fetch it again")
-
-
-def _size(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
 
 
 def _is_picture(name: str, ignored: Counter[str]) -> bool:

@@ -18,10 +18,12 @@ from vtp.curation.ingest.listing import Entry, Listing, Naming, list_pictures
 from vtp.curation.ingest.pool import PoolSource, pooled_pictures
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.ingest.source import Description, PictureSource
+from vtp.curation.ingest.webdataset import AGAIN, WebDatasetSource, read_tars
 from vtp.data.imagenet import imagenet_classes
 
 SourceConfig = Annotated[
-    EmbeddedConfig | ImageNetSource | FolderSource | TableSource | PoolSource, Field(discriminator="name")
+    EmbeddedConfig | ImageNetSource | FolderSource | TableSource | PoolSource | WebDatasetSource,
+    Field(discriminator="name"),
 ]
 
 
@@ -36,19 +38,27 @@ class Opened(NamedTuple):
     """A source, and what was seen while its pictures were listed."""
 
     pictures: PictureSource
-    facts: dict[str, int]
+    facts: dict[str, int | str]
 
 
 def open_pictures(
-    config: SourceConfig, image: ImageConfig, inputs: SourceFolders, scratch: Path, stop: Callable[[], bool]
+    config: SourceConfig,
+    image: ImageConfig,
+    inputs: SourceFolders,
+    scratch: Path,
+    stop: Callable[[], bool],
+    *,
+    room: float,
 ) -> Opened:
-    """The pictures of a source; those in files are listed first, in `scratch`.
+    """The pictures of a source; those in files are listed first, in `scratch`, and up to `room` bytes fetched to it.
 
     Raises IngestError when inputs are missing, superfluous or hold something else, and Stopped when asked to stop.
     """
-    _check_inputs(config.name, inputs)
+    _check_inputs(config, inputs)
     if isinstance(config, EmbeddedConfig):
         return Opened(ComposedPictures(config, image), {})
+    if isinstance(config, WebDatasetSource):
+        return _open_tars(config, image, inputs.source, scratch, stop, room)
     assert inputs.source is not None
     if isinstance(config, PoolSource):
         assert inputs.selection is not None
@@ -66,13 +76,16 @@ def open_pictures(
     rows = scratch / "rows"
     listing = list_pictures(entries, rows, naming=naming, held_out=held_out, ignored=ignored, stop=stop)
     pictures = ListedPictures.of_folder(
-        root, rows, listing, _describe(config, listing), image, outside_links=config.outside_links
+        root, rows, listing, _describe(config, listing, naming), image, outside_links=config.outside_links
     )
-    return Opened(pictures, {"duplicates": listing.duplicates, "ignored_files": sum(listing.ignored.values())})
+    return Opened(pictures, _facts(listing))
 
 
-def _check_inputs(name: str, inputs: SourceFolders) -> None:
+def _check_inputs(config: SourceConfig, inputs: SourceFolders) -> None:
+    name = config.name
     needed = {"openmoji": (), "pool": ("source", "selection")}.get(name, ("source",))
+    if isinstance(config, WebDatasetSource) and config.remote is not None:
+        name, needed = f"{name} with remote", ()
     for flag, path in inputs._asdict().items():
         if flag in needed and path is None:
             raise IngestError(f"prepare_data.source is {name}, which reads --{flag}: add it to the command in dvc.yaml")
@@ -80,6 +93,33 @@ def _check_inputs(name: str, inputs: SourceFolders) -> None:
             raise IngestError(f"prepare_data.source is {name}, which reads no --{flag}: remove it from dvc.yaml")
         if path is not None and not path.is_dir():
             raise IngestError(f"--{flag} {path}: expected a folder")
+
+
+def _open_tars(
+    config: WebDatasetSource,
+    image: ImageConfig,
+    source: Path | None,
+    scratch: Path,
+    stop: Callable[[], bool],
+    room: float,
+) -> Opened:
+    tars, ignored, rows = read_tars(config, source, scratch, room=room, stop=stop), Counter[str](), scratch / "rows"
+    listing = list_pictures(tars.entries(ignored), rows, naming=tars.naming, held_out=None, ignored=ignored, stop=stop)
+    pictures = ListedPictures.of_folder(
+        tars.place.root,
+        rows,
+        listing,
+        _describe(config, listing, tars.naming),
+        image,
+        outside_links=config.outside_links,
+        elsewhere=tars.elsewhere,
+    )
+    return Opened(pictures, _facts(listing) | ({} if tars.sha256 is None else {"source_sha256": tars.sha256}))
+
+
+def _facts(listing: Listing) -> dict[str, int | str]:
+    again = listing.ignored.get(AGAIN, 0)
+    return {"duplicates": listing.duplicates + again, "ignored_files": sum(listing.ignored.values()) - again}
 
 
 def _list_imagenet(
@@ -103,8 +143,10 @@ def _list_own(
     return list_table(config, source), Naming(None, class_name)
 
 
-def _describe(config: ImageNetSource | FolderSource | TableSource, listing: Listing) -> Description:
+def _describe(
+    config: ImageNetSource | FolderSource | TableSource | WebDatasetSource, listing: Listing, naming: Naming
+) -> Description:
     ids = listing.class_ids
     if isinstance(config, ImageNetSource):
         return describe_imagenet(ids)
-    return Description(config.name, list(map(class_name, ids)), ids, config.templates, [], [], "")
+    return Description(config.name, list(map(naming.name, ids)), ids, config.templates, [], [], "")
