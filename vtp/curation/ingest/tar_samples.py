@@ -65,7 +65,7 @@ class Reading(NamedTuple):
         return {*self.image, *(ending for text in self.texts.values() for ending in text.endings)}
 
 
-class Row(NamedTuple):
+class TarRow(NamedTuple):
     """What a sample comes to."""
 
     key: bytes  # names of members are bytes: not every one is UTF-8
@@ -86,12 +86,12 @@ class TarContents(Config):
     class_names: dict[str, str]  # as samples say them
 
 
-class _Sample(NamedTuple):
+class _TarSample(NamedTuple):
     key: str
     pieces: dict[str, tuple[int, int]]  # offset and size by ending
 
 
-def read_tar(path: Path, name: str, reading: Reading, stop: Callable[[], bool]) -> tuple[list[Row], TarContents]:
+def read_tar(path: Path, name: str, reading: Reading, stop: Callable[[], bool]) -> tuple[list[TarRow], TarContents]:
     """All samples of a tar that messages call `name`.
 
     Raises IngestError when it is damaged or gives a class two names, and Stopped when asked to stop.
@@ -100,10 +100,10 @@ def read_tar(path: Path, name: str, reading: Reading, stop: Callable[[], bool]) 
     endings: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
     class_names: dict[str, str] = {}
-    rows: list[Row] = []
+    rows: list[TarRow] = []
     with path.open("rb") as file:
-        members_of: dict[str, _Sample] = {}
-        samples: list[_Sample] = []
+        members_of: dict[str, _TarSample] = {}
+        samples: list[_TarSample] = []
         for member, offset in members(Path(name), file, 0, size_of(file)):
             if (split := split_name(member.name, reading.key_ends)) is None:
                 ignored[NO_SAMPLE] += 1
@@ -112,7 +112,7 @@ def read_tar(path: Path, name: str, reading: Reading, stop: Callable[[], bool]) 
             endings[shown(ending)] += 1
             sample = members_of.get(key)
             if sample is None or ending in sample.pieces:  # members may lie apart; the same one again begins another
-                sample = members_of[key] = _Sample(key, {})
+                sample = members_of[key] = _TarSample(key, {})
                 samples.append(sample)
             sample.pieces[ending] = (offset, member.size)
         for sample in samples:
@@ -141,7 +141,7 @@ def split_name(name: str, key_ends: str) -> tuple[str, str] | None:
     return "/".join((*folders, stem)), ending.lower()
 
 
-def _is_meant(sample: _Sample, reading: Reading) -> bool:
+def _is_meant(sample: _TarSample, reading: Reading) -> bool:
     """Whether it has anything that is read, or a picture that was forgotten: else it is a note beside the samples."""
     return any(
         ending in reading.endings or os.path.splitext(f"x.{ending}")[1] in EXTENSIONS for ending in sample.pieces
@@ -149,8 +149,8 @@ def _is_meant(sample: _Sample, reading: Reading) -> bool:
 
 
 def _rows_of(
-    sample: _Sample, name: str, descriptor: int, reading: Reading, told: Counter[str], class_names: dict[str, str]
-) -> list[Row]:
+    sample: _TarSample, name: str, descriptor: int, reading: Reading, told: Counter[str], class_names: dict[str, str]
+) -> list[TarRow]:
     key = sample.key.encode("utf-8", "surrogateescape")
     try:
         image = next((ending for ending in reading.image if ending in sample.pieces), None)
@@ -166,15 +166,15 @@ def _rows_of(
     except DecodeError as error:
         offset = next(iter(sample.pieces.values()))[0]
         place = hashlib.blake2b(f"{offset} {shown(name)} ".encode() + key, digest_size=16).digest()
-        return [Row(key, 0, 0, place, "", None, f"{shown(sample.key)}: {error}")]
+        return [TarRow(key, 0, 0, place, "", None, f"{shown(sample.key)}: {error}")]
     wanted = captions if reading.several else captions[:1]
-    return [Row(key, *sample.pieces[image], digest, caption, class_id, None) for caption in wanted]
+    return [TarRow(key, *sample.pieces[image], digest, caption, class_id, None) for caption in wanted]
 
 
 class _Texts:
     """What members of a sample say, each read once. Methods raise DecodeError for what is no text."""
 
-    def __init__(self, sample: _Sample, descriptor: int) -> None:
+    def __init__(self, sample: _TarSample, descriptor: int) -> None:
         self._pieces, self._descriptor = sample.pieces, descriptor
         self._objects: dict[str, dict[str, Any]] = {}
 

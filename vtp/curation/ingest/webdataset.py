@@ -29,8 +29,8 @@ from vtp.curation.ingest.tar_samples import (
     JsonField,
     MemberText,
     Reading,
-    Row,
     TarContents,
+    TarRow,
     add_class_name,
     read_tar,
 )
@@ -282,7 +282,7 @@ def _read(
         return known
     with place.tar(name, stop) as (path, mark):
         rows, contents = read_tar(path, name, reading, stop)
-    columns = dict(zip(Row._fields, zip(*rows, strict=True), strict=True)) if rows else {}
+    columns = dict(zip(TarRow._fields, zip(*rows, strict=True), strict=True)) if rows else {}
     with whole_file(table) as temporary:
         pq.write_table(pa.table({field.name: columns.get(field.name, ()) for field in _schema()}, _schema()), temporary)
     found = TarSummary(name=name, contents=contents, mark=mark)
@@ -290,19 +290,19 @@ def _read(
     return found
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path) -> Iterator[TarRow]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches():
-            yield from map(Row._make, zip(*batch.to_pydict().values(), strict=True))
+            yield from map(TarRow._make, zip(*batch.to_pydict().values(), strict=True))
 
 
 def _schema() -> "pa.Schema":
     import pyarrow as pa
 
     types = {"key": pa.binary(), "digest": pa.binary(), "offset": pa.int64(), "size": pa.int64()}
-    return pa.schema([(name, types.get(name, pa.string())) for name in Row._fields])
+    return pa.schema([(name, types.get(name, pa.string())) for name in TarRow._fields])
 
 
 def _require_told(reading: Reading, tars: list[TarContents]) -> None:
