@@ -185,7 +185,8 @@ def test_a_sample_may_have_several_pictures_and_texts(tmp_path):
         contents += [(f"{number}.thumb.png", picture(100 + number))]
     source = write_tar(tmp_path / "source" / "a.tar", contents).parent
     caption = {"name": "member", "endings": ["txt", "caption"]}
-    prepare(tmp_path / "a", SOURCE | {"caption": caption}, source)
+    host = prepare(tmp_path / "a", SOURCE | {"caption": caption}, source)
+    assert host.facts["ignored_files"] == 16  # of masks and thumbnails
     found = {row["image"]: row["caption"] for row in every(tmp_path / "a")}
     assert found == {picture(number): "long" if number % 2 else "short" for number in range(8)}
     prepare(tmp_path / "b", SOURCE | {"caption": caption, "image": ["thumb.png", "png"]}, source)
@@ -352,7 +353,8 @@ def test_headers_that_fill_memory_are_refused(tmp_path, monkeypatch):
 
 
 def test_names_of_members_never_become_paths(tmp_path):
-    contents = [(f"../../out/{number}.{end}", content) for number in range(8) for end, content in _parts(number)]
+    contents = [(name, b"x") for name in (".", "/", "..", "a/", "...", ".png", "../.png", "__x__/a.png")]
+    contents += [(f"../../out/{number}.{end}", content) for number in range(8) for end, content in _parts(number)]
     contents += [(f"/etc/{number}.{end}", content) for number in range(8, 16) for end, content in _parts(number)]
     contents += [(f"caf\udce9-{number}.{end}", content) for number in range(16, 24) for end, content in _parts(number)]
     source = write_tar(tmp_path / "source" / "a.tar", contents).parent

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 
@@ -17,13 +16,12 @@ from vtp.curation.ingest.shard_workers import IngestError, Stopped
 from vtp.curation.ingest.tars import members, size_of
 from vtp.curation.places import read_piece
 from vtp.layers.decode import DecodeError
-from vtp.texts import listed, shown, text_problem
+from vtp.texts import LISTED, listed, shown, text_problem
 
 LARGEST_TEXT = 1 << 22  # bytes of a text or of a JSON
 NUMBER = re.compile(r"\d{1,18}", re.ASCII)
 NEARLY = re.compile(r"[+-]?[\d.,]+(e[+-]?\d+)?|nan|[+-]?inf(inity)?", re.ASCII | re.IGNORECASE)
 NO_SAMPLE = "hidden, or without an ending"  # among members that nothing reads
-WITHOUT_PICTURE = "samples without a picture or a text"  # the same, of members that belong together
 
 
 def _is_ending(ending: str) -> str:
@@ -58,11 +56,7 @@ class Reading(NamedTuple):
     texts: dict[str, MemberText | JsonField]  # some of caption, label, class_names
     several: bool  # captions of one picture are samples of their own
     classes: int | None  # labels are numbers below it; None: any
-
-    @property
-    def endings(self) -> set[str]:
-        """Of all members that are read."""
-        return {*self.image, *(ending for text in self.texts.values() for ending in text.endings)}
+    endings: frozenset[str]  # of all members that are read
 
 
 class TarRow(NamedTuple):
@@ -81,8 +75,8 @@ class TarContents(Config):
     """What a tar holds besides its rows."""
 
     told: dict[str, int]  # samples that have an image, a caption and so on
-    endings: dict[str, int]  # of members, and how many have them
-    ignored: dict[str, int]  # what nothing reads
+    endings: dict[str, int]  # the most common ones of members
+    ignored: dict[str, int]  # members that nothing reads, by ending
     class_names: dict[str, str]  # as samples say them
 
 
@@ -102,28 +96,39 @@ def read_tar(path: Path, name: str, reading: Reading, stop: Callable[[], bool]) 
     class_names: dict[str, str] = {}
     rows: list[TarRow] = []
     with path.open("rb") as file:
-        members_of: dict[str, _TarSample] = {}
-        samples: list[_TarSample] = []
-        for member, offset in members(Path(name), file, 0, size_of(file)):
-            if (split := split_name(member.name, reading.key_ends)) is None:
-                ignored[NO_SAMPLE] += 1
-                continue
-            key, ending = split
-            endings[shown(ending)] += 1
-            sample = members_of.get(key)
-            if sample is None or ending in sample.pieces:  # members may lie apart; the same one again begins another
-                sample = members_of[key] = _TarSample(key, {})
-                samples.append(sample)
-            sample.pieces[ending] = (offset, member.size)
-        for sample in samples:
+        for sample in _samples(file, name, reading, endings, ignored):
             if stop():
                 raise Stopped
-            if not _is_meant(sample, reading):
-                ignored[WITHOUT_PICTURE] += 1
-                continue
             rows += _rows_of(sample, name, file.fileno(), reading, told, class_names)
-    contents = TarContents(told=dict(told), endings=dict(endings), ignored=dict(ignored), class_names=class_names)
-    return rows, contents
+    common = dict(endings.most_common(LISTED))
+    return rows, TarContents(told=dict(told), endings=common, ignored=dict(ignored), class_names=class_names)
+
+
+def _samples(
+    file: BinaryIO, name: str, reading: Reading, endings: Counter[str], ignored: Counter[str]
+) -> list[_TarSample]:
+    """Samples in the order of their first members; what is nothing of any is counted."""
+    samples: list[_TarSample] = []
+    latest: dict[str, _TarSample] = {}
+    for member, offset in members(Path(shown(name)), file, 0, size_of(file)):
+        if (split := split_name(member.name, reading.key_ends)) is None:
+            ignored[NO_SAMPLE] += 1
+            continue
+        key, ending = split
+        endings[shown(ending)] += 1
+        if ending not in reading.endings:
+            ignored[shown(ending.rpartition(".")[2])] += 1
+        sample = latest.get(key)
+        if sample is None or ending in sample.pieces:  # members may lie apart; the same one again begins another sample
+            sample = latest[key] = _TarSample(key, {})
+            samples.append(sample)
+        sample.pieces[ending] = (offset, member.size)
+    # One without anything that is read is a note beside the others, if no picture was forgotten.
+    return [
+        sample
+        for sample in samples
+        if any(ending in reading.endings or _is_picture(ending) for ending in sample.pieces)
+    ]
 
 
 def split_name(name: str, key_ends: str) -> tuple[str, str] | None:
@@ -132,7 +137,7 @@ def split_name(name: str, key_ends: str) -> tuple[str, str] | None:
     As in the webdataset library a key has the folders of the name, and hidden files and `__meta__` are passed over; a
     leading `./` says nothing.
     """
-    *folders, base = (part for part in name.split("/") if part not in ("", "."))
+    *folders, base = [part for part in name.split("/") if part not in ("", ".")] or [""]
     stem, dot, ending = base.partition(".") if key_ends == "first_dot" else base.rpartition(".")
     first = folders[0] if folders else base
     meta = len(first) > 3 and first.startswith("__") and first.endswith("__")
@@ -141,11 +146,8 @@ def split_name(name: str, key_ends: str) -> tuple[str, str] | None:
     return "/".join((*folders, stem)), ending.lower()
 
 
-def _is_meant(sample: _TarSample, reading: Reading) -> bool:
-    """Whether it has anything that is read, or a picture that was forgotten: else it is a note beside the samples."""
-    return any(
-        ending in reading.endings or os.path.splitext(f"x.{ending}")[1] in EXTENSIONS for ending in sample.pieces
-    )
+def _is_picture(ending: str) -> bool:
+    return f".{ending.rpartition('.')[2]}" in EXTENSIONS
 
 
 def _rows_of(

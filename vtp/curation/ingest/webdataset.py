@@ -100,7 +100,8 @@ class WebDatasetSource(Config):
         """What is read of every sample; labels are numbers below `classes`, None: any."""
         texts = {"caption": self.caption, "label": self.label, "class_names": self.class_names}
         told = {name: text for name, text in texts.items() if isinstance(text, MemberText | JsonField)}
-        return Reading(self.key_ends, self.image, told, self.captions == "all", classes)
+        endings = frozenset((*self.image, *(ending for text in told.values() for ending in text.endings)))
+        return Reading(self.key_ends, self.image, told, self.captions == "all", classes, endings)
 
     @model_validator(mode="after")
     def _classes_are_told(self) -> Self:
