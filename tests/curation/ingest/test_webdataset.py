@@ -199,6 +199,9 @@ def test_keys_may_have_dots(tmp_path):
         prepare(tmp_path / "refused", SOURCE, source, max_unreadable=1.0)
     prepare(tmp_path / "shards", SOURCE | {"key_ends": "last_dot"}, source)
     assert {row["caption"] for row in every(tmp_path / "shards")} == {f"number {number}" for number in range(8)}
+    write_tar(source / "b.tar", [("._photo.1.9.png", b"x"), (".photo.png", b"x")])
+    prepare(tmp_path / "hidden", SOURCE | {"key_ends": "last_dot"}, source)
+    assert digest(tmp_path / "hidden") == digest(tmp_path / "shards")
 
 
 def test_equal_keys_are_no_loss_and_equal_samples_are_one(tmp_path):
@@ -432,12 +435,13 @@ class Plain(SimpleHTTPRequestHandler):
         with self.server.lock:
             self.server.asked.append(self.path)
             failure = self.server.failures.pop(0) if self.server.failures and self.path.endswith(".tar") else None
-        if failure == "cut":
+        if failure in ("cut", "short"):
             content = Path(self.translate_path(self.path)).read_bytes()
+            half = content[: len(content) // 2]
             self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(len(half if failure == "short" else content)))
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2])
+            self.wfile.write(half)
             self.close_connection = True
         elif failure is not None:
             self.send_error(failure)
@@ -524,6 +528,10 @@ def test_tars_of_a_web_server_are_fetched_once(pool, shards, web, tmp_path):
     host = prepare(tmp_path / "a", remote(f"{web.url}/laion/", train=["{00000..00002}.tar"]))
     assert digest(tmp_path / "a") == digest(shards)
     assert sorted(path for path in web.asked if path.endswith(".tar")) == [f"/laion/{n:05d}.tar" for n in range(3)]
+    write_tar(tmp_path / "web" / "large" / "a.tar", [("large.bin", bytes(12_000_000)), *samples(range(8))])
+    web.asked.clear()
+    prepare(tmp_path / "large", remote(f"{web.url}/large", train=["a.tar"]))
+    assert web.asked == ["/large/a.tar"]
     prepare(tmp_path / "b", remote(f"{web.url}/laion", host.facts["source_sha256"]))  # its index page
     assert digest(tmp_path / "b") == digest(shards)
     (tmp_path / "web" / "laion" / "00001.tar").write_bytes((pool / "00000.tar").read_bytes())
@@ -534,7 +542,7 @@ def test_tars_of_a_web_server_are_fetched_once(pool, shards, web, tmp_path):
 def test_failures_that_pass_are_tried_again(pool, shards, web, tmp_path, monkeypatch):
     monkeypatch.setattr(tar_places, "FIRST_WAIT", 0.001)
     fill(tmp_path / "web", pool)
-    web.failures += ["cut", 503, 429, "cut"]
+    web.failures += ["cut", 503, "short", 429, "cut"]
     prepare(tmp_path / "a", remote(web.url))
     assert digest(tmp_path / "a") == digest(shards)
     asked = len(web.asked)
