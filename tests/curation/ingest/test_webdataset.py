@@ -406,7 +406,7 @@ def test_what_is_wrong_with_the_parameters_is_named(tmp_path, pool):
         caption={"name": "member", "endings": ["caption"]}
     )
     assert "no sample has a field 'class' in json, which prepare_data.source.label" in said(label=field("class"))
-    assert "no such file" in said(label=field("label"), class_names={"name": "file", "file": "names.txt"})
+    assert "no such file" in said(label=field("label"), class_names={"name": "file", "file": "missing.txt"})
     assert "label: null, so that there are no classes" in said(class_names=field("name"))
     assert "expected what stands behind the dot" in said(image=[".jpg"])
     assert "reads --source: add it" in said(source=None)
