@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vtp.draws import numpy_draws
+from vtp.layers.decode import LONG_LINE, middle
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,6 +23,8 @@ def squash(image: "Image", size: int) -> "Image":
     """The whole picture, bilinearly, whatever its aspect: VTP's zero-shot protocol, `Resize((size, size))`."""
     from PIL.Image import Resampling
 
+    if image.height > LONG_LINE * image.width:  # Pillow scales the width first, and would fill memory
+        image = image.resize((image.width, size), Resampling.BILINEAR)
     return image.resize((size, size), Resampling.BILINEAR)
 
 
@@ -29,6 +32,7 @@ def resize_and_crop(image: "Image", *, resize: int, size: int) -> "Image":
     """Shortest side to `resize`, bicubically, then the centre: CLIP's protocol, `Resize(resize)`, `CenterCrop(size)`."""
     from PIL.Image import Resampling
 
+    image = middle(image)
     short = min(image.size)
     if short != resize:
         width, height = (resize if side == short else int(resize * side / short) for side in image.size)
