@@ -24,13 +24,13 @@ WIDE = RNG.integers(0, 65536, (HEIGHT, WIDTH)).astype(np.uint16)
 BYTES = RNG.integers(0, 256, (HEIGHT, WIDTH)).astype(np.uint8)
 
 
-def raw_tiff(values, sample_format, order="<", **more):
+def raw_tiff(values, sample_format, order="<", more=None):
     """An uncompressed TIFF of these samples [H, W] or [H, W, C]."""
     height, width, channels = (*values.shape, 1)[:3]
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
     bits = values.dtype.itemsize * 8
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1 if channels == 1 else 2, 273: 8, 277: channels, 278: height}
-    tags |= {279: len(data), 339: sample_format}
+    tags |= {279: len(data), 339: sample_format} | (more or {})
     entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data))
     return head + data + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
@@ -76,11 +76,22 @@ def test_integers(values, sample_format, expected):
         assert np.array_equal(grey(raw_tiff(values, sample_format, order)), expected)
 
 
+def test_white_may_be_nothing():
+    for values, sample_format, expected in ((WIDE, 1, WIDE >> 8), (BYTES, 1, BYTES), (UNIT, 3, np.rint(UNIT * 255))):
+        assert np.array_equal(grey(raw_tiff(values, sample_format, more={262: 0})), 255 - expected)
+
+
+def test_samples_of_12_bits():
+    packed = np.unpackbits((WIDE >> 4 << 4).astype(">u2").view(np.uint8).reshape(HEIGHT, WIDTH, 2), axis=2)[..., :12]
+    content = raw_tiff(np.packbits(packed.reshape(HEIGHT, -1), axis=1), 1, more={256: WIDTH, 258: 12})
+    assert np.array_equal(grey(content), WIDE >> 8)
+
+
 def test_samples_that_pillow_does_not_read_are_named():
     for values, sample_format, said in (
-        (UNIT.astype(np.float64), 3, "64 bits per sample, sample format 3, 1 samples per pixel"),
-        (UNIT.astype(np.float16), 3, "16 bits per sample, sample format 3"),
-        (np.stack([UNIT] * 3, -1), 3, "32 bits per sample, sample format 3, 3 samples per pixel"),
+        (UNIT.astype(np.float64), 3, r"1 samples per pixel, their bits \(64,\), their format \(3,\)"),
+        (UNIT.astype(np.float16), 3, r"1 samples per pixel, their bits \(16,\), their format \(3,\)"),
+        (np.stack([UNIT] * 3, -1), 3, r"3 samples per pixel, their bits \(32,\), their format \(3,\)"),
     ):
         with pytest.raises(DecodeError, match=f"a TIFF that Pillow does not read: {said}"):
             decode_rgb(raw_tiff(values, sample_format))
@@ -243,7 +254,7 @@ def test_limits_hold_for_modern_formats(form, monkeypatch):
     """Before the plugin decodes: that of JPEG XL would decode all to tell the size."""
     monkeypatch.setattr(pillow_jxl.JpegXLImagePlugin, "Decoder", lambda **_: pytest.fail("it was decoded"))
     sides = [(30, 20), (33, 33), (40, 30), (24, 20), (25, 20), (32, 18), (46, 23), (80, 40), (256, 96), (1, 9000)]
-    for size in [*sides, (600, 1)]:
+    for size in sides[: -1 if form == "HEIF" else None]:  # its encoder makes no lines
         content = encoded(Image.new("RGB", size, (1, 2, 3)), form, **FAST[form])
         with pytest.raises(DecodeError, match=f"too many pixels: {size[0]} x {size[1]}"):
             open_header(content, max_pixels=size[0] * size[1] - 1)

@@ -7,7 +7,7 @@ are not applied, and a file that was cut off is an error, never a half-grey imag
 
 Samples become 8 bits by what their type says:
 
-- 16-bit integers: divided by 256.
+- 12- and 16-bit integers: divided by 16 and 256.
 - 32-bit integers: as they are where all lie within 0 to 255, divided by 256 where all lie within 0 to 65535.
 - Floats: times 255 where all lie within 0 to 1, as they are where all lie within 0 to 255, rounded to the nearest.
 
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vtp.artefact import require_no_pipe
-from vtp.layers.bare import JXL, ORIENTATION, bare, jxl_size
+from vtp.layers.bare import JXL, ORIENTATION, TIFF, TURNS, bare, jxl_size
 from vtp.texts import shown
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in one: another in every process
 MAX_PIXELS = 89_000_000  # a header that announces more is refused; Pillow warns a little above
 ON_ITS_SIDE = range(5, 9)  # of the orientations
 TILE_SIDES = (322, 323)  # tags of TIFF; libtiff makes room for a whole tile
+BITS, PHOTOMETRIC, CHANNELS, SAMPLE_FORMAT = 258, 262, 277, 339  # others
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")  # brands
 PLUGINS = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}  # of the extra `formats`
@@ -78,6 +79,10 @@ def open_header(content: bytes, *, max_pixels: int = MAX_PIXELS) -> "Image":
             picture = PIL.Image.open(io.BytesIO(bare(content)), formats=formats)
         except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError):
             raise DecodeError("too many pixels") from None
+        except PIL.UnidentifiedImageError:
+            if problem := _unknown(content):
+                raise DecodeError(problem) from None
+            raise
         if picture.width * picture.height > max_pixels:
             raise DecodeError(f"too many pixels: {picture.width} x {picture.height}")
         width, height = (getattr(picture, "tag_v2", {}).get(side, 0) for side in TILE_SIDES)
@@ -88,7 +93,7 @@ def open_header(content: bytes, *, max_pixels: int = MAX_PIXELS) -> "Image":
 
 def _plugins(content: bytes, max_pixels: int) -> tuple[str, ...]:
     """The formats of plugins that the file may be of. Raises DecodeError without the plugin, or for too many pixels."""
-    if content[4:8] == b"ftyp" and content[8:12] in HEIF:
+    if content[4:8] == b"ftyp" and content[8:12] in HEIF and b"avif" not in content[:64]:
         return _registered("HEIF")
     if not content.startswith(JXL):
         return ()
@@ -113,6 +118,22 @@ def _registered(name: str) -> tuple[str, ...]:
     except ImportError:
         raise DecodeError(f"{name} needs {PLUGINS[name]}: pip install -c constraints.txt -e '.[formats]'") from None
     return (name,)
+
+
+def _unknown(content: bytes) -> str | None:
+    """What is wrong with a file that Pillow takes for none, where its head says more than that."""
+    from PIL import TiffImagePlugin, features
+
+    if content[4:12] == b"ftypavif" and not features.check("avif"):
+        return "AVIF needs a Pillow that is built with it, as its wheels are"
+    if content[:4] not in TIFF:
+        return None
+    tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
+    file = io.BytesIO(content)
+    file.seek(tags.next)
+    tags.load(file)
+    bits, kind, channels = (tags.get(tag, 1) for tag in (BITS, SAMPLE_FORMAT, CHANNELS))
+    return f"a TIFF that Pillow does not read: {channels} samples per pixel, their bits {bits}, their format {kind}"
 
 
 def decode_rgb(content: bytes, *, least: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> "Image":
@@ -152,9 +173,11 @@ def finish(picture: "Image", *, least: tuple[int, int] | None = None) -> "Image"
             7: Transpose.TRANSVERSE,
             8: Transpose.ROTATE_90,
         }
-        method = methods.get(_orientation(picture))
-        rgb = _rgb(picture)
-        return rgb if method is None else rgb.transpose(method)
+        turn, rgb = _orientation(picture), _rgb(picture)
+        if turn in TURNS:
+            rgb = rgb.transpose(methods[turn])
+            rgb.info.clear()  # it would be turned once more by whoever gets it
+        return rgb
 
 
 def upright_size(picture: "Image") -> tuple[int, int]:
@@ -166,7 +189,8 @@ def upright_size(picture: "Image") -> tuple[int, int]:
 def middle(picture: "Image") -> "Image":
     """`picture`, or of a long line the middle, which is all that a centre crop sees: whole, it would fill memory."""
     short, long = sorted(picture.size)
-    cut = (long - LONG_LINE * short) // (2 * short) * short  # on either side; whole squares keep where pixels lie
+    # On either side whole squares, an even number of them: the crop lies at the same pixels, rounded the same way.
+    cut = (long - LONG_LINE * short) // (4 * short) * 2 * short if short else 0
     if cut <= 0:
         return picture
     wide = picture.width == long
@@ -180,16 +204,17 @@ def _turned(size: tuple[int, int], picture: "Image") -> tuple[int, int]:
     return (height, width) if _orientation(picture) in ON_ITS_SIDE else size
 
 
-def _orientation(picture: "Image") -> object:
-    """As the metadata tell, which may be of any kind; None where they cannot be read or the decoder sees to it."""
+def _orientation(picture: "Image") -> int:
+    """As the metadata tell; 1 where they cannot be read, or the decoder sees to it."""
     import PIL.Image
 
     if picture.format in ("TIFF", "HEIF", "JXL"):
-        return None
+        return 1
     try:
-        return PIL.Image.Image.getexif(picture).get(ORIENTATION)  # that of PNG would decode the pixels
-    except Exception:
-        return None
+        turn = PIL.Image.Image.getexif(picture).get(ORIENTATION)  # that of PNG would decode the pixels
+    except Exception:  # of a picture that was opened elsewhere
+        return 1
+    return turn if isinstance(turn, int) else 1
 
 
 def _rgb(picture: "Image") -> "Image":
@@ -198,9 +223,12 @@ def _rgb(picture: "Image") -> "Image":
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        grey = _eight_bits(np.asarray(picture))
-        if picture.mode != "F" and isinstance(key := picture.info.get("transparency"), int):
-            grey[np.asarray(picture) == key] = 255
+        values, tags = np.asarray(picture), getattr(picture, "tag_v2", {})
+        grey = _eight_bits(values << 4 if tags.get(BITS) == (12,) else values)
+        if tags.get(PHOTOMETRIC) == 0:  # white is 0, which Pillow sees to in 8 bits alone
+            grey = 255 - grey
+        if "transparency" in picture.info:
+            grey[values == picture.info["transparency"]] = 255
         return PIL.Image.fromarray(grey).convert("RGB")
     if picture.mode in ("RGBa", "La"):  # premultiplied
         picture = picture.convert(picture.mode.upper())
