@@ -39,7 +39,9 @@ def turned(value=6, kind=SHORT, count=1, order=">"):
 TURNED = {
     "plain": exif(turned()),
     "little endian": exif(turned(order="<"), order="<"),
-    "description is a ratio": exif((0x010E, RATIONAL, 1, struct.pack(">I", 40)), turned(), data=struct.pack(">II", 1, 2)),
+    "description is a ratio": exif(
+        (0x010E, RATIONAL, 1, struct.pack(">I", 40)), turned(), data=struct.pack(">II", 1, 2)
+    ),
     "description is a ratio of nothing": exif((0x010E, RATIONAL, 1, struct.pack(">I", 1 << 30)), turned()),
     "resolution is a text": exif(turned(), (0x011A, ASCII, 4, b"72\0\0"), (0x0128, SHORT, 1, struct.pack(">HH", 2, 0))),
     "as a long": exif(turned(kind=LONG)),
@@ -47,7 +49,9 @@ TURNED = {
     "as two numbers": exif(turned(count=2)),
     "as three numbers": exif((0x0112, SHORT, 3, struct.pack(">I", 26)), data=struct.pack(">HHH", 6, 6, 6)),
     "a directory that loops": exif(turned(), after=8),
-    "sub-directories that loop": exif(turned(), (0x8769, LONG, 1, struct.pack(">I", 8)), (0x8825, LONG, 1, b"\0\0\0\x08")),
+    "sub-directories that loop": exif(
+        turned(), (0x8769, LONG, 1, struct.pack(">I", 8)), (0x8825, LONG, 1, b"\0\0\0\x08")
+    ),
     "a sub-directory nowhere": exif(turned(), (0x8769, LONG, 1, b"\xff\xff\xff\xf0"), (0x8825, ASCII, 9, b"\0\0\0\1")),
     "more tags than there are": exif(turned(), count=999),
     "cut off behind it": exif(turned())[:-4],
@@ -102,7 +106,9 @@ def tiff(block):
     own = [(256, SHORT, 1, WIDTH), (257, SHORT, 1, HEIGHT), (258, SHORT, 1, 8), (259, SHORT, 1, 1), (262, SHORT, 1, 1)]
     own += [(273, LONG, 1, 8), (277, SHORT, 1, 1), (278, SHORT, 1, HEIGHT), (279, LONG, 1, WIDTH * HEIGHT)]
     entries = [
-        struct.pack(f"{order}HHIHH" if kind == SHORT else f"{order}HHII", tag, kind, number, *([value, 0][: 3 - kind // 2]))
+        struct.pack(
+            f"{order}HHIHH" if kind == SHORT else f"{order}HHII", tag, kind, number, *([value, 0][: 3 - kind // 2])
+        )
         for tag, kind, number, value in own
     ]
     entries += [block[place : place + 12] for place in range(10, min(len(block) - 11, 10 + 12 * count), 12)]
@@ -125,7 +131,9 @@ ODD = {
     "short profile": jpeg((0xE2, b"ICC_PROFILE\0")),
     "profile of other pieces": jpeg((0xE2, b"ICC_PROFILE\0\7\0junk"), (0xE2, b"ICC_PROFILE\0\1\2junk")),
     "pictures of an MPO that are none": jpeg((0xE2, b"MPF\0MM\0*\0\0\0\x08\0\2\xb0\1\0\4\0\0\0\1\0\0\0\3")),
-    "an index of an MPO that is none": jpeg((0xE2, b"MPF\0" + exif((0xB001, 2, 2, b"3\0\0\0"), (0xB002, 7, 4, b"abcd")))),
+    "an index of an MPO that is none": jpeg(
+        (0xE2, b"MPF\0" + exif((0xB001, 2, 2, b"3\0\0\0"), (0xB002, 7, 4, b"abcd")))
+    ),
     "resources of Photoshop that are none": jpeg((0xED, b"Photoshop 3.0\x008BIM\3\xed\0\0\0\0\0\2ab")),
     "XMP that is none": jpeg((0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff\xfe<<<")),
     "segments of every kind": jpeg(*((0xE0 + number, b"\xff\xd8\xff\xc0junk") for number in range(1, 14))),
@@ -137,7 +145,9 @@ ODD = {
     "large international text": png(chunk(b"iTXt", b"Comment\0\1\0\0\0" + TEXT)),
     "large XMP": png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + TEXT)),
     "many texts": png(*[chunk(b"zTXt", b"k%d\0\0" % n + zlib.compress(bytes(1_000_000))) for n in range(70)]),
-    "a bomb": png(chunk(b"zTXt", b"k\0\0" + BOMB), chunk(b"iTXt", b"k\0\1\0\0\0" + BOMB), chunk(b"iCCP", b"k\0\0" + BOMB)),
+    "a bomb": png(
+        chunk(b"zTXt", b"k\0\0" + BOMB), chunk(b"iTXt", b"k\0\1\0\0\0" + BOMB), chunk(b"iCCP", b"k\0\0" + BOMB)
+    ),
     "bombs that may turn": png(
         chunk(b"zTXt", b"Raw profile type exif\0\0" + BOMB), chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BOMB)
     ),

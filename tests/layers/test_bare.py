@@ -104,7 +104,9 @@ def test_xmp_turns_where_exif_does_not():
     same(decode_rgb(oddities.jpeg((0xE1, b"Exif\0\0broken"), (0xE1, inside))), UPRIGHT)
 
 
-@pytest.mark.parametrize("name", ["short JFIF", "large text behind", "text called interlace", "wrong checksum", "a bomb"])
+@pytest.mark.parametrize(
+    "name", ["short JFIF", "large text behind", "text called interlace", "wrong checksum", "a bomb"]
+)
 def test_files_at_which_other_readers_fail_are_stored_anew(name):
     stored = store(ODD[name], KEEP)
     assert stored.extension == "png"
@@ -116,7 +118,10 @@ def test_good_files_stay_untouched():
     texts = [chunk(b"gAMA", b"\0\0\xb1\x8f"), chunk(b"tEXt", b"Software\0x"), chunk(b"pHYs", bytes(9))]
     profile = chunk(b"iCCP", b"icc\0\0" + zlib.compress(b"profile"))
     files = [*with_exif(camera).values(), png(*texts, behind=[chunk(b"tIME", bytes(7)), texts[1]]), png(profile)]
-    files += [oddities.jpeg((0xFE, b"a comment"), (0xE2, b"ICC_PROFILE\0\1\1profile")), webp((b"XMP ", xmp(1)), flags=4)]
+    files += [
+        oddities.jpeg((0xFE, b"a comment"), (0xE2, b"ICC_PROFILE\0\1\1profile")),
+        webp((b"XMP ", xmp(1)), flags=4),
+    ]
     files += [oddities.encoded(Image.fromarray(PIXELS), "MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))])]
     for content in files:
         assert store(content, KEEP).image == content
@@ -168,4 +173,3 @@ def test_whatever_stands_in_metadata(seed):
             broken[place] = rng.integers(0, 256)
         for content in with_exif(bytes(broken)).values():
             assert decode_rgb(content).size in {(WIDTH, HEIGHT), (HEIGHT, WIDTH)}
-

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vtp.draws import numpy_draws
-from vtp.layers.decode import LONG_LINE, middle
+from vtp.layers.decode import middle
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,8 +23,6 @@ def squash(image: "Image", size: int) -> "Image":
     """The whole picture, bilinearly, whatever its aspect: VTP's zero-shot protocol, `Resize((size, size))`."""
     from PIL.Image import Resampling
 
-    if image.height > LONG_LINE * image.width:  # Pillow scales the width first, and would fill memory
-        image = image.resize((image.width, size), Resampling.BILINEAR)
     return image.resize((size, size), Resampling.BILINEAR)
 
 
