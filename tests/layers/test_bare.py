@@ -93,6 +93,12 @@ def test_tags_of_tiff_beside_those_of_pixels(block):
     same(decode_rgb(oddities.tiff(block)), UPRIGHT[..., :1].repeat(3, -1))
 
 
+@pytest.mark.parametrize("block", UNREADABLE.values(), ids=UNREADABLE)
+def test_no_turn_of_tiff_that_cannot_be_read(block):
+    if block[4:10] == b"\0\0\0\x08\0\1":
+        same(decode_rgb(oddities.tiff(block)), PIXELS[..., :1].repeat(3, -1))
+
+
 def test_xmp_turns_where_exif_does_not():
     inside = b"http://ns.adobe.com/xap/1.0/\0" + xmp(6)
     text = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(6))
