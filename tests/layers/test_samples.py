@@ -278,6 +278,19 @@ def test_limits_hold_for_modern_formats(form, monkeypatch):
             open_header(content, max_pixels=size[0] * size[1] - 1)
 
 
+def test_a_size_that_jpeg_xl_takes_apart_is_seen():
+    """The stream may be cut anywhere, also within its size."""
+    stream = encoded(Image.fromarray(np.tile(PIXELS, (10, 10, 1))), "JXL")
+    boxes = b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\x14ftypjxl \0\0\0\0jxl "
+    for cut in (0, 2, 3, 5, 30):
+        pieces = ((0, stream[:cut]), (1 << 31 | 1, stream[cut:]))
+        parts = [struct.pack(">I4sI", 12 + len(piece), b"jxlp", number) + piece for number, piece in pieces]
+        content = boxes + b"".join(parts)
+        assert decode_rgb(content).size == (10 * WIDTH, 10 * HEIGHT)
+        with pytest.raises(DecodeError, match="too many pixels: 240 x 160"):
+            open_header(content, max_pixels=38_399)
+
+
 def test_a_size_that_heic_hides_is_refused():
     content = encoded(Image.new("RGB", (900, 700)), "HEIF")
     lying = content.replace(struct.pack(">II", 900, 700), struct.pack(">II", 16, 16))

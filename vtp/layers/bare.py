@@ -18,6 +18,7 @@ LONGEST_TEXT = 1 << 20  # bytes of an unpacked text of a PNG that may say which 
 PNG = b"\x89PNG\r\n\x1a\n"
 JXL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")  # a bare stream, and one in boxes
 JXL_BOXES = (b"JXL ", b"ftyp", b"jxll", b"jxlc", b"jxlp")
+LEAST_JXL = 12  # bytes of a stream, more than the longest size takes
 TIFF = {b"II*\0": "<", b"MM\0*": ">"}
 EXIF = b"Exif\0\0"
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
@@ -58,8 +59,10 @@ def jxl_size(content: bytes) -> tuple[int, int]:
     """Width and height that a JPEG XL file announces; its reader has decoded all when it tells. Raises ValueError."""
     try:
         if content.startswith(JXL[1]):
-            pieces = {b"jxlc": 0, b"jxlp": 4}  # bytes before the stream
-            content = next(box.data[pieces[box.name] :] for box in _boxes(content) if box.name in pieces)
+            starts = {b"jxlc": 0, b"jxlp": 4}  # of the stream within them; a header may lie in several
+            content = b"".join(box.data[starts[box.name] :] for box in _boxes(content) if box.name in starts)
+        if not content.startswith(JXL[0]) or len(content) < LEAST_JXL:
+            raise _Broken
         bits = _Bits(int.from_bytes(content[2:32], "little"))
         small = bits.take(1)
 
@@ -69,7 +72,7 @@ def jxl_size(content: bytes) -> tuple[int, int]:
         height = side()
         ratio = bits.take(3)
         return (height * RATIOS[ratio][0] // RATIOS[ratio][1] if ratio else side()), height
-    except (_Broken, StopIteration, struct.error):
+    except (_Broken, struct.error):
         raise ValueError("no size in its header") from None
 
 
