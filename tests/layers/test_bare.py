@@ -179,3 +179,10 @@ def test_whatever_stands_in_metadata(seed):
             broken[place] = rng.integers(0, 256)
         for content in with_exif(bytes(broken)).values():
             assert decode_rgb(content).size in {(WIDTH, HEIGHT), (HEIGHT, WIDTH)}
+
+
+def test_a_large_profile_makes_no_file_that_nobody_opens():
+    profile = bytes(range(256)) * 12_000  # Pillow unpacks less of a PNG
+    content = oddities.encoded(Image.new("CMYK", (9, 9), (1, 2, 3, 99)), "TIFF", icc_profile=profile)
+    assert len(store(content, KEEP).image) < 1000
+    assert plainly(store(content, KEEP).image).size == (9, 9)
