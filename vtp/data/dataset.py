@@ -17,7 +17,7 @@ from torch import Tensor
 from vtp.artefact import ArtefactError, verify_files
 from vtp.data.remote import ShardCache, verify_remote
 from vtp.data.shards import NO_LABEL, Manifest, Shard
-from vtp.layers.decode import DecodeError, croppable, decode_rgb
+from vtp.layers.decode import DecodeError, decode_rgb
 from vtp.layers.images import centre_crop
 from vtp.texts import shown
 
@@ -130,14 +130,8 @@ class ShardDataset:
 
     def images(self, indices: Sequence[int] | np.ndarray | Tensor, size: int) -> Tensor:
         """Pictures [n, 3, size, size] uint8, centre-cropped as ADM does. Raises SampleError for one that cannot be."""
-        pixels = [np.asarray(centre_crop(self._croppable(int(index), size), size)) for index in indices]
+        pixels = [np.asarray(centre_crop(self.image(int(index)), size)) for index in indices]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-
-    def _croppable(self, index: int, size: int) -> "Image":
-        try:
-            return croppable(self.image(index), size)
-        except DecodeError as error:
-            raise SampleError(f"{self.name(index)}: {error}") from None
 
     def shard_of(self, index: int) -> int:
         """Number of the shard that holds a sample."""

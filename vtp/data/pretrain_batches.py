@@ -34,7 +34,7 @@ from vtp.data.views import (
     ssl_views,
 )
 from vtp.draws import numpy_draws
-from vtp.layers.decode import croppable, finish, upright_size
+from vtp.layers.decode import finish, upright_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -222,8 +222,6 @@ class PretrainBatches(Dataset[PretrainBatch]):
             return picture_crops + (ssl_crops(config.ssl_views, seed, first + place)[0] if place in in_ssl else [])
 
         def decode(picture: "Image", place: int) -> "Image":
-            if place in in_rec and isinstance(config.reconstruction_view, CentreCropView):
-                croppable(picture, self.image_size)
             wanted = crops(place) if config.stream.decode == "reduced" else None
             return finish(picture, least=least_size(upright_size(picture), wanted) if wanted else None)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vtp.artefact import ArtefactError, verified_weights
 from vtp.config import ConfigError
 from vtp.curation.filter.rules import OpenClipModel, TokenizerModel
-from vtp.layers.decode import croppable
+from vtp.layers.decode import middle
 from vtp.layers.images import from_pil
 from vtp.models.tokenizer import VisualTokenizer, read_config
 
@@ -95,6 +95,5 @@ def build_scorer(
         raise ArtefactError(f"{path} does not fit {model.architecture}: {str(error)[:300]}") from None
     settings = PreprocessCfg(**network.visual.preprocess_cfg)  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
     transform: Any = image_transform_v2(settings, is_train=False)
-    side = settings.size if isinstance(settings.size, int) else max(settings.size)
     tokenize = open_clip.get_tokenizer(model.architecture)
-    return ClipScorer(network, lambda image: transform(croppable(image, side)), tokenize, device=device)  # pyright: ignore[reportArgumentType]
+    return ClipScorer(network, lambda image: transform(middle(image)), tokenize, device=device)  # pyright: ignore[reportArgumentType]

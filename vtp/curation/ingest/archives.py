@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vtp.artefact import whole_file
-from vtp.curation.ingest.folders import EXTENSIONS, holds
+from vtp.curation.ingest.folders import holds
 from vtp.curation.ingest.imagenet import DEVKIT, OTHER_CLASS, read_devkit, truth_of
 from vtp.curation.ingest.listing import Entry, require_inside, safe_key
 from vtp.curation.ingest.shard_workers import IngestError, Stopped
 from vtp.curation.ingest.tars import members, size_of
 from vtp.data.imagenet import imagenet_classes
+from vtp.layers.decode import EXTENSIONS
 from vtp.texts import shown
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

@@ -15,9 +15,9 @@ from vtp.config import Config
 from vtp.curation.ingest.listing import Entry, require_inside, safe_key
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.places import inside, path_problem
+from vtp.layers.decode import EXTENSIONS
 from vtp.texts import listed, shown, text_problem
 
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 LONGEST_LINE = 1 << 24  # characters of a line of a table
 VALIDATION_NAMES = frozenset(("dev", "test", "val", "valid", "validation"))
 
