@@ -3,10 +3,11 @@
 import os
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vtp.artefact import contains
 from vtp.curation.ingest.encode import ImageConfig, store
 from vtp.curation.ingest.listing import WHOLE, Listing, safe_key
 from vtp.curation.ingest.shard_workers import IngestError
@@ -56,9 +57,10 @@ class ListedPictures:
         columns: Columns = LISTED,
         *,
         outside_links: bool = False,
+        roots: Sequence[str] = (),
     ) -> None:
         self.description = description
-        self._outside_links = outside_links
+        self._outside_links, self._roots = outside_links, roots
         self._root, self._splits, self._image, self._columns = root, splits, image, columns
 
     @classmethod
@@ -71,12 +73,13 @@ class ListedPictures:
         image: ImageConfig,
         *,
         outside_links: bool,
+        roots: Sequence[str] = (),
     ) -> "ListedPictures":
-        """From what `list_pictures` wrote to `folder`."""
+        """From what `list_pictures` wrote to `folder`; absolute paths of files lie in one of `roots`."""
         rows = {
             name: Rows((folder / f"{name}-rows.parquet",), (count,), 0, count) for name, count in listing.splits.items()
         }
-        return cls(root, rows, description, image, outside_links=outside_links)
+        return cls(root, rows, description, image, outside_links=outside_links, roots=roots)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -86,7 +89,7 @@ class ListedPictures:
     def records(self, split: str, rows: range) -> Iterator[SampleRecord | Rejected]:
         """Read, checked and stored one by one."""
         part = self._splits[split]
-        files = _Files(self._root, outside_links=self._outside_links)
+        files = _Files(self._root, self._roots, outside_links=self._outside_links)
         before = (-1, "")
         for row in read_listed_rows(part, range(part.start + rows.start, part.start + rows.stop), self._columns):
             here = (row[ORDER], row[KEY])
@@ -120,8 +123,8 @@ class ListedPictures:
 class _Files:
     """Reads files and pieces of them under a folder; the archives used last stay open."""
 
-    def __init__(self, root: Path, *, outside_links: bool) -> None:
-        self._root, self._outside_links = root, outside_links
+    def __init__(self, root: Path, roots: Sequence[str], *, outside_links: bool) -> None:
+        self._root, self._roots, self._outside_links = root, roots, outside_links
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def piece(self, file: str, offset: object, size: object) -> bytes:
@@ -148,6 +151,10 @@ class _Files:
             raise DecodeError(f"cannot be read ({error.strerror})") from None
 
     def _opened(self, file: str) -> int:
+        # An absolute path is within a root, or is refused as outside of the source.
+        for root in self._roots:
+            if contains(root, file):
+                return open_inside(Path(root), os.path.relpath(file, root), root, outside_links=self._outside_links)
         return open_inside(self._root, file, "the source", outside_links=self._outside_links)
 
     def __del__(self) -> None:

@@ -11,13 +11,14 @@ from vtp.curation.ingest.archives import list_imagenet_parquet, list_imagenet_ta
 from vtp.curation.ingest.compose import EmbeddedConfig
 from vtp.curation.ingest.embedded import ComposedPictures
 from vtp.curation.ingest.encode import ImageConfig
-from vtp.curation.ingest.folders import FolderSource, HeldOut, TableSource, class_name, list_folder, list_table
+from vtp.curation.ingest.folders import FolderSource, HeldOut, class_name, list_folder
 from vtp.curation.ingest.imagenet import ImageNetSource, describe_imagenet, list_imagenet_folders
 from vtp.curation.ingest.listed import ListedPictures
 from vtp.curation.ingest.listing import Entry, Listing, Naming, list_pictures
 from vtp.curation.ingest.pool import PoolSource, pooled_pictures
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.ingest.source import Description, PictureSource
+from vtp.curation.ingest.tables import OTHER_CAPTIONS, TableSource, list_table
 from vtp.data.imagenet import imagenet_classes
 
 SourceConfig = Annotated[
@@ -61,14 +62,17 @@ def open_pictures(
         naming = Naming(config.caption, lambda synset: imagenet_classes().names[synset])
         held_out = None
     else:
-        entries, naming = _list_own(config, inputs.source, ignored)
+        entries, naming = _list_own(config, inputs.source, ignored, stop)
         held_out = config.validation.share if isinstance(config.validation, HeldOut) else None
     rows = scratch / "rows"
     listing = list_pictures(entries, rows, naming=naming, held_out=held_out, ignored=ignored, stop=stop)
+    roots = config.roots if isinstance(config, TableSource) else ()
     pictures = ListedPictures.of_folder(
-        root, rows, listing, _describe(config, listing), image, outside_links=config.outside_links
+        root, rows, listing, _describe(config, listing), image, outside_links=config.outside_links, roots=roots
     )
-    return Opened(pictures, {"duplicates": listing.duplicates, "ignored_files": sum(listing.ignored.values())})
+    captions = listing.ignored.get(OTHER_CAPTIONS, 0)
+    facts = {"duplicates": listing.duplicates, "ignored_files": sum(listing.ignored.values()) - captions}
+    return Opened(pictures, facts | ({"other_captions": captions} if isinstance(config, TableSource) else {}))
 
 
 def _check_inputs(name: str, inputs: SourceFolders) -> None:
@@ -96,11 +100,11 @@ def _list_imagenet(
 
 
 def _list_own(
-    config: FolderSource | TableSource, source: Path, ignored: Counter[str]
+    config: FolderSource | TableSource, source: Path, ignored: Counter[str], stop: Callable[[], bool]
 ) -> tuple[Iterator[Entry], Naming]:
     if isinstance(config, FolderSource):
         return list_folder(config, source, ignored), Naming(config.caption, class_name)
-    return list_table(config, source), Naming(None, class_name)
+    return list_table(config, source, ignored, stop), Naming(None, class_name)
 
 
 def _describe(config: ImageNetSource | FolderSource | TableSource, listing: Listing) -> Description:
