@@ -110,18 +110,32 @@ def list_table(config: TableSource, source: Path, ignored: Counter[str], stop: C
             raise IngestError(f"{root}: no such folder; correct prepare_data.source.roots")
     choice = _choose(config, source, stop)
     number = 0
-    for _, entry in _samples(config, source):
-        if entry.problem is not None:
-            yield entry
+    for sample in _samples(config, source):
+        if sample.problem is not None:
+            yield Entry(sample.split, safe_key(sample.file, sample.place), sample.file, problem=sample.problem)
             continue
         if choice.kept[number]:
-            yield entry._replace(class_id=choice.classes[choice.labels[number]])
+            picture = safe_key(sample.file)
+            key = picture if config.captions == "one" else safe_key(sample.file, sample.caption)
+            class_id = choice.classes[choice.labels[number]]
+            yield Entry(sample.split, key, sample.file, class_id=class_id, caption=sample.caption, picture=picture)
         else:
             ignored[OTHER_CAPTIONS] += 1
         number += 1
 
 
-class _Choice(NamedTuple):
+class _TableSample(NamedTuple):
+    """A caption of a picture, or none, as a row of a table has it."""
+
+    split: str
+    place: str  # of the row
+    file: str
+    caption: str = ""
+    class_id: str | None = None
+    problem: str | None = None
+
+
+class _KeptRows(NamedTuple):
     """What becomes of samples, in their order."""
 
     kept: np.ndarray
@@ -129,25 +143,25 @@ class _Choice(NamedTuple):
     classes: list[str | None]  # None comes first
 
 
-def _choose(config: TableSource, source: Path, stop: Callable[[], bool]) -> _Choice:
+def _choose(config: TableSource, source: Path, stop: Callable[[], bool]) -> _KeptRows:
     """Read all rows, and see which are kept."""
     pictures, captions, labels = array("Q"), array("Q"), array("q")
     classes: dict[str | None, int] = {None: 0}
     trained = 0
-    for place, (_, entry) in enumerate(_samples(config, source)):
-        if place % ASKED == 0 and stop():
+    for number, sample in enumerate(_samples(config, source)):
+        if number % ASKED == 0 and stop():
             raise Stopped
-        if entry.problem is None:
-            pictures.append(_digest(entry.file))
-            captions.append(_digest(entry.caption) if entry.caption.strip() else 0)
-            labels.append(classes.setdefault(entry.class_id, len(classes)))
-            trained += entry.split == "train"
-    said = _Said(*(np.frombuffer(values, values.typecode) for values in (pictures, captions, labels)), trained)
+        if sample.problem is None:
+            pictures.append(_digest(sample.file))
+            captions.append(_digest(sample.caption) if sample.caption.strip() else 0)
+            labels.append(classes.setdefault(sample.class_id, len(classes)))
+            trained += sample.split == "train"
+    said = _Said(np.array(pictures), np.array(captions), np.array(labels), trained)
     if not len(pictures):
-        return _Choice(np.empty(0, bool), said.labels, list(classes))
+        return _KeptRows(np.empty(0, bool), said.labels, list(classes))
     _require_apart(said, config, source)
     kept = _kept(said.pictures, said.captions, one=config.captions == "one")
-    return _Choice(kept, _labels(said, config, source), list(classes))
+    return _KeptRows(kept, _labels(said, config, source), list(classes))
 
 
 class _Said(NamedTuple):
@@ -188,10 +202,10 @@ def _labels(said: _Said, config: TableSource, source: Path) -> np.ndarray:
     if len(wrong):
         same = wrong[said.pictures[wrong] == said.pictures[wrong[0]]]
         other = same[said.labels[same] != said.labels[same[0]]][0]
-        (place, entry), (second, contrary) = _samples_at([same[0], other], config, source)
+        first, second = _samples_at([same[0], other], config, source)
         raise IngestError(
-            f"{place} and {second}: {shown(entry.file)} is {shown(repr(entry.class_id))} in one and "
-            f"{shown(repr(contrary.class_id))} in the other; a picture has one class, correct the table"
+            f"{first.place} and {second.place}: {shown(first.file)} is {shown(repr(first.class_id))} in one and "
+            f"{shown(repr(second.class_id))} in the other; a picture has one class, correct the table"
         )
     labels = np.empty_like(said.labels)
     labels[order] = np.repeat(highest, sizes)
@@ -204,10 +218,10 @@ def _require_apart(said: _Said, config: TableSource, source: Path) -> None:
     if len(both):
         held = said.trained + np.flatnonzero(np.isin(said.pictures[said.trained :], both))[0]
         trained = np.flatnonzero(said.pictures == said.pictures[held])[0]
-        (place, entry), (second, _) = _samples_at([trained, held], config, source)
+        first, second = _samples_at([trained, held], config, source)
         raise IngestError(
-            f"{second}: {shown(entry.file)} is a training picture ({place}), and in all {len(both)} of the pictures for "
-            "validation are; leave them out of one of the tables, or take {name: held_out} for validation"
+            f"{second.place}: {shown(second.file)} is a training picture too ({first.place}), one of {len(both)} that are "
+            "in the tables of both splits; leave them out of one of the tables, or take {name: held_out} for validation"
         )
 
 
@@ -218,64 +232,60 @@ def _changes(*columns: np.ndarray) -> np.ndarray:
     return changes
 
 
-def _samples_at(numbers: list[Any], config: TableSource, source: Path) -> list[tuple[str, Entry]]:
-    """The samples with these numbers, in the order of the numbers."""
-    usable = (sample for sample in _samples(config, source) if sample[1].problem is None)
+def _samples_at(numbers: list[Any], config: TableSource, source: Path) -> list[_TableSample]:
+    """The samples with these numbers among those that can be used, in the order of the numbers."""
+    usable = (sample for sample in _samples(config, source) if sample.problem is None)
     found = {number: sample for number, sample in enumerate(usable) if number in numbers}
     return [found[number] for number in numbers]
 
 
-def _samples(config: TableSource, source: Path) -> Iterator[tuple[str, Entry]]:
-    """Place and sample of every caption of every row, or why a row has none."""
+def _samples(config: TableSource, source: Path) -> Iterator[_TableSample]:
+    """The captions of all rows, and rows that have none, in the order of the tables."""
     tables = {"train": (config.train, config.folder)}
     if isinstance(own := config.validation, OwnTable):
         tables["validation"] = own.table, config.folder if own.folder is None else own.folder
     columns = (config.path, config.caption, config.label)
-    how = (config.delimiter, config.quoting, config.header)
     own_roots = tuple({os.path.abspath(source), os.path.realpath(source)})
     for split, (name, folder) in tables.items():
-        table = TableFile(source, name, columns, *how)
-        if not table.path.is_file():
-            raise IngestError(f"{table.path}: no such table; {table.path.parent} holds {holds(table.path.parent)}")
-        require_inside(None if config.outside_links else source, table.path)
-        reader = _Reader(split, folder, own_roots, tuple(config.roots), config.captions)
-        for place, values in read_rows(table):
-            for entry in reader.entries(place, values):
-                yield place, entry
+        reader = _Reader(split, folder, own_roots, tuple(config.roots))
+        for part in _parts(source, name):
+            table = TableFile(source, part, columns, config.delimiter, config.quoting, config.header)
+            if not table.path.is_file():
+                raise IngestError(f"{table.path}: no such table; {table.path.parent} holds {holds(table.path.parent)}")
+            require_inside(None if config.outside_links else source, table.path)
+            for place, values in read_rows(table):
+                yield from reader.samples(place, values)
+
+
+def _parts(source: Path, table: str) -> list[str]:
+    """The files of a table: engines write a .parquet as a folder of several."""
+    if table.lower().endswith(".parquet") and (source / table).is_dir():
+        return sorted(f"{table}/{path.name}" for path in (source / table).glob("*.parquet")) or [table]
+    return [table]
 
 
 class _Reader(NamedTuple):
-    """Turns rows of one table into entries."""
+    """Makes samples of the rows of one table."""
 
     split: str
     folder: str
     own_roots: tuple[str, ...]  # what absolute paths call the source folder
     roots: tuple[str, ...]
-    captions: Literal["one", "all"]
 
-    def entries(self, place: str, values: tuple[Any, ...] | str) -> Iterator[Entry]:
+    def samples(self, place: str, values: tuple[Any, ...] | str) -> list[_TableSample]:
         """One per caption. Raises IngestError for a path that leads out."""
         if isinstance(values, str):
-            yield Entry(self.split, safe_key(place), place, problem=values)
-            return
+            return [_TableSample(self.split, place, place, problem=values)]
         path, caption, label = map(_plain, values)
         if not isinstance(path, str) or not path:
-            yield Entry(self.split, safe_key(place), place, problem="no path")
-            return
+            return [_TableSample(self.split, place, place, problem="no path")]
         if (problem := path_problem(path)) is not None:
-            yield Entry(self.split, safe_key(place), shown(path), problem=f"path {problem} ({place})")
-            return
-        file = self._file(place, path)
-        texts, label = _captions(caption), "" if label is None else _class_id(label)
-        problems = [("caption", text_problem(text)) for text in texts] + [("label", text_problem(label))]
-        for what, problem in problems:
-            if problem is not None:
-                yield Entry(self.split, safe_key(file, place), file, problem=f"{what} {problem} ({place})")
-                return
-        picture = safe_key(file)
-        for text in texts:
-            key = picture if self.captions == "one" else safe_key(file, text)
-            yield Entry(self.split, key, file, class_id=label or None, caption=text, picture=picture)
+            return [_TableSample(self.split, place, shown(path), problem=f"path {problem} ({place})")]
+        file, captions, class_id = self._file(place, path), _captions(caption), _class_id(label)
+        for what, text in (*(("caption", text) for text in captions), ("label", class_id or "")):
+            if (problem := _problem(text)) is not None:
+                return [_TableSample(self.split, place, file, problem=f"{what} {problem} ({place})")]
+        return [_TableSample(self.split, place, file, text, class_id or None) for text in captions]
 
     def _file(self, place: str, path: str) -> str:
         """Relative to the source or, in another root, absolute; the same for all ways to write a path."""
@@ -307,9 +317,18 @@ def _captions(value: Any) -> list[Any]:  # noqa: ANN401
             texts = json.loads(value)
         except (ValueError, RecursionError):
             texts = None
-        value = texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else value
+        value = texts if isinstance(texts, list) and all(isinstance(text, str | None) for text in texts) else value
     values = value if isinstance(value, list) else [value]
     return [text for each in values if (text := _plain(each)) is not None] or [""]
+
+
+def _problem(text: Any) -> str | None:  # noqa: ANN401
+    """Why a value can be no caption and no class; None when it can."""
+    if (problem := text_problem(text)) is not None:
+        return problem
+    if text.startswith(("['", '["')) and text.endswith(("']", '"]')):
+        return "is a list as Python prints it; write it as JSON"  # numpy's has no commas
+    return "holds NUL" if "\0" in text else None
 
 
 def _class_id(value: Any) -> Any:  # noqa: ANN401
