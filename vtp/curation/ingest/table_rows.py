@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from vtp.config import did_you_mean
@@ -56,11 +56,8 @@ class TableFile(NamedTuple):
 
 def form_of(table: str, delimiter: str | None) -> Literal["text", "jsonl", "json", "parquet"]:
     """What a table is by its name. Raises ValueError for names that say nothing."""
-    stem, suffix = os.path.splitext(table.lower())
-    packed = suffix == ".gz"
-    suffix = os.path.splitext(stem)[1] if packed else suffix
-    form = FORMS.get(suffix, None if delimiter is None else "text")
-    if form is None or (packed and form == "parquet"):
+    form = FORMS.get(_suffix(table), None if delimiter is None else "text")
+    if form is None or (form == "parquet" and _packed(table)):
         raise ValueError(
             f"{table}: a table is a .csv, .tsv, .jsonl, .json (each of them also as .gz) or .parquet; "
             "any other text needs a delimiter"
@@ -85,7 +82,7 @@ def read_rows(table: TableFile) -> Iterator[Row]:
 
 
 def _text_rows(table: TableFile) -> Iterator[Row]:
-    delimiter = table.delimiter or ("\t" if ".tsv" in PurePath(table.name.lower()).suffixes else ",")
+    delimiter = table.delimiter or ("\t" if _suffix(table.name) == ".tsv" else ",")
     quoting = delimiter == "," if table.quoting is None else table.quoting
     names, places = table.header, _places(table, table.header) if table.header else []
     for line, cells in (_quoted if quoting else _plain)(table, delimiter):
@@ -281,7 +278,7 @@ def _value(scalar: "pa.Scalar") -> Any:  # noqa: ANN401 - whatever parquet holds
 @contextmanager
 def _opened(table: TableFile, *, newline: str) -> Iterator[TextIO]:
     """The text of a table, packed or not; it is closed at the end."""
-    opener = gzip.open if _packed(table) else open
+    opener = gzip.open if _packed(table.name) else open
     try:
         with opener(table.path, "rb") as binary:
             if binary.peek(2)[:2] in UTF16:  # pyright: ignore[reportAttributeAccessIssue]
@@ -291,13 +288,17 @@ def _opened(table: TableFile, *, newline: str) -> Iterator[TextIO]:
         raise IngestError(f"{table.path}: cannot be read to its end ({error}); fetch or pack it again") from None
 
 
-def _packed(table: TableFile) -> bool:
-    return table.name.lower().endswith(".gz")
+def _packed(table: str) -> bool:
+    return table.lower().endswith(".gz")
+
+
+def _suffix(table: str) -> str:
+    return os.path.splitext(table.lower().removesuffix(".gz"))[1]
 
 
 def _lines(table: TableFile, file: TextIO, *, nul: bool = True) -> Iterator[str]:
     """The lines of a table. Raises IngestError for one that would fill memory or, unless `nul`, holds NUL."""
-    number, left = 0, MOST_UNPACKED * table.path.stat().st_size if _packed(table) else math.inf
+    number, left = 0, MOST_UNPACKED * table.path.stat().st_size if _packed(table.name) else math.inf
     while line := file.readline(LONGEST_LINE + 1):
         number, left = number + 1, left - len(line)
         if len(line) > LONGEST_LINE:

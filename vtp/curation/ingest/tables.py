@@ -30,6 +30,7 @@ from vtp.curation.places import path_problem
 from vtp.texts import shown, text_problem
 
 OTHER_CAPTIONS = "rows of pictures whose other captions are kept"  # among what was passed over
+EXACT = 1 << 53  # up to it every integer has a float of its own
 ASKED = 1 << 16  # rows between two questions whether to stop
 
 
@@ -282,7 +283,7 @@ class _Reader(NamedTuple):
         if (problem := path_problem(path)) is not None:
             return [_TableSample(self.split, place, shown(path), problem=f"path {problem} ({place})")]
         file, captions, class_id = self._file(place, path), _captions(caption), _class_id(label)
-        for what, text in (*(("caption", text) for text in captions), ("label", class_id or "")):
+        for what, text in (*(("caption", text) for text in captions), ("label", "" if class_id is None else class_id)):
             if (problem := _problem(text)) is not None:
                 return [_TableSample(self.split, place, file, problem=f"{what} {problem} ({place})")]
         return [_TableSample(self.split, place, file, text, class_id or None) for text in captions]
@@ -333,5 +334,5 @@ def _problem(text: Any) -> str | None:  # noqa: ANN401
 
 def _class_id(value: Any) -> Any:  # noqa: ANN401
     """Texts and integers name a class; integers that pandas made floats, in a column with nulls, are integers again."""
-    whole = type(value) is int or (isinstance(value, float) and value.is_integer())
+    whole = type(value) is int or (isinstance(value, float) and value.is_integer() and abs(value) <= EXACT)
     return str(int(value)) if whole else value
