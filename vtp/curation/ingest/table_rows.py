@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LONGEST_LINE = 1 << 24  # characters of a line of a table
-LARGEST_JSON = 1 << 28  # characters of a .json, which is read whole and takes some ten times as many bytes of memory
+LARGEST_JSON = 1 << 28  # characters of a .json, which is read whole and takes some five times as many bytes of memory
 MOST_UNPACKED = 200  # times its size may a .gz become; texts are seldom packed to a tenth
 BATCH = 256  # rows of a parquet file in memory
 UTF16 = (b"\xff\xfe", b"\xfe\xff")

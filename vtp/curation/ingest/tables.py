@@ -3,8 +3,9 @@
 A picture is a file, however its path is written. Whatever rows say of it goes to one split: its captions are samples of
 their own or all but one of them are left out, and its class is one.
 
-A table is read twice. The first time leaves 24 bytes per row, digests of picture and caption and the number of a class, from
-which follows which rows are kept; the second time gives those, so memory does not grow with what millions of rows say.
+A table is read twice. The first time leaves 24 bytes per row, digests of picture and caption and the number of a class, and
+some 80 while they are sorted to see which rows are kept; the second time gives those, so memory does not grow with what
+millions of rows say.
 """
 
 import json
