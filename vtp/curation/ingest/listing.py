@@ -44,6 +44,7 @@ class Entry(NamedTuple):
     class_id: str | None = None
     caption: str = ""
     problem: str | None = None  # why it cannot be used, when that is known already
+    picture: str | None = None  # what entries of one picture have in common; None: the key
 
 
 class Listing(Config):
@@ -87,8 +88,9 @@ def list_pictures(
 ) -> Listing:
     """Write the list of all entries to `folder`; one that is already there is kept.
 
-    `held_out`: share of the pictures, those with the smallest hashes, that becomes the split validation. `ignored` is
-    read when all entries are. Raises IngestError when two pictures have one key, and Stopped when it was asked to stop.
+    `held_out`: share of the pictures, those with the smallest hashes, that becomes the split validation; entries of one
+    `picture` go together. `ignored` is read when all entries are. Raises IngestError when two pictures have one key, and
+    Stopped when it was asked to stop.
     """
     path = folder / "listing.json"
     if path.exists():
@@ -101,12 +103,13 @@ def list_pictures(
     class_ids = sorted_ids(table["class_id"].unique().drop_null().to_pylist())
     table = _with_labels(table, class_ids, naming)
     if held_out is not None:
-        validation = table[ORDER].to_numpy() < np.uint64(held_out * 2**64)
+        pictures = pc.coalesce(table["picture"], table["key"])  # pyright: ignore[reportAttributeAccessIssue]
+        validation = order_of(pictures.to_pylist()) < np.uint64(held_out * 2**64)
         table = table.set_column(0, "split", pa.array(np.where(validation, "validation", "train")))
     splits, duplicates = {}, 0
     with whole_folder(folder) as temporary:
         for split in ("train", "validation"):
-            rows, twice = _sorted(table.filter(pc.field("split") == split).drop_columns(["split"]))
+            rows, twice = _sorted(table.filter(pc.field("split") == split).drop_columns(["split", "picture"]))
             pq.write_table(rows, temporary / f"{split}-rows.parquet", row_group_size=ROW_GROUP)
             splits[split], duplicates = len(rows), duplicates + twice
         listing = Listing(

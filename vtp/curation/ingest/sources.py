@@ -11,13 +11,14 @@ from vtp.curation.ingest.archives import list_imagenet_parquet, list_imagenet_ta
 from vtp.curation.ingest.compose import EmbeddedConfig
 from vtp.curation.ingest.embedded import ComposedPictures
 from vtp.curation.ingest.encode import ImageConfig
-from vtp.curation.ingest.folders import FolderSource, HeldOut, TableSource, class_name, list_folder, list_table
+from vtp.curation.ingest.folders import FolderSource, HeldOut, class_name, list_folder
 from vtp.curation.ingest.imagenet import ImageNetSource, describe_imagenet, list_imagenet_folders
 from vtp.curation.ingest.listed import ListedPictures
 from vtp.curation.ingest.listing import Entry, Listing, Naming, list_pictures
 from vtp.curation.ingest.pool import PoolSource, pooled_pictures
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.ingest.source import Description, PictureSource
+from vtp.curation.ingest.tables import OTHER_CAPTIONS, TableSource, list_table
 from vtp.curation.ingest.webdataset import AGAIN, WebDatasetSource, read_tars
 from vtp.data.imagenet import imagenet_classes
 
@@ -71,14 +72,22 @@ def open_pictures(
         naming = Naming(config.caption, lambda synset: imagenet_classes().names[synset])
         held_out = None
     else:
-        entries, naming = _list_own(config, inputs.source, ignored)
+        entries, naming = _list_own(config, inputs.source, ignored, stop)
         held_out = config.validation.share if isinstance(config.validation, HeldOut) else None
     rows = scratch / "rows"
     listing = list_pictures(entries, rows, naming=naming, held_out=held_out, ignored=ignored, stop=stop)
+    roots = config.roots if isinstance(config, TableSource) else ()
     pictures = ListedPictures.of_folder(
-        root, rows, listing, _describe(config, listing, naming), image, outside_links=config.outside_links
+        root,
+        rows,
+        listing,
+        _describe(config, listing, naming),
+        image,
+        outside_links=config.outside_links,
+        roots=roots,
     )
-    return Opened(pictures, _facts(listing))
+    captions = listing.ignored.pop(OTHER_CAPTIONS, 0)
+    return Opened(pictures, _facts(listing) | ({"other_captions": captions} if isinstance(config, TableSource) else {}))
 
 
 def _check_inputs(config: SourceConfig, inputs: SourceFolders) -> None:
@@ -136,11 +145,11 @@ def _list_imagenet(
 
 
 def _list_own(
-    config: FolderSource | TableSource, source: Path, ignored: Counter[str]
+    config: FolderSource | TableSource, source: Path, ignored: Counter[str], stop: Callable[[], bool]
 ) -> tuple[Iterator[Entry], Naming]:
     if isinstance(config, FolderSource):
         return list_folder(config, source, ignored), Naming(config.caption, class_name)
-    return list_table(config, source), Naming(None, class_name)
+    return list_table(config, source, ignored, stop), Naming(None, class_name)
 
 
 def _describe(
