@@ -44,7 +44,7 @@ def test_jobs_run_as_tasks(spark, tmp_path):
 
 
 def test_what_spark_lacks_is_said_before_the_work(spark, monkeypatch):
-    with pytest.raises(ConfigError, match=r"\$VTP_SPARK: no session of Spark at 'nowhere'.*Could not parse Master URL"):
+    with pytest.raises(ConfigError, match=r"\$VTP_SPARK: no session of Spark at 'nowhere' \(it needs Java 17\): \S"):
         SparkPool("nowhere", begin_process)
     monkeypatch.setitem(sys.modules, "pyspark.errors", None)
     with pytest.raises(ConfigError, match=r"\$VTP_SPARK: pyspark is not installed here: pip install -e '\.\[spark\]'"):

@@ -98,5 +98,6 @@ def _session(master: str) -> "SparkSession":
     try:
         return builder.getOrCreate()
     except (PySparkException, Py4JError) as error:
-        reason = next(line for line in str(error).splitlines()[1:] or [str(error)] if line.strip())
+        lines = str(error).splitlines()
+        reason = (lines[1] if len(lines) > 1 else lines[0]).removeprefix(": ")  # the first says that there is an error
         raise ConfigError(f"$VTP_SPARK: no session of Spark at {master!r} (it needs Java 17): {reason}") from error
