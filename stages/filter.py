@@ -9,16 +9,15 @@ from pydantic import Field
 from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import whole_file, write_json
 from vtp.config import Config, ConfigError
+from vtp.curation.filter.cluster import workers_for
 from vtp.curation.filter.columns import ColumnsConfig, PoolColumns, open_metadata
 from vtp.curation.filter.engine import FilterEngine
 from vtp.curation.filter.hash_list import prepare
 from vtp.curation.filter.row_rules import prepared_list
 from vtp.curation.filter.rules import ClipScore, Downloaded, HashList, ImageRule, Rule, TokenizerModel, needs
-from vtp.curation.filter.spill import begin_process
 from vtp.curation.places import REMEDY, leads_out
 from vtp.evaluation.clip_score import build_scorer, check_model
 from vtp.host import Host
-from vtp.processes import WorkerPool
 from vtp.texts import shown
 
 
@@ -54,7 +53,7 @@ def run(
     source = open_metadata(rows, config.columns, wanted, config.keep_columns)
     _prepare_lists(config, lists, host.folder / "lists")
 
-    with WorkerPool(host.processes, begin_process) as workers:
+    with workers_for(host) as workers:
         engine = FilterEngine(
             source,
             config.rules,

@@ -81,6 +81,11 @@ class Host(Protocol):
         ...
 
     @property
+    def spark(self) -> str | None:
+        """URL of a Spark cluster that does the work of `processes` on rows; None: they do."""
+        ...
+
+    @property
     def checkpoint_seconds(self) -> float:
         """Time between checkpoints."""
         ...

@@ -103,6 +103,7 @@ class Runtime(Config):
     cache: str | None = Field(None, description="folder for shards that are fetched from elsewhere; in .scratch/")
     cache_gigabytes: float = Field(100, gt=0, description="largest size of that folder")
     download_store: str | None = Field(None, description="folder of all that was ever downloaded; .scratch/download/")
+    spark: str | None = Field(None, min_length=1, description="URL of a Spark cluster for the rows of filter; none")
     weights: str | None = Field(None, description="folder of external weights; weights/")
     sinks: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_names)] = Field(
         (), description="where curves are shown while a run goes on, separated by commas"
@@ -218,6 +219,10 @@ class LocalHost:
     @property
     def download_store(self) -> Path | None:
         return Path(self.runtime.download_store) if self.runtime.download_store else None
+
+    @property
+    def spark(self) -> str | None:
+        return self.runtime.spark
 
     @property
     def checkpoint_seconds(self) -> float:

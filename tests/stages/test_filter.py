@@ -97,6 +97,33 @@ def test_killed_and_resumed(metadata, tmp_path):
     assert facts == {"rows_in": 300_000, "rows_out": 20_000}
 
 
+@pytest.mark.slow
+def test_spark_writes_the_same_bytes(tmp_path):
+    """Kill -9 between two tasks, and go on: on the cluster, or without it."""
+    for number in range(3):
+        rows = [row | {"uid": f"{number}-{row['uid']}"} for row in random_rows(2000, seed=number)]
+        write(rows * 25, tmp_path / "rows" / f"{number}.parquet", row_group_size=50_000)
+    rules = [SIZE, SCORE, TOP, {"name": "duplicates", "by": "sha256", "missing": "keep"}]
+    cluster = {"VTP_SPARK": "local[2]", "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_CONF_DIR": str(tmp_path / "conf")}
+    (tmp_path / "events").mkdir()
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "spark-defaults.conf").write_text(
+        "spark.eventLog.enabled true\nspark.eventLog.compress false\nspark.driver.memory 512m\n"
+        f"spark.eventLog.dir {(tmp_path / 'events').as_uri()}\n"
+    )
+    killed = tmp_path / "killed"
+    process = start(killed, rules, tmp_path / "rows", **cluster)
+    wait_for(lambda: list(killed.glob(".scratch/filter/*/folder/read/*.json")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finished(start(killed, rules, tmp_path / "rows", **cluster))
+    finished(start(tmp_path / "plain", rules, tmp_path / "rows"))
+    for name in ("selection", "funnel.json", "examples.md"):
+        assert digest(killed / name) == digest(tmp_path / "plain" / name)
+    logs = [path.read_text() for path in (tmp_path / "events").rglob("*") if path.is_file()]
+    assert sum(log.count('"Event":"SparkListenerTaskEnd"') for log in logs) >= 10
+
+
 def workers_of(parent):
     """Children that take jobs; the other one tracks resources."""
     found = []
