@@ -357,11 +357,13 @@ def _is_text(kind: "pa.DataType") -> bool:
 
 def _holds_pictures(kind: "pa.DataType") -> bool:
     import pyarrow as pa
+    from pyarrow import types
 
     kind = _storage(kind)
     if isinstance(kind, pa.StructType):
         return kind.get_field_index("bytes") >= 0 and _holds_pictures(kind.field("bytes").type)
-    return _is_text(kind) and not _becomes(kind, pa.float64())  # texts may be numbers, and are no pictures
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return _is_text(kind) and not any(fits(kind) for fits in texts)
 
 
 def _holds_captions(kind: "pa.DataType") -> bool:
