@@ -45,16 +45,11 @@ def list_imagenet_tars(
             )
         require_inside(root, source / name)
     truth = read_truth(config, source, root=root)
-    known, synsets = synset_names(), set[str]()
+    synsets = set[str]()
     with (source / TRAIN).open("rb") as file:
-        for inner, start in _members(source / TRAIN, file, 0, _size(file)):
-            synset = inner.name.rpartition("/")[2].removesuffix(".tar")
-            if synset not in known:
-                raise IngestError(
-                    f"{source / TRAIN}: holds {inner.name!r}; expected one tar per synset, such as n01440764.tar"
-                )
+        for synset, start, end in _tars_of_synsets(source / TRAIN, file, ignored):
             synsets.add(synset)
-            for member, offset in _members(source / TRAIN, file, start, start + inner.size):
+            for member, offset in _members(source / TRAIN, file, start, end):
                 if _is_picture(member.name, ignored):
                     yield Entry("train", key_of(member.name), TRAIN, offset, member.size, class_id=synset)
     with (source / VALIDATION).open("rb") as file:
@@ -147,6 +142,21 @@ def _synsets(names: list[str], where: str) -> list[str]:
             f"{where}: {error}; set prepare_data.source.names to a file of their synsets, that of label 0 in its first "
             "line, or read the files as source parquet"
         ) from None
+
+
+def _tars_of_synsets(path: Path, file: BinaryIO, ignored: Counter[str]) -> Iterator[tuple[str, int, int]]:
+    """The tars in a tar: synset, first byte and the byte behind the last. Raises IngestError for one of something else."""
+    known = synset_names()
+    for inner, start in _members(path, file, 0, _size(file)):
+        name = inner.name.rpartition("/")[2]
+        if name.startswith("."):  # such as those that macOS adds
+            ignored[shown(name)] += 1
+        elif (synset := name.removesuffix(".tar")) in known:
+            yield synset, start, start + inner.size
+        else:
+            raise IngestError(
+                f"{path}: holds {shown(inner.name)!r}; expected one tar per synset, such as n01440764.tar"
+            )
 
 
 def _members(path: Path, file: BinaryIO, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
