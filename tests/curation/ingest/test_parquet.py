@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +11,8 @@ from curation.ingest.test_ingest import every, picture, prepare, rows_of
 
 from vtp.artefact import digest
 from vtp.config import ConfigError
+from vtp.curation.ingest import parquet_pictures
+from vtp.curation.ingest.parquet_pictures import ParquetFile, PictureColumns, unpack
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.data.shards import Manifest
 
@@ -236,3 +239,21 @@ def test_an_interrupted_unpacking_begins_with_the_file_it_broke_off(tmp_path):
     prepare(tmp_path / "shards", SOURCE, source)
     assert digest(tmp_path / "shards") == digest(tmp_path / "before")
     assert first.stat().st_mtime_ns == stamp
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path, monkeypatch):
+    """32 MB of pictures in one row group are read a few rows at a time."""
+    monkeypatch.setattr(parquet_pictures, "BATCH_BYTES", 1 << 20)
+    column = pa.array([np.random.default_rng(number).bytes(1 << 17) for number in range(256)])
+    pq.write_table(pa.table({"image": column}), tmp_path / "all.parquet", use_dictionary=False, write_batch_size=4)
+    del column
+    plain = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(plain)
+    pa.set_memory_pool(pool)
+    try:
+        file = ParquetFile(tmp_path / "all.parquet", "all.parquet", "train")
+        rows = list(unpack(file, PictureColumns("image", None, None), tmp_path / "unpacked", lambda: False))
+    finally:
+        pa.set_memory_pool(plain)
+    assert [offset for offset, _ in rows] == [number << 17 for number in range(256)]
+    assert pool.max_memory() < 12 << 20

@@ -158,7 +158,6 @@ def _with_labels(table: "pa.Table", class_ids: list[str], naming: Naming) -> "pa
     import pyarrow.compute as pc
 
     places = pc.index_in(table["class_id"], pa.array(class_ids, pa.large_string()))  # pyright: ignore[reportAttributeAccessIssue]
-    table = table.append_column(ORDER, pa.array(_orders(table["key"])))
     table = table.append_column("label", pc.fill_null(places.cast(pa.int64()), NO_LABEL))
     if naming.template is not None and class_ids:
         texts = pa.array([naming.template.replace("{}", naming.name(name)) for name in class_ids], pa.large_string())
@@ -169,7 +168,22 @@ def _with_labels(table: "pa.Table", class_ids: list[str], naming: Naming) -> "pa
 
 
 def _apart(table: "pa.Table") -> "tuple[pa.Table, int]":
-    """Without entries that come again, and with keys that differ within a split; how many came again."""
+    """With `order`, without entries that come again, and with keys that differ within a split; how many came again."""
+    import pyarrow as pa
+
+    orders = _orders(table["key"])
+    table = table.append_column(ORDER, pa.array(orders))
+    ranks = np.sort(orders)
+    repeats = np.isin(orders, ranks[1:][ranks[1:] == ranks[:-1]])
+    if not repeats.any():
+        return table, 0
+    kept = _renamed(table.filter(pa.array(repeats)).drop_columns([ORDER]))
+    kept = kept.append_column(ORDER, pa.array(_orders(kept["key"])))
+    return pa.concat_tables([table.filter(pa.array(~repeats)), kept]), int(repeats.sum()) - len(kept)
+
+
+def _renamed(table: "pa.Table") -> "pa.Table":
+    """Of entries whose keys repeat: the first of equal ones, those of different pictures under keys of their own."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -177,13 +191,12 @@ def _apart(table: "pa.Table") -> "tuple[pa.Table, int]":
     table = table.append_column(IDENTITY, _identities(table)).sort_by([("file", "ascending"), ("offset", "ascending")])
     table = table.append_column("row", pa.array(np.arange(len(table))))
     pictures = table.group_by(["split", "key", IDENTITY]).aggregate([("row", "min")])
-    kept = table.take(pictures["row_min"])
+    kept = table.take(pictures["row_min"]).drop_columns(["row"])
     named = pictures.group_by(["split", "key"]).aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
-    if len(named):
-        repeated = set(zip(named["split"].to_pylist(), named["key"].to_pylist(), strict=True))
-        keys = [_keys(batch, repeated) for batch in kept.to_batches(max_chunksize=CHUNK)]
-        kept = kept.set_column(kept.schema.get_field_index("key"), "key", pa.chunked_array(keys))
-    return kept.drop_columns([IDENTITY, "row"]), len(table) - len(kept)
+    repeated = set(zip(named["split"].to_pylist(), named["key"].to_pylist(), strict=True))
+    keys = [_keys(batch, repeated) for batch in kept.to_batches(max_chunksize=CHUNK)]
+    kept = kept.set_column(kept.schema.get_field_index("key"), "key", pa.chunked_array(keys))
+    return kept.drop_columns([IDENTITY])
 
 
 def _identities(table: "pa.Table") -> "pa.ChunkedArray":
