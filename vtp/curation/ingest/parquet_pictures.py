@@ -9,7 +9,7 @@ list of what is said about them beside it. Files are read a few rows at a time.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -284,7 +284,7 @@ def _copy_pictures(
             yield digest, len(written), name, label and os.fsencode(label), said or [], problem
 
 
-def _pictures(column: "pa.Array") -> "tuple[pa.Array, list[bytes | None]]":
+def _pictures(column: "pa.Array") -> "tuple[pa.Array, Sequence[bytes | None]]":
     """Contents, and names of files. Names are bytes: not all are UTF-8, and all can be keys."""
     import pyarrow as pa
 
