@@ -125,7 +125,7 @@ def run(  # noqa: PLR0913 - one flag per path
     images = len(drawn.settings) * len(drawn)
     with host.progress(total=images, description="decoding", unit="image") as bar:
         for name in drawn.settings:
-            decoding = _Decoding(drawn.of(name), model, config, len(drawn.config.classes))
+            decoding = _Decoding(drawn.of(name), model, config)
             writer = None
             if export is not None:
                 writer = build_writer(config.export, export, name, image_size=model.image_size, scratch=host.folder)
@@ -133,7 +133,8 @@ def run(  # noqa: PLR0913 - one flag per path
             shown = decoding.shown()
             if ranks().first:
                 title = f"Samples by class: {name}"
-                grid(shown, drawn.config.classes[: len(shown)], pictures / f"{name}.png", title=title)
+                names = [drawn.config.classes[label] for label in decoding.pictured]
+                grid(shown, names, pictures / f"{name}.png", title=title)
                 end = f"{drawn.guidance(name)}_{drawn.config.labels}"
                 table[name] = {
                     figure: value
@@ -150,14 +151,12 @@ def run(  # noqa: PLR0913 - one flag per path
 class _Decoding:
     """The samples of one setting; ranks share whole batches of them, so that rounding does not depend on their number."""
 
-    def __init__(self, samples: SettingSamples, model: Tokenizer, config: EvaluateGenerator, classes: int) -> None:
+    def __init__(self, samples: SettingSamples, model: Tokenizer, config: EvaluateGenerator) -> None:
         self._samples = samples
         self._model = model
         self._config = config
-        self._wanted = [
-            (samples.labels == label).nonzero()[: config.pictures_per_class, 0]
-            for label in range(min(config.pictured_classes, classes))
-        ]
+        self.pictured = samples.labels.unique()[: config.pictured_classes].tolist()  # labels; not all need be drawn
+        self._wanted = [(samples.labels == label).nonzero()[: config.pictures_per_class, 0] for label in self.pictured]
         self._pictured = torch.cat(self._wanted)  # indices
         self._seen = [(torch.empty(0, dtype=torch.long), torch.empty(0, 3, *[model.image_size] * 2, dtype=torch.uint8))]
 

@@ -28,6 +28,7 @@ from vtp.config import Config, ConfigError
 from vtp.curation.ingest.encode import CentreCrop
 from vtp.curation.ingest.folders import FolderSource, HeldOut, OwnFolder
 from vtp.curation.ingest.listed import LISTED, Rows, read_listed_rows
+from vtp.curation.ingest.parquet import OwnFiles, ParquetSource
 from vtp.curation.ingest.pool import PoolSource
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.ingest.tables import OwnTable, TableSource
@@ -448,8 +449,17 @@ def test_every_parameter_is_read(folder, tmp_path, monkeypatch):
     prepare(tmp_path / "c", TABLE, source)
     (source / "held.jsonl").write_text('{"file": "own/train/0.png", "text": "", "class": "1"}')
     prepare(tmp_path / "d", TABLE | {"validation": {"name": "table", "table": "held.jsonl"}}, source)
+    rows = [{"image": picture(number), "text": "a", "class": number % 2} for number in range(8)]
+    pq.write_table(pa.Table.from_pylist(rows), source / "rows.parquet")
+    (source / "names.txt").write_text("a\nb\n")
+    parquet = {"name": "parquet", "train": "rows.parquet", "image": "image", "caption": "text", "captions": "one"}
+    parquet |= {"label": "class", "names": "names.txt", "class_caption": None, "templates": []}
+    prepare(tmp_path / "f", parquet | {"validation": TABLE["validation"] | {"share": 0.5}}, source)
+    pq.write_table(pa.Table.from_pylist(rows), source / "held.parquet")
+    prepare(tmp_path / "g", parquet | {"validation": {"name": "files", "files": "held.parquet"}}, source)
     prepare(tmp_path / "e", pool, tmp_path / "pool", selection=tmp_path / "selection", max_unreadable=0.1)
     records = (PrepareData, CentreCrop, FolderSource, OwnFolder, HeldOut, TableSource, OwnTable, PoolSource)
+    records += (ParquetSource, OwnFiles)
     wanted = {(record, name) for record in records for name in record.model_fields if name != "name"}
     assert wanted - reads == set()
 

@@ -16,6 +16,7 @@ from vtp.curation.places import inside, path_problem
 from vtp.layers.decode import EXTENSIONS
 from vtp.texts import listed, shown
 
+LARGEST_TEXT = 1 << 26  # bytes of a file of labels or names
 VALIDATION_NAMES = frozenset(("dev", "test", "val", "valid", "validation"))
 
 
@@ -147,6 +148,20 @@ def holds(folder: Path) -> str:
         return "no such folder"
     names = sorted(map(shown, os.listdir(folder)))
     return listed(names)
+
+
+def read_text(source: Path, file: str, *, root: Path | None) -> str:
+    """A file of labels or names. Raises IngestError when it is missing, no text or far too large."""
+    path = source / file
+    require_inside(root, path)
+    if not path.is_file():
+        raise IngestError(f"{path}: no such file; {path.parent} holds {holds(path.parent)}")
+    if path.stat().st_size > LARGEST_TEXT:
+        raise IngestError(f"{path}: more than {LARGEST_TEXT} bytes; expected a line for every picture or class")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise IngestError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def text_of(name: str) -> str:

@@ -15,15 +15,16 @@ from vtp.curation.ingest.folders import FolderSource, HeldOut, class_name, list_
 from vtp.curation.ingest.imagenet import ImageNetSource, describe_imagenet, list_imagenet_folders
 from vtp.curation.ingest.listed import ListedPictures
 from vtp.curation.ingest.listing import Entry, Listing, Naming, list_pictures
+from vtp.curation.ingest.parquet import ParquetSource, list_parquet
 from vtp.curation.ingest.pool import PoolSource, pooled_pictures
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.ingest.source import Description, PictureSource
 from vtp.curation.ingest.tables import OTHER_CAPTIONS, TableSource, list_table
 from vtp.curation.ingest.webdataset import AGAIN, WebDatasetSource, read_tars
-from vtp.data.imagenet import imagenet_classes
+from vtp.data.imagenet import synset_names
 
 SourceConfig = Annotated[
-    EmbeddedConfig | ImageNetSource | FolderSource | TableSource | PoolSource | WebDatasetSource,
+    EmbeddedConfig | ImageNetSource | FolderSource | TableSource | ParquetSource | WebDatasetSource | PoolSource,
     Field(discriminator="name"),
 ]
 
@@ -65,14 +66,13 @@ def open_pictures(
         assert inputs.selection is not None
         return Opened(pooled_pictures(config, inputs.source, inputs.selection, image), {})
     ignored: Counter[str] = Counter()
-    unpacked = isinstance(config, ImageNetSource) and config.layout == "parquet"
+    unpacked = isinstance(config, ParquetSource) or (config.name == "imagenet" and config.layout == "parquet")
     root = scratch / "unpacked" if unpacked else inputs.source
     if isinstance(config, ImageNetSource):
-        entries = _list_imagenet(config, inputs.source, root, ignored, stop)
-        naming = Naming(config.caption, lambda synset: imagenet_classes().names[synset])
-        held_out = None
+        entries, name = _list_imagenet(config, inputs.source, root, ignored, stop), synset_names().__getitem__
+        naming, held_out = Naming(config.caption, name), None
     else:
-        entries, naming = _list_own(config, inputs.source, ignored, stop)
+        entries, naming = _list_own(config, inputs.source, root, ignored, stop)
         held_out = config.validation.share if isinstance(config.validation, HeldOut) else None
     rows = scratch / "rows"
     listing = list_pictures(entries, rows, naming=naming, held_out=held_out, ignored=ignored, stop=stop)
@@ -136,24 +136,33 @@ def _list_imagenet(
 ) -> Iterator[Entry]:
     root = None if config.outside_links else source
     match config.layout:
-        case "folders":
-            return list_imagenet_folders(source, ignored, root=root)
         case "tars":
-            return list_imagenet_tars(source, ignored, root=root)
+            return list_imagenet_tars(config, source, ignored, root=root)
         case "parquet":
-            return list_imagenet_parquet(source, unpacked, ignored, stop, root=root)
+            return list_imagenet_parquet(config, source, unpacked, ignored, stop, root=root)
+        case _:
+            return list_imagenet_folders(config, source, ignored, root=root)
 
 
 def _list_own(
-    config: FolderSource | TableSource, source: Path, ignored: Counter[str], stop: Callable[[], bool]
+    config: FolderSource | TableSource | ParquetSource,
+    source: Path,
+    unpacked: Path,
+    ignored: Counter[str],
+    stop: Callable[[], bool],
 ) -> tuple[Iterator[Entry], Naming]:
     if isinstance(config, FolderSource):
         return list_folder(config, source, ignored), Naming(config.caption, class_name)
+    if isinstance(config, ParquetSource):
+        listing = list_parquet(config, source, unpacked, stop)
+        return listing.entries, Naming(config.class_caption, listing.name)
     return list_table(config, source, ignored, stop), Naming(None, class_name)
 
 
 def _describe(
-    config: ImageNetSource | FolderSource | TableSource | WebDatasetSource, listing: Listing, naming: Naming
+    config: ImageNetSource | FolderSource | TableSource | ParquetSource | WebDatasetSource,
+    listing: Listing,
+    naming: Naming,
 ) -> Description:
     ids = listing.class_ids
     if isinstance(config, ImageNetSource):
