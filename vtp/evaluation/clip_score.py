@@ -88,11 +88,13 @@ def build_scorer(
         ours = VisualTokenizer.from_pretrained(tokenizer)
         size = ours.config.image_size
         assert ours.config.text is not None  # `check_model`
+        tokenize = CaptionTokenizer(ours.config.text)
+        tokenize([""])  # built here, for all worker processes
 
         def crop(image: "Image") -> Tensor:
             return torch.from_numpy(np.array(centre_crop(croppable(image, size), size))).permute(2, 0, 1)
 
-        return ClipScorer(ours, normalise, crop, CaptionTokenizer(ours.config.text), device=device)
+        return ClipScorer(ours, normalise, crop, tokenize, device=device)
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from torchvision.transforms import Compose, PILToTensor
