@@ -21,6 +21,7 @@ from tiny import ROOT, tiny_params
 
 from stages.runner.environment import Runtime
 from vtp.curation.filter import engine, measure_images
+from vtp.curation.filter.engine import FilterError
 from vtp.distributed import process_group, ranks
 from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
 from vtp.processes import WorkerDied
@@ -110,9 +111,10 @@ def main(folder, mode):
             measure_images.ImageMeasurement.measure = late
         if mode == "hanging" and not ranks().first:
             measure_images.score_images = hanging
+        most = 0.06 if mode == "strict" else 0.2
         try:
-            taken = filtered(folder / "pool", folder / "tokenizer", folder / mode, processes=1)
-        except WorkerDied as error:
+            taken = filtered(folder / "pool", folder / "tokenizer", folder / mode, max_unreadable=most, processes=1)
+        except (FilterError, WorkerDied) as error:
             sys.stderr.write(f"rank {ranks().rank}: {error}\n")
             os._exit(1)  # as a rank of a stage does
         (folder / f"taken-{mode}-{ranks().size}-{ranks().rank}.json").write_text(json.dumps(taken))
