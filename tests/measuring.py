@@ -94,10 +94,10 @@ def on_ranks(size, folder, mode):
 def main(folder, mode):
     plain = measure_images.ImageMeasurement.measure
 
-    def late(self, parts, into):
+    def late(self, parts, folder):
         if self._asked:  # the second rule
             time.sleep(2 * PATIENCE)
-        return plain(self, parts, into)
+        return plain(self, parts, folder)
 
     def hanging(*_, **__):
         time.sleep(1000)
@@ -108,9 +108,9 @@ def main(folder, mode):
         time.sleep(0.01)
     with process_group("cpu", timeout=PATIENCE):
         if mode == "late":  # what is between two rules takes longer than anyone waits for a rank
-            measure_images.ImageMeasurement.measure = late
+            patch.object(measure_images.ImageMeasurement, "measure", late).start()
         if mode == "hanging" and not ranks().first:
-            measure_images.score_images = hanging
+            patch.object(measure_images, "score_images", hanging).start()
         most = 0.06 if mode == "strict" else 0.2
         try:
             taken = filtered(folder / "pool", folder / "tokenizer", folder / mode, max_unreadable=most, processes=1)

@@ -43,6 +43,7 @@ def test_the_pool_has_something_for_every_rule(folder):
     assert len(selected(folder / "whole")) == 12
 
 
+@pytest.mark.slow
 def test_ranks_share_the_pictures_and_wait_for_days(folder):
     """What is between two rules takes longer than ranks wait for each other in a collective."""
     size = 3
@@ -58,6 +59,7 @@ def test_ranks_share_the_pictures_and_wait_for_days(folder):
     )
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_told_and_what_it_left_is_done_by_another_number_of_ranks(folder):
     done = on_ranks(2, folder, "hanging")
     assert done.returncode != 0
@@ -70,6 +72,7 @@ def test_a_rank_that_hangs_is_told_and_what_it_left_is_done_by_another_number_of
     assert digests(folder / "hanging") == digests(folder / "whole")
 
 
+@pytest.mark.slow
 def test_unreadable_pictures_of_all_ranks_have_one_limit(folder):
     """Whoever read them: three of forty, where 0.06 allows two."""
     done = on_ranks(2, folder, "strict")

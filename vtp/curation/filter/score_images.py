@@ -63,7 +63,7 @@ class _Chunk(NamedTuple):
     places: list[ImageLocation]
 
 
-class _Prepared(NamedTuple):
+class _PreparedChunk(NamedTuple):
     """The same as the model takes them."""
 
     job: ImageJob
@@ -136,13 +136,13 @@ class _Chunks(Iterable[_Chunk]):
                     yield _Chunk(job, first, batch[start : start + CHUNK])
 
 
-class _PoolImages(Dataset[_Prepared]):
+class _PoolImages(Dataset[_PreparedChunk]):
     """Images as they are asked for."""
 
     def __init__(self, scorer: Scorer) -> None:
         self._prepare, self._tokenize = scorer.prepare, scorer.tokenize
 
-    def __getitem__(self, chunk: _Chunk) -> _Prepared:
+    def __getitem__(self, chunk: _Chunk) -> _PreparedChunk:
         states, images, captions = [], [], []
         for place in chunk.places:
             state = NO_CAPTION if place.caption is None else UNREADABLE
@@ -154,7 +154,7 @@ class _PoolImages(Dataset[_Prepared]):
                     state = MEASURED
             states.append(state)
         tensors = ([torch.stack(images)], [self._tokenize(captions)]) if images else ([], [])
-        return _Prepared(chunk.job, chunk.batch, states, *tensors)
+        return _PreparedChunk(chunk.job, chunk.batch, states, *tensors)
 
 
 def _leave_stopping_to_parent(_: int) -> None:
