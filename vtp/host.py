@@ -56,6 +56,11 @@ class Host(Protocol):
         ...
 
     @property
+    def rank_processes(self) -> int:
+        """This rank's share of them, while all ranks of the machine work."""
+        ...
+
+    @property
     def workers(self) -> int:
         """Processes that prepare batches for this rank."""
         ...

@@ -207,6 +207,11 @@ class LocalHost:
         return self.runtime.cores
 
     @property
+    def rank_processes(self) -> int:
+        share = self.processes // (self.runtime.local_ranks if ranks().size > 1 else 1)
+        return max(share, min(1, self.processes))
+
+    @property
     def workers(self) -> int:
         if self.runtime.workers is not None:
             return self.runtime.workers

@@ -48,11 +48,11 @@ class StageError(Exception):
     """The stage cannot start; the message says why and what to do."""
 
 
-def main(run: Callable[..., None], *, distributed: bool = False) -> None:
+def main(run: Callable[..., None], *, distributed: bool | Callable[[Any], bool] = False) -> None:
     """Run a stage from the command line, and exit with its status.
 
-    A `distributed` stage runs on every device that there is. `--plan` prints what a run would take instead
-    (`stages.plans.<stage>`); the rest of the command line is the plan's.
+    A `distributed` stage runs on every device that there is, or only with the parameters for which that holds. `--plan`
+    prints what a run would take instead (`stages.plans.<stage>`); the rest of the command line is the plan's.
     """
     escape_tracebacks()
     arguments = sys.argv[1:]
@@ -116,11 +116,12 @@ def describe_flag(run: Callable[..., None], name: str) -> str:
     return description
 
 
-def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -> int:
+def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool | Callable[[Any], bool]) -> int:
     stage = stage_name(run)
     address, inputs, outputs, provenance = _parse(run, arguments)
     runtime = Runtime.of(os.environ)
     config = load(address, config_class(run))
+    distributed = distributed if isinstance(distributed, bool) else distributed(config)
     sinks.require(runtime.sinks)
     root = _repository()
     store = root / DIGESTS

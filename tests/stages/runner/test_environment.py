@@ -1,10 +1,14 @@
-"""Freed memory stays: tensors that come and go fault no pages in."""
+"""Freed memory stays: tensors that come and go fault no pages in; devices and cores are those that are asked for."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import ROOT
+
+from stages.runner.environment import LocalHost, Runtime
+from vtp.distributed import Ranks
 
 CODE = """
 import resource
@@ -69,3 +73,15 @@ def test_other_values_are_said_with_what_is_given(tmp_path):
     said = start(tmp_path, VTP_RANKS="two")
     assert said.startswith("error: $VTP_RANKS: Input should be a valid integer")
     assert said.endswith("(given: 'two')\n")
+
+
+@pytest.mark.parametrize(
+    ("size", "local", "processes", "share"),
+    [(1, 8, 96, 96), (8, 8, 96, 12), (16, 8, 100, 12), (8, 8, 4, 1), (8, 8, 0, 0)],
+)
+def test_ranks_share_the_cores_of_their_machine(monkeypatch, size, local, processes, share):
+    """A stage of one process has all, also where several ranks would run."""
+    monkeypatch.setattr("stages.runner.environment.ranks", lambda: Ranks(0, size))
+    host = LocalHost(Path(), Path(), Runtime(device="cpu", ranks=local, processes=processes))
+    assert host.processes == processes
+    assert host.rank_processes == share
