@@ -47,6 +47,10 @@ class WorkerPool:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._executor.shutdown(cancel_futures=True)
 
+    def room(self) -> int:
+        """Jobs that are handed out at once."""
+        return self._ahead
+
     def results(self, function: Callable[[J], R], jobs: Iterable[J]) -> Iterator[list[tuple[J, R]]]:
         """What has ended since the last time, each job with its result; at least every POLL_SECONDS, and may be empty.
 
@@ -56,7 +60,7 @@ class WorkerPool:
         waiting = iter(jobs)
         try:
             while True:
-                for job in islice(waiting, self._ahead - len(running)):
+                for job in islice(waiting, max(0, self.room() - len(running))):
                     running[self._executor.submit(function, job)] = job
                 if not running:
                     return
