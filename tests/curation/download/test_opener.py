@@ -321,14 +321,13 @@ def test_https_is_verified_and_has_the_same_limits(tmp_path, monkeypatch):
         def url(kind):
             return server.url(kind).replace("http:", "https:")
 
-        unknown = "tls error: self-signed certificate"
-        assert ask(GuardedOpener(LOOPBACK), url("jpeg")).replace("self signed", "self-signed") == unknown
+        assert ask(GuardedOpener(LOOPBACK), url("jpeg")) == "tls error: self-signed certificate"
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         opener = GuardedOpener(LOOPBACK)
         assert ask(opener, url("jpeg")) == body("jpeg", 0)
         assert ask(opener, url("endless")) == "too large"
         assert ask(opener, url("half")) == "truncated body"
-        assert ask(opener, url("jpeg").replace("127.0.0.1", "localhost")).startswith("tls error: Hostname mismatch")
+        assert "Hostname mismatch" in str(ask(opener, url("jpeg").replace("127.0.0.1", "localhost")))
         assert ask(GuardedOpener(STRICT), url("drip")) == "deadline"
 
 
