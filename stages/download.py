@@ -161,7 +161,7 @@ def fetch_missing(config: Download, selection: Path, store: Store, host: Host) -
                 live.log()
                 store.sweep()
             missing = list_missing(selection, store, config.terms)
-            bar.total = (bar.total or 0) + missing.rows  # failures that are tried again
+            bar.total = live.rows + missing.rows  # failures that are tried again, and what a killed process had
 
 
 def fetch(shards: list[Path], job: FetchJob, pool: WorkerPool, store: Store, live: Live, host: Host) -> None:

@@ -146,7 +146,8 @@ def _spark_context(master: str, conf: dict[str, str], log: Path) -> object:
 
 
 def _in_few_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
+    """Java's errors have their reason in the second line."""
+    return " ".join(f"{type(error).__name__}: {str(error).strip()}".splitlines()[:2])[:300]
 
 
 def _begin(log: Path) -> None:

@@ -106,9 +106,9 @@ class Store:
         """Delete what is no shard of the store."""
         # Executors of a run that was killed may still write, into folders that nobody else has.
         shutil.rmtree(self.incoming, ignore_errors=True)
-        for tar in self.tars.iterdir():
-            if not (self._rows / f"{tar.stem}.parquet").exists():
-                remove(tar)
+        for path in [*self.tars.iterdir(), *self._rows.iterdir()]:
+            if not (self._rows / f"{path.stem}.parquet").exists():  # a tar of no rows, or half a table
+                remove(path)
 
     def adopt(self, name: str, tar: Path | None, records: list[DownloadRecord]) -> None:
         """Take a shard over: its tar, if it has one, and its rows."""
