@@ -177,7 +177,7 @@ def fetch(shards: list[Path], job: FetchJob, pool: WorkerPool, store: Store, liv
 
 def pool_of(distributor: Multiprocessing | Spark, log: Path) -> WorkerPool:
     """The processes that fetch."""
-    if isinstance(distributor, Spark):
+    if distributor.name == "pyspark":
         return SparkPool(distributor.master, distributor.conf, log)
     return LocalPool(distributor.processes, log)
 

@@ -28,11 +28,12 @@ def test_every_parameter_is_read(tmp_path, monkeypatch):
         parsed(),
         parsed(resize={"name": "no"}, encoding={"name": "png", "compression": 6}, distributor=SPARK),
     ]
+    for pool in ("LocalPool", "SparkPool"):  # which have tests of their own
+        monkeypatch.setattr(f"stages.download.{pool}", lambda *arguments: arguments)
     monkeypatch.setattr(Config, "__getattribute__", recording)
     for config in variants:
         job_of(config)
-        with pool_of(config.distributor, tmp_path / "log"):
-            pass
+        pool_of(config.distributor, tmp_path / "log")
         too_few(DownloadReport(), config)
         assert config.terms
         assert config.identity

@@ -50,6 +50,13 @@ def test_a_killed_process_is_told_with_what_to_do(tmp_path):
         all_of(pool, os._exit, [1])
 
 
+def test_spark_that_does_not_start_is_told(tmp_path):
+    """Its own words are in the log, whose end the stage shows."""
+    with pytest.raises(WorkerDied, match="Spark did not start; .*start again"):
+        SparkPool("no-such-master", CONF, tmp_path / "log")
+    assert "Master must" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.slow
 def test_spark_is_a_pool_like_the_other(tmp_path, capfd):
     """Each job is one task; an error of the disk is that error, one of a process is that of the pool."""
@@ -65,10 +72,3 @@ def test_spark_is_a_pool_like_the_other(tmp_path, capfd):
         assert all_of(pool, abs, [-1]) == {-1: 1}
     assert "crashed" in (tmp_path / "log").read_text()
     assert capfd.readouterr() == ("", "")
-
-
-def test_spark_that_does_not_start_is_told(tmp_path):
-    """Java's own words are in the log, whose end the stage shows."""
-    with pytest.raises(WorkerDied, match="Spark did not start: "):
-        SparkPool("no-such-master", CONF, tmp_path / "log")
-    assert "no-such-master" in (tmp_path / "log").read_text()

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from multiprocessing import active_children
@@ -99,24 +99,25 @@ class SparkPool(WorkerPool):
         self._context: Any = self._executor.submit(_spark_context, master, conf, log).result()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            self._context.cancelAllJobs()
+        with suppress(Exception):  # of a Java process that was killed
+            if kind is not None:
+                self._context.cancelAllJobs()
         super().__exit__(kind, error, trace)
-        self._context.stop()
+        with suppress(Exception):
+            self._context.stop()
 
     def results(self, function: Callable[[J], R], jobs: Iterable[J]) -> Iterator[list[tuple[J, R]]]:
-        """As of any pool. Raises WorkerDied when Spark gives a job up."""
+        """As of any pool. Raises WorkerDied when Spark gives a job up, or is gone."""
         return super().results(partial(self._run, function), jobs)
 
     def room(self) -> int:
-        """Twice the cores, which come and go with executors."""
-        return min(SPARK_SHARDS, 2 * self._context.defaultParallelism)
+        """Twice the cores, which come and go with executors. Raises WorkerDied."""
+        with _spark("is gone"):
+            return min(SPARK_SHARDS, 2 * self._context.defaultParallelism)
 
     def _run(self, function: Callable[[J], R], job: J) -> R:
-        try:
+        with _spark("gave a shard up"):
             result = self._context.parallelize([job], 1).map(partial(_result, function)).collect()[0]
-        except Exception as error:
-            raise WorkerDied(f"Spark gave a shard up: {_in_few_words(error)}") from None
         if isinstance(result, OSError):
             raise result
         return result
@@ -138,16 +139,18 @@ def _spark_context(master: str, conf: dict[str, str], log: Path) -> object:
     builder = SparkSession.builder.master(master).appName("download")
     for name, value in conf.items():
         builder = builder.config(name, value)
-    with _printing_to(log):
-        try:
-            return builder.getOrCreate().sparkContext
-        except Exception as error:
-            raise WorkerDied(f"Spark did not start: {_in_few_words(error)}") from None
+    with _printing_to(log), _spark("did not start"):
+        return builder.getOrCreate().sparkContext
 
 
-def _in_few_words(error: Exception) -> str:
-    """Java's errors have their reason in the second line."""
-    return " ".join(f"{type(error).__name__}: {str(error).strip()}".splitlines()[:2])[:300]
+@contextmanager
+def _spark(what: str) -> Iterator[None]:
+    """Whatever Spark or Java raises becomes a WorkerDied in few words; Java has its reason in the second line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {str(error).strip()}".splitlines()[:2])[:300]
+        raise WorkerDied(f"Spark {what}; finished shards are kept, start again. It said: {reason}") from None
 
 
 def _begin(log: Path) -> None:
