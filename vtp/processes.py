@@ -51,6 +51,10 @@ class WorkerPool:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._executor.shutdown(cancel_futures=True)
 
+    def room(self) -> int:
+        """Jobs that are handed out at once."""
+        return self._ahead
+
     def results(
         self, function: Callable[[J], R], jobs: Iterable[J], *, most: int | None = None
     ) -> Iterator[list[tuple[J, R]]]:
@@ -59,12 +63,12 @@ class WorkerPool:
         A job is taken from `jobs` when there is room for it; at `most` so many are taken at a time. Raises WorkerDied when
         a process was killed.
         """
-        ahead = self._ahead if most is None else most
         running: dict[Future[R], J] = {}
         waiting = iter(jobs)
         try:
             while True:
-                for job in islice(waiting, ahead - len(running)):
+                room = self.room() if most is None else most
+                for job in islice(waiting, max(0, room - len(running))):
                     running[self._executor.submit(function, job)] = job
                 if not running:
                     return
