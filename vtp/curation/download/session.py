@@ -74,12 +74,14 @@ class LocalPool(WorkerPool):
                 process.kill()
         super().__exit__(kind, error, trace)
 
-    def results(self, function: Callable[[J], R], jobs: Iterable[J]) -> Iterator[list[tuple[J, R]]]:
+    def results(
+        self, function: Callable[[J], R], jobs: Iterable[J], *, most: int | None = None
+    ) -> Iterator[list[tuple[J, R]]]:
         """As of any pool, in processes that are replaced now and then."""
         waiting, size = iter(jobs), self._processes * SHARDS_OF_A_PROCESS
         try:
             while batch := list(islice(waiting, size)):
-                yield from super().results(function, batch)
+                yield from super().results(function, batch, most=most)
                 if len(batch) == size:
                     self._executor.shutdown()
                     super().__init__(self._processes, _begin, self._log)
@@ -106,9 +108,11 @@ class SparkPool(WorkerPool):
         with suppress(Exception):
             self._context.stop()
 
-    def results(self, function: Callable[[J], R], jobs: Iterable[J]) -> Iterator[list[tuple[J, R]]]:
+    def results(
+        self, function: Callable[[J], R], jobs: Iterable[J], *, most: int | None = None
+    ) -> Iterator[list[tuple[J, R]]]:
         """As of any pool. Raises WorkerDied when Spark gives a job up, or is gone."""
-        return super().results(partial(self._run, function), jobs)
+        return super().results(partial(self._run, function), jobs, most=most)
 
     def room(self) -> int:
         """Twice the cores, which come and go with executors. Raises WorkerDied."""
