@@ -9,7 +9,7 @@ from itertools import chain
 import pytest
 
 from vtp.curation.download import session
-from vtp.curation.download.session import LocalPool, SparkPool
+from vtp.curation.download.session import LocalPool, SparkExecutors
 from vtp.processes import WorkerDied
 
 CONF = {"spark.driver.memory": "512m", "spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1"}
@@ -53,7 +53,7 @@ def test_a_killed_process_is_told_with_what_to_do(tmp_path):
 def test_spark_that_does_not_start_is_told(tmp_path):
     """Its own words are in the log, whose end the stage shows."""
     with pytest.raises(WorkerDied, match="Spark did not start; .*start again"):
-        SparkPool("no-such-master", CONF, tmp_path / "log")
+        SparkExecutors("no-such-master", CONF, tmp_path / "log")
     assert "Master must" in (tmp_path / "log").read_text()
 
 
@@ -61,7 +61,7 @@ def test_spark_that_does_not_start_is_told(tmp_path):
 def test_spark_is_a_pool_like_the_other(tmp_path, capfd):
     """Each job is one task; an error of the disk is that error, one of a process is that of the pool."""
     before = signal.getsignal(signal.SIGINT)
-    with SparkPool("local[2]", CONF, tmp_path / "log") as pool:
+    with SparkExecutors("local[2]", CONF, tmp_path / "log") as pool:
         assert signal.getsignal(signal.SIGINT) is before
         assert pool.room() == 4
         assert all_of(pool, partial(max, 3), range(6)) == {0: 3, 1: 3, 2: 3, 3: 3, 4: 4, 5: 5}

@@ -92,7 +92,7 @@ class LocalPool(WorkerPool):
             ) from None
 
 
-class SparkPool(WorkerPool):
+class SparkExecutors(WorkerPool):
     """Executors of a cluster. A shard is a Spark job of one task, so that each is told of as soon as it ends."""
 
     def __init__(self, master: str, conf: dict[str, str], log: Path) -> None:

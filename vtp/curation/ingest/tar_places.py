@@ -38,7 +38,7 @@ class RemoteFolder(Config):
     url: str = Field(description="for fsspec, such as s3://bucket/folder, gs://.., https://.., hf://datasets/..")
     sha256: str | None = Field(
         pattern="^[0-9a-f]{64}$",
-        description="of all tars together, as source_sha256 in a run's provenance; others are refused. null: any",
+        description="digest of all tars together, as source_sha256 in a run's provenance; others are refused. null: any",
     )
 
     @field_validator("url")
