@@ -16,7 +16,7 @@ from vtp.data.remote import RemoteError, ShardCache
 from vtp.data.stream import Stream, StreamConfig
 
 SIZES = [10, 14, 12, 12]
-PLAIN = StreamConfig(samples=None, window=2, mixture=None, decode="full", max_replaced=0.0)
+PLAIN = StreamConfig(samples=None, window=2, groups=1, mixture=None, decode="full", max_replaced=0.0)
 
 
 def moved(folder, place, location):

@@ -31,7 +31,14 @@ SPLITS = {"one shard": [96], "few": [40, 0, 31, 25], "many": [1, 2, 3] * 16}
 
 
 def stream_of(*folders, **changes) -> Stream:
-    values = {"samples": None, "window": None, "mixture": None, "decode": "full", "max_replaced": 0.5} | changes
+    values = {
+        "samples": None,
+        "window": None,
+        "groups": 1,
+        "mixture": None,
+        "decode": "full",
+        "max_replaced": 0.5,
+    } | changes
     return Stream(
         [ShardDataset(folder, "train") for folder in folders], StreamConfig.parse(values, where="test"), seed=0
     )
