@@ -62,7 +62,7 @@ class ShardCache:
 
     def open(self, location: str, shard: "Shard") -> BinaryIO:
         """The shard as a local file; fetched if it is not there. Raises RemoteError."""
-        with self._locked(shard.sha256):
+        with self._locked(shard.sha256), self._explained(shard):
             file = self._held(shard) or self._fetched(location, shard, self._reserve(shard), PATIENCE)
             file.seek(0)
             return file
@@ -74,7 +74,7 @@ class ShardCache:
         """
         if self.has(shard):
             return True
-        with self._locked(shard.sha256, wait=False) as alone:
+        with self._locked(shard.sha256, wait=False) as alone, self._explained(shard):
             if not alone or self.has(shard):
                 return True
             with self._locked("room"):
@@ -124,16 +124,22 @@ class ShardCache:
             with self._locked("room"):  # who looks there meanwhile would see neither name
                 Path(file.name).replace(self._path(shard))
             fcntl.flock(file, fcntl.LOCK_SH)
-        except BaseException as error:
+        except BaseException:
             file.close()
             Path(file.name).unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise RemoteError(
-                    f"{self.folder}: {shard.name} cannot be kept there ({error.strerror or error}); make room, or set "
-                    "VTP_CACHE to a folder on another disk, or VTP_CACHE_GIGABYTES to what this one holds"
-                ) from error
             raise
         return file
+
+    @contextmanager
+    def _explained(self, shard: "Shard") -> Iterator[None]:
+        """What this machine's disk refuses, with what can be done about it."""
+        try:
+            yield
+        except OSError as error:
+            raise RemoteError(
+                f"{self.folder}: {shard.name} cannot be kept there ({error.strerror or error}); make room, or set "
+                "VTP_CACHE to a folder on another disk, or VTP_CACHE_GIGABYTES to what this one holds"
+            ) from error
 
     def _verified(self, file: BinaryIO, sha256: str) -> bool:
         mark = self.folder / f"{sha256}.verified"
@@ -162,7 +168,12 @@ class ShardCache:
         name = f".{shard.sha256[:16]}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         file = (self.folder / name).open("xb+")
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(shard.bytes)
+        try:
+            file.truncate(shard.bytes)
+        except OSError:
+            file.close()
+            (self.folder / name).unlink()
+            raise
         return file
 
     def _make_room(self, needed: int, *, urgent: bool) -> bool:

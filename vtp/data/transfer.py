@@ -22,7 +22,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between attempts; each wait is a
 SILENCE = 60.0  # seconds without a byte after which a connection over the web counts as dead
 DAMAGED = 3  # transfers of other bytes than the manifest's, after which they are taken for what the store holds
 BUSY = {408, 425, 429}  # of HTTP: the refusals that pass; 500 and above do too
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # of this machine's disk
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # of this machine's disk
 CLIENTS = {"aiohttp", "botocore", "aiobotocore", "urllib3", "requests", "google", "gcsfs", "azure", "adlfs"}
 T = TypeVar("T")
 
@@ -75,23 +75,22 @@ def uneven(seconds: float) -> float:
     return seconds * random.SystemRandom().uniform(0.5, 1.5)
 
 
-def _may_pass(error: Exception, attempts: int) -> bool:
-    """Whether another attempt may do better. Clients translate errors; what they were stands behind them."""
-    if (status := _status(error) or _status(error.__cause__)) is not None:
+def _may_pass(error: BaseException, attempts: int) -> bool:
+    """Whether another attempt may do better."""
+    if (status := _status(error)) is not None:
         return status in BUSY or status >= 500
     if isinstance(error, ValueError):
         return attempts < DAMAGED
-    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+    if any(base.__module__.split(".")[0] in CLIENTS for base in type(error).__mro__):
+        return "Credential" not in type(error).__name__
+    if isinstance(error.__cause__, Exception):  # fsspec says `no such file` of much that a client says more exactly
         return _may_pass(error.__cause__, attempts)
     if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
         return False
-    of_client = any(base.__module__.split(".")[0] in CLIENTS for base in type(error).__mro__)
-    return isinstance(error, OSError | EOFError | HTTPException) or (
-        of_client and "Credential" not in type(error).__name__
-    )
+    return isinstance(error, OSError | EOFError | HTTPException)
 
 
-def _status(error: BaseException | None) -> int | None:
+def _status(error: BaseException) -> int | None:
     """The HTTP status in an error of any of the clients, if it has one."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # of botocore
