@@ -50,8 +50,8 @@ class SlowStore(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: SlowStore  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def log_message(self, *_: object) -> None:
-        pass
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nobody reads it."""
 
     def do_HEAD(self) -> None:
         self._answer(body=False)

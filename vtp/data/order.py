@@ -10,6 +10,7 @@ no shard. The number of groups is part of the order. The number of machines is n
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -122,7 +123,7 @@ class _Plan:
         begins, stops = (-((np.arange(groups) - position) // groups) for position in (first, stop))
         self._begins = begins  # turns before this epoch, by group
         cuts = np.concatenate([[0], np.cumsum(stops - begins)])
-        self._edges = [self._windows(*cuts[group : group + 2].tolist(), window) for group in range(groups)]
+        self._edges = [self._windows(low, high, window) for low, high in pairwise(cuts.tolist())]
 
     def _windows(self, low: int, high: int, window: int) -> np.ndarray:
         """The places at which windows begin, and the end of the last."""

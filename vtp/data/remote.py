@@ -10,7 +10,6 @@ used for longest make room. Locks are the kernel's, so two machines must not sha
 """
 
 import fcntl
-import hashlib
 import logging
 import os
 import secrets
@@ -20,11 +19,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from vtp.artefact import LARGE, ArtefactError
 from vtp.config import did_you_mean
-from vtp.data.transfer import LONGEST_WAIT, PATIENCE, RemoteError, fetch, is_web, open_location, persist, uneven
+from vtp.data.transfer import (
+    LONGEST_WAIT,
+    PATIENCE,
+    RemoteError,
+    digest_of,
+    fetch,
+    is_web,
+    open_location,
+    persist,
+    uneven,
+)
 from vtp.host import Host
 
 if TYPE_CHECKING:
@@ -145,8 +154,7 @@ class ShardCache:
         mark = self.folder / f"{sha256}.verified"
         if mark.exists() and mark.read_text() == _identity(file):
             return True
-        file.seek(0)
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+        if digest_of(file) != sha256:
             return False
         self._remember(file, sha256)
         return True
@@ -271,7 +279,7 @@ class Prefetcher:
         return self.__dict__ | {"_thread": None, "_wanted": []}
 
 
-def _is_free(file: BinaryIO) -> bool:
+def _is_free(file: IO) -> bool:
     """Whether nobody else has a lock on an open file; whoever asked holds it until it is closed."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -107,6 +107,12 @@ def _words(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def digest_of(file: BinaryIO) -> str:
+    """SHA-256 of an open file, as it can be read now."""
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType] - any binary file
+
+
 def open_location(location: str) -> tuple[Any, str]:
     """The file system of an fsspec URL, new in this process, and the path in it.
 
@@ -145,8 +151,7 @@ def _copy(url: str, shard: "Shard", file: BinaryIO) -> None:
             size += len(chunk)
             file.write(chunk[: len(chunk) - max(0, size - shard.bytes)])
     file.flush()
-    file.seek(0)
-    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = digest_of(file)
     if size != shard.bytes or sha256 != shard.sha256:
         more = " at least" if size > shard.bytes else ""
         raise _OtherBytes(f"{size} bytes{more} of sha256 {sha256[:12]}, manifest.json says {shard.bytes} bytes")

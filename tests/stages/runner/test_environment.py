@@ -1,10 +1,14 @@
-"""Freed memory stays: tensors that come and go fault no pages in."""
+"""Freed memory stays: tensors that come and go fault no pages in. Fetched shards lie on a disk of the machine."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from tiny import ROOT
+
+from stages.runner.environment import LocalHost, Runtime
+from vtp.config import ConfigError
 
 CODE = """
 import resource
@@ -73,6 +77,7 @@ def test_other_values_are_said_with_what_is_given(tmp_path):
 
 def test_fetched_shards_lie_on_a_disk_of_the_machine(tmp_path, monkeypatch):
     """In the folder of the Slurm job, or the temporary one; apart for every project, and never in another user's."""
+
     def cache(root, **environment):
         return LocalHost(tmp_path, root, Runtime.of({"VTP_DEVICE": "cpu"} | environment)).shard_cache
 
@@ -86,7 +91,7 @@ def test_fetched_shards_lie_on_a_disk_of_the_machine(tmp_path, monkeypatch):
     assert cache(tmp_path / "a" / "project") == tmp_path / "job" / one.name
     assert cache(tmp_path, VTP_CACHE=str(tmp_path / "own")) == tmp_path / "own"
     (tmp_path / "job" / one.name).mkdir(parents=True)
-    monkeypatch.setattr("os.getuid", lambda: os.geteuid() + 1)
+    monkeypatch.setattr("os.getuid", lambda: os.geteuid() + 1)  # as somebody else
     (tmp_path / "job" / cache_name(one, os.geteuid() + 1)).mkdir()
     with pytest.raises(ConfigError, match=r"is another user's; set \$VTP_CACHE"):
         cache(tmp_path / "a" / "project")

@@ -5,7 +5,6 @@ import json
 import os
 
 import pytest
-
 from data.small_shards import write_shards
 
 from stages.runner.fingerprint import (
