@@ -329,14 +329,14 @@ def test_files_that_vanish_are_no_error(tmp_path, web):
                 path.unlink(missing_ok=True)
 
     def read(first):
-        return lambda: [fetched(cache, web.url, dataset.shards[(first + n) % 8]) for n in range(40)]
+        return lambda: [fetched(cache, web.url, dataset.shards[(first + n) % 8]) for n in range(16)]
 
     cleaner = get_context("fork").Process(target=clean)
     cleaner.start()
     answers = in_processes(read(0), read(3))
     done.set()
     cleaner.join()
-    assert all(len(answer) == 40 for answer in answers)
+    assert all(len(answer) == 16 for answer in answers)
 
 
 def wait_for(condition) -> None:

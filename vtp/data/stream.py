@@ -75,7 +75,7 @@ class StreamConfig(Config):
             )
 
 
-class _Part(NamedTuple):
+class _Together(NamedTuple):
     """Shards that are shuffled together: those of all sources, or those of one in a mixture."""
 
     sizes: list[int]  # samples in each shard
@@ -122,12 +122,12 @@ class Stream:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def _divide(self) -> list[_Part]:
+    def _divide(self) -> list[_Together]:
         places = [[(which, shard) for shard in range(len(sizes))] for which, sizes in enumerate(self._sizes)]
         if self._mixture is None:
-            return [_Part([*chain(*self._sizes)], [*chain(*places)], 0, self.seed)]
+            return [_Together([*chain(*self._sizes)], [*chain(*places)], 0, self.seed)]
         return [
-            _Part(sizes, places[which], int(self._first[which]), address(self.seed, "source", which))
+            _Together(sizes, places[which], int(self._first[which]), address(self.seed, "source", which))
             for which, sizes in enumerate(self._sizes)
         ]
 
