@@ -49,6 +49,17 @@ def ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks(0, 1)
 
 
+def is_first_of_machine() -> bool:
+    """Whether this process does what one of a machine has to do."""
+    return not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def machines() -> int:
+    """On how many machines the ranks run."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+    return max(1, ranks().size // ranks_here)
+
+
 @contextmanager
 def process_group(device: str, *, timeout: float) -> Iterator[None]:
     """Join the ranks that torchrun started; a collective that takes longer than `timeout` seconds fails.

@@ -72,7 +72,7 @@ class Host(Protocol):
 
     @property
     def shard_cache(self) -> Path:
-        """Folder for shards that are fetched from elsewhere."""
+        """Folder for shards that are fetched from elsewhere, on a disk of this machine alone."""
         ...
 
     @property

@@ -22,11 +22,11 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from stages.runner import sinks
 from stages.runner.environment import STOP, Interrupted, LocalHost, Runtime, explain, keep_freed_memory, log_to, tell
-from stages.runner.fingerprint import DIGESTS, code_digest, fingerprint_of, recall_digests, store_digests
+from stages.runner.fingerprint import DIGESTS, code_digest, fingerprint_of, input_digest, recall_digests, store_digests
 from stages.runner.launch import RankJob, run_ranks, several
 from stages.runner.scratch import Scratch, prune
 from stages.runner.starts import Start, Starts, device_here
-from vtp.artefact import digest, remove, write_json
+from vtp.artefact import remove, write_json
 from vtp.config import Config
 from vtp.distributed import StateError
 from vtp.params import load
@@ -276,7 +276,7 @@ def _input_digest(name: str, path: Path | list[Path]) -> str | list[str]:
         return [str(_input_digest(name, each)) for each in path]
     if not path.exists():
         raise StageError(f"{_flag(name)} {path}: no such file or folder; run the stage that makes it, or dvc checkout")
-    return digest(path)
+    return input_digest(path)
 
 
 def _repository() -> Path:

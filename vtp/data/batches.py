@@ -109,7 +109,7 @@ class ImageBatches(Dataset[ImageBatch]):
     def __getitem__(self, index: int) -> ImageBatch:
         step, rows = self.rank_slice.of(self.batch_size, index)
         positions = np.arange(rows.start, rows.stop) + step * self.batch_size
-        numbers = self.stream.numbers(int(positions[0]), len(positions))
+        numbers = self.stream.numbers(int(positions[0]), len(positions), batch=self.batch_size)
         drawn = [
             self.stream.read(number, position, decode=partial(self._decode, position=position), captioned=False)
             for number, position in zip(numbers.tolist(), positions.tolist(), strict=True)

@@ -96,6 +96,11 @@ class PretrainDataConfig(Config):
     ssl_views: SslViewsConfig
     masks: MaskConfig
 
+    @model_validator(mode="after")
+    def _grouped(self) -> Self:
+        self.stream.require_batch(self.batch.reconstruction, "batch.reconstruction")  # the others are multiples of it
+        return self
+
 
 class ActiveBatch(NamedTuple):
     """Batch sizes of the objectives that are switched on, 0 for the others; `pool` is what a step draws from."""
@@ -206,7 +211,7 @@ class PretrainBatches(Dataset[PretrainBatch]):
 
     def _read(self, first: int, count: int, places: "_Places") -> dict[int, Drawn]:
         """The samples that any objective sees, by place in the micro-batch; each is decoded once."""
-        numbers = self.stream.numbers(first, count)
+        numbers = self.stream.numbers(first, count, batch=self.active.pool)
         in_clip, in_ssl, in_rec = (set(part.tolist()) for part in places)
         config, seed, captioned = self.config, self.seed, bool(self.active.clip)
 
