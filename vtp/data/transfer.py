@@ -44,30 +44,38 @@ def fetch(url: str, shard: "Shard", file: BinaryIO, *, patience: float) -> None:
     persist(url, lambda: _copy(url, shard, file), patience=patience)
 
 
-def persist(what: str, attempt: Callable[[], T], *, patience: float) -> T:
+def persist(
+    what: str,
+    attempt: Callable[[], T],
+    *,
+    patience: float,
+    final: tuple[type[Exception], ...] = (ArtefactError,),
+    wait: Callable[[float], object] = time.sleep,
+) -> T:
     """What `attempt` gives. It is made again while its error may pass, after waits that grow and are not the same twice.
 
-    Raises RemoteError that begins with `what`, at the latest when the next attempt would come after `patience` seconds.
+    Raises RemoteError that begins with `what`, at the latest when the next attempt would come after `patience` seconds;
+    errors that are `final` go on as they are, and so does what `wait` raises.
     """
     begin, attempts = time.monotonic(), 0
     while True:
         attempts += 1
         try:
             return attempt()
-        except ArtefactError:
+        except final:
             raise
         except Exception as error:
             if getattr(error, "errno", None) in FULL:
                 raise
             spent = time.monotonic() - begin
-            wait = uneven(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempts - 1)))
-            if not _may_pass(error, attempts) or spent + wait > patience:
+            pause = uneven(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempts - 1)))
+            if not _may_pass(error, attempts) or spent + pause > patience:
                 raise RemoteError(
                     f"{what}: not fetched in {attempts} attempts within {spent:.0f} s ({_words(error)}); see that it "
-                    "exists, that this machine may read it, and that the shards are those of manifest.json"
+                    "exists, that this machine may read it, and that it is what was written there"
                 ) from error
             logging.warning("%s: attempt %d failed (%s)", what, attempts, _words(error))
-            time.sleep(wait)
+        wait(pause)
 
 
 def uneven(seconds: float) -> float:

@@ -540,19 +540,20 @@ def test_tars_of_a_web_server_are_fetched_once(pool, shards, web, tmp_path):
 
 
 def test_failures_that_pass_are_tried_again(pool, shards, web, tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_places, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr("vtp.data.transfer.FIRST_WAIT", 0.001)
+    monkeypatch.setattr(tar_places, "PATIENCE", 0.5)
     fill(tmp_path / "web", pool)
     web.failures += ["cut", 503, "short", 429, "cut"]
     prepare(tmp_path / "a", remote(web.url))
     assert digest(tmp_path / "a") == digest(shards)
     asked = len(web.asked)
-    with pytest.raises(IngestError, match=r"missing\.tar: not read in 1 attempts"):
+    with pytest.raises(IngestError, match=r"missing\.tar: not fetched in 1 attempts"):
         prepare(tmp_path / "b", remote(web.url, train=["missing.tar"]))
     assert len(web.asked) <= asked + 2
     with pytest.raises(IngestError, match="no tar matches nothing"):
         prepare(tmp_path / "c", remote(web.url, train=["nothing*"]))
     web.failures += [503] * 100
-    with pytest.raises(IngestError, match=r"00000\.tar: not read in 9 attempts .*see that it exists"):
+    with pytest.raises(IngestError, match=r"00000\.tar: not fetched in \d+ attempts .*see that it exists"):
         prepare(tmp_path / "d", remote(web.url, train=["00000.tar"]))
 
 
@@ -584,7 +585,7 @@ def test_tars_of_s3(pool, shards, s3, tmp_path):
     names = {"label": field("label"), "class_names": {"name": "file", "file": "names.txt"}}
     prepare(tmp_path / "c", remote("s3://tars/laion", **names))
     assert Manifest.load(tmp_path / "c").classes == ["name"] * 3
-    with pytest.raises(IngestError, match=r"gone\.tar: not read in 1 attempts"):
+    with pytest.raises(IngestError, match=r"gone\.tar: not fetched in 1 attempts"):
         prepare(tmp_path / "d", remote("s3://tars/laion", train=["gone.tar"]))
 
 

@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +19,13 @@ from vtp.curation.ingest.folders import holds
 from vtp.curation.ingest.listing import require_inside
 from vtp.curation.ingest.shard_workers import IngestError, Stopped
 from vtp.curation.places import inside, path_problem
-from vtp.data.remote import open_location, require_shared
+from vtp.data.remote import require_shared
+from vtp.data.transfer import RemoteError, is_web, open_location, persist
 from vtp.texts import listed, shown
 
 T = TypeVar("T")
 CHUNK = 1 << 23
-ATTEMPTS = 9
-FIRST_WAIT = 0.5  # seconds before the second attempt; each further one waits about twice as long, two minutes in all
-SILENCE = 60  # seconds of it after which a connection to a web server is given up
+PATIENCE = 120.0  # seconds in which a store may come back
 # What stores say of a file that changes when its content does.
 VERSION = ("size", "ETag", "etag", "Last-Modified", "LastModified", "mtime", "generation", "blob_id", "content_md5")
 
@@ -203,7 +201,7 @@ class RemotePieces:
             raise IngestError(
                 f"{self._url}/{name}: changed since it was read: it was {mark.version}, and is {now}; start again"
             )
-        known = {"size": mark.bytes} if _is_web(self._url) else {}
+        known = {"size": mark.bytes} if is_web(self._url) else {}
         return filesystem.open(f"{root}/{name}", "rb", cache_type="none", **known)
 
 
@@ -214,55 +212,25 @@ def _whole(path: Path, largest: int) -> bytes:
 
 
 def _attempts(url: str, action: Callable[[], T], stop: Callable[[], bool] = lambda: False) -> T:
-    """What `action` gives, which reads a URL; what may pass is tried again for two minutes. Raises IngestError."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return action()
-        except (IngestError, Stopped):
-            raise
-        except Exception as error:  # every store has its own
-            what = shown(f"{type(error).__name__}: {error}")
-            if attempt == ATTEMPTS or _is_lasting(error):
-                raise IngestError(
-                    f"{shown(url)}: not read in {attempt} attempts ({what}); see that it exists, and that this machine may "
-                    "read it"
-                ) from error
-            logging.warning("%s: attempt %d failed (%s)", shown(url), attempt, what)
-        until = time.monotonic() + FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+    """What `action` gives, which reads a URL. Raises IngestError, and Stopped when asked to stop."""
+
+    def wait(seconds: float) -> None:
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
             if stop():
                 raise Stopped
             time.sleep(0.1)
-    raise AssertionError
 
-
-def _is_lasting(error: Exception) -> bool:
-    """Whether there is no such file, it may not be read, or a store cannot do what it is asked.
-
-    fsspec says that there is no such file whatever goes wrong on the web.
-    """
-    cause = error.__cause__ or error
-    status = getattr(cause, "status", None)
-    if isinstance(status, int):
-        return 400 <= status < 500 and status not in (408, 429)
-    lasting = isinstance(error, FileNotFoundError | PermissionError | ValueError)
-    return lasting and not type(cause).__module__.startswith("aiohttp")
+    try:
+        return persist(shown(url), action, patience=PATIENCE, final=(IngestError, Stopped), wait=wait)
+    except RemoteError as error:
+        raise IngestError(str(error)) from error
 
 
 @lru_cache(maxsize=64)
 def _filesystem(folder: str) -> tuple[Any, str]:
     """The file system of a URL, one in each process, and the path in it."""
-    filesystem, root = open_location(folder)
-    if _is_web(folder):
-        from aiohttp import ClientTimeout
-
-        # Its own is five minutes for a whole file.
-        filesystem.client_kwargs = {"timeout": ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)}
-    return filesystem, root
-
-
-def _is_web(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
+    return open_location(folder)
 
 
 def _version(folder: str, name: str) -> dict[str, str]:
@@ -276,7 +244,7 @@ def _copy(folder: str, name: str, target: Path, stop: Callable[[], bool]) -> Mar
     version = _version(folder, name)
     # Of the web as one stream: not every server gives pieces.
     how: dict[str, Any] = {"block_size": CHUNK}
-    if _is_web(folder):
+    if is_web(folder):
         how = {"block_size": 0, "headers": {"Accept-Encoding": "identity"}}
     state, count = hashlib.sha256(), 0
     with filesystem.open(f"{root}/{name}", "rb", **how) as source, target.open("wb") as file:
