@@ -20,7 +20,7 @@ from vtp.config import Config, ConfigError
 from vtp.curation.download.missing import Terms, list_missing
 from vtp.curation.download.policy import Policy
 from vtp.curation.download.pool import DownloadReport, write_pool
-from vtp.curation.download.session import Live, LocalPool, SparkExecutors
+from vtp.curation.download.session import Live, LocalPool, spark_pool
 from vtp.curation.download.shard import FetchJob, fetch_shard
 from vtp.curation.download.store import Store
 from vtp.host import Host
@@ -178,7 +178,7 @@ def fetch(shards: list[Path], job: FetchJob, pool: WorkerPool, store: Store, liv
 def pool_of(distributor: Multiprocessing | Spark, log: Path) -> WorkerPool:
     """The processes that fetch."""
     if distributor.name == "pyspark":
-        return SparkExecutors(distributor.master, distributor.conf, log)
+        return spark_pool(distributor.master, distributor.conf, log)
     return LocalPool(distributor.processes, log)
 
 

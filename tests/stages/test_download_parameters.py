@@ -28,7 +28,7 @@ def test_every_parameter_is_read(tmp_path, monkeypatch):
         parsed(),
         parsed(resize={"name": "no"}, encoding={"name": "png", "compression": 6}, distributor=SPARK),
     ]
-    for pool in ("LocalPool", "SparkExecutors"):  # which have tests of their own
+    for pool in ("LocalPool", "spark_pool"):  # which have tests of their own
         monkeypatch.setattr(f"stages.download.{pool}", lambda *arguments: arguments)
     monkeypatch.setattr(Config, "__getattribute__", recording)
     for config in variants:

@@ -8,8 +8,9 @@ from itertools import chain
 
 import pytest
 
+from vtp.config import ConfigError
 from vtp.curation.download import session
-from vtp.curation.download.session import LocalPool, SparkExecutors
+from vtp.curation.download.session import LocalPool, spark_pool
 from vtp.processes import WorkerDied
 
 CONF = {"spark.driver.memory": "512m", "spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1"}
@@ -52,8 +53,8 @@ def test_a_killed_process_is_told_with_what_to_do(tmp_path):
 
 def test_spark_that_does_not_start_is_told(tmp_path):
     """Its own words are in the log, whose end the stage shows."""
-    with pytest.raises(WorkerDied, match="Spark did not start; .*start again"):
-        SparkExecutors("no-such-master", CONF, tmp_path / "log")
+    with pytest.raises(ConfigError, match="no session of Spark at 'no-such-master'"):
+        spark_pool("no-such-master", CONF, tmp_path / "log")
     assert "Master must" in (tmp_path / "log").read_text()
 
 
@@ -61,13 +62,13 @@ def test_spark_that_does_not_start_is_told(tmp_path):
 def test_spark_is_a_pool_like_the_other(tmp_path, capfd):
     """Each job is one task; an error of the disk is that error, one of a process is that of the pool."""
     before = signal.getsignal(signal.SIGINT)
-    with SparkExecutors("local[2]", CONF, tmp_path / "log") as pool:
+    with spark_pool("local[2]", CONF, tmp_path / "log") as pool:
         assert signal.getsignal(signal.SIGINT) is before
         assert pool.room() == 4
         assert all_of(pool, partial(max, 3), range(6)) == {0: 3, 1: 3, 2: 3, 3: 3, 4: 4, 5: 5}
         with pytest.raises(FileNotFoundError, match="/no/such/folder/here"):
             all_of(pool, os.mkdir, ["/no/such/folder/here"])
-        with pytest.raises(WorkerDied, match="Spark gave a shard up"):
+        with pytest.raises(WorkerDied, match="Spark gave up a task.* start again"):
             all_of(pool, os._exit, [1])
         assert all_of(pool, abs, [-1]) == {-1: 1}
     assert "crashed" in (tmp_path / "log").read_text()

@@ -2,13 +2,10 @@
 
 import logging
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
@@ -17,13 +14,13 @@ from typing import Any, TypeVar
 
 from vtp.curation.download.shard import Fetched
 from vtp.processes import WorkerDied, WorkerPool, follow_parent
+from vtp.spark import SparkPool
 from vtp.texts import shown, write_csv
 
 J = TypeVar("J")
 R = TypeVar("R")
 COLUMNS = ("seconds", "rows", "successes", "share", "images_per_second", "commonest_cause")
 SHARDS_OF_A_PROCESS = 20  # then another takes its place: decoders leak
-SPARK_SHARDS = 1000  # on their way at once, at most; a thread waits for each
 
 
 class Live:
@@ -92,69 +89,10 @@ class LocalPool(WorkerPool):
             ) from None
 
 
-class SparkExecutors(WorkerPool):
-    """Executors of a cluster. A shard is a Spark job of one task, so that each is told of as soon as it ends."""
-
-    def __init__(self, master: str, conf: dict[str, str], log: Path) -> None:
-        self._executor = ThreadPoolExecutor(SPARK_SHARDS)
-        # Not from the main thread: there Spark would take SIGINT for itself.
-        self._context: Any = self._executor.submit(_spark_context, master, conf, log).result()
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with suppress(Exception):  # of a Java process that was killed
-            if kind is not None:
-                self._context.cancelAllJobs()
-        super().__exit__(kind, error, trace)
-        with suppress(Exception):
-            self._context.stop()
-
-    def results(
-        self, function: Callable[[J], R], jobs: Iterable[J], *, most: int | None = None
-    ) -> Iterator[list[tuple[J, R]]]:
-        """As of any pool. Raises WorkerDied when Spark gives a job up, or is gone."""
-        return super().results(partial(self._run, function), jobs, most=most)
-
-    def room(self) -> int:
-        """Twice the cores, which come and go with executors. Raises WorkerDied."""
-        with _spark("is gone"):
-            return min(SPARK_SHARDS, 2 * self._context.defaultParallelism)
-
-    def _run(self, function: Callable[[J], R], job: J) -> R:
-        with _spark("gave a shard up"):
-            result = self._context.parallelize([job], 1).map(partial(_result, function)).collect()[0]
-        if isinstance(result, OSError):
-            raise result
-        return result
-
-
-def _result(function: Callable[[J], R], job: J) -> R | OSError:
-    """On an executor. Spark would tell an error as text."""
-    try:
-        return function(job)
-    except OSError as error:
-        return error
-
-
-def _spark_context(master: str, conf: dict[str, str], log: Path) -> object:
-    """The context of a new session; its Java process and those that it starts print to a log. Raises WorkerDied."""
-    from pyspark.sql import SparkSession
-
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    builder = SparkSession.builder.master(master).appName("download")
-    for name, value in conf.items():
-        builder = builder.config(name, value)
-    with _printing_to(log), _spark("did not start"):
-        return builder.getOrCreate().sparkContext
-
-
-@contextmanager
-def _spark(what: str) -> Iterator[None]:
-    """Whatever Spark or Java raises becomes a WorkerDied in few words; Java has its reason in the second line."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {str(error).strip()}".splitlines()[:2])[:300]
-        raise WorkerDied(f"Spark {what}; finished shards are kept, start again. It said: {reason}") from None
+def spark_pool(master: str, conf: dict[str, str], log: Path) -> SparkPool:
+    """Executors of a cluster; the Java process and those that it starts print to a log. Raises ConfigError."""
+    with _printing_to(log):
+        return SparkPool(master, "download", conf)
 
 
 def _begin(log: Path) -> None:
