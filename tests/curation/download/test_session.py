@@ -16,6 +16,15 @@ from vtp.processes import WorkerDied
 CONF = {"spark.driver.memory": "512m", "spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1"}
 
 
+@pytest.fixture(autouse=True)
+def own_java(monkeypatch):
+    """A Java process outlives its session, and prints where it was told to print by another test of this process."""
+    from pyspark import SparkContext
+
+    for name in ("_gateway", "_jvm"):
+        monkeypatch.setattr(SparkContext, name, None)
+
+
 def process(job):
     os.write(1, f"said {job}\n".encode())
     return os.getpid()
