@@ -76,7 +76,7 @@ def jxl_size(content: bytes) -> tuple[int, int]:
         raise ValueError("no size in its header") from None
 
 
-class _Chunk(NamedTuple):
+class _Segment(NamedTuple):
     """A chunk, a segment or a box of a file."""
 
     name: bytes
@@ -147,13 +147,13 @@ def _png(content: bytes) -> bytes:
     return PNG + b"".join(kept)
 
 
-def _chunks(content: bytes) -> Iterator[_Chunk]:
+def _chunks(content: bytes) -> Iterator[_Segment]:
     """Of a PNG, to the end of the file if it has none."""
     place = len(PNG)
     while place + 8 <= len(content):
         length, name = struct.unpack_from(">I4s", content, place)
         data = content[place + 8 : place + 8 + length]
-        yield _Chunk(name, data, content[place : place + 12 + length])
+        yield _Segment(name, data, content[place : place + 12 + length])
         place += 12 + length
         if name == b"IEND":
             return
@@ -265,7 +265,7 @@ def _jxl(content: bytes) -> bytes:
     return b"".join(box.whole for box in _boxes(content) if box.name in JXL_BOXES)
 
 
-def _boxes(content: bytes) -> Iterator[_Chunk]:
+def _boxes(content: bytes) -> Iterator[_Segment]:
     place = 0
     while place < len(content):
         length, name = struct.unpack_from(">I4s", content, place)
@@ -276,7 +276,7 @@ def _boxes(content: bytes) -> Iterator[_Chunk]:
         end = place + length if length else len(content)
         if length and length < head:
             raise _Broken
-        yield _Chunk(name, content[place + head : end], content[place:end])
+        yield _Segment(name, content[place + head : end], content[place:end])
         place = end
 
 

@@ -85,7 +85,7 @@ class WebDatasetSource(Config):
         description="where captions are; null: none"
     )
     captions: Literal["one", "all"] = Field(
-        description="of a list of captions in JSON: the first, or for each a sample with the same picture"
+        description="what a list of captions in JSON gives: its first, or for each a sample with the same picture"
     )
     label: Annotated[MemberText | JsonField, Field(discriminator="name")] | None = Field(
         description="where classes are: numbers from 0, or in JSON texts; null: none"
