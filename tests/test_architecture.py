@@ -14,7 +14,19 @@ SOURCES = sorted([*(ROOT / "vtp").rglob("*.py"), *(ROOT / "stages").rglob("*.py"
 # Each may import from earlier lines; parts of one line do not import each other, those of the first excepted.
 LAYERS = [
     {
-        *("config", "params", "artefact", "texts", "draws", "finite", "distributed", "host", "processes", "spark", "step"),
+        *(
+            "config",
+            "params",
+            "artefact",
+            "texts",
+            "draws",
+            "finite",
+            "distributed",
+            "host",
+            "processes",
+            "spark",
+            "step",
+        ),
         "version",
     },
     {"layers"},
