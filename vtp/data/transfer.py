@@ -50,7 +50,7 @@ def persist(
     *,
     patience: float,
     final: tuple[type[Exception], ...] = (ArtefactError,),
-    wait: Callable[[float], object] = time.sleep,
+    wait: Callable[[float], object] | None = None,
 ) -> T:
     """What `attempt` gives. It is made again while its error may pass, after waits that grow and are not the same twice.
 
@@ -75,7 +75,7 @@ def persist(
                     "exists, that this machine may read it, and that it is what was written there"
                 ) from error
             logging.warning("%s: attempt %d failed (%s)", what, attempts, _words(error))
-        wait(pause)
+        (wait or time.sleep)(pause)
 
 
 def uneven(seconds: float) -> float:
