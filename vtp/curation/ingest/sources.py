@@ -1,7 +1,7 @@
 """The choice of a source: which one the parameters name, what it needs, and its pictures."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -20,13 +20,12 @@ from vtp.curation.ingest.pool import PoolSource, pooled_pictures
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.ingest.source import Description, PictureSource
 from vtp.curation.ingest.tables import OTHER_CAPTIONS, TableSource, list_table
+from vtp.curation.ingest.tar_places import RemotePieces
 from vtp.curation.ingest.webdataset import AGAIN, WebDatasetSource, read_tars
 from vtp.data.imagenet import synset_names
 
-SourceConfig = Annotated[
-    EmbeddedConfig | ImageNetSource | FolderSource | TableSource | ParquetSource | WebDatasetSource | PoolSource,
-    Field(discriminator="name"),
-]
+ListedSource = ImageNetSource | FolderSource | TableSource | ParquetSource | WebDatasetSource
+SourceConfig = Annotated[EmbeddedConfig | ListedSource | PoolSource, Field(discriminator="name")]
 
 
 class SourceFolders(NamedTuple):
@@ -59,35 +58,47 @@ def open_pictures(
     _check_inputs(config, inputs)
     if isinstance(config, EmbeddedConfig):
         return Opened(ComposedPictures(config, image), {})
-    if isinstance(config, WebDatasetSource):
-        return _open_tars(config, image, inputs.source, scratch, stop, room)
-    assert inputs.source is not None
     if isinstance(config, PoolSource):
+        assert inputs.source is not None
         assert inputs.selection is not None
         return Opened(pooled_pictures(config, inputs.source, inputs.selection, image), {})
     ignored: Counter[str] = Counter()
-    unpacked = isinstance(config, ParquetSource) or (config.name == "imagenet" and config.layout == "parquet")
-    root = scratch / "unpacked" if unpacked else inputs.source
-    if isinstance(config, ImageNetSource):
-        entries, name = _list_imagenet(config, inputs.source, root, ignored, stop), synset_names().__getitem__
-        naming, held_out = Naming(config.caption, name), None
-    else:
-        entries, naming = _list_own(config, inputs.source, root, ignored, stop)
-        held_out = config.validation.share if isinstance(config.validation, HeldOut) else None
-    rows = scratch / "rows"
-    listing = list_pictures(entries, rows, naming=naming, held_out=held_out, ignored=ignored, stop=stop)
-    roots = config.roots if isinstance(config, TableSource) else ()
+    found, rows = _find(config, inputs.source, scratch, ignored, stop, room), scratch / "rows"
+    listing = list_pictures(
+        found.entries, rows, naming=found.naming, held_out=found.held_out, ignored=ignored, stop=stop
+    )
     pictures = ListedPictures.of_folder(
-        root,
+        found.root,
         rows,
         listing,
-        _describe(config, listing, naming),
+        _describe(config, listing, found.naming),
         image,
         outside_links=config.outside_links,
-        roots=roots,
+        roots=found.roots,
+        elsewhere=found.elsewhere,
     )
-    captions = listing.ignored.pop(OTHER_CAPTIONS, 0)
-    return Opened(pictures, _facts(listing) | ({"other_captions": captions} if isinstance(config, TableSource) else {}))
+    again, captions = (listing.ignored.get(name, 0) for name in (AGAIN, OTHER_CAPTIONS))
+    facts: dict[str, int | str] = {
+        "duplicates": listing.duplicates + again,
+        "ignored_files": sum(listing.ignored.values()) - again - captions,
+    }
+    if isinstance(config, TableSource):
+        facts["other_captions"] = captions
+    if found.sha256 is not None:
+        facts["source_sha256"] = found.sha256
+    return Opened(pictures, facts)
+
+
+class _FoundEntries(NamedTuple):
+    """Pictures in files before they are listed."""
+
+    entries: Iterator[Entry]
+    naming: Naming
+    root: Path  # of their files
+    held_out: float | None = None
+    roots: Sequence[str] = ()
+    elsewhere: RemotePieces | None = None
+    sha256: str | None = None  # of files elsewhere
 
 
 def _check_inputs(config: SourceConfig, inputs: SourceFolders) -> None:
@@ -104,31 +115,32 @@ def _check_inputs(config: SourceConfig, inputs: SourceFolders) -> None:
             raise IngestError(f"--{flag} {path}: expected a folder")
 
 
-def _open_tars(
-    config: WebDatasetSource,
-    image: ImageConfig,
+def _find(
+    config: ListedSource,
     source: Path | None,
     scratch: Path,
+    ignored: Counter[str],
     stop: Callable[[], bool],
     room: float,
-) -> Opened:
-    tars, ignored, rows = read_tars(config, source, scratch, room=room, stop=stop), Counter[str](), scratch / "rows"
-    listing = list_pictures(tars.entries(ignored), rows, naming=tars.naming, held_out=None, ignored=ignored, stop=stop)
-    pictures = ListedPictures.of_folder(
-        tars.place.root,
-        rows,
-        listing,
-        _describe(config, listing, tars.naming),
-        image,
-        outside_links=config.outside_links,
-        elsewhere=tars.elsewhere,
-    )
-    return Opened(pictures, _facts(listing) | ({} if tars.sha256 is None else {"source_sha256": tars.sha256}))
-
-
-def _facts(listing: Listing) -> dict[str, int | str]:
-    again = listing.ignored.get(AGAIN, 0)
-    return {"duplicates": listing.duplicates + again, "ignored_files": sum(listing.ignored.values()) - again}
+) -> _FoundEntries:
+    if isinstance(config, WebDatasetSource):  # whose splits are made as its tars are read
+        tars = read_tars(config, source, scratch, room=room, stop=stop)
+        found = _FoundEntries(tars.entries(ignored), tars.naming, tars.place.root)
+        return found._replace(elsewhere=tars.elsewhere, sha256=tars.sha256)
+    assert source is not None
+    unpacked = scratch / "unpacked"
+    if isinstance(config, ImageNetSource):
+        root = unpacked if config.layout == "parquet" else source
+        entries = _list_imagenet(config, source, unpacked, ignored, stop)
+        return _FoundEntries(entries, Naming(config.caption, synset_names().__getitem__), root)
+    held_out = config.validation.share if isinstance(config.validation, HeldOut) else None
+    if isinstance(config, ParquetSource):
+        listing = list_parquet(config, source, unpacked, stop)
+        return _FoundEntries(listing.entries, Naming(config.class_caption, listing.name), unpacked, held_out)
+    if isinstance(config, FolderSource):
+        return _FoundEntries(list_folder(config, source, ignored), Naming(config.caption, class_name), source, held_out)
+    entries = list_table(config, source, ignored, stop)
+    return _FoundEntries(entries, Naming(None, class_name), source, held_out, roots=config.roots)
 
 
 def _list_imagenet(
@@ -144,26 +156,7 @@ def _list_imagenet(
             return list_imagenet_folders(config, source, ignored, root=root)
 
 
-def _list_own(
-    config: FolderSource | TableSource | ParquetSource,
-    source: Path,
-    unpacked: Path,
-    ignored: Counter[str],
-    stop: Callable[[], bool],
-) -> tuple[Iterator[Entry], Naming]:
-    if isinstance(config, FolderSource):
-        return list_folder(config, source, ignored), Naming(config.caption, class_name)
-    if isinstance(config, ParquetSource):
-        listing = list_parquet(config, source, unpacked, stop)
-        return listing.entries, Naming(config.class_caption, listing.name)
-    return list_table(config, source, ignored, stop), Naming(None, class_name)
-
-
-def _describe(
-    config: ImageNetSource | FolderSource | TableSource | ParquetSource | WebDatasetSource,
-    listing: Listing,
-    naming: Naming,
-) -> Description:
+def _describe(config: ListedSource, listing: Listing, naming: Naming) -> Description:
     ids = listing.class_ids
     if isinstance(config, ImageNetSource):
         return describe_imagenet(ids)
