@@ -213,11 +213,10 @@ def pictures(project: Project, folder: Path, draws: Random) -> Tried:
         with suppress(DecodeError):
             assert np.asarray(decode_rgb(content)).ndim == 3
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = ended(decode, folder, seconds=LONG)
     problem = f"status {result.status}: {result.said[-300:]}" if result.status != 0 else None
-    if result.peak - before > LARGE or result.cpu > 5 * QUICK:
-        problem = f"{(result.peak - before) / 1e9:.1f} GB, {result.cpu:.1f} s"
+    if result.peak > LARGE or result.cpu > 5 * QUICK:
+        problem = f"{result.peak / 1e9:.1f} GB, {result.cpu:.1f} s"
     return case, problem
 
 
@@ -318,7 +317,10 @@ def signals(project: Project, folder: Path, draws: Random) -> Tried:
 
     result = ended(stage, folder, seconds=STOPPING * stage.ranks, during=interrupt)
     case = f"{stage.name} on {stage.ranks}, {number.name} after {delay:.2f} s, ends with {result.status}"
-    problem = "hung" if result.status is None else result.said[-400:] if "Traceback" in result.said else None
+    told = (
+        "Traceback" in result.said and number is not signal.SIGKILL
+    )  # then it is torchrun that reports its parent's end
+    problem = "hung" if result.status is None else result.said[-400:] if told else None
     return f"{case} after {result.seconds:.2f} s", problem or _whole(stage, whole, folder)
 
 

@@ -39,7 +39,7 @@ class Ended(NamedTuple):
     said: str
     seconds: float
     cpu: float  # seconds of it
-    peak: float  # bytes of memory
+    peak: float  # bytes of memory, beside what it began with
 
     def refusal(self, *names: str) -> str | None:
         """What is wrong with how it refused: lines say what was wrong, the name of one of `names` in one of them."""
@@ -63,6 +63,7 @@ def ended(
     said, write = os.pipe()
     os.set_blocking(said, False)
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, MOST_SAID)  # a file would meet the limits that a case sets
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     pid = os.fork()
     if pid == 0:
         try:
@@ -80,7 +81,8 @@ def ended(
         text = os.read(said, MOST_SAID)
     os.close(said)
     cpu = usage.ru_utime + usage.ru_stime
-    return Ended(status, text.decode(errors="replace"), time.monotonic() - began, cpu, usage.ru_maxrss * 1024.0)
+    grown = usage.ru_maxrss * 1024.0 - before
+    return Ended(status, text.decode(errors="replace"), time.monotonic() - began, cpu, grown)
 
 
 def _call(function: Callable[[], object], folder: Path, said: int) -> int:

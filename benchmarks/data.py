@@ -5,8 +5,9 @@
 
 The plain loader is what one would first write: webdataset reads the same shards, torchvision makes the same views, one
 PIL image at a time as DINOv2 does, of the same share of the samples. `colours on the device` is what is left for a worker
-when a GPU changes the colours. The parts say what bounds the loader. The last line trains: how much of a step is
-spent waiting, with as many workers as the environment says.
+when a GPU changes the colours. The parts say what bounds the loader. The training says how much of a step is spent
+waiting, with as many workers as the environment says. Then the files alone, without decoding: ours beside webdataset and
+litdata, on local files and as two machines on a slow store (`--machines` for these alone; benchmarks/_machines.py).
 """
 
 import argparse
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from benchmarks._machines import compare
 from benchmarks._pictures import stream_of, write_pictures
 from benchmarks.pretrain import _divided, _move, joint
 from stages.pretrain import Pretrain, build_batches
@@ -44,6 +46,14 @@ def main() -> None:
     """Measure and print."""
     options = _options()
     torch.set_num_threads(1)
+    if not options.machines:
+        _pictures(options)
+    with tempfile.TemporaryDirectory() as folder:
+        for line in compare(Path(folder)):
+            print(line, flush=True)
+
+
+def _pictures(options: argparse.Namespace) -> None:
     config = _divided(load(options.address, Pretrain), options.divide)
     with tempfile.TemporaryDirectory() as folder:
         shards = write_pictures(Path(folder) / "shards", side=options.side, count=max(2048, 2 * config.active.pool))
@@ -214,6 +224,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--divide", type=int, default=1, help="take this share of the batch, as one of so many devices")
     parser.add_argument("--side", type=int, default=64, help="longer side of the stored pictures, in pixels")
     parser.add_argument("--seconds", type=float, default=6.0, help="of measuring each loader")
+    parser.add_argument(
+        "--machines", action="store_true", help="only files without decoding, local and of a slow store"
+    )
     parser.add_argument("--steps", type=int, default=10, help="of training; 0: none")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Fetch the pictures of a selection with img2dataset, behind a proxy, into a store that outlives the list.
+"""Fetch the pictures of a selection with img2dataset, from public addresses alone, into a store that outlives the list.
 
 A run fetches what the store does not know. It may be killed at any moment: whole shards stay, the rest is fetched by the
 next run. A longer list costs its new rows, and failed rows are tried again when `retry_failed` grants them one more attempt.
@@ -6,28 +6,28 @@ next run. A longer list costs its new rows, and failed rows are tried again when
 
 import hashlib
 import json
-import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stages.runner.run import Input, Output, main
 from stages.runner.scratch import Scratch
 from vtp.artefact import remove
 from vtp.config import Config, ConfigError
-from vtp.curation.download.deliveries import HASHED, PLAIN, Terms, list_missing, recover
+from vtp.curation.download.missing import Terms, list_missing
 from vtp.curation.download.policy import Policy
 from vtp.curation.download.pool import DownloadReport, write_pool
-from vtp.curation.download.session import Live, Round, proxies
+from vtp.curation.download.session import Live, LocalPool, spark_pool
+from vtp.curation.download.shard import FetchJob, fetch_shard
 from vtp.curation.download.store import Store
-from vtp.curation.download.worker import FetchJob, SparkJob
 from vtp.host import Host
+from vtp.processes import WorkerDied, WorkerPool
 from vtp.texts import shown
 
 LARGEST_PIXELS = 89_000_000  # Pillow's own limit
-PROCESSES_PER_PROXY = 4
 
 
 class NoResize(Config):
@@ -68,24 +68,12 @@ class Multiprocessing(Config):
 
 
 class Spark(Config):
-    """On a cluster, by img2dataset's PySpark distributor: a task per shard, on a folder that all nodes share."""
+    """On a cluster: a task per shard, on a folder that all nodes share, where this project is installed too."""
 
     name: Literal["pyspark"]
     master: str = Field(min_length=1, description="URL of the cluster; local[N] for N cores of this machine")
     threads: int = Field(ge=1, description="threads of each task")
     conf: dict[str, str] = Field(description="Spark's own settings")
-    proxy: str | None = Field(
-        description="HOST:PORT of `python -m vtp.curation.download.egress_proxy` on every node; null: on this machine"
-    )
-
-    @model_validator(mode="after")
-    def _nodes_have_a_proxy(self) -> Self:
-        if self.proxy is None and not self.master.startswith("local"):
-            raise ValueError(
-                f"{self.master} has other machines, and proxy is null: start `python -m vtp.curation.download.egress_proxy "
-                "params.yaml:download --listen 127.0.0.1:3128` on every node and give proxy: 127.0.0.1:3128"
-            )
-        return self
 
 
 class Download(Config):
@@ -117,7 +105,7 @@ class Download(Config):
 
     @property
     def terms(self) -> Terms:
-        return Terms(self.verify_sha256, self.retry_failed, self.rows_per_shard, self.encoding.name)
+        return Terms(self.verify_sha256, self.retry_failed, self.rows_per_shard)
 
 
 class DownloadError(ValueError):
@@ -133,12 +121,12 @@ def run(
     errors: Annotated[Output, "CSV file for the causes of failures, with an example of each"],
     host: Host,
 ) -> None:
-    require_packages(config, sys.version_info[:2])
+    require_packages(config)
     folder = host.download_store or host.folder.parents[1]
     lock = Scratch((folder / f"store-{config.identity}").absolute())
     with lock.locked():
         store = Store(lock.root)
-        fetch_missing(config, selection, store, host, lock=lock.lock_descriptor)
+        fetch_missing(config, selection, store, host)
         result = write_pool(selection, store, pool, verify=config.verify_sha256)
     host.record(rows=result.rows, success=result.successes, tars=len(result.tars))
     if result.share < config.min_success:
@@ -147,54 +135,60 @@ def run(
     result.save_errors(errors)
 
 
-def fetch_missing(config: Download, selection: Path, store: Store, host: Host, *, lock: int) -> None:
+def fetch_missing(config: Download, selection: Path, store: Store, host: Host) -> None:
     """Bring the store to know every row of the selection.
 
-    Raises DownloadError for an empty selection, and when img2dataset gets nowhere; OSError when the disk is full.
+    Raises DownloadError for an empty selection, and when no shard can be finished; OSError when the disk is full.
     """
-    incoming = store.folder / "incoming"
-    recover(incoming, store)
-    delivery = incoming / store.next_delivery()
-    total, missing = list_missing(selection, store, delivery, config.terms)
-    if not total:
+    store.sweep()
+    missing = list_missing(selection, store, config.terms)
+    if not missing.total:
         raise DownloadError(f"{selection}: no rows; the filter before it let none pass")
-    if not missing:
+    if not missing.rows:
         return
-    given, count = planned_proxies(config)
-    with (
-        host.progress(total=missing, description="fetching", unit="image") as bar,
-        proxies(config.policy, given=given, count=count, folder=host.folder) as proxy,
-    ):
+    log = host.folder.parent / "fetch.log"
+    remove(log)
+    with host.progress(total=missing.rows, description="fetching", unit="image") as bar:
         live = Live(bar, host.folder / "progress.csv")
-        while missing:
-            job = job_of(config, delivery, proxy.address)
-            this = Round(job, delivery, host.folder.parent / "fetch.log", lock)
+        while missing.rows:
+            before = live.rows
             try:
-                adopted = this.run(store, proxies=proxy, note=live.note, stopped=lambda: host.stop_requested)
+                fetch(missing.shards, job_of(config), pool_of(config.distributor, log), store, live, host)
+            except WorkerDied as died:
+                if live.rows == before:
+                    raise DownloadError(no_progress(died, log)) from None
             finally:
-                remove(delivery)
                 live.log()
+                store.sweep()
+            missing = list_missing(selection, store, config.terms)
+            bar.total = live.rows + missing.rows  # failures that are tried again, and what a killed process had
+
+
+def fetch(shards: list[Path], job: FetchJob, pool: WorkerPool, store: Store, live: Live, host: Host) -> None:
+    """Fetch shards, and put each into the store as soon as it is whole. Raises WorkerDied and OSError."""
+    with pool as workers:
+        for ended in workers.results(partial(fetch_shard, job), shards):
+            for path, fetched in ended:
+                store.adopt(path.stem, fetched.tar, fetched.records)
+                live.note(fetched)
             if host.stop_requested:
                 host.stop()
-            if not adopted or proxy.gone:
-                raise DownloadError(no_progress(this, gone=proxy.gone))
-            delivery = incoming / store.next_delivery()
-            _, missing = list_missing(selection, store, delivery, config.terms)
-            bar.total = (bar.total or 0) + missing  # failures that are tried again
 
 
-def job_of(config: Download, delivery: Path, proxy: str) -> FetchJob:
-    """What img2dataset is asked to do with the lists of a delivery."""
-    resize, encoding, distributor = config.resize, config.encoding, config.distributor
-    kinds = [kind for kind in (PLAIN, HASHED) if (delivery / kind).exists()]
+def pool_of(distributor: Multiprocessing | Spark, log: Path) -> WorkerPool:
+    """The processes that fetch."""
+    if distributor.name == "pyspark":
+        return spark_pool(distributor.master, distributor.conf, log)
+    return LocalPool(distributor.processes, log)
+
+
+def job_of(config: Download) -> FetchJob:
+    """How every shard is fetched."""
+    resize, encoding = config.resize, config.encoding
     return FetchJob(
-        deliveries=[str(delivery / kind) for kind in kinds],
-        hashed=[kind == HASHED for kind in kinds],
-        proxy=proxy,
-        deadline=config.policy.deadline,
+        policy=config.policy,
         retries=config.retries,
-        processes=distributor.processes if isinstance(distributor, Multiprocessing) else 1,
-        threads=distributor.threads,
+        threads=config.distributor.threads,
         rows_per_shard=config.rows_per_shard,
         resize_mode=resize.name,
         image_size=resize.size if isinstance(resize, Resize) else 1,
@@ -204,27 +198,12 @@ def job_of(config: Download, delivery: Path, proxy: str) -> FetchJob:
         max_pixels=config.max_pixels,
         user_agent_token=config.user_agent_token,
         opt_out=config.respect_opt_out,
-        distributor=distributor.name,
-        spark=SparkJob(master=distributor.master, conf=distributor.conf) if isinstance(distributor, Spark) else None,
     )
 
 
-def planned_proxies(config: Download) -> tuple[str | None, int]:
-    """The address of proxies that run already, and how many to start otherwise."""
-    distributor = config.distributor
-    if isinstance(distributor, Spark):
-        return distributor.proxy, 1
-    return None, max(1, distributor.processes // PROCESSES_PER_PROXY)
-
-
-def require_packages(config: Download, version: tuple[int, int]) -> None:
+def require_packages(config: Download) -> None:
     """Raises ConfigError that names the extra to install."""
-    if version >= (3, 13):
-        raise ConfigError(
-            f"img2dataset needs Python below 3.13, this is {version[0]}.{version[1]}: make an environment with 3.12 "
-            "and run pip install -e '.[download]' there"
-        )
-    wanted = {"download": ["img2dataset", "h11"]}
+    wanted = {"download": ["img2dataset", "imghdr"]}  # the latter comes with Python below 3.13
     wanted |= {"spark": ["pyspark"]} if isinstance(config.distributor, Spark) else {}
     for extra, packages in wanted.items():
         for package in packages:
@@ -232,11 +211,10 @@ def require_packages(config: Download, version: tuple[int, int]) -> None:
                 raise ConfigError(f"{package} is not installed here: pip install -e '.[{extra}]'")
 
 
-def no_progress(this: Round, *, gone: bool) -> str:
-    """Why a round got nowhere."""
-    what = "the proxy ended" if gone else "img2dataset ended without finishing a shard"
-    lines = "\n".join(this.tail().strip().splitlines()[-8:])
-    return f"{what}; finished shards are kept, start again. The end of {this.log}:\n{lines}"
+def no_progress(died: WorkerDied, log: Path) -> str:
+    """Why no shard could be finished."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:] if log.exists() else []
+    return "\n".join([str(died), *([f"The end of {log}:", *lines] if lines else [])])
 
 
 def too_few(result: DownloadReport, config: Download) -> str:

@@ -126,14 +126,14 @@ def run(  # noqa: PLR0913 - one flag per path
     images = sum(len(each.images) for each in scored)
     with host.progress(total=images, description="decoding", unit="image") as bar:
         for each in scored:
-            viewing = _Viewing(each.images, config, classes=len(drawn.config.classes) if drawn else 1, side=side)
+            viewing = _Viewing(each.images, config, side=side)
             writer = None
             if export is not None and each.distance == "gfid":
                 writer = build_writer(config.export, export, each.name, image_size=side, scratch=host.folder)
             sets = viewing.features(extractors, writer, bar.update)
             shown = viewing.shown()
             if ranks().first:
-                names = drawn.config.classes[: len(shown)] if drawn else [GIVEN]
+                names = [drawn.config.classes[label] for label in viewing.pictured] if drawn else [GIVEN]
                 grid(shown, names, pictures / f"{each.name}.png", title=f"Samples by class: {each.name}")
                 table[each.name] = {
                     figure: value
@@ -168,16 +168,14 @@ def _floor(config: EvaluateGenerator, latents: LatentDataset, model: Tokenizer, 
 class _Viewing:
     """A pass over a set of images; ranks share whole batches, so that rounding does not depend on their number."""
 
-    def __init__(self, images: ImageSet, config: EvaluateGenerator, *, classes: int, side: int) -> None:
+    def __init__(self, images: ImageSet, config: EvaluateGenerator, *, side: int) -> None:
         self._images, self._config = images, config
         labels = images.labels
         if labels is None:
             labels = torch.zeros(len(images), dtype=torch.long)
         self._labels = labels  # [N]
-        self._wanted = [
-            (labels == label).nonzero()[: config.pictures_per_class, 0]
-            for label in range(min(config.pictured_classes, classes))
-        ]
+        self.pictured = labels.unique()[: config.pictured_classes].tolist()  # labels; not all need be drawn
+        self._wanted = [(labels == label).nonzero()[: config.pictures_per_class, 0] for label in self.pictured]
         self._pictured = torch.cat(self._wanted)  # indices
         self._seen = [(torch.empty(0, dtype=torch.long), torch.empty(0, 3, side, side, dtype=torch.uint8))]
 

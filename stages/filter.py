@@ -1,4 +1,8 @@
-"""Choose rows of metadata, before the download, or pictures of a pool, after it, by an ordered list of rules."""
+"""Choose rows of metadata, before the download, or pictures of a pool, after it, by an ordered list of rules.
+
+Ranks share the pictures that rules look at; all else the first does, with the processes of its machine. A killed run goes
+on, on any number of ranks.
+"""
 
 import sys
 from pathlib import Path
@@ -9,13 +13,16 @@ from pydantic import Field
 from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import whole_file, write_json
 from vtp.config import Config, ConfigError
+from vtp.curation.filter.cluster import workers_for
 from vtp.curation.filter.columns import ColumnsConfig, PoolColumns, open_metadata
 from vtp.curation.filter.engine import FilterEngine
 from vtp.curation.filter.hash_list import prepare
+from vtp.curation.filter.measure_images import ImageMeasurement
 from vtp.curation.filter.row_rules import prepared_list
 from vtp.curation.filter.rules import ClipScore, Downloaded, HashList, ImageRule, Rule, TokenizerModel, needs
 from vtp.curation.filter.spill import begin_process
 from vtp.curation.places import REMEDY, leads_out
+from vtp.distributed import ranks
 from vtp.evaluation.clip_score import build_scorer, check_model
 from vtp.host import Host
 from vtp.processes import WorkerPool
@@ -49,29 +56,29 @@ def run(
     examples: Annotated[Output, "Markdown file with examples of what each rule removed"],
     host: Host,
 ) -> None:
-    _check_inputs(config, rows, tokenizer, lists, host)
-    wanted = [need for rule in config.rules for need in needs(rule)]
-    source = open_metadata(rows, config.columns, wanted, config.keep_columns)
-    _prepare_lists(config, lists, host.folder / "lists")
-
-    with WorkerPool(host.processes, begin_process) as workers:
-        engine = FilterEngine(
-            source,
-            config.rules,
-            host.folder,
+    first = ranks().first
+    if first:
+        _check_inputs(config, rows, tokenizer, lists, host)
+    with workers_for(host) if first else WorkerPool(host.rank_processes, begin_process) as workers:
+        images = ImageMeasurement(
+            [rule for rule in config.rules if isinstance(rule, ImageRule)],
             pool=rows,
             outside_links=isinstance(config.columns, PoolColumns) and config.columns.outside_links,
-            workers=workers,
-            host=host,
-        )
-        result = engine.run(
-            host.folder / "selection",
-            rows_per_part=config.rows_per_part,
-            max_unreadable=config.max_unreadable,
             build_scorer=lambda rule: build_scorer(
                 rule.model, weights=host.weights, tokenizer=tokenizer, device=host.device
             ),
-            threads=host.processes,
+            workers=workers,
+            host=host,
+        )
+        if not first:
+            images.follow()
+            return
+        wanted = [need for rule in config.rules for need in needs(rule)]
+        source = open_metadata(rows, config.columns, wanted, config.keep_columns)
+        _prepare_lists(config, lists, host.folder / "lists")
+        engine = FilterEngine(source, config.rules, host.folder, images=images, workers=workers, host=host)
+        result = engine.run(
+            host.folder / "selection", rows_per_part=config.rows_per_part, max_unreadable=config.max_unreadable
         )
     (host.folder / "selection").rename(selection)
     write_json(funnel, result.metrics())
@@ -79,6 +86,7 @@ def run(
         temporary.write_text(result.markdown(), encoding="utf-8")
     host.record(rows_in=result.rows_in, rows_out=result.rows_out)
     sys.stderr.write(f"{result.table()}\n")  # beside the bars
+    images.end()
 
 
 def _check_inputs(config: Filter, rows: Path, tokenizer: Path | None, lists: Path | None, host: Host) -> None:
@@ -104,5 +112,10 @@ def _prepare_lists(config: Filter, lists: Path | None, folder: Path) -> None:
             prepare(lists / rule.file, prepared_list(folder, rule.file))
 
 
+def looks_at_images(config: Filter) -> bool:
+    """Whether other ranks have something to do."""
+    return any(isinstance(rule, ImageRule) for rule in config.rules)
+
+
 if __name__ == "__main__":
-    main(run)
+    main(run, distributed=looks_at_images)

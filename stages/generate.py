@@ -2,9 +2,10 @@
 
 A sample is a function of (seed, index): its noise and its label do not depend on ranks, batches or order. Files of
 samples are shared by ranks, and a killed run goes on with those that are missing. (dopri5 chooses its steps for a whole
-batch, so its samples agree within its tolerance only.)
+batch, so its samples agree within its tolerance only.) Classes without a training picture are not drawn.
 """
 
+import logging
 from contextlib import AbstractContextManager
 from itertools import product
 from typing import Annotated, Literal, NamedTuple, Self
@@ -26,6 +27,7 @@ from vtp.flow.sampler import Interval
 from vtp.host import Host
 from vtp.layers.latent_space import LatentSpace
 from vtp.models.lightningdit import LightningDiT
+from vtp.texts import listed, shown
 from vtp.training.parallelize import compile_units
 
 
@@ -103,6 +105,9 @@ def run(
     """`latents` are those that a generator from elsewhere learnt, whose folder does not say what they mean."""
     model = _load(generator, host)
     space = _space(model, generator, latents)
+    if space.untrained and ranks().first:
+        names = listed([shown(space.classes[label]) for label in space.untrained])
+        logging.warning("%d classes had no training picture and are not drawn: %s", len(space.untrained), names)
     drawing = _Drawing(config, config.all_settings, space, model, _guide(config, guide, space, host), host.device)
     artefact = SamplesArtefact(
         format_version=FORMAT_VERSION,
@@ -121,7 +126,7 @@ def run(
                 rows = range(first, min(first + config.batch_size, shard.rows.stop))
                 parts.append(drawing.draw(shard.split, rows))
                 bar.update(len(rows) * ranks().size)
-            labels = draw_labels(config.labels, config.seed, shard.rows, len(space.classes))
+            labels = draw_labels(config.labels, config.seed, shard.rows, space.labels)
             save_tensors(shard.path(shared.folder), {"latents": torch.cat(parts), "labels": labels})
             if host.stop_seen:
                 break
@@ -129,7 +134,7 @@ def run(
     if ranks().first:
         artefact.write(shared.folder)
         shared.folder.rename(samples)
-        host.record(samples=shared.total)
+        host.record(samples=shared.total, classes=len(space.labels), classes_without_training=len(space.untrained))
 
 
 class _Drawing(NamedTuple):
@@ -147,7 +152,7 @@ class _Drawing(NamedTuple):
         noise = draw_noise(self.config.seed, rows, self.model.latent_shape)
         if setting == NOISE:
             return self.space.statistics.denormalise(noise)
-        labels = draw_labels(self.config.labels, self.config.seed, rows, len(self.space.classes))
+        labels = draw_labels(self.config.labels, self.config.seed, rows, self.space.labels)
         # Always full batches: nothing is compiled for a second size, and a sample is computed alike in all of them.
         filled = torch.arange(self.config.batch_size) % len(rows)
         sampler = self.settings[setting]

@@ -28,7 +28,7 @@ class PrepareData(IngestConfig):
 def run(
     config: PrepareData,
     *,
-    source: Annotated[OptionalInput, "folder of the pictures; the embedded source needs none"] = None,
+    source: Annotated[OptionalInput, "folder of the pictures; the embedded source and a remote one need none"] = None,
     selection: Annotated[
         OptionalInput, "folder of the stage filter, with the rows of a pool to take; for source pool alone"
     ] = None,
@@ -39,7 +39,8 @@ def run(
         return host.stop_requested
 
     try:
-        opened = open_pictures(config.source, config.image, SourceFolders(source, selection), host.folder, stop)
+        inputs, room = SourceFolders(source, selection), host.shard_cache_bytes
+        opened = open_pictures(config.source, config.image, inputs, host.folder, stop, room=room)
         ingest = Ingest(opened.pictures, config, host.folder / "shards", host.folder / "state")
         with host.progress(total=ingest.total, description="shards", unit="image", done=ingest.done) as bar:
             manifest = ingest.run(processes=host.processes, progress=bar.update, stop=stop)

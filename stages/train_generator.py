@@ -118,6 +118,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
         validation,
         pixels,
         config.monitor,
+        labels=data.space.labels,
         seed=config.seed,
         precision=config.training.precision,
         reference=_reference(config, reference, pixels.image_size, host),

@@ -5,10 +5,10 @@ every rank, under VTP_PARALLEL=fsdp too: the adaptive weight needs one layer's g
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages.monitors.decoder import DecoderMonitor, DecoderMonitorConfig
@@ -46,6 +46,11 @@ class TuneDecoder(Config):
     optim: OptimConfig = Field(description="optimiser of the decoder")
     training: TrainingConfig
     monitor: DecoderMonitorConfig
+
+    @model_validator(mode="after")
+    def _grouped(self) -> Self:
+        self.stream.require_batch(self.batch_size, "batch_size")
+        return self
 
 
 def run(  # noqa: PLR0913 - inputs and outputs of the stage

@@ -37,7 +37,7 @@ SECTION = {
     "min_success": 0.5,
     "distributor": {"name": "multiprocessing", "processes": 2, "threads": 16},
 }
-SPARK = {"name": "pyspark", "master": "local[2]", "threads": 8, "conf": {}, "proxy": None}
+SPARK = {"name": "pyspark", "master": "local[2]", "threads": 8, "conf": {}}
 
 
 class Row(NamedTuple):

@@ -1,4 +1,4 @@
-"""A stage on two real ranks, by its command line."""
+"""A stage on two real ranks, by its command line, and the ranks that are at work."""
 
 import os
 import subprocess
@@ -25,3 +25,18 @@ def on_two_ranks(
     )
     assert done.returncode == 0, done.stderr
     assert list(folder.glob(f".scratch/{stage}/*/job.json"))  # ranks were started
+
+
+def ranks_of(folder: Path) -> dict[int, int]:
+    """Process numbers of the ranks that work in a folder, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_text().rstrip("\0").split("\0")
+            environment = (path / "environ").read_text().split("\0")
+        except OSError:
+            continue
+        values = dict(entry.split("=", 1) for entry in environment if "=" in entry)
+        if "stages.runner.rank" in command and "RANK" in values and Path(command[-1]).is_relative_to(folder):
+            found[int(values["RANK"])] = int(path.name)
+    return found

@@ -138,6 +138,29 @@ def test_a_team_shares_what_was_made(datacomp, lake):
     assert os.stat(tar).st_nlink > 1  # one file here and in the cache
 
 
+def test_spark_collects_the_same(datacomp, tmp_path, monkeypatch):
+    """What comes before the training, anew: passes of the filters and shards of the download as tasks of Spark."""
+    kept = ("wanted", "shards")
+    before = {name: digest(datacomp.folder / "work" / name) for name in kept}
+    outcome = datacomp.json("metrics/download.json")["download"]
+    settings = {"VTP_SPARK": "local[2]", "VTP_FRESH": "1", "VTP_DOWNLOAD_STORE": str(tmp_path / "store")}
+    for name, value in (settings | {"SPARK_LOCAL_IP": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, value)
+    conf = {"spark.driver.memory": "512m"}
+    datacomp.write(
+        {"download": {"distributor": {"name": "pyspark", "master": "local[2]", "threads": 16, "conf": conf}}}
+    )
+    assert ran(datacomp.dvc("repro", "-f", "prepare_data"))[1:] == [
+        "filter_metadata",
+        "download",
+        "filter_images",
+        "prepare_data",
+    ]
+    assert datacomp.json("metrics/download.json")["download"]["causes"] == outcome["causes"]
+    assert datacomp.json("metrics/download.json")["download"]["success"] == outcome["success"]
+    assert {name: digest(datacomp.folder / "work" / name) for name in kept} == before
+
+
 def test_imagenet_from_folders_to_figures(clone):
     """Four classes as ImageNet names them, through every stage."""
     study = Study(clone, "imagenet", prepare_data={"samples_per_shard": 30})

@@ -21,6 +21,8 @@ from ranks import (
 )
 from safetensors.torch import load_file
 
+from vtp.distributed import Board
+
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 
@@ -154,3 +156,13 @@ def test_resume_on_other_ranks(folder, two, four, parallel):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
         for name, weight in through["weights"].items():
             assert (resumed["weights"][name] - weight).abs().max() <= 0.05 * LR * 5, name
+
+
+def test_a_board_of_one_rank_is_its_own():
+    """On several: tests/curation/filter/test_measure_images.py."""
+    board = Board()
+    assert [board.add("a", 1), board.add("a", 2), board.add("b", 0)] == [1, 3, 0]
+    assert board.read("text") is None
+    board.post("text", "größe")
+    assert board.read("text") == "größe"
+    assert Board().add("a", 0) == 0

@@ -47,6 +47,15 @@ def test_jobs_are_taken_as_there_is_room():
                 break
 
 
+def test_no_more_jobs_are_taken_than_asked_for():
+    taken = iter(range(9))
+    with WorkerPool(4, begin) as workers:
+        results = workers.results(double, taken, most=2)
+        next(results)
+        assert next(taken) == 2
+        results.close()
+
+
 def test_slow_jobs_leave_time_to_answer():
     """Whoever waits for results can look at other things meanwhile."""
     with WorkerPool(0, begin) as workers:

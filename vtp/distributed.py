@@ -21,6 +21,7 @@ from torch import Tensor, nn
 BUCKET = 1 << 26  # bytes that one reduction carries
 T = TypeVar("T")
 _of_checkpoints: list[dist.ProcessGroup] = []
+_stores: list[dist.Store] = []
 
 
 class StateError(RuntimeError):
@@ -48,6 +49,17 @@ def ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks(0, 1)
 
 
+def is_first_of_machine() -> bool:
+    """Whether this process does what one of a machine has to do."""
+    return not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def machines() -> int:
+    """On how many machines the ranks run."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+    return max(1, ranks().size // ranks_here)
+
+
 @contextmanager
 def process_group(device: str, *, timeout: float) -> Iterator[None]:
     """Join the ranks that torchrun started; a collective that takes longer than `timeout` seconds fails.
@@ -61,9 +73,12 @@ def process_group(device: str, *, timeout: float) -> Iterator[None]:
     if device.startswith("cuda"):
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    patience = timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+    dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
+    _stores.append(store)
     # Checkpoints are written by a thread; on a group of their own its messages cannot meet those of the training.
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    group = dist.new_group(backend="gloo", timeout=patience)
     assert isinstance(group, dist.ProcessGroup)
     _of_checkpoints.append(group)
     try:
@@ -71,6 +86,7 @@ def process_group(device: str, *, timeout: float) -> Iterator[None]:
         dist.barrier()
     finally:
         _of_checkpoints.clear()
+        _stores.clear()
         dist.destroy_process_group()
 
 
@@ -139,6 +155,28 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+class Board:
+    """What ranks tell each other without a collective: whoever waits looks again, and so may wait for days.
+
+    Each rank makes one in a process group, and without one there is one rank.
+    """
+
+    def __init__(self) -> None:
+        self._store = dist.PrefixStore("board", _stores[0]) if _stores else dist.HashStore()
+
+    def add(self, name: str, count: int) -> int:
+        """Add to a number of all ranks, at first 0; what it is then, so that with 1 each is answered to one rank alone."""
+        return self._store.add(name, count)
+
+    def post(self, name: str, text: str) -> None:
+        """Write a text that is there for good."""
+        self._store.set(name, text)
+
+    def read(self, name: str) -> str | None:
+        """The text that was posted; None as long as there is none."""
+        return self._store.get(name).decode() if self._store.check([name]) else None
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -56,6 +56,11 @@ class Host(Protocol):
         ...
 
     @property
+    def rank_processes(self) -> int:
+        """This rank's share of them, while all ranks of the machine work."""
+        ...
+
+    @property
     def workers(self) -> int:
         """Processes that prepare batches for this rank."""
         ...
@@ -67,7 +72,7 @@ class Host(Protocol):
 
     @property
     def shard_cache(self) -> Path:
-        """Folder for shards that are fetched from elsewhere."""
+        """Folder for shards that are fetched from elsewhere, on a disk of this machine alone."""
         ...
 
     @property
@@ -78,6 +83,11 @@ class Host(Protocol):
     @property
     def download_store(self) -> Path | None:
         """Folder of all pictures that were ever downloaded; None: beside the scratch of the run."""
+        ...
+
+    @property
+    def spark(self) -> str | None:
+        """URL of a Spark cluster that does the work of `processes` on rows; None: they do."""
         ...
 
     @property

@@ -18,6 +18,10 @@ from typing import ParamSpec, Self, TypeVar
 P = ParamSpec("P")
 J = TypeVar("J")
 R = TypeVar("R")
+KILLED = (
+    "a worker process was killed, most likely because memory ran out: set VTP_PROCESSES lower and start again; finished "
+    "work is kept"
+)
 SPAWN = get_context("spawn")  # a fork of a process that has threads may hang
 POLL_SECONDS = 0.2  # at most, between two answers of `WorkerPool.results`
 PR_SET_PDEATHSIG = 1
@@ -47,26 +51,31 @@ class WorkerPool:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._executor.shutdown(cancel_futures=True)
 
-    def results(self, function: Callable[[J], R], jobs: Iterable[J]) -> Iterator[list[tuple[J, R]]]:
+    def room(self) -> int:
+        """Jobs that are handed out at once."""
+        return self._ahead
+
+    def results(
+        self, function: Callable[[J], R], jobs: Iterable[J], *, most: int | None = None
+    ) -> Iterator[list[tuple[J, R]]]:
         """What has ended since the last time, each job with its result; at least every POLL_SECONDS, and may be empty.
 
-        A job is taken from `jobs` when there is room for it. Raises WorkerDied when a process was killed.
+        A job is taken from `jobs` when there is room for it; at `most` so many are taken at a time. Raises WorkerDied when
+        a process was killed.
         """
         running: dict[Future[R], J] = {}
         waiting = iter(jobs)
         try:
             while True:
-                for job in islice(waiting, self._ahead - len(running)):
+                room = self.room() if most is None else most
+                for job in islice(waiting, max(0, room - len(running))):
                     running[self._executor.submit(function, job)] = job
                 if not running:
                     return
                 ended, _ = wait(running, POLL_SECONDS, return_when=FIRST_COMPLETED)
                 yield [(running.pop(future), future.result()) for future in ended]
         except BrokenProcessPool:
-            raise WorkerDied(
-                "a worker process was killed, most likely because memory ran out: set VTP_PROCESSES lower and start "
-                "again; finished work is kept"
-            ) from None
+            raise WorkerDied(KILLED) from None
         finally:
             for future in running:
                 future.cancel()

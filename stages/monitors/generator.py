@@ -68,15 +68,16 @@ class FidReference(NamedTuple):
 
 
 class GeneratorMonitor:
-    """Evaluations at even intervals; every rank does its share."""
+    """Evaluations at even intervals; every rank does its share. `labels` are those that are drawn, in turn."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what is evaluated, and by what
         self,
         objective: GenerationObjective,
         validation: LatentDataset,
         tokenizer: Tokenizer,
         config: GeneratorMonitorConfig,
         *,
+        labels: Sequence[int],
         seed: int,
         precision: str,
         reference: FidReference | None,
@@ -86,6 +87,7 @@ class GeneratorMonitor:
         self._validation = validation
         self._tokenizer = tokenizer
         self._config = config
+        self._labels = labels
         self._seed = seed
         self._snapshots = SnapshotStore(host.folder / "snapshots", config.evaluations)
         self._device = host.device
@@ -135,9 +137,8 @@ class GeneratorMonitor:
 
     def _sample(self, count: int) -> Iterator[Tensor]:
         """This rank's share of `count` samples as uint8 pictures, in batches; labels go through the classes in turn."""
-        classes = len(self._validation.classes)
         for indices, kept in _even(count, self._config.batch_size):
-            labels = torch.tensor([index % classes for index in indices], device=self._device)
+            labels = torch.tensor([self._labels[index % len(self._labels)] for index in indices], device=self._device)
             noise = self._noise("samples", indices)
             with self._reduced():
                 drawn = sample(self._model, noise, labels, **self._config.sampler.arguments())

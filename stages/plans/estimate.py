@@ -100,10 +100,10 @@ class PlannedInputs(NamedTuple):
         return self.splits[name]
 
 
-def options_for(stage: str) -> argparse.ArgumentParser:
-    """Options of all plans."""
+def options_for(stage: str, section: str | None = None) -> argparse.ArgumentParser:
+    """Options of all plans; `section` of the parameters, if it is not called as the stage."""
     parser = argparse.ArgumentParser(f"python -m stages.{stage} --plan", description="What a run would take.")
-    default = f"params.yaml:{stage}"
+    default = f"params.yaml:{section or stage}"
     parser.add_argument("address", metavar="FILE:SECTION", nargs="?", default=default, help=f"default: {default}")
     parser.add_argument("--gpus", type=int, default=1, help="devices in all; default: 1")
     peaks = ", ".join(f"{peak:g} in {precision}" for precision, peak in PEAKS.items())

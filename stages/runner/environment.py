@@ -5,11 +5,13 @@ Nothing here changes a result beyond rounding, so none of it is a parameter and 
 
 import ctypes
 import errno
+import hashlib
 import json
 import logging
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
@@ -100,9 +102,12 @@ class Runtime(Config):
     fresh: bool = Field(False, description="begin anew: forget finished work and checkpoints of the same run")
     timeout_seconds: float = Field(1800, gt=0, description="wait for a rank or a batch at most so long")
     peak_flops: float | None = Field(None, gt=0, description="of a device per second, for utilisation")
-    cache: str | None = Field(None, description="folder for shards that are fetched from elsewhere; in .scratch/")
+    cache: str | None = Field(
+        None, description="folder of this machine for shards that are fetched from elsewhere; in its temporary folder"
+    )
     cache_gigabytes: float = Field(100, gt=0, description="largest size of that folder")
     download_store: str | None = Field(None, description="folder of all that was ever downloaded; .scratch/download/")
+    spark: str | None = Field(None, min_length=1, description="URL of a Spark cluster for the rows of filter; none")
     weights: str | None = Field(None, description="folder of external weights; weights/")
     sinks: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_names)] = Field(
         (), description="where curves are shown while a run goes on, separated by commas"
@@ -170,14 +175,27 @@ def cores_here() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _cache_of_machine(root: Path) -> Path:
+    """The folder of this user and this project in the temporary folder of this machine, or of its part of a Slurm job.
+
+    Raises ConfigError where somebody else has made it, as anybody may in /tmp.
+    """
+    project = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
+    place = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir())
+    folder = place / f"vtp-{os.getuid()}-{root.resolve().name}-{project}"
+    if os.path.lexists(folder) and folder.lstat().st_uid != os.getuid():
+        raise ConfigError(f"{folder} is another user's; set $VTP_CACHE to a folder of yours on a disk of this machine")
+    return folder
+
+
 class LocalHost:
     """`vtp.host.Host` on this machine: the scratch folder of a run, and what its environment says."""
 
     def __init__(self, folder: Path, root: Path, runtime: Runtime) -> None:
         self.folder = folder
+        self.root = root
         self.runtime = runtime
         self.weights = Path(runtime.weights) if runtime.weights else root / "weights"
-        self.shard_cache = Path(runtime.cache) if runtime.cache else root / ".scratch" / "shards"
         self.facts: dict[str, int | float | str] = {}
         self.signalled = False  # a signal asked this process to stop
 
@@ -206,10 +224,19 @@ class LocalHost:
         return self.runtime.cores
 
     @property
+    def rank_processes(self) -> int:
+        share = self.processes // (self.runtime.local_ranks if ranks().size > 1 else 1)
+        return max(share, min(1, self.processes))
+
+    @property
     def workers(self) -> int:
         if self.runtime.workers is not None:
             return self.runtime.workers
         return min(16, max(1, self.processes // (2 * self.runtime.local_ranks)))
+
+    @property
+    def shard_cache(self) -> Path:
+        return Path(self.runtime.cache) if self.runtime.cache else _cache_of_machine(self.root)
 
     @property
     def shard_cache_bytes(self) -> float:
@@ -218,6 +245,10 @@ class LocalHost:
     @property
     def download_store(self) -> Path | None:
         return Path(self.runtime.download_store) if self.runtime.download_store else None
+
+    @property
+    def spark(self) -> str | None:
+        return self.runtime.spark
 
     @property
     def checkpoint_seconds(self) -> float:

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vtp.artefact import ArtefactError, read_json, remembered, write_json
+from vtp.artefact import ArtefactError, digest, read_json, remembered, write_json
+from vtp.data.shards import Manifest
 
 ROOT = Path(__file__).parents[2]  # the packages lie beside each other, in an experiment's copy too
 PACKAGES = ("vtp", "stages")
@@ -30,6 +31,24 @@ LEFT_OUT = (
 def fingerprint_of(identity: Mapping[str, Any], code: str) -> str:
     """The name of a run: of its stage, parameters and digests of inputs (`identity`), and the digest of its code."""
     return hashlib.sha256(json.dumps([identity, code], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def input_digest(path: Path) -> str:
+    """The digest of an input. Of shards manifest and tables are read; the digests of tars stand in the manifest.
+
+    It is that of the whole folder, as long as nothing in it is damaged: readers hold every tar to its digest.
+    """
+    return digest(path, _digests_of_shards(path))
+
+
+def _digests_of_shards(folder: Path) -> dict[str, str]:
+    if not (folder / "manifest.json").is_file():
+        return {}
+    try:
+        splits = Manifest.load(folder).splits.values()
+    except ArtefactError:  # the manifest of something else, or a damaged one, of which its reader tells
+        return {}
+    return {shard.name: shard.sha256 for split in splits for shard in split.shards}
 
 
 def code_digest(module: str) -> str:

@@ -22,11 +22,11 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from stages.runner import sinks
 from stages.runner.environment import STOP, Interrupted, LocalHost, Runtime, explain, keep_freed_memory, log_to, tell
-from stages.runner.fingerprint import DIGESTS, code_digest, fingerprint_of, recall_digests, store_digests
+from stages.runner.fingerprint import DIGESTS, code_digest, fingerprint_of, input_digest, recall_digests, store_digests
 from stages.runner.launch import RankJob, run_ranks, several
 from stages.runner.scratch import Scratch, prune
 from stages.runner.starts import Start, Starts, device_here
-from vtp.artefact import digest, remove, write_json
+from vtp.artefact import remove, write_json
 from vtp.config import Config
 from vtp.distributed import StateError
 from vtp.params import load
@@ -48,11 +48,11 @@ class StageError(Exception):
     """The stage cannot start; the message says why and what to do."""
 
 
-def main(run: Callable[..., None], *, distributed: bool = False) -> None:
+def main(run: Callable[..., None], *, distributed: bool | Callable[[Any], bool] = False) -> None:
     """Run a stage from the command line, and exit with its status.
 
-    A `distributed` stage runs on every device that there is. `--plan` prints what a run would take instead
-    (`stages.plans.<stage>`); the rest of the command line is the plan's.
+    A `distributed` stage runs on every device that there is, or only with the parameters for which that holds. `--plan`
+    prints what a run would take instead (`stages.plans.<stage>`); the rest of the command line is the plan's.
     """
     escape_tracebacks()
     arguments = sys.argv[1:]
@@ -116,11 +116,12 @@ def describe_flag(run: Callable[..., None], name: str) -> str:
     return description
 
 
-def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool) -> int:
+def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool | Callable[[Any], bool]) -> int:
     stage = stage_name(run)
     address, inputs, outputs, provenance = _parse(run, arguments)
     runtime = Runtime.of(os.environ)
     config = load(address, config_class(run))
+    distributed = distributed if isinstance(distributed, bool) else distributed(config)
     sinks.require(runtime.sinks)
     root = _repository()
     store = root / DIGESTS
@@ -275,7 +276,7 @@ def _input_digest(name: str, path: Path | list[Path]) -> str | list[str]:
         return [str(_input_digest(name, each)) for each in path]
     if not path.exists():
         raise StageError(f"{_flag(name)} {path}: no such file or folder; run the stage that makes it, or dvc checkout")
-    return digest(path)
+    return input_digest(path)
 
 
 def _repository() -> Path:

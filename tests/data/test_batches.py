@@ -18,7 +18,7 @@ BATCH = {"clip": 16, "ssl": 8, "reconstruction": 4}
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shards"
     write_shards(folder)
-    config = StreamConfig(samples=None, window=None, mixture=None, decode="full", max_replaced=0.0)
+    config = StreamConfig(samples=None, window=None, groups=1, mixture=None, decode="full", max_replaced=0.0)
     return Stream([ShardDataset(folder, "train")], config, seed=0)
 
 

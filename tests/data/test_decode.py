@@ -11,10 +11,9 @@ import PIL.ImageFile
 import pytest
 from PIL import Image
 
-from vtp.curation.ingest.encode import CentreCrop, Keep, store
-from vtp.layers.decode import DecodeError, croppable, decode_rgb, finish, open_header
+from vtp.curation.ingest.encode import Keep, store
+from vtp.layers.decode import DecodeError, decode_rgb, finish, open_header
 
-BOMB = zlib.compress(bytes(100 << 20), 9)
 ERRORS = [
     OSError("a"), SyntaxError("a"), ValueError("a"), TypeError("a"), KeyError("a"), IndexError("a"), OverflowError("a"),
     ZeroDivisionError("a"), AttributeError("a"), struct.error("a"), zlib.error("a"), RuntimeError("a"), RecursionError("a"),
@@ -65,10 +64,10 @@ def test_whatever_a_decoder_raises_is_one_error(error, monkeypatch):
         patch.setattr(PIL.Image, "open", failing)
         with pytest.raises(DecodeError, match=f"{kind}|too many pixels"):
             open_header(content)
-    with monkeypatch.context() as patch:  # what is asked of a picture after it was decoded
+    with monkeypatch.context() as patch:  # metadata, which lose no picture; but others would fail at the file
         patch.setattr(PIL.Image.Image, "getexif", failing)
-        with pytest.raises(DecodeError, match=kind):
-            store(content, Keep(name="keep"))
+        assert decode_rgb(content).size == (12, 10)
+        assert store(encoded("JPEG"), Keep(name="keep")).extension == "png"
 
 
 def test_an_interruption_is_no_fault_of_a_picture(monkeypatch):
@@ -105,10 +104,6 @@ def test_tags_of_other_types(changes):
 @pytest.mark.parametrize(
     "content",
     [
-        png((b"zTXt", b"k\0\0" + BOMB)),
-        png((b"iTXt", b"k\0\1\0\0\0" + BOMB)),
-        png((b"iCCP", b"k\0\0" + BOMB)),
-        png(*[(b"zTXt", b"k%d\0\0" % n + zlib.compress(bytes(1_000_000))) for n in range(80)]),
         png(size=(60_000, 60_000)),
         png(size=(0x7FFFFFFF, 1)),
         tiff(width=(256, 4, 1, 1 << 30), height=(257, 4, 1, 1 << 30)),
@@ -117,7 +112,7 @@ def test_tags_of_other_types(changes):
         b"BM" + struct.pack("<IIIIiiHHIIiiII", 0, 0, 54, 40, 1 << 30, 1 << 30, 1, 24, 0, 0, 0, 0, 0, 0),
         b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + b"\0" * 4 + b"\xff\xff\xff" * 2,
     ],
-    ids=["text", "international text", "profile", "many texts", "png", "line", "tiff", "tiles", "gif", "bmp", "webp"],
+    ids=["png", "line", "tiff", "tiles", "gif", "bmp", "webp"],
 )  # fmt: skip
 def test_bombs_are_refused_and_take_no_memory(content):
     import tracemalloc
@@ -135,16 +130,6 @@ def test_messages_of_decoders_are_equal_in_every_process():
     with pytest.raises(DecodeError) as raised:
         decode_rgb(b"<html>")
     assert " at 0x" not in str(raised.value)
-
-
-def test_long_lines_are_not_enlarged():
-    line = Image.new("RGB", (80_000, 1))
-    with pytest.raises(DecodeError, match="too long for a centre crop of 256 pixels: 80000 x 1"):
-        croppable(line, 256)
-    assert croppable(line, 16) is line
-    content = encoded("PNG", size=(60_000, 1))
-    with pytest.raises(DecodeError, match="too long for a centre crop"):
-        store(content, CentreCrop(name="centre_crop", size=256))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,14 @@ SPLITS = {"one shard": [96], "few": [40, 0, 31, 25], "many": [1, 2, 3] * 16}
 
 
 def stream_of(*folders, **changes) -> Stream:
-    values = {"samples": None, "window": None, "mixture": None, "decode": "full", "max_replaced": 0.5} | changes
+    values = {
+        "samples": None,
+        "window": None,
+        "groups": 1,
+        "mixture": None,
+        "decode": "full",
+        "max_replaced": 0.5,
+    } | changes
     return Stream(
         [ShardDataset(folder, "train") for folder in folders], StreamConfig.parse(values, where="test"), seed=0
     )
@@ -338,3 +345,38 @@ def test_crops_of_a_large_jpeg_on_its_side_lie_in_the_same_place(tmp_path):
             assert (getattr(reduced, name).int() - getattr(full, name).int()).abs().max() <= 12, name
     assert {one.whole for one in drawn} == {(160, 480)}
     assert {one.image.size for one in drawn} <= {(20, 60), (40, 120)}
+
+
+@pytest.mark.parametrize("shards", SPLITS)
+def test_groups_are_exact_whoever_reads_them(tmp_path, shards):
+    """The same samples at the same places for any ranks and workers, and an epoch holds each once."""
+    stream = stream_of(write_shards(tmp_path / "shards", SPLITS[shards]), window=4, groups=2)
+    whole = seen(stream, range(24))
+    for epoch in whole.split(12):
+        assert sorted(epoch.flatten().tolist()) == list(range(96))
+    assert torch.equal(seen(stream, range(3, 15), ranks=4), whole[3:15])
+    assert torch.equal(seen(stream, range(5), ranks=2, workers=1), whole[:5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"window": None}, "window null has no 2 equal parts"), ({"window": 3}, "window 3 has no 2")]
+)
+def test_groups_that_cut_no_window_are_refused(tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        stream_of(write_shards(tmp_path / "shards", [4]), groups=2, **changes)
+
+
+def test_groups_that_cut_no_batch_are_refused():
+    values = {"data": {"stream": {"window": 6, "groups": 3}, "batch": {"clip": 8, "ssl": 4, "reconstruction": 4}}}
+    with pytest.raises(ConfigError, match=r"batch\.reconstruction 4 is not a multiple of stream\.groups 3"):
+        Pretrain.parse(merged(tiny_params()["pretrain"], values), where="test")
+
+
+def test_one_rank_of_a_machine_looks_at_the_shards(tmp_path, monkeypatch):
+    """The others meet what is wrong when they read it."""
+    folder = write_shards(tmp_path / "shards", [4, 4])
+    (folder / "train-00001.tar").unlink()
+    monkeypatch.setattr("vtp.data.dataset.is_first_of_machine", lambda: False)
+    dataset = ShardDataset(folder, "train")
+    with pytest.raises(ArtefactError, match=r"train-00001\.tar: this shard is in manifest\.json and not in the folder"):
+        dataset.content(5)

@@ -51,7 +51,7 @@ def files():
     yield "wide.png", file_of(Image.fromarray(noise(1, np.uint16)), "PNG")
     yield "wide.tif", file_of(Image.fromarray(noise(1, np.uint16)), "TIFF")
     yield "integers.tif", file_of(Image.fromarray(noise(1, np.uint16).astype(np.int32)), "TIFF")
-    yield "float.tif", file_of(Image.fromarray(noise(1).astype(np.float32) * 1.2 - 20), "TIFF")
+    yield "float.tif", file_of(Image.fromarray(noise(1).astype(np.float32) / 255), "TIFF")
     yield "palette.png", file_of(colours.quantize(32), "PNG")
     yield "palette-transparent.png", file_of(colours.quantize(32), "PNG", transparency=3)
     yield "key-transparent.png", file_of(Image.new("RGB", (WIDTH, HEIGHT), (9, 8, 7)), "PNG", transparency=(9, 8, 7))
@@ -181,7 +181,6 @@ def test_what_cannot_be_read(tokenizer, tmp_path):
         tokenizer.preprocess(cut)
     with pytest.raises(DecodeError, match="not a readable image"):
         tokenizer.preprocess(Image.open(io.BytesIO(cut)))
-    with pytest.raises(DecodeError, match="too long for a centre crop of 64 pixels: 1 x 99999"):
-        tokenizer.preprocess(Image.new("RGB", (1, 99999)))
+    assert tokenizer.preprocess(Image.new("RGB", (1, 99999))).shape == (1, 3, SIDE, SIDE)
     with pytest.raises(DecodeError, match="0 x 5"):
         tokenizer.preprocess(Image.new("RGB", (0, 5)))

@@ -127,8 +127,8 @@ def test_compiled_and_recomputed():
     found = gradients(objective, batches_of(0, RankSlice(0, 1, 2)), late)
     assert found.keys() == plain.keys()
     for name, gradient in plain.items():
-        # A compiler's float32 differs by processor (1.4e-4 on one of them); what is left out or twice is off by ones.
-        assert (found[name] - gradient).norm() < 3e-4 * gradient.norm() + 1e-8, name
+        # A compiler's float32 differs by processor (1.4e-4, 1.6e-3); what is left out or twice is off by ones.
+        assert (found[name] - gradient).norm() < 1e-2 * gradient.norm() + 1e-8, name
 
 
 def test_noise_is_that_of_the_channel_and_of_the_sample():

@@ -75,7 +75,7 @@ def test_own_pictures_are_read_where_the_pipeline_reads_them(study):
 
 
 TABLE = {"name": "table", "train": "a.csv", "validation": {"name": "held_out", "share": 0.1}, "path": "p"}
-TABLE |= {"caption": "c", "label": "l", "templates": []}
+TABLE |= {"caption": "c", "captions": "all", "label": "l", "templates": []}
 
 
 @pytest.mark.parametrize(

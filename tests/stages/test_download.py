@@ -1,4 +1,4 @@
-"""The stage download through its real command line: real img2dataset, real proxy, real server, real kills."""
+"""The stage download through its real command line: real img2dataset, real server, real kills."""
 
 import csv
 import hashlib
@@ -105,7 +105,7 @@ FEW = dict.fromkeys(SLOW, 1) | {"large": 2, "thin": 2, "endless": 3, "wide": 4}
 
 
 class Rows:
-    """A list in the making. All but few have a sha256: rows without are fetched by a second call of img2dataset."""
+    """A list in the making. All but few have a sha256."""
 
     def __init__(self, server):
         self.server = server
@@ -306,7 +306,7 @@ def good_rows(server, kind, numbers, sha256=None):
 
 
 def worker_of(folder):
-    """A process of img2dataset's pool."""
+    """A process that fetches."""
     return next(number for number, command in processes_of(folder).items() if "spawn_main" in command)
 
 
@@ -323,7 +323,7 @@ def test_a_killed_run_goes_on_and_asks_for_nothing_twice(folder):
             before, asked = len(stage.recorded()), len(server.requests)
             process = stage.start()
             wait_for(lambda before=before: len(stage.recorded()) > before, process)
-            # The last one loses a process of img2dataset's pool, which would wait for its shard for ever.
+            # The last one loses a process that fetches; its shards are fetched by another.
             os.kill(worker_of(folder) if number is None else process.pid, number or signal.SIGKILL)
             _, said = process.communicate(timeout=300)
             assert process.returncode == {signal.SIGKILL: -9, None: 0}.get(number, 130), said
@@ -382,7 +382,7 @@ def test_spark_fetches_the_same(folder):
         server.away = ["http://127.0.0.2:80/"]
         rows = [row for kind in ("photo", "turned", "away", "bomb") for row in good_rows(server, kind, [0])]
         rows += good_rows(server, "jpeg", range(36))
-        digest = hashlib.sha256(body("png", 1)).hexdigest()  # fetched by a second call, in the same session
+        digest = hashlib.sha256(body("png", 1)).hexdigest()
         rows += good_rows(server, "png", [0], digest) + good_rows(server, "png", [1], digest)
         write_selection(rows, folder / "selection")
         code, said = stage.run()

@@ -5,7 +5,7 @@ import pytest
 from downloading import SECTION, SPARK, Row, write_selection
 from tiny import merged
 
-from stages.download import Download, DownloadError, job_of, planned_proxies, require_packages, run, too_few
+from stages.download import Download, DownloadError, job_of, pool_of, require_packages, run, too_few
 from stages.runner.environment import LocalHost, Runtime
 from vtp.config import Config, ConfigError
 from vtp.curation.download.pool import DownloadReport
@@ -16,7 +16,7 @@ def parsed(**changes):
 
 
 def test_every_parameter_is_read(tmp_path, monkeypatch):
-    """Those of the policy act in the proxy, whose tests show each."""
+    """Those of the policy act in the opener, whose tests show each."""
     read: set[tuple[str, str]] = set()
     plain = Config.__getattribute__
 
@@ -28,10 +28,12 @@ def test_every_parameter_is_read(tmp_path, monkeypatch):
         parsed(),
         parsed(resize={"name": "no"}, encoding={"name": "png", "compression": 6}, distributor=SPARK),
     ]
+    for pool in ("LocalPool", "spark_pool"):  # which have tests of their own
+        monkeypatch.setattr(f"stages.download.{pool}", lambda *arguments: arguments)
     monkeypatch.setattr(Config, "__getattribute__", recording)
     for config in variants:
-        job_of(config, tmp_path, "127.0.0.1:1")
-        planned_proxies(config)
+        job_of(config)
+        pool_of(config.distributor, tmp_path / "log")
         too_few(DownloadReport(), config)
         assert config.terms
         assert config.identity
@@ -57,10 +59,7 @@ def test_the_store_is_that_of_what_a_picture_depends_on():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (
-            {"distributor": SPARK | {"master": "spark://head:7077"}},
-            "start `python -m vtp.curation.download.egress_proxy",
-        ),
+        ({"distributor": SPARK | {"proxy": None}}, "distributor.proxy: unknown key"),
         ({"policy": {"allowed_networks": ["127.0.0.1/8"]}}, "has host bits set"),
         ({"policy": {"allowed_ports": [0]}}, "policy.allowed_ports.0"),
         ({"encoding": {"name": "gif", "quality": 95}}, "download.encoding"),
@@ -77,15 +76,13 @@ def test_impossible_parameters_are_told(changes, said):
 
 
 def test_missing_packages_are_named(monkeypatch):
-    with pytest.raises(ConfigError, match="Python below 3.13, this is 3.13"):
-        require_packages(parsed(), (3, 13))
-    monkeypatch.setattr("stages.download.find_spec", lambda name: None if name == "pyspark" else name)
-    require_packages(parsed(), (3, 12))
-    with pytest.raises(ConfigError, match=r"pyspark is not installed here: pip install -e '.\[spark\]'"):
-        require_packages(parsed(distributor=SPARK), (3, 12))
-    monkeypatch.setattr("stages.download.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"img2dataset is not installed here: pip install -e '.\[download\]'"):
-        require_packages(parsed(), (3, 11))
+    require_packages(parsed(distributor=SPARK))
+    for name, extra in (("pyspark", "spark"), ("imghdr", "download"), ("img2dataset", "download")):
+        monkeypatch.setattr("stages.download.find_spec", lambda asked, name=name: None if asked == name else asked)
+        with pytest.raises(ConfigError, match=rf"{name} is not installed here: pip install -e '.\[{extra}\]'"):
+            require_packages(parsed(distributor=SPARK))
+        if extra == "spark":
+            require_packages(parsed())
 
 
 def test_an_empty_selection_is_an_error(tmp_path):

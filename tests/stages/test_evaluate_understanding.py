@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -362,14 +361,3 @@ def test_mistakes_are_told(made, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "load_tokenizer", lambda folder: broken)
     with pytest.raises(ValueError, match="features of the encoder as torch.float32 hold NaN or infinity"):
         here(made, tmp_path / "c")
-
-
-def test_a_split_without_classes_is_told(made, tmp_path):
-    """Data without any class: tests/stages/test_own_data.py."""
-    shutil.copytree(made / "shards", tmp_path / "shards")
-    manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
-    manifest["splits"]["validation"]["class_counts"] = [0] * len(manifest["classes"])
-    (tmp_path / "shards/manifest.json").write_text(json.dumps(manifest))
-    shutil.copytree(made / "tokenizer", tmp_path / "tokenizer")
-    with pytest.raises(ArtefactError, match="none of the 32 samples of split 'validation' has one"):
-        here(tmp_path, tmp_path / "out")

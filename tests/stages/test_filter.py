@@ -8,6 +8,8 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+from launching import ranks_of
+from measuring import drawn_pool, tiny_tokenizer
 from sifting import random_rows, section, sift, write, write_pool
 from tiny import ROOT, wait_for, write_params
 
@@ -33,12 +35,13 @@ def command(*arguments):
     return [sys.executable, "-m", "stages.filter", "params.yaml:filter_metadata", *given, *arguments]
 
 
-def start(folder, rules, rows, **settings):
+def start(folder, rules, rows, changes=None, tokenizer=None, **settings):
     (folder / ".dvc").mkdir(exist_ok=True, parents=True)
-    write_params({"filter_metadata": filter_section(rules)}, folder / "params.yaml")
+    write_params({"filter_metadata": filter_section(rules) | (changes or {})}, folder / "params.yaml")
+    more = ["--tokenizer", str(tokenizer)] if tokenizer else []
     environment = os.environ | {"PYTHONPATH": str(ROOT), "VTP_PROCESSES": "2", "OMP_NUM_THREADS": "1"} | settings
     return subprocess.Popen(
-        command("--rows", str(rows)), cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+        command("--rows", str(rows), *more), cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -89,12 +92,72 @@ def test_killed_and_resumed(metadata, tmp_path):
     process.communicate(timeout=300)
     assert process.returncode == 130
     assert not (killed / "selection").exists()
-    finished(start(killed, rules, rows))
+    finished(start(killed, rules, rows, VTP_RANKS="2"))
+    assert not list(scratch.glob("*/job.json"))  # no rule needs another rank
     for name in ("selection", "funnel.json", "examples.md"):
         assert digest(killed / name) == digest(tmp_path / "whole" / name)
     assert sum(len(pq.read_table(path)) for path in (killed / "selection").iterdir()) == 20_000
     facts = json.loads((killed / "p.json").read_text())["facts"]
     assert facts == {"rows_in": 300_000, "rows_out": 20_000}
+
+
+@pytest.mark.slow
+def test_spark_writes_the_same_bytes(tmp_path):
+    """Kill -9 between two tasks, and go on: on the cluster, or without it."""
+    for number in range(3):
+        rows = [row | {"uid": f"{number}-{row['uid']}"} for row in random_rows(2000, seed=number)]
+        write(rows * 25, tmp_path / "rows" / f"{number}.parquet", row_group_size=50_000)
+    rules = [SIZE, SCORE, TOP, {"name": "duplicates", "by": "sha256", "missing": "keep"}]
+    cluster = {"VTP_SPARK": "local[2]", "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_CONF_DIR": str(tmp_path / "conf")}
+    (tmp_path / "events").mkdir()
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "spark-defaults.conf").write_text(
+        "spark.eventLog.enabled true\nspark.eventLog.compress false\nspark.driver.memory 512m\n"
+        f"spark.eventLog.dir {(tmp_path / 'events').as_uri()}\n"
+    )
+    killed = tmp_path / "killed"
+    process = start(killed, rules, tmp_path / "rows", **cluster)
+    wait_for(lambda: list(killed.glob(".scratch/filter/*/folder/read/*.json")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finished(start(killed, rules, tmp_path / "rows", **cluster))
+    finished(start(tmp_path / "plain", rules, tmp_path / "rows"))
+    for name in ("selection", "funnel.json", "examples.md"):
+        assert digest(killed / name) == digest(tmp_path / "plain" / name)
+    logs = [path.read_text() for path in (tmp_path / "events").rglob("*") if path.is_file()]
+    assert sum(log.count('"Event":"SparkListenerTaskEnd"') for log in logs) >= 10
+
+
+@pytest.mark.slow
+def test_ranks_are_killed_and_others_go_on(tmp_path):
+    """A rank is killed, all are asked to stop, and a third number of them ends with the bytes of one process."""
+    pool, tokenizer = drawn_pool(tmp_path / "pool", 3000), tiny_tokenizer(tmp_path / "tokenizer")
+    score = {"name": "clip_score", "model": {"name": "tokenizer"}, "keep": {"name": "top_fraction", "fraction": 0.5}}
+    rules = [{"name": "perceptual_duplicates", "max_distance": 2}, score | {"batch_size": 8, "missing": "drop"}]
+    changes = {"columns": {"name": "pool"}, "keep_columns": [], "max_unreadable": 0.1}
+
+    def begin(name, ranks):
+        return start(tmp_path / name, rules, pool, changes, tokenizer, VTP_RANKS=str(ranks), VTP_DEVICE="cpu")
+
+    finished(begin("whole", 1))
+    process = begin("killed", 2)
+    scratch = tmp_path / "killed" / ".scratch" / "filter"
+    wait_for(lambda: list(scratch.glob("*/folder/rule-00/image-*.npy")), process)
+    os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 1, said
+    done = sorted(scratch.glob("*/folder/rule-00/image-*.npy"))
+    times = [path.stat().st_mtime_ns for path in done]
+    process = begin("killed", 2)
+    wait_for(lambda: list(scratch.glob("*/folder/rule-01/image-*.npy")), process)
+    assert [path.stat().st_mtime_ns for path in done] == times
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 130, said
+    assert not ranks_of(tmp_path)
+    finished(begin("killed", 3))
+    for name in ("selection", "funnel.json", "examples.md"):
+        assert digest(tmp_path / "killed" / name) == digest(tmp_path / "whole" / name)
 
 
 def workers_of(parent):

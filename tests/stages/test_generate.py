@@ -79,12 +79,12 @@ def test_more_samples_begin_with_the_same(inputs, tmp_path, labels):
 
 
 def test_labels_by_chance():
-    drawn = draw_labels("random", 0, range(3000), 6)
+    drawn = draw_labels("random", 0, range(3000), range(6))
     counts = torch.bincount(drawn, minlength=6)
     assert counts.min() > 400
     assert len(set(counts.tolist())) > 1
-    assert torch.equal(drawn[100:200], draw_labels("random", 0, range(100, 200), 6))
-    assert not torch.equal(drawn, draw_labels("random", 1, range(3000), 6))
+    assert torch.equal(drawn[100:200], draw_labels("random", 0, range(100, 200), range(6)))
+    assert not torch.equal(drawn, draw_labels("random", 1, range(3000), range(6)))
 
 
 def test_a_stopped_run_goes_on_with_the_files_that_are_missing(inputs, drawn, tmp_path):

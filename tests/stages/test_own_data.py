@@ -25,6 +25,8 @@ from vtp.config import ConfigError, read_yaml
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.data.dataset import ShardDataset
 from vtp.data.latents import LatentDataset
+from vtp.evaluation.samples import Samples
+from vtp.models.tokenizer import VisualTokenizer
 from vtp.params import read_parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,6 +168,78 @@ def test_labels_for_none_of_a_split_are_told_as_they_are(tmp_path):
     pretrained(tmp_path, shards, own("pretrain"))
     with pytest.raises(ArtefactError, match="2 classes, and none of the 19 samples of split 'validation' has one"):
         cache(tmp_path, tmp_path)
+
+
+def held_apart(root, split_of):
+    """Shards of pictures of three classes; `split_of` says the split of each class, by turns without one."""
+    pictures, classes = root / "pictures", ("ant", "bee", "cat")
+    write_pictures(pictures, captions=lambda index: "", labels=lambda index: classes[index % 3] if index < 42 else "")
+    head, *rows = (pictures / "rows.csv").read_text().splitlines()
+    for split in ("train", "validation"):
+        turns = [["train", "validation"][number // 3 % 2] for number in range(len(rows))]
+        of_rows = [split_of.get(row.rsplit(",", 1)[1], [turn]) for row, turn in zip(rows, turns, strict=True)]
+        own = [row for row, splits in zip(rows, of_rows, strict=True) if split in splits]
+        (pictures / f"{split}.csv").write_text("\n".join([head, *own]))
+    record = source(captions=False, labels=True) | {"train": "train.csv"}
+    return prepare(root, pictures, record | {"validation": {"name": "table", "table": "validation.csv"}})
+
+
+def test_a_class_without_training_pictures_is_not_drawn(tmp_path, caplog):
+    """Every picture of `bee` is held out: a generator has seen none, and samples of it would be of nothing."""
+    shards = held_apart(tmp_path, {"ant": ["train"], "bee": ["validation"]})
+    torch.manual_seed(0)
+    VisualTokenizer(Pretrain.parse(TINY["pretrain"], where="test").architecture).save_pretrained(tmp_path / "tokenizer")
+    cache(tmp_path, tmp_path)
+    config = ReferenceStatistics.parse(
+        own("reference", splits={"train": {"samples": None, "kept": None}}), where="test"
+    )
+    measure(config, shards=shards, reference=tmp_path / "reference", host=work_in(tmp_path / "measured"))
+    generator = train(tmp_path, tmp_path, {"monitor": {"milestones": [0.5]}}) / "generator"
+    for labels in ("random", "balanced"):
+        with caplog.at_level(logging.WARNING):
+            samples = Samples(draw(generator, tmp_path / labels, labels=labels))
+        assert set(samples.of("unguided").labels.tolist()) == {0, 2}
+        assert "1 classes had no training picture and are not drawn: bee" in caplog.text
+        caplog.clear()
+    assert torch.bincount(samples.of("unguided").labels).tolist() == [len(samples) // 2, 0, len(samples) // 2]
+
+    judged = EvaluateGenerator.parse(own("evaluate_generator", kernel=None), where="test")
+    paths = {"reference": tmp_path / "reference", "tokenizer": tmp_path / "tokenizer", "samples": samples.folder}
+    paths |= {name: tmp_path / f"generated_{name}" for name in ("metrics", "curves", "pictures")}
+    evaluate_generator(judged, **paths, host=work_in(tmp_path / "judged"))
+    for folder in (generator, generator / "at-0.5"):
+        loaded = load_generator(folder, tmp_path / "tokenizer")
+        assert (loaded.classes, loaded.space.labels) == (["ant", "bee", "cat"], [0, 2])
+        with pytest.raises(ValueError, match="class 'bee' had no training picture"):
+            loaded.sample("bee")
+        assert len(loaded.sample(["ant", 2])) == 2
+
+
+@pytest.mark.parametrize(
+    ("split_of", "said"),
+    [
+        (
+            {"ant": ["train"], "bee": ["validation"], "cat": ["validation"]},
+            "the training pictures are all of one class",
+        ),
+        ({"ant": ["validation"], "bee": ["validation"], "cat": ["validation"]}, "no training picture has a class"),
+        ({"ant": ["train"], "bee": ["train"], "cat": ["train"]}, "no validation picture has a class"),
+    ],
+)
+def test_what_no_probe_can_tell_is_told_before_any_is_fitted(tmp_path, caplog, split_of, said):
+    shards = held_apart(tmp_path, split_of)
+    config = EvaluateUnderstanding.parse(own("evaluate_understanding"), where="test")
+    paths = {
+        "shards": shards,
+        "tokenizer": tmp_path / "none",
+        "metrics": tmp_path / "m.json",
+        "curves": tmp_path / "c.csv",
+    }
+    with caplog.at_level(logging.WARNING):
+        evaluate_understanding(config, **paths, host=work_in(tmp_path / "probed"))
+    reason = f"{said}, and a probe tells classes apart"
+    assert read_json(tmp_path / "m.json")["understanding"] == {"not_measured": reason}
+    assert f"{reason}: nothing is measured" in caplog.text
 
 
 @pytest.mark.parametrize("held", ["val", "test"])

@@ -61,6 +61,24 @@ def test_every_stage_has_a_plan(monkeypatch, capsys, small, stage):
     assert plan["wall clock"].value == pytest.approx(plan["GPU hours"].value * 3600 / 2)
 
 
+def test_the_plan_of_a_filter_is_that_of_its_scores(tmp_path, small):
+    """open_clip's own table of models has 14.78 GFLOP for ViT-B-32."""
+    named = {"architecture": "ViT-B-32", "weights": "a.pt", "sha256": "0" * 64}
+    models = [{"name": "open_clip", **named}, {"name": "tokenizer"}]
+    rest = {"name": "clip_score", "keep": {"name": "min", "value": 0.2}, "batch_size": 256, "missing": "drop"}
+    section = {"columns": {"name": "pool"}, "keep_columns": [], "rows_per_part": 9, "max_unreadable": 0.0}
+    rules = [{"name": "downloaded"}, *({"model": model, **rest} for model in models)]
+    write_params({"filter_images": section | {"rules": rules}, "none": section | {"rules": []}}, tmp_path / "f.yaml")
+    address = f"{tmp_path}/f.yaml:filter_images"
+    plan = plan_of("filter", address, "--tokenizer", f"{small}:pretrain", "--images", 1000, "--gpus", 2)
+    assert plan["ViT-B-32"].value == pytest.approx(14.78e9, rel=1e-3)
+    assert plan["run"].value == 1000 * (plan["ViT-B-32"].value + plan["tokenizer"].value)
+    assert plan["wall clock"].value == pytest.approx(plan["GPU hours"].value * 3600 / 2)
+    assert plan["images per second"].value == pytest.approx(1000 / plan["wall clock"].value)
+    with pytest.raises(ConfigError, match=r"f\.yaml:none: no rule clip_score"):
+        plan_of("filter", f"{tmp_path}/f.yaml:none")
+
+
 def test_a_stage_without_a_plan_says_so(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report", "--plan"])
     with pytest.raises(SystemExit):

@@ -30,7 +30,7 @@ def sample(  # noqa: PLR0913 - flags of the command
     generator = load_generator(folder, tokenizer, decoder, device=device_of(device))
     given = {"steps": steps, "guidance_scale": guidance}
     changes = {name: value for name, value in given.items() if value is not None}
-    labels = [generator.label(name) for name in classes or range(min(MOST_CLASSES, len(generator.classes)))]
+    labels = [generator.label(name) for name in classes or generator.space.labels[:MOST_CLASSES]]
     pixels = generator.draw(labels, count, seed=seed, **changes)
     sampler = generator.sampler.model_copy(update=changes)
     title = f"{folder}, {sampler.solver}, {sampler.steps} steps, {sampler.guidance}, seed {seed}"

@@ -17,7 +17,7 @@ from vtp.data.order import sample_indices
 from vtp.data.stream import Stream
 from vtp.data.views import CentreCropView, RandomCropView, least_size, reconstruction_batch, reconstruction_crop
 from vtp.draws import torch_draws
-from vtp.layers.decode import croppable, finish, upright_size
+from vtp.layers.decode import finish, upright_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -109,7 +109,7 @@ class ImageBatches(Dataset[ImageBatch]):
     def __getitem__(self, index: int) -> ImageBatch:
         step, rows = self.rank_slice.of(self.batch_size, index)
         positions = np.arange(rows.start, rows.stop) + step * self.batch_size
-        numbers = self.stream.numbers(int(positions[0]), len(positions))
+        numbers = self.stream.numbers(int(positions[0]), len(positions), batch=self.batch_size)
         drawn = [
             self.stream.read(number, position, decode=partial(self._decode, position=position), captioned=False)
             for number, position in zip(numbers.tolist(), positions.tolist(), strict=True)
@@ -120,8 +120,6 @@ class ImageBatches(Dataset[ImageBatch]):
         return ImageBatch(images, torch.tensor([d.replaced for d in drawn]))
 
     def _decode(self, picture: "Image", position: int) -> "Image":
-        if isinstance(self.view, CentreCropView):
-            croppable(picture, self.size)
         if self.stream.config.decode == "full" or isinstance(self.view, CentreCropView):
             return finish(picture)
         crop = reconstruction_crop(self.view, self.size, self.stream.seed, position)

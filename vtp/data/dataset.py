@@ -5,7 +5,7 @@ longest ago are closed. So it does not matter how many shards there are.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import pread
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtp.artefact import ArtefactError, verify_files
-from vtp.data.remote import ShardCache, verify_remote
+from vtp.artefact import LARGE, ArtefactError, verify_files
+from vtp.data.remote import Prefetcher, ShardCache, verify_remote
 from vtp.data.shards import NO_LABEL, Manifest, Shard
-from vtp.layers.decode import DecodeError, croppable, decode_rgb
+from vtp.distributed import is_first_of_machine, ranks
+from vtp.layers.decode import DecodeError, decode_rgb
 from vtp.layers.images import centre_crop
 from vtp.texts import shown
 
@@ -41,8 +42,8 @@ class SampleError(DataError):
 class ShardDataset:
     """Random access to the samples of a split.
 
-    Opening it checks that there are samples, and that every shard is there with its size; bytes are compared with their
-    digest when a shard or its table is first read.
+    Opening it checks that there are samples, and that every shard is there with its size: one rank of a machine asks the
+    disk, one rank of all asks a store. Bytes are compared with their digest when a shard or its table is first read.
     """
 
     def __init__(self, folder: Path, split: str, *, cache: ShardCache | None = None) -> None:
@@ -59,11 +60,15 @@ class ShardDataset:
         self._tables, self._files = LruCache[_SampleTable](TABLES), LruCache[BinaryIO](FILES)
         if not len(self):
             raise ArtefactError(f"{folder}: split {split!r} has no samples; write the shards again with prepare_data")
+        self._ahead = None
         if self.manifest.location is None:
-            for shard in self.shards:
+            for shard in self.shards if is_first_of_machine() else ():
                 _verify(folder / shard.name, shard)
         else:
-            verify_remote(self.manifest.location, self.shards)
+            if ranks().first:
+                verify_remote(self.manifest.location, self.shards)
+            if cache is not None:
+                self._ahead = Prefetcher(cache, self.manifest.location)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -130,14 +135,14 @@ class ShardDataset:
 
     def images(self, indices: Sequence[int] | np.ndarray | Tensor, size: int) -> Tensor:
         """Pictures [n, 3, size, size] uint8, centre-cropped as ADM does. Raises SampleError for one that cannot be."""
-        pixels = [np.asarray(centre_crop(self._croppable(int(index), size), size)) for index in indices]
+        pixels = [np.asarray(centre_crop(self.image(int(index)), size)) for index in indices]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
-    def _croppable(self, index: int, size: int) -> "Image":
-        try:
-            return croppable(self.image(index), size)
-        except DecodeError as error:
-            raise SampleError(f"{self.name(index)}: {error}") from None
+    def settle(self, now: Collection[int], later: Sequence[int]) -> None:
+        """Of shards from elsewhere, keep those with the numbers `now` open alone, and have them and `later` fetched."""
+        if self._ahead is not None:
+            self._files.keep(now)
+            self._ahead.want([self.shards[number] for number in (*now, *later)])
 
     def shard_of(self, index: int) -> int:
         """Number of the shard that holds a sample."""
@@ -169,9 +174,13 @@ class ShardDataset:
 
     def _open(self, shard: Shard) -> BinaryIO:
         if self.manifest.location is None:
-            _verify(self.folder / shard.name, shard)
-            verify_files(self.folder, {shard.name: shard.sha256}, remedy=REMEDY)
-            return (self.folder / shard.name).open("rb")
+            path = self.folder / shard.name
+            _verify(path, shard)
+            # What the processes of this machine know of a large shard spares each of them to read it whole.
+            known = self._cache is not None and shard.bytes >= LARGE and self._cache.verified(path, shard.sha256)
+            if not known:
+                verify_files(self.folder, {shard.name: shard.sha256}, remedy=REMEDY)
+            return path.open("rb")
         if self._cache is None:
             raise DataError(f"{self.folder}: its shards are at {self.manifest.location}, and no cache folder was given")
         return self._cache.open(self.manifest.location, shard)
@@ -235,6 +244,11 @@ class LruCache(Generic[T]):
         self._size += size
         while self._size > self._capacity and len(self._held) > 1:
             self._size -= self._held.popitem(last=False)[1][1]
+
+    def keep(self, numbers: Collection[int]) -> None:
+        """Let go of all others."""
+        for number in self._held.keys() - set(numbers):
+            self._size -= self._held.pop(number)[1]
 
 
 def _beside(folder: Path, shard: Shard) -> Path:

@@ -207,8 +207,9 @@ class LatentDataset:
 
     @property
     def space(self) -> LatentSpace:
-        """What these latents mean."""
-        return LatentSpace(self.encoder, self.classes, self.statistics)
+        """What these latents mean, and which classes are none of theirs."""
+        untrained = sorted(set(range(len(self.classes))) - set(self.labels.tolist()))
+        return LatentSpace(self.encoder, self.classes, self.statistics, untrained)
 
     def require_encoder(self, digest: str, who: str) -> None:
         """Raises ArtefactError when these are not the latents of the encoder with that digest."""

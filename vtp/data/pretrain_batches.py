@@ -34,7 +34,7 @@ from vtp.data.views import (
     ssl_views,
 )
 from vtp.draws import numpy_draws
-from vtp.layers.decode import croppable, finish, upright_size
+from vtp.layers.decode import finish, upright_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -95,6 +95,11 @@ class PretrainDataConfig(Config):
     reconstruction_view: ReconstructionViewConfig
     ssl_views: SslViewsConfig
     masks: MaskConfig
+
+    @model_validator(mode="after")
+    def _grouped(self) -> Self:
+        self.stream.require_batch(self.batch.reconstruction, "batch.reconstruction")  # the others are multiples of it
+        return self
 
 
 class ActiveBatch(NamedTuple):
@@ -206,7 +211,7 @@ class PretrainBatches(Dataset[PretrainBatch]):
 
     def _read(self, first: int, count: int, places: "_Places") -> dict[int, Drawn]:
         """The samples that any objective sees, by place in the micro-batch; each is decoded once."""
-        numbers = self.stream.numbers(first, count)
+        numbers = self.stream.numbers(first, count, batch=self.active.pool)
         in_clip, in_ssl, in_rec = (set(part.tolist()) for part in places)
         config, seed, captioned = self.config, self.seed, bool(self.active.clip)
 
@@ -222,8 +227,6 @@ class PretrainBatches(Dataset[PretrainBatch]):
             return picture_crops + (ssl_crops(config.ssl_views, seed, first + place)[0] if place in in_ssl else [])
 
         def decode(picture: "Image", place: int) -> "Image":
-            if place in in_rec and isinstance(config.reconstruction_view, CentreCropView):
-                croppable(picture, self.image_size)
             wanted = crops(place) if config.stream.decode == "reduced" else None
             return finish(picture, least=least_size(upright_size(picture), wanted) if wanted else None)
 

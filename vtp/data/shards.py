@@ -89,8 +89,20 @@ class Manifest(Config):
     @property
     def unprobed(self) -> str | None:
         """Why no probe has anything to say; None where there are classes to tell apart."""
-        found = {0: "have no classes", 1: "are all of one class"}.get(len(self.classes))
-        return f"the data {found}, and a probe tells classes apart" if found else None
+        counts = {name: sum(count > 0 for count in split.class_counts) for name, split in self.splits.items()}
+        if len(self.classes) < 2:
+            found = "the data are all of one class" if self.classes else "the data have no classes"
+        elif counts.get("train", 0) < 2:
+            found = (
+                "the training pictures are all of one class"
+                if counts.get("train")
+                else "no training picture has a class"
+            )
+        elif not counts.get("validation"):
+            found = "no validation picture has a class"
+        else:
+            return None
+        return f"{found}, and a probe tells classes apart"
 
     def summary(self, split: str) -> str:
         """What a split is, in words."""

@@ -6,15 +6,16 @@ once.
 
 import logging
 from collections.abc import Callable, Sequence
-from itertools import accumulate
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vtp.config import Config, ConfigError
 from vtp.data.dataset import DataError, SampleError, ShardDataset
-from vtp.data.order import Mixture, epochs
+from vtp.data.order import Mixture, epochs, of_batch, shards_around
+from vtp.distributed import machines
 from vtp.draws import address, numpy_draws
 from vtp.layers.decode import DecodeError, open_header, upright_size
 
@@ -44,6 +45,11 @@ class StreamConfig(Config):
         description="the first so many samples of every source, so that smaller sets lie in larger ones; null: all",
     )
     window: int | None = Field(ge=1, description="shards that are shuffled together; null: all of them at once")
+    groups: int = Field(
+        ge=1,
+        description="equal stretches of a batch, each from shards of its own: so many machines, or a divisor, fetch none "
+        "twice; a window is cut into as many parts",
+    )
     mixture: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         description="share of each source, by the name of its folder; null: every sample once an epoch"
     )
@@ -52,13 +58,39 @@ class StreamConfig(Config):
     )
     max_replaced: float = Field(ge=0, le=1, description="largest share of samples that cannot be used")
 
+    @model_validator(mode="after")
+    def _whole_parts(self) -> Self:
+        if self.groups > 1 and (self.window is None or self.window % self.groups):
+            window = "null" if self.window is None else self.window
+            raise ValueError(
+                f"window {window} has no {self.groups} equal parts; set it to a multiple of groups, or groups to 1"
+            )
+        return self
+
+    def require_batch(self, size: int, named: str) -> None:
+        """Raises ValueError for a batch that has no equal stretches for the groups."""
+        if size % self.groups:
+            raise ValueError(
+                f"{named} {size} is not a multiple of stream.groups {self.groups}: each group has a stretch of every batch"
+            )
+
+
+class _Together(NamedTuple):
+    """Shards that are shuffled together: those of all sources, or those of one in a mixture."""
+
+    sizes: list[int]  # samples in each shard
+    sources: list[tuple[int, int]]  # source and number there of each shard
+    first: int  # number of the first sample
+    seed: int
+
 
 class Stream:
     """The endless stream of training samples: every epoch holds each once; a mixture follows its weights.
 
     Samples are numbered through the sources. What stands at a position depends on nothing but the seed and the
-    manifests, so that ranks, workers and resumed runs agree. Raises ConfigError for a mixture of other sources, and for
-    more shards in a window than memory or the folder for fetched shards can hold.
+    manifests, and where there are groups on the size of a batch, so that ranks, workers and resumed runs agree. Raises
+    ConfigError for a mixture of other sources, and for more shards in a window than memory or the folder for fetched
+    shards can hold.
     """
 
     def __init__(self, sources: Sequence[ShardDataset], config: StreamConfig, *, seed: int) -> None:
@@ -71,7 +103,6 @@ class Stream:
                 raise ConfigError(f"data.stream.samples is {config.samples:,}, {source.folder} has {len(source):,}")
         self._sizes = [_first_sizes(source.sizes, config.samples) for source in sources]  # of shards, by source
         self._first = np.concatenate([[0], np.cumsum([sum(sizes) for sizes in self._sizes], dtype=np.int64)])
-        self._shards = tuple(size for sizes in self._sizes for size in sizes)
         self._mixture = None
         if config.mixture is not None:
             names = [source.folder.name for source in sources]
@@ -79,29 +110,46 @@ class Stream:
                 given, wanted = ", ".join(names), ", ".join(config.mixture)
                 raise ConfigError(f"data.stream.mixture has weights for {wanted}; the shards given are {given}")
             self._mixture = Mixture([config.mixture[name] for name in names], seed)
-        together = [self._shards] if self._mixture is None else self._sizes
-        for sizes in together:
-            _check_order(sizes, config.window)
+        self._parts = self._divide()
+        for part in self._parts:
+            _check_order(part.sizes, config.window)
         for source in sources:
-            _check_cache(source, config.window)
+            _check_cache(source, config)
+        self._remote = any(source.cache is not None for source in sources)
         self._seen, self._replaced = 0, 0
         self._first_replaced: list[str] = []
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def numbers(self, start: int, count: int) -> np.ndarray:
-        """The samples at positions `start` to `start + count`."""
-        positions = np.arange(start, start + count)
+    def _divide(self) -> list[_Together]:
+        places = [[(which, shard) for shard in range(len(sizes))] for which, sizes in enumerate(self._sizes)]
         if self._mixture is None:
-            return epochs(positions, self._shards, self.seed, window=self.config.window)
+            return [_Together([*chain(*self._sizes)], [*chain(*places)], 0, self.seed)]
+        return [
+            _Together(sizes, places[which], int(self._first[which]), address(self.seed, "source", which))
+            for which, sizes in enumerate(self._sizes)
+        ]
+
+    def numbers(self, start: int, count: int, *, batch: int) -> np.ndarray:
+        """The samples at places `start` to `start + count` of all batches; what comes next is fetched meanwhile."""
+        window, groups = self.config.window, self.config.groups
+        positions = of_batch(np.arange(start, start + count), batch, groups)
+        of_part, places = np.zeros_like(positions), positions
+        if self._mixture is not None:
+            of_part, places = self._mixture.of(positions, groups)
         numbers = np.empty(count, dtype=np.int64)
-        of_source, places = self._mixture.of(positions)
-        for number in range(len(self.sources)):
-            chosen = of_source == number
-            seed = address(self.seed, "source", number)
-            drawn = epochs(places[chosen], self._sizes[number], seed, window=self.config.window)
-            numbers[chosen] = self._first[number] + drawn
+        now, later = ([[] for _ in self.sources] for _ in range(2))
+        for which in np.unique(of_part).tolist():
+            part, chosen = self._parts[which], of_part == which
+            numbers[chosen] = part.first + epochs(places[chosen], part.sizes, part.seed, window=window, groups=groups)
+            if self._remote:
+                around = shards_around(places[chosen], part.sizes, part.seed, window=window, groups=groups)
+                for found, shards in zip((now, later), around, strict=True):
+                    for source, shard in (part.sources[number] for number in shards):
+                        found[source].append(shard)
+        for source, *shards in zip(self.sources, now, later, strict=True):
+            source.settle(*shards)
         return numbers
 
     def read(self, number: int, position: int, *, decode: "Callable[[Image], Image]", captioned: bool) -> Drawn:
@@ -159,13 +207,17 @@ def _check_order(sizes: Sequence[int], window: int | None) -> None:
         )
 
 
-def _check_cache(source: ShardDataset, window: int | None) -> None:
+def _check_cache(source: ShardDataset, config: StreamConfig) -> None:
+    """A machine holds its groups' parts of a window."""
+    window = config.window
+    if window is not None:
+        window = window // config.groups * -(-config.groups // machines())
     most = _largest([shard.bytes for shard in source.shards], window)
     if source.cache is not None and most > source.cache.capacity:
         raise ConfigError(
-            f"{source.folder}: data.stream.window {window or 'null'} reads {most / 1e9:.3g} GB of fetched shards together, "
-            f"and the folder for them holds {source.cache.capacity / 1e9:.3g}: each would be fetched again and again; "
-            "choose a window of fewer shards, or set VTP_CACHE_GIGABYTES higher"
+            f"{source.folder}: data.stream.window {config.window or 'null'} reads {most / 1e9:.3g} GB of fetched shards "
+            f"together, and the folder for them holds {source.cache.capacity / 1e9:.3g}: each would be fetched again and "
+            "again; choose a window of fewer shards, or set VTP_CACHE_GIGABYTES higher"
         )
 
 

@@ -1,6 +1,6 @@
 """CLIP score: the cosine between the embeddings of an image and of its caption (Hessel et al. 2021, without its factor)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from vtp.artefact import ArtefactError, verified_weights
 from vtp.config import ConfigError
 from vtp.curation.filter.rules import OpenClipModel, TokenizerModel
-from vtp.layers.decode import croppable
-from vtp.layers.images import from_pil
+from vtp.layers.decode import middle
+from vtp.layers.images import centre_crop, normalise
+from vtp.models.text import CaptionTokenizer
 from vtp.models.tokenizer import VisualTokenizer, read_config
 
 if TYPE_CHECKING:
@@ -26,25 +27,28 @@ class ClipScorer:
     def __init__(
         self,
         model: nn.Module,
-        preprocess: Callable[["Image"], Tensor],
+        normalise: Callable[[Tensor], Tensor],
+        prepare: Callable[["Image"], Tensor],
         tokenize: Callable[[list[str]], Tensor],
         *,
         device: str,
     ) -> None:
-        self._model = model.eval().requires_grad_(False).to(device)
-        self._preprocess, self._tokenize, self._device = preprocess, tokenize, device
+        """`prepare` makes uint8 [3, S, S] of an RGB picture, `normalise` of many what the model takes.
 
-    def prepare(self, image: "Image") -> Tensor:
-        """[3, S, S], as the model takes it."""
-        return self._preprocess(image)
+        Both it and `tokenize`, whose ids are [B, L], are called in processes without a device.
+        """
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._normalise, self._device = normalise, device
+        self.prepare, self.tokenize = prepare, tokenize
 
     @torch.inference_mode()
-    def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> np.ndarray:
-        """Cosines [B] float64 of images [3, S, S] and their captions."""
-        pixels, tokens = torch.stack(list(images)).to(self._device), self._tokenize(list(captions)).to(self._device)
+    def score(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Cosines [B] float64 of images [B, 3, S, S] uint8 and the tokens [B, L] of their captions, on the device."""
+        pixels = self._normalise(images.to(self._device))
         of_image = F.normalize(self._model.encode_image(pixels).float(), dim=-1)  # pyright: ignore[reportCallIssue]
-        of_text = F.normalize(self._model.encode_text(tokens).float(), dim=-1)  # pyright: ignore[reportCallIssue]
-        return (of_image * of_text).sum(1).double().cpu().numpy()
+        ids = tokens.to(self._device)
+        of_text = F.normalize(self._model.encode_text(ids).float(), dim=-1)  # pyright: ignore[reportCallIssue]
+        return (of_image * of_text).sum(1).double()
 
 
 def check_model(model: OpenClipModel | TokenizerModel, *, weights: Path, tokenizer: Path | None) -> None:
@@ -83,9 +87,17 @@ def build_scorer(
         assert tokenizer is not None
         ours = VisualTokenizer.from_pretrained(tokenizer)
         size = ours.config.image_size
-        return ClipScorer(ours, lambda image: from_pil(image, size), ours.tokenize, device=device)
+        assert ours.config.text is not None  # `check_model`
+        tokenize = CaptionTokenizer(ours.config.text)
+        tokenize([""])  # built here, for all worker processes
+
+        def crop(image: "Image") -> Tensor:
+            return torch.from_numpy(np.array(centre_crop(image, size))).permute(2, 0, 1)
+
+        return ClipScorer(ours, normalise, crop, tokenize, device=device)
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
+    from torchvision.transforms import Compose, PILToTensor
 
     network = open_clip.create_model(model.architecture, load_weights=False)
     path = weights / model.weights
@@ -95,6 +107,12 @@ def build_scorer(
         raise ArtefactError(f"{path} does not fit {model.architecture}: {str(error)[:300]}") from None
     settings = PreprocessCfg(**network.visual.preprocess_cfg)  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
     transform: Any = image_transform_v2(settings, is_train=False)
-    side = settings.size if isinstance(settings.size, int) else max(settings.size)
-    tokenize = open_clip.get_tokenizer(model.architecture)
-    return ClipScorer(network, lambda image: transform(croppable(image, side)), tokenize, device=device)  # pyright: ignore[reportArgumentType]
+    *steps, _, whiten = transform.transforms
+    shape: Any = Compose([*steps, PILToTensor()])
+    return ClipScorer(
+        network,
+        lambda images: whiten(images.float().div_(255)),
+        lambda image: shape(middle(image)),
+        open_clip.get_tokenizer(model.architecture),
+        device=device,
+    )

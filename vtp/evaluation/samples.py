@@ -6,6 +6,7 @@
 The setting `noise` is where all others begin: Gaussian noise with the latents' own statistics, a baseline.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -124,9 +125,9 @@ class SettingSamples:
         return latents
 
 
-def draw_labels(mode: Labels, seed: int, rows: range, classes: int) -> Tensor:
-    """Classes of the samples `rows`: in turn, so that all are as frequent, or each by chance."""
+def draw_labels(mode: Labels, seed: int, rows: range, labels: Sequence[int]) -> Tensor:
+    """Classes of the samples `rows`, of `labels`: in turn, so that all are as frequent, or each by chance."""
     if mode == "balanced":
-        return torch.arange(rows.start, rows.stop) % classes
-    drawn = [torch.randint(classes, (), generator=torch_draws(seed, "label", index)) for index in rows]
-    return torch.stack(drawn)
+        return torch.tensor(labels)[torch.arange(rows.start, rows.stop) % len(labels)]
+    drawn = [torch.randint(len(labels), (), generator=torch_draws(seed, "label", index)) for index in rows]
+    return torch.tensor(labels)[torch.stack(drawn)]

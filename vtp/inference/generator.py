@@ -124,19 +124,26 @@ class PictureGenerator:
         return torch.cat(parts)
 
     def label(self, name: "Class") -> int:
-        """That of a class. Raises ValueError for one that there is not, or whose name several have, and for other things."""
+        """That of a class. Raises ValueError for one that there is not, that was not trained, or whose name several have."""
         if not isinstance(name, str) or (name not in self.classes and name.isdecimal()):
             label = _integer(name)
             if not 0 <= label < len(self.classes):
                 raise ValueError(f"no class {label}; labels are 0 to {len(self.classes) - 1}")
-            return label
+            return self._trained(label)
         labels = [label for label, known in enumerate(self.classes) if known == name]
         if not labels:
             shown = ", ".join(self.classes[:SHOWN]) + (", ..." if len(self.classes) > SHOWN else "")
             raise ValueError(f"no class {name!r}{did_you_mean(name, self.classes)}; known are {shown}")
         if len(labels) > 1:
             raise ValueError(f"several classes are called {name!r}; say which: {', '.join(map(str, labels))}")
-        return labels[0]
+        return self._trained(labels[0])
+
+    def _trained(self, label: int) -> int:
+        if label in self.space.untrained:
+            raise ValueError(
+                f"class {self.classes[label]!r} had no training picture: the generator knows nothing of it"
+            )
+        return label
 
     @torch.no_grad()
     def _draw(self, labels: Tensor, indices: Sequence[int], seed: int, sampler: SamplerConfig) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtp.finite import require_finite
-from vtp.layers.decode import croppable, decode_rgb, finish, read_rgb
+from vtp.layers.decode import decode_rgb, finish, middle, read_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,6 +72,7 @@ def centre_crop(image: "Image", size: int) -> "Image":
     """ADM's evaluation crop of an RGB picture: halve by box averages, shrink the short side bicubically, cut the centre."""
     from PIL.Image import Resampling
 
+    image = middle(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     scale = size / min(image.size)
@@ -83,7 +84,7 @@ def centre_crop(image: "Image", size: int) -> "Image":
 
 def from_pil(image: "Image", size: int) -> Tensor:
     """A PIL image of any mode, centre-cropped, as a normalised tensor [3, size, size]. Raises DecodeError."""
-    pixels = torch.from_numpy(np.array(centre_crop(croppable(finish(image), size), size)))  # [H, W, 3]
+    pixels = torch.from_numpy(np.array(centre_crop(finish(image), size)))  # [H, W, 3]
     return normalise(pixels.permute(2, 0, 1))
 
 

@@ -48,3 +48,9 @@ class LatentSpace(NamedTuple):
     encoder: str  # digest of the encoder whose latents these are
     classes: list[str]  # names, in the order of the labels
     statistics: LatentStatistics
+    untrained: list[int]  # labels of classes without a training picture: a generator knows nothing of them
+
+    @property
+    def labels(self) -> list[int]:
+        """Those of the classes that had training pictures."""
+        return sorted(set(range(len(self.classes))) - set(self.untrained))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vtp.draws import numpy_draws
+from vtp.layers.decode import middle
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +30,7 @@ def resize_and_crop(image: "Image", *, resize: int, size: int) -> "Image":
     """Shortest side to `resize`, bicubically, then the centre: CLIP's protocol, `Resize(resize)`, `CenterCrop(size)`."""
     from PIL.Image import Resampling
 
+    image = middle(image)
     short = min(image.size)
     if short != resize:
         width, height = (resize if side == short else int(resize * side / short) for side in image.size)

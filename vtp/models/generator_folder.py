@@ -51,6 +51,7 @@ class GeneratorOrigin(Config):
     format_version: int
     encoder: str | None = None  # digest; None: the folder does not say
     classes: list[str] | None = None  # names
+    untrained: list[int] = Field(default=[])  # labels of those without a training picture
 
 
 # Defaults of the official constructor, for published config files that leave keys out.
@@ -139,6 +140,7 @@ def save_generator(
     pipeline: dict[str, Any] = {"format_version": FORMAT_VERSION}
     if space is not None:
         pipeline |= {"encoder": space.encoder, "classes": space.classes}
+        pipeline |= {"untrained": space.untrained} if space.untrained else {}
     with whole_folder(folder) as temporary:
         for place, state in {".": weights, **(others or {})}.items():
             (temporary / place).mkdir(exist_ok=True)
@@ -169,13 +171,16 @@ def _read_config(folder: Path) -> tuple[LightningDiTConfig, LatentSpace | None]:
     config = LightningDiTConfig.parse(values, where=str(path))
     if pipeline.encoder is None or pipeline.classes is None:
         return config, None
-    space = LatentSpace(pipeline.encoder, pipeline.classes, LatentStatistics.load(folder / STATISTICS_FILE))
+    statistics = LatentStatistics.load(folder / STATISTICS_FILE)
+    space = LatentSpace(pipeline.encoder, pipeline.classes, statistics, pipeline.untrained)
     channels = list(space.statistics.mean.shape)
     if len(space.classes) != config.num_classes or channels != [1, config.in_channels, 1, 1]:
         raise ArtefactError(
             f"{folder}: {len(space.classes)} names and statistics of shape {channels}, config.json "
             f"has {config.num_classes} classes and {config.in_channels} channels; fetch the folder again"
         )
+    if not space.labels:
+        raise ArtefactError(f"{path}: no class had a training picture; fetch the folder again")
     return config, space
 
 

@@ -1,9 +1,10 @@
 """The parts of img2dataset that are replaced, one at a time; together they are tested with the stage download."""
 
+import hashlib
 import io
-import urllib.error
-import urllib.request
+import resource
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 from servers import encoded, halves
@@ -37,9 +38,26 @@ def test_what_cannot_be_encoded_is_no_success(resizers):
     assert resize(io.BytesIO(line))[-1].startswith("cannot be resized")
 
 
-def test_a_url_that_is_too_long_is_not_sent(resizers):
-    through = resizers._ThroughProxy("127.0.0.1:9", 5.0)
-    request = through.http_request(urllib.request.Request("https://a/" + "b" * 10_000))
-    assert (request.type, request.host, request.full_url[:10]) == ("http", "127.0.0.1:9", "https://a/")
-    with pytest.raises(urllib.error.URLError, match="URL too long"):
-        through.http_request(urllib.request.Request("https://a/" + "b" * 20_000))
+def test_bytes_of_another_digest_are_not_looked_at(resizers):
+    resize = resizers.SafeResizer(96, "no", resize_only_if_bigger=False, max_image_area=100_000)
+    content = encoded(halves(), "PNG")
+    digest = hashlib.sha256(content).hexdigest()
+    assert resize(io.BytesIO(content), digest)[-1] is None
+    assert resize(io.BytesIO(content), "")[-1] is None
+    assert resize(io.BytesIO(content[:-50]), digest)[-1] == "sha256 differs"
+
+
+def test_a_picture_that_cannot_be_written_ends_the_shard(resizers, tmp_path):
+    """img2dataset alone would print so and go on without it."""
+    schema = pa.schema([("key", pa.string())])
+    writer = resizers.StrictWriter(0, str(tmp_path), True, 5, schema, "jpg")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+        with pytest.raises(OSError, match="File too large"):
+            writer.write(b"0" * 1_000_000, "00000", "a caption", {"key": "00000"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    writer.write(b"1", "00001", None, {"key": "00001"})
+    with pytest.raises(OSError, match="File too large"):
+        writer.close()

@@ -1,67 +1,84 @@
-"""Proxies of a download: several on one port, watched, and gone when the stage is."""
+"""Processes that fetch: those of this machine and Spark's, what they print, and how they end. Real ones of both."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
-import urllib.request
+from functools import partial
+from itertools import chain
 
-from servers import LIMIT, body, serving
-from tiny import ROOT, wait_for
+import pytest
 
-from vtp.curation.download.policy import Policy
-from vtp.curation.download.session import proxies
+from vtp.config import ConfigError
+from vtp.curation.download import session
+from vtp.curation.download.session import LocalPool, spark_pool
+from vtp.processes import WorkerDied
 
-POLICY = Policy(timeout=60.0, deadline=60.0, max_bytes=LIMIT, allowed_networks=["127.0.0.1/32"], allowed_ports=None)
-STAGE = """
-import sys, time
-from pathlib import Path
-from vtp.curation.download.session import proxies
-from vtp.curation.download.policy import Policy
-with proxies(Policy.parse(eval(sys.argv[2]), where=""), given=None, count=2, folder=Path(sys.argv[1])) as running:
-    print(*(process.pid for process in running.processes), flush=True)
-    time.sleep(100)
-"""
+CONF = {"spark.driver.memory": "512m", "spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1"}
 
 
-def test_several_proxys_share_a_port(tmp_path):
-    with serving() as server, proxies(POLICY, given=None, count=3, folder=tmp_path) as running:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({"http": running.address}))
-        answers = {opener.open(server.url("jpeg", n), timeout=90).read() for n in range(40)}
-        assert answers == {body("jpeg", n) for n in range(16)}
-        assert not running.gone
-        running.processes[1].kill()
-        running.processes[1].wait()
-        assert running.gone
-    assert all(process.poll() is not None for process in running.processes)
+@pytest.fixture(autouse=True)
+def own_java(monkeypatch):
+    """A Java process outlives its session, and prints where it was told to print by another test of this process."""
+    from pyspark import SparkContext
+
+    for name in ("_gateway", "_jvm"):
+        monkeypatch.setattr(SparkContext, name, None)
 
 
-def test_given_proxys_are_used_and_left_alone(tmp_path):
-    with proxies(POLICY, given="127.0.0.1:3128", count=3, folder=tmp_path) as running:
-        assert running.address == "127.0.0.1:3128"
-        assert not running.processes
-        assert not running.gone
+def process(job):
+    os.write(1, f"said {job}\n".encode())
+    return os.getpid()
 
 
-def test_proxys_end_with_a_stage_that_is_killed(tmp_path):
-    command = [sys.executable, "-c", STAGE, str(tmp_path), repr(POLICY.model_dump())]
-    stage = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    numbers = [int(number) for number in stage.stdout.readline().split()]
-    assert len(numbers) == 2
-    wait_for(lambda: all(kept(number) for number in numbers), stage)
-    stage.send_signal(signal.SIGKILL)
-    stage.wait()
-    deadline = time.monotonic() + 60
-    while any(kept(number) for number in numbers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def all_of(pool, function, jobs):
+    return dict(chain.from_iterable(pool.results(function, jobs)))
 
 
-def kept(number):
-    try:
-        os.kill(number, 0)
-        with open(f"/proc/{number}/stat") as file:
-            return file.read().split(")")[1].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
+def test_processes_of_this_machine_are_replaced_and_print_to_a_log(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(session, "SHARDS_OF_A_PROCESS", 2)
+    with LocalPool(1, tmp_path / "log") as pool:
+        told = all_of(pool, process, range(5))
+    assert [told[n] == told[0] for n in range(5)] == [True, True, False, False, False]
+    assert told[2] == told[3] != told[4]
+    assert (tmp_path / "log").read_text().splitlines() == [f"said {n}" for n in range(5)]
+    assert "said" not in capfd.readouterr().out
+
+
+def test_nobody_waits_for_processes_when_there_is_an_error(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), LocalPool(2, tmp_path / "log") as pool:
+        for _ in pool.results(time.sleep, [600, 600]):
+            raise KeyboardInterrupt
+    assert time.monotonic() - start < 300
+
+
+def test_a_killed_process_is_told_with_what_to_do(tmp_path):
+    with (
+        pytest.raises(WorkerDied, match=r"set download\.distributor\.processes lower"),
+        LocalPool(1, tmp_path / "log") as pool,
+    ):
+        all_of(pool, os._exit, [1])
+
+
+def test_spark_that_does_not_start_is_told(tmp_path):
+    """Its own words are in the log, whose end the stage shows."""
+    with pytest.raises(ConfigError, match="no session of Spark at 'no-such-master'"):
+        spark_pool("no-such-master", CONF, tmp_path / "log")
+    assert "Master must" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_spark_is_a_pool_like_the_other(tmp_path, capfd):
+    """Each job is one task; an error of the disk is that error, one of a process is that of the pool."""
+    before = signal.getsignal(signal.SIGINT)
+    with spark_pool("local[2]", CONF, tmp_path / "log") as pool:
+        assert signal.getsignal(signal.SIGINT) is before
+        assert pool.room() == 4
+        assert all_of(pool, partial(max, 3), range(6)) == {0: 3, 1: 3, 2: 3, 3: 3, 4: 4, 5: 5}
+        with pytest.raises(FileNotFoundError, match="/no/such/folder/here"):
+            all_of(pool, os.mkdir, ["/no/such/folder/here"])
+        with pytest.raises(WorkerDied, match="Spark gave up a task.* start again"):
+            all_of(pool, os._exit, [1])
+        assert all_of(pool, abs, [-1]) == {-1: 1}
+    assert "crashed" in (tmp_path / "log").read_text()
+    assert capfd.readouterr() == ("", "")

@@ -9,8 +9,9 @@ import pytest
 from sifting import removed, section, selected, sift, write_pool
 
 from vtp.config import ConfigError
+from vtp.curation.filter import measure_images
 from vtp.curation.filter.engine import FilterError
-from vtp.curation.filter.image_rules import _ImageLocation, read_image
+from vtp.curation.filter.image_rules import ImageLocation, read_image
 from vtp.curation.ingest.compose import Composer, EmbeddedConfig
 from vtp.curation.rows import order_of
 from vtp.layers.decode import DecodeError
@@ -63,7 +64,7 @@ def pool_section(*rules, **changes):
 @pytest.mark.parametrize("processes", [0, 2])
 def test_copies_are_removed_and_the_first_stays(pool, tmp_path, monkeypatch, processes):
     monkeypatch.setattr("vtp.curation.filter.engine.span_of", lambda rows: 20)
-    monkeypatch.setattr("vtp.curation.filter.engine.PIECE", 7)
+    monkeypatch.setattr("vtp.curation.filter.measure_images.PIECE", 7)
     folder = sift(pool_section({"name": "downloaded"}, NEAR), pool, tmp_path, processes=processes)
     lines = removed(folder)
     assert (lines["downloaded"], lines["unreadable_image"], lines["perceptual_duplicates"]) == (1, 3, 30)
@@ -93,15 +94,15 @@ def test_places_stay_within_the_pool(pool, tmp_path):
     (tmp_path / "secret").write_bytes(b"secret")
     for tar in ("../secret", str(tmp_path / "secret"), "tars/../../secret"):
         with pytest.raises(DecodeError, match="outside of the pool"):
-            read_image(tmp_path / "pool", _ImageLocation(tar, 0, 6, None))
+            read_image(tmp_path / "pool", ImageLocation(tar, 0, 6, None))
     size = (pool / "tars/0.tar").stat().st_size
     for offset, length in ((size - 3, 6), (-5, 6), (0, size + 1), (0, -1)):
         with pytest.raises(DecodeError, match="ends before it"):
-            read_image(pool, _ImageLocation("tars/0.tar", offset, length, None))
+            read_image(pool, ImageLocation("tars/0.tar", offset, length, None))
     with pytest.raises(DecodeError, match="cannot be opened"):
-        read_image(pool, _ImageLocation("tars/9.tar", 0, 1, None))
+        read_image(pool, ImageLocation("tars/9.tar", 0, 1, None))
     with pytest.raises(DecodeError, match="not downloaded"):
-        read_image(pool, _ImageLocation(None, None, None, None))
+        read_image(pool, ImageLocation(None, None, None, None))
 
 
 @pytest.mark.parametrize(
@@ -168,10 +169,8 @@ def test_examples_hold_plain_text(tmp_path):
 
 
 def test_hashing_goes_on_after_an_interruption(pool, tmp_path, monkeypatch):
-    from vtp.curation.filter import engine
-
-    monkeypatch.setattr(engine, "PIECE", 10)
-    calls, function = [], engine.hash_images
+    monkeypatch.setattr(measure_images, "PIECE", 10)
+    calls, function = [], measure_images.hash_images
 
     def failing(job):
         if len(calls) == 4:
@@ -180,10 +179,10 @@ def test_hashing_goes_on_after_an_interruption(pool, tmp_path, monkeypatch):
         function(job)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine, "hash_images", failing)
+        patch.setattr(measure_images, "hash_images", failing)
         sift(pool_section(NEAR), pool, tmp_path)
     calls.clear()
-    monkeypatch.setattr(engine, "hash_images", lambda job: calls.append(job.done) or function(job))
+    monkeypatch.setattr(measure_images, "hash_images", lambda job: calls.append(job.done) or function(job))
     assert removed(sift(pool_section(NEAR), pool, tmp_path))["perceptual_duplicates"] == 30
     assert len(calls) == 4  # of the 8 pieces
     assert np.load(calls[0]).shape == (10, 2)

@@ -95,20 +95,20 @@ def test_paths_and_texts_of_tables_that_are_none(tmp_path):
     host = prepare(tmp_path / "shards", TABLE | {"train": "rows.jsonl"}, source, max_unreadable=0.5)
     assert host.facts["unreadable"] == len(odd)
     reasons = listed(tmp_path / "shards")
-    assert reasons[r"0.png\x00"] == "path holds NUL"
+    assert reasons[r"0.png\x00"] == "path holds NUL (rows.jsonl:15)"
     assert "half of a character" in reasons[r"\ud800.png"]
-    assert reasons["1.png"] == "caption is not UTF-8"
-    assert reasons["2.png"] == "label is not UTF-8"
+    assert reasons["1.png"] == "caption is not UTF-8 (rows.jsonl:17)"
+    assert reasons["2.png"] == "label is not UTF-8 (rows.jsonl:18)"
     assert "No such file" in reasons["pipe.png"]
     with (source / "rows.csv").open("ab") as file:
         file.write(b"0.png\0,text,1\n")
-    prepare(tmp_path / "other", TABLE, source, max_unreadable=0.5)
-    assert listed(tmp_path / "other") == {r"0.png\x00": "path holds NUL"}
+    with pytest.raises(IngestError, match=r"rows.csv:16: holds NUL"):
+        prepare(tmp_path / "other", TABLE, source, max_unreadable=0.5)
 
 
 def test_lines_without_an_end_are_refused(tmp_path, monkeypatch):
     source = table_source(tmp_path / "source")
-    monkeypatch.setattr("vtp.curation.ingest.folders.LONGEST_LINE", 1000)
+    monkeypatch.setattr("vtp.curation.ingest.table_rows.LONGEST_LINE", 1000)
     for name in ("rows.csv", "rows.jsonl"):
         with (source / name).open("a") as file:
             file.write("x" * 2000)

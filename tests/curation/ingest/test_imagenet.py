@@ -1,6 +1,7 @@
 """ImageNet's three layouts, as small stand-ins: equal shards for equal pictures, labels in the official order."""
 
 import io
+import json
 import tarfile
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from curation.ingest.test_ingest import prepare, rows_of
 from PIL import Image
 from scipy.io import savemat
+from timm.data import ImageNetInfo
 
 from vtp.artefact import digest
 from vtp.curation.ingest.archives import TRAIN, VALIDATION
@@ -21,6 +23,8 @@ from vtp.data.shards import Manifest
 SYNSETS = ["n01440764", "n01514668", "n04254680"]  # tench, cock, soccer ball; not sorted where they are written
 PER_CLASS, VALIDATED = 5, 7
 CAPTION = "a photo of a {}"
+OFFICIAL = imagenet_classes().synsets
+COMPLETE_NAMES = [ImageNetInfo("imagenet-1k").label_name_to_description(synset) for synset in OFFICIAL]
 
 
 def jpeg(number):
@@ -86,9 +90,15 @@ def write_tars(root):
     devkit(root / f"{DEVKIT}.tar.gz")
 
 
-def write_parquet(root):
+def with_names(table, names):
+    """As Hugging Face writes them: of a class label in the metadata of the schema."""
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def write_parquet(root, official=OFFICIAL, *, names=COMPLETE_NAMES):
+    """Labels are positions in `official`; `names` say what they are."""
     (root / "data").mkdir(parents=True)
-    official = imagenet_classes().synsets
     rows = [
         ({"bytes": content, "path": f"{name.removesuffix('.JPEG')}_{synset}.JPEG"}, official.index(synset))
         for synset, pictures in TRAINING.items()
@@ -102,6 +112,7 @@ def write_parquet(root):
     for name, part in parts.items():
         images, labels = zip(*part, strict=True)
         table = pa.table({"image": list(images), "label": list(labels)})
+        table = table if names is None else with_names(table, names)
         pq.write_table(table, root / "data" / f"{name}.parquet", row_group_size=2)
 
 
@@ -202,4 +213,4 @@ def test_what_is_wrong_is_named(tmp_path):
     assert f"expected {DEVKIT}/data" in said(tmp_path / "nokit", "tars")
     write_parquet(tmp_path / "columns")
     pq.write_table(pa.table({"jpg": [b""]}), tmp_path / "columns" / "data" / "train-00000-of-00002.parquet")
-    assert "expected columns image (bytes, path) and label" in said(tmp_path / "columns", "parquet")
+    assert "no column 'image'; it has jpg" in said(tmp_path / "columns", "parquet")

@@ -26,10 +26,12 @@ from stages.runner.environment import Interrupted, Runtime
 from vtp.artefact import digest
 from vtp.config import Config, ConfigError
 from vtp.curation.ingest.encode import CentreCrop
-from vtp.curation.ingest.folders import FolderSource, HeldOut, OwnFolder, OwnTable, TableSource
+from vtp.curation.ingest.folders import FolderSource, HeldOut, OwnFolder
 from vtp.curation.ingest.listed import LISTED, Rows, read_listed_rows
+from vtp.curation.ingest.parquet import OwnFiles, ParquetSource
 from vtp.curation.ingest.pool import PoolSource
 from vtp.curation.ingest.shard_workers import IngestError
+from vtp.curation.ingest.tables import OwnTable, TableSource
 from vtp.curation.rows import order_of
 from vtp.data.shards import KEY, Manifest
 from vtp.layers.decode import decode_rgb
@@ -38,7 +40,7 @@ from vtp.processes import WorkerDied
 FOLDER = {"name": "folder", "train": ".", "validation": {"name": "held_out", "share": 0.25}}
 FOLDER |= {"caption": "a {}", "templates": ["a {}"]}
 TABLE = {"name": "table", "train": "rows.csv", "validation": {"name": "held_out", "share": 0.3}}
-TABLE |= {"path": "file", "caption": "text", "label": "class", "templates": []}
+TABLE |= {"path": "file", "caption": "text", "captions": "all", "label": "class", "templates": []}
 
 
 class Many(QuietHost):
@@ -282,7 +284,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path):
     prepare(tmp_path / "shards", TABLE, source, max_unreadable=0.3)
     with (tmp_path / "shards" / "unreadable.csv").open(newline="") as file:
         reasons = {row["place"]: row["reason"] for row in csv.DictReader(file)}
-    assert reasons["4.png"] == "caption is not UTF-8"
+    assert reasons["4.png"] == "caption is not UTF-8 (rows.csv:16)"
     assert "No such file" in reasons["missing.png"]
     assert reasons["rows.csv:18"] == "no path"
     (source / "rows.jsonl").write_text('{"file": "1.png", "text": null, "class": 2}\n[1]\n{"file"\n')
@@ -305,7 +307,9 @@ def test_paths_stay_in_the_source(tmp_path, path):
 
 def test_validation_of_its_own(tmp_path):
     source = table_source(tmp_path / "source")
-    (source / "held.csv").write_text("file,text,class\n0.png,zero,0\n1.png,one,9\n")
+    for name in ("a.png", "b.png"):
+        (source / name).write_bytes(picture(0))
+    (source / "held.csv").write_text("file,text,class\na.png,zero,0\nb.png,one,9\n")
     prepare(tmp_path / "a", TABLE | {"validation": {"name": "table", "table": "held.csv"}}, source)
     manifest = Manifest.load(tmp_path / "a")
     assert manifest.class_ids == ["0", "1", "2", "9"]
@@ -443,9 +447,19 @@ def test_every_parameter_is_read(folder, tmp_path, monkeypatch):
     (source / "train" / "1.png").write_bytes(picture(1))
     prepare(tmp_path / "b", FOLDER | {"train": "train", "validation": own}, source)
     prepare(tmp_path / "c", TABLE, source)
-    prepare(tmp_path / "d", TABLE | {"validation": {"name": "table", "table": "rows.jsonl"}}, source)
+    (source / "held.jsonl").write_text('{"file": "own/train/0.png", "text": "", "class": "1"}')
+    prepare(tmp_path / "d", TABLE | {"validation": {"name": "table", "table": "held.jsonl"}}, source)
+    rows = [{"image": picture(number), "text": "a", "class": number % 2} for number in range(8)]
+    pq.write_table(pa.Table.from_pylist(rows), source / "rows.parquet")
+    (source / "names.txt").write_text("a\nb\n")
+    parquet = {"name": "parquet", "train": "rows.parquet", "image": "image", "caption": "text", "captions": "one"}
+    parquet |= {"label": "class", "names": "names.txt", "class_caption": None, "templates": []}
+    prepare(tmp_path / "f", parquet | {"validation": TABLE["validation"] | {"share": 0.5}}, source)
+    pq.write_table(pa.Table.from_pylist(rows), source / "held.parquet")
+    prepare(tmp_path / "g", parquet | {"validation": {"name": "files", "files": "held.parquet"}}, source)
     prepare(tmp_path / "e", pool, tmp_path / "pool", selection=tmp_path / "selection", max_unreadable=0.1)
     records = (PrepareData, CentreCrop, FolderSource, OwnFolder, HeldOut, TableSource, OwnTable, PoolSource)
+    records += (ParquetSource, OwnFiles)
     wanted = {(record, name) for record in records for name in record.model_fields if name != "name"}
     assert wanted - reads == set()
 

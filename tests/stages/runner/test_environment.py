@@ -1,10 +1,16 @@
-"""Freed memory stays: tensors that come and go fault no pages in."""
+"""Freed memory stays; devices and cores are those that are asked for; fetched shards lie on a disk of the machine."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import ROOT
+
+from stages.runner.environment import LocalHost, Runtime
+from vtp.config import ConfigError
+from vtp.distributed import Ranks
 
 CODE = """
 import resource
@@ -69,3 +75,41 @@ def test_other_values_are_said_with_what_is_given(tmp_path):
     said = start(tmp_path, VTP_RANKS="two")
     assert said.startswith("error: $VTP_RANKS: Input should be a valid integer")
     assert said.endswith("(given: 'two')\n")
+
+
+@pytest.mark.parametrize(
+    ("size", "local", "processes", "share"),
+    [(1, 8, 96, 96), (8, 8, 96, 12), (16, 8, 100, 12), (8, 8, 4, 1), (8, 8, 0, 0)],
+)
+def test_ranks_share_the_cores_of_their_machine(monkeypatch, size, local, processes, share):
+    """A stage of one process has all, also where several ranks would run."""
+    monkeypatch.setattr("stages.runner.environment.ranks", lambda: Ranks(0, size))
+    host = LocalHost(Path(), Path(), Runtime(device="cpu", ranks=local, processes=processes))
+    assert host.processes == processes
+    assert host.rank_processes == share
+
+
+def test_fetched_shards_lie_on_a_disk_of_the_machine(tmp_path, monkeypatch):
+    """In the folder of the Slurm job, or the temporary one; apart for every project, and never in another user's."""
+
+    def cache(root, **environment):
+        return LocalHost(tmp_path, root, Runtime.of({"VTP_DEVICE": "cpu"} | environment)).shard_cache
+
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    one, other = (cache(tmp_path / name / "project") for name in "ab")
+    assert one.parent == other.parent == tmp_path / "tmp"
+    assert one != other
+    assert one.name.startswith(f"vtp-{os.getuid()}-project-")
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "job"))
+    assert cache(tmp_path / "a" / "project") == tmp_path / "job" / one.name
+    assert cache(tmp_path, VTP_CACHE=str(tmp_path / "own")) == tmp_path / "own"
+    (tmp_path / "job" / one.name).mkdir(parents=True)
+    monkeypatch.setattr("os.getuid", lambda: os.geteuid() + 1)  # as somebody else
+    (tmp_path / "job" / cache_name(one, os.geteuid() + 1)).mkdir()
+    with pytest.raises(ConfigError, match=r"is another user's; set \$VTP_CACHE"):
+        cache(tmp_path / "a" / "project")
+
+
+def cache_name(path, user) -> str:
+    return "-".join(["vtp", str(user), *path.name.split("-")[2:]])

@@ -5,8 +5,17 @@ import json
 import os
 
 import pytest
+from data.small_shards import write_shards
 
-from stages.runner.fingerprint import LEFT_OUT, closure, code_digest, meaning, recall_digests, store_digests
+from stages.runner.fingerprint import (
+    LEFT_OUT,
+    closure,
+    code_digest,
+    input_digest,
+    meaning,
+    recall_digests,
+    store_digests,
+)
 from vtp import artefact
 from vtp.artefact import digest
 
@@ -113,3 +122,17 @@ def test_a_damaged_store_of_digests_knows_none(tmp_path, junk):
     artefact.remembered.clear()
     recall_digests(tmp_path / "digests.json")
     assert not artefact.remembered
+
+
+def test_tars_of_shards_are_not_read_for_a_digest(tmp_path, monkeypatch):
+    """It is that of the whole folder; what is no tar of the manifest is read, and a damaged table is another input."""
+    folder, read = write_shards(tmp_path / "shards", [3, 4]), []
+    (folder / "more.tar").write_bytes(b"none of the manifest's")
+    whole, plain = digest(folder), artefact._digest_bytes
+    monkeypatch.setattr(artefact, "_digest_bytes", lambda path: read.append(path.name) or plain(path))
+    assert input_digest(folder) == whole
+    assert sorted(read) == ["manifest.json", "more.tar", "train-00000.parquet", "train-00001.parquet"]
+    (folder / "train-00000.parquet").write_bytes(b"PAR1")
+    assert input_digest(folder) != whole
+    (folder / "manifest.json").write_text('{"format_version": 3}')
+    assert input_digest(folder) == digest(folder)  # no manifest of shards: every file counts

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import ranks_of
 from tiny import ROOT, merged, tiny_params, wait_for, write_params, write_shards
 
 from stages.runner.environment import Runtime
@@ -43,21 +44,6 @@ class Stage:
 
     def file(self, pattern):
         return next(iter(self.folder.glob(f".scratch/pretrain/*/{pattern}")), None)
-
-
-def ranks_of(folder):
-    """Process numbers of the ranks that work in a folder, by rank."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (path / "cmdline").read_text().rstrip("\0").split("\0")
-            environment = (path / "environ").read_text().split("\0")
-        except OSError:
-            continue
-        values = dict(entry.split("=", 1) for entry in environment if "=" in entry)
-        if "stages.runner.rank" in command and "RANK" in values and Path(command[-1]).is_relative_to(folder):
-            found[int(values["RANK"])] = int(path.name)
-    return found
 
 
 @pytest.fixture

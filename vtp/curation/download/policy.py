@@ -13,8 +13,6 @@ from pydantic import Field, model_validator
 from vtp.config import Config
 
 SCHEMES = ("http", "https")
-PREFIX = "proxy: "  # of the proxy's reason phrases that tell a cause
-DEADLINE_HEADER = "vtp-deadline"  # Unix time; redirects of one attempt carry the same
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # What IANA's registries of special addresses do not call globally reachable, and multicast: `is_global` is another list in
 # every release of Python. The few reachable addresses within 192.0.0.0/24 and 2001::/23 serve protocols, no pictures.
@@ -48,7 +46,7 @@ SPECIAL = tuple(map(ipaddress.ip_network, SPECIAL_IPV4 + SPECIAL_IPV6))
 
 
 class Policy(Config):
-    """What the proxy between img2dataset and the network lets through."""
+    """What a download may ask of the network."""
 
     timeout: float = Field(gt=0, description="time in seconds that one operation on a socket may take")
     deadline: float = Field(

@@ -1,77 +1,26 @@
-"""What `download` runs beside itself: proxies, and the process that calls img2dataset. Watched, and never left over.
+"""The processes that fetch shards, on this machine or on Spark's, and how they get on."""
 
-stage                holds the lock of the store, adopts shards as they are finished
-|- vtp.curation.download.egress_proxy    one or more on one port; they end when their stdin does, however the stage ends
-`- vtp.curation.download.worker     likewise, in a process group of its own, with img2dataset's processes or Spark's driver
-"""
-
-import errno
 import logging
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import active_children
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, TypeVar
 
-from vtp.artefact import write_json
-from vtp.curation.download.deliveries import Adopted, adopt
-from vtp.curation.download.policy import Policy
-from vtp.curation.download.store import Store
-from vtp.curation.download.worker import FetchJob
+from vtp.curation.download.shard import Fetched
+from vtp.processes import WorkerDied, WorkerPool, follow_parent
+from vtp.spark import SparkPool
 from vtp.texts import shown, write_csv
 
-POLL_SECONDS = 0.3
+J = TypeVar("J")
+R = TypeVar("R")
 COLUMNS = ("seconds", "rows", "successes", "share", "images_per_second", "commonest_cause")
-DISK_FULL = "No space left on device"
-TAIL = 20_000  # bytes of the log
-
-
-class Proxies(NamedTuple):
-    """The proxies of a run."""
-
-    address: str
-    processes: list[subprocess.Popen]
-
-    @property
-    def gone(self) -> bool:
-        return any(process.poll() is not None for process in self.processes)
-
-
-@contextmanager
-def proxies(policy: Policy, *, given: str | None, count: int, folder: Path) -> Iterator[Proxies]:
-    """`count` proxies on one port of loopback, or those that run at the address `given`."""
-    if given is not None:
-        yield Proxies(given, [])
-        return
-    parameters = folder / "proxy.json"
-    write_json(parameters, {"download": {"policy": policy.model_dump()}})
-    running: list[subprocess.Popen] = []
-    try:
-        address = "127.0.0.1:0"
-        for _ in range(count):
-            process = _start_proxy(f"{parameters}:download", address)
-            running.append(process)
-            assert process.stdout is not None
-            address = process.stdout.readline().strip()
-            if not address:
-                raise RuntimeError("the proxy did not start; its error stands above")
-        yield Proxies(address, running)
-    finally:
-        for process in running:
-            end(process)
-
-
-def _start_proxy(parameters: str, address: str) -> subprocess.Popen:
-    from vtp.curation.download import egress_proxy
-
-    command = [sys.executable, "-m", egress_proxy.__name__, parameters, "--listen", address, "--follow"]
-    # In a session of its own: Ctrl-C is for the stage, which ends the proxy last.
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, text=True)
+SHARDS_OF_A_PROCESS = 20  # then another takes its place: decoders leak
 
 
 class Live:
@@ -86,12 +35,13 @@ class Live:
         with path.open("w", newline="", encoding="utf-8") as file:
             write_csv(file, [COLUMNS])
 
-    def note(self, adopted: Adopted) -> None:
+    def note(self, fetched: Fetched) -> None:
         """A shard is in the store."""
-        self.rows += adopted.rows
-        self._successes += adopted.successes
-        self._causes.update(adopted.causes)
-        self._bar.update(adopted.rows)
+        causes = [record.error for record in fetched.records if record.error]
+        self.rows += len(fetched.records)
+        self._successes += len(fetched.records) - len(causes)
+        self._causes.update(causes)
+        self._bar.update(len(fetched.records))
         seconds = time.monotonic() - self._start
         share, cause = self._successes / max(1, self.rows), next(iter(self._causes.most_common(1)), ("", 0))[0]
         others = f", most others: {shown(cause)}" if cause else ""
@@ -107,77 +57,66 @@ class Live:
         logging.info("%d rows in %.0f s, %.1f a second; %d with a picture", self.rows, seconds, rate, self._successes)
 
 
-class Round(NamedTuple):
-    """One call of img2dataset."""
+class LocalPool(WorkerPool):
+    """Processes of this machine; what they print goes to a log."""
 
-    job: FetchJob
-    delivery: Path
-    log: Path
-    lock: int  # file descriptor; the next run waits until all who hold it are gone
+    def __init__(self, processes: int, log: Path) -> None:
+        self._processes = processes
+        self._log = log
+        super().__init__(processes, _begin, log)
 
-    def run(
-        self, store: Store, *, proxies: Proxies, note: Callable[[Adopted], None], stopped: Callable[[], bool]
-    ) -> int:
-        """Fetch, and adopt shards as they are finished, until the end, a request to stop or the end of a proxy.
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:  # nobody waits for shards that take minutes
+            for process in active_children():
+                process.kill()
+        super().__exit__(kind, error, trace)
 
-        How many rows were adopted. Raises OSError when the disk is full.
-        """
-        rows = 0
-        process = self._start()
+    def results(
+        self, function: Callable[[J], R], jobs: Iterable[J], *, most: int | None = None
+    ) -> Iterator[list[tuple[J, R]]]:
+        """As of any pool, in processes that are replaced now and then."""
+        waiting, size = iter(jobs), self._processes * SHARDS_OF_A_PROCESS
         try:
-            while process.poll() is None and not stopped() and not proxies.gone:
-                rows += self._adopt(store, note)
-                time.sleep(POLL_SECONDS)
-        finally:
-            end(process)
-        rows += self._adopt(store, note)
-        if not rows and DISK_FULL in self.tail():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(store.folder))
-        return rows
-
-    def tail(self) -> str:
-        """The end of img2dataset's log."""
-        with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - TAIL))
-            return file.read().decode(errors="replace")
-
-    def _adopt(self, store: Store, note: Callable[[Adopted], None]) -> int:
-        rows = 0
-        for adopted in adopt(self.delivery, store):
-            note(adopted)
-            rows += adopted.rows
-        return rows
-
-    def _start(self) -> subprocess.Popen:
-        path = self.delivery / "job.json"
-        write_json(path, self.job.model_dump())
-        with self.log.open("wb") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "vtp.curation.download.worker", str(path)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(self.job.proxy, self.delivery),
-                start_new_session=True,
-                pass_fds=(self.lock,),
-            )
+            while batch := list(islice(waiting, size)):
+                yield from super().results(function, batch, most=most)
+                if len(batch) == size:
+                    self._executor.shutdown()
+                    super().__init__(self._processes, _begin, self._log)
+        except WorkerDied:
+            raise WorkerDied(
+                "a process that fetches was killed, most likely because memory ran out: set "
+                "download.distributor.processes lower and start again; finished shards are kept"
+            ) from None
 
 
-def _environment(proxy: str, delivery: Path) -> dict[str, str]:
-    """Whatever connects in there by the usual ways meets the proxy, and nothing calls home."""
-    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    for name in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy"):
-        environment |= {name: f"http://{proxy}", name.upper(): f"http://{proxy}"}
-    environment |= {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled", "WANDB_DISABLED": "true"}
-    own = {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_DIRS": str(delivery / "spark")}
-    return own | environment
+def spark_pool(master: str, conf: dict[str, str], log: Path) -> SparkPool:
+    """Executors of a cluster; the Java process and those that it starts print to a log. Raises ConfigError."""
+    with _printing_to(log):
+        return SparkPool(master, "download", conf)
 
 
-def end(process: subprocess.Popen) -> None:
-    """End a process and all of its group."""
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            stream.close()
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _begin(log: Path) -> None:
+    """In a new process. The kernel ends it with the stage: the next start must not meet it."""
+    follow_parent()
+    _print_to(log)
+
+
+def _print_to(log: Path) -> None:
+    """Have this process and its children print to a log: what libraries print may be texts of strangers."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+
+
+@contextmanager
+def _printing_to(log: Path) -> Iterator[None]:
+    """Children that are started meanwhile print to a log, to their end."""
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
+    try:
+        _print_to(log)
+        yield
+    finally:
+        for stream, copy in kept.items():
+            os.dup2(copy, stream)
+            os.close(copy)

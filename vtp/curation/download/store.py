@@ -2,20 +2,23 @@
 
     rows/<name>.parquet  what became of each row of a shard, sorted by `order`
     tars/<name>.tar      img2dataset's tar of it: image, caption, metadata
+    incoming/            what is being fetched
 
-A table is written when its tar is in place, so what it tells is there. Tables cover ranges of `order`, and a list is
+A table is written when its tar is in place, so what it tells is there. What a killed run left beside that is deleted by the
+next one, which fetches it again. Tables cover ranges of `order`, and a list is
 walked in that order: only those that overlap the rows at hand are in memory, be it a billion in all.
 """
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vtp.artefact import ArtefactError, whole_file
+from vtp.artefact import ArtefactError, remove, sync, whole_file
 from vtp.curation.rows import KEY, ORDER, SHA256, URL, parts
 
 if TYPE_CHECKING:
@@ -89,7 +92,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tars, self._rows = folder / "tars", folder / "rows"
+        self.tars, self._rows, self.incoming = folder / "tars", folder / "rows", folder / "incoming"
         for part in (self.tars, self._rows):
             part.mkdir(parents=True, exist_ok=True)
         self._tables = [_StoreTable(path) for path in sorted(self._rows.glob("*.parquet"))]
@@ -99,9 +102,20 @@ class Store:
         names = [path.name for folder in (self.tars, self._rows) for path in folder.iterdir()]
         return f"{1 + max((int(name.partition('-')[0]) for name in names), default=0):05d}"
 
-    def holds(self, name: str) -> bool:
-        """Whether the rows of a shard are recorded."""
-        return (self._rows / f"{name}.parquet").exists()
+    def sweep(self) -> None:
+        """Delete what is no shard of the store."""
+        # Executors of a run that was killed may still write, into folders that nobody else has.
+        shutil.rmtree(self.incoming, ignore_errors=True)
+        for path in [*self.tars.iterdir(), *self._rows.iterdir()]:
+            if not (self._rows / f"{path.stem}.parquet").exists():  # a tar of no rows, or half a table
+                remove(path)
+
+    def adopt(self, name: str, tar: Path | None, records: list[DownloadRecord]) -> None:
+        """Take a shard over: its tar, if it has one, and its rows."""
+        if tar is not None:
+            tar.rename(self.tars / f"{name}.tar")
+            sync(self.tars)
+        self.add(name, records)
 
     def add(self, name: str, records: list[DownloadRecord]) -> None:
         """Record the rows of a shard; its tar, if it has one, is in `tars` already."""
@@ -214,12 +228,6 @@ def expected_sha256(rows: "pa.Table", *, verify: bool) -> np.ndarray:
 def texts(column: "pa.ChunkedArray") -> np.ndarray:
     """Strings, empty where there is none."""
     return column.fill_null("").to_numpy()
-
-
-def to_disk(path: Path) -> None:
-    """Wait until the bytes of a file are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _with(rows: "pa.Table", name: str, column: "pa.ChunkedArray") -> "pa.Table":

@@ -1,10 +1,15 @@
-"""Where a source keeps what: columns of DataComp, LAION, a pool or anything else, by role; checked before work starts."""
+"""Where a source keeps what: columns of DataComp, LAION, a pool or anything else, by role; checked before work starts.
+
+Folders named `lang=en` are a column `lang` of all files below them, as Hive and Spark write it: whole numbers if all of
+its values are, texts otherwise. A file's own column of that name comes first.
+"""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
+from urllib.parse import unquote
 
 from pydantic import Field, model_validator
 
@@ -18,6 +23,9 @@ if TYPE_CHECKING:
 
 POOL_COLUMNS = (STATUS, "error", *IMAGE_COLUMNS, "stored_width", "stored_height")
 OPENERS = 16  # footers read at the same time
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # of a partition, by its folder's name
+LARGEST_WHOLE = 1 << 63  # above the numbers of a partition
+EXPECTED: dict[ColumnKind, str] = {"text": "texts", "number": "numbers", "single": "single values"}
 
 
 class DatacompColumns(Config):
@@ -78,24 +86,33 @@ class Layout(NamedTuple):
         return sorted({*(column for column in self.roles.values() if column), *self.extras})
 
 
+Partitions = dict[str, int | str | None]  # what a file's folders say of all its rows
+
+
+class MetadataFile(NamedTuple):
+    """A parquet file."""
+
+    path: Path
+    group_rows: tuple[int, ...]  # rows of each row group
+    partitions: Partitions
+
+
 class MetadataSource(NamedTuple):
     """Parquet files with one schema."""
 
-    files: tuple[Path, ...]
-    group_rows: tuple[tuple[int, ...], ...]  # rows of each row group of each file
+    files: tuple[MetadataFile, ...]
     layout: Layout
     schema: "pa.Schema"  # of rows by role: key, order, url, ..., extras
 
     @property
     def rows(self) -> int:
         """All rows."""
-        return sum(map(sum, self.group_rows))
+        return sum(sum(file.group_rows) for file in self.files)
 
 
 class _Footer(NamedTuple):
-    path: Path
-    group_rows: tuple[int, ...]
-    schema: "pa.Schema"
+    file: MetadataFile
+    schema: "pa.Schema"  # with its partitions
 
 
 def open_metadata(
@@ -111,8 +128,9 @@ def open_metadata(
     files = [rows] if rows.is_file() else sorted(path for path in rows.rglob("*.parquet") if path.is_file())
     if not files:
         raise ArtefactError(f"{rows}: no .parquet file in it; expected metadata, or a pool of the stage download")
+    partitions = _partitions([path.relative_to(rows).parts[:-1] for path in files])
     with ThreadPoolExecutor(OPENERS) as pool:
-        footers = list(pool.map(_open, files))
+        footers = list(pool.map(_open, files, partitions))
     roles = _roles(columns)
     needs = _needs(roles, columns, wanted)
     kept = _kept(footers, columns, roles, keep)
@@ -125,19 +143,42 @@ def open_metadata(
             _check(footer, need)
     own = {need.column for need in needs} - {column for column in roles.values() if column} - set(kept)
     layout = Layout(roles, kept, tuple(sorted(own)))
-    return MetadataSource(
-        tuple(files), tuple(footer.group_rows for footer in footers), layout, _schema(footers, layout)
-    )
+    return MetadataSource(tuple(footer.file for footer in footers), layout, _schema(footers, layout))
 
 
-def _open(path: Path) -> _Footer:
+def _partitions(folders: Sequence[Sequence[str]]) -> list[Partitions]:
+    """What the names of each file's folders say."""
+    texts = [dict(name.split("=", 1) for name in names if "=" in name) for names in folders]
+    of_column: dict[str, set[str]] = {}
+    for each in texts:
+        for column, text in each.items():
+            of_column.setdefault(column, set()).add(text)
+    whole = {column for column, values in of_column.items() if all(map(_is_whole, values - {NO_VALUE}))}
+
+    def value(column: str, text: str) -> int | str | None:
+        return None if text == NO_VALUE else int(text) if column in whole else unquote(text)
+
+    return [{unquote(column): value(column, text) for column, text in each.items()} for each in texts]
+
+
+def _is_whole(text: str) -> bool:
+    """Whether nothing is lost when it becomes a number: 007 is a name."""
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdecimal() and text == str(int(text)) and abs(int(text)) < LARGEST_WHOLE
+
+
+def _open(path: Path, partitions: Partitions) -> _Footer:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             groups = tuple(file.metadata.row_group(index).num_rows for index in range(file.num_row_groups))
-            return _Footer(path, groups, file.schema_arrow.remove_metadata())
+            schema = file.schema_arrow.remove_metadata()
+        added = {name: value for name, value in partitions.items() if name not in schema.names}
+        for name, value in added.items():
+            schema = schema.append(pa.field(name, pa.scalar(value).type))
+        return _Footer(MetadataFile(path, groups, added), schema)
     except (OSError, pa.ArrowException) as error:
         raise ArtefactError(f"{path}: not a whole parquet file ({error}); fetch it again or take it out") from None
 
@@ -162,7 +203,7 @@ def _needs(
     wanted: Iterable[Need],
 ) -> list[Need]:
     """What the files must have, under their own names."""
-    kinds: dict[str, ColumnKind] = {KEY: "any", URL: "text", CAPTION: "text", WIDTH: "number", HEIGHT: "number"}
+    kinds: dict[str, ColumnKind] = {KEY: "single", URL: "text", CAPTION: "text", WIDTH: "number", HEIGHT: "number"}
     needs = [Need(column, kinds.get(role, "text")) for role, column in roles.items() if column]
     for need in wanted:
         if need.column in roles and roles[need.column] is None:
@@ -188,21 +229,26 @@ def _kept(
 
 
 def _check(footer: _Footer, need: Need) -> None:
-    from pyarrow import types
-
     names = footer.schema.names
     if need.column not in names:
         near = get_close_matches(need.column, names, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{footer.path}: no column {need.column!r}; it has {', '.join(names)}{hint}")
+        raise ConfigError(f"{footer.file.path}: no column {need.column!r}; it has {', '.join(names)}{hint}")
     kind = plain_type(footer.schema.field(need.column).type)
-    fits = {
-        "text": types.is_string(kind) or types.is_binary(kind),
-        "number": types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind),
-        "any": True,
-    }
-    if not fits[need.kind] and not types.is_null(kind):
-        raise ConfigError(f"{footer.path}: column {need.column!r} holds {kind}, expected {need.kind}s")
+    if need.kind != "any" and not _fits(kind, need.kind):
+        expected = EXPECTED[need.kind]
+        raise ConfigError(f"{footer.file.path}: column {need.column!r} holds {kind}, expected {expected}")
+    if "dictionary<" in str(kind):  # within a list or struct: arrow cannot read it from several row groups
+        raise ConfigError(f"{footer.file.path}: column {need.column!r} holds {kind}; write its values as they are")
+
+
+def _fits(kind: "pa.DataType", wanted: ColumnKind) -> bool:
+    from pyarrow import types
+
+    is_text = types.is_string(kind) or types.is_binary(kind)
+    is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)
+    fits = {"text": is_text, "number": is_number, "single": is_text or is_number or types.is_temporal(kind)}
+    return fits[wanted] or types.is_null(kind)
 
 
 def plain_type(kind: "pa.DataType") -> "pa.DataType":
@@ -234,6 +280,8 @@ def _schema(footers: Sequence[_Footer], layout: Layout) -> "pa.Schema":
     ]
     for name in layout.extras:
         kinds = {plain_type(footer.schema.field(name).type) for footer in footers}
+        if pa.uint64() in kinds and any(map(pa.types.is_signed_integer, kinds)):
+            kinds = kinds - {pa.uint64()} | {pa.decimal128(20)}  # arrow would choose int64, which half of them exceed
         singles = [pa.schema([pa.field(name, kind)]) for kind in sorted(kinds, key=str)]
         try:
             fields.append(pa.unify_schemas(singles, promote_options="permissive").field(0))

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vtp.curation.filter.values import is_text
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -16,11 +18,22 @@ _NIBBLE[np.frombuffer(b"abcdef", np.uint8)] = _NIBBLE[np.frombuffer(b"ABCDEF", n
 
 def digests(values: "pa.Array") -> np.ndarray:
     """128 bits of SHA-256 of each value's text or bytes, [n, 2] uint64; there must be no nulls."""
-    import pyarrow as pa
-
-    texts = (values if pa.types.is_binary(values.type) else values.cast(pa.string()).cast(pa.binary())).to_pylist()
-    joined = b"".join([hashlib.sha256(text).digest()[:16] for text in texts])
+    joined = b"".join([hashlib.sha256(content).digest()[:16] for content in _contents(values)])
     return np.frombuffer(joined, ">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def _contents(values: "pa.Array") -> list[bytes]:
+    """Equal for equal values; the way depends on the type alone, because other parts hold others."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    if isinstance(values, pa.ExtensionArray):
+        return _contents(values.storage)
+    if types.is_nested(values.type):
+        return [repr(value).encode() for value in values.to_pylist()]
+    if not is_text(values.type) and not types.is_fixed_size_binary(values.type):
+        values = values.cast(pa.string())
+    return values.cast(pa.binary()).to_pylist()
 
 
 def hex_prefixes(texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ import numpy as np
 from vtp.curation.filter.columns import MetadataSource
 from vtp.curation.filter.duplicates import BandJob, FirstsJob, GroupJob, group_equals, group_hashes, group_near
 from vtp.curation.filter.funnel import Funnel, Tally
-from vtp.curation.filter.image_rules import PIECE, ImageJob, Scorer, hash_images, score_images
+from vtp.curation.filter.measure_images import ImageMeasurement, LeftRows
 from vtp.curation.filter.read_source import ReadJob, chunks, read_chunk
 from vtp.curation.filter.row_rules import check_languages
 from vtp.curation.filter.rules import (
@@ -55,7 +55,7 @@ class _Part(NamedTuple):
 
 
 class FilterEngine:
-    """Filters one source; `pool` is the folder of the images' tars, `outside_links` whether links may lead out of it."""
+    """Filters one source; `images` measures those of a pool, on other ranks too."""
 
     def __init__(
         self,
@@ -63,14 +63,12 @@ class FilterEngine:
         rules: Sequence[RowRule | SetRule],
         folder: Path,
         *,
-        pool: Path,
-        outside_links: bool,
+        images: ImageMeasurement,
         workers: WorkerPool,
         host: Host,
     ) -> None:
-        self._outside_links = outside_links
         self.filter_steps = FilterSteps.of(rules)
-        self._source, self._folder, self._pool = source, folder, pool
+        self._source, self._folder, self._images = source, folder, images
         self._workers, self._host = workers, host
         self._lists = folder / "lists"
         self._span = span_of(source.rows)
@@ -85,15 +83,7 @@ class FilterEngine:
         """What was removed so far."""
         return Funnel.of(self._source.rows, self.filter_steps.names, self._tallies)
 
-    def run(
-        self,
-        output: Path,
-        *,
-        rows_per_part: int,
-        max_unreadable: float,
-        build_scorer: Callable[[ClipScore], Scorer],
-        threads: int,
-    ) -> Funnel:
+    def run(self, output: Path, *, rows_per_part: int, max_unreadable: float) -> Funnel:
         """Filter into the folder `output`. Raises FilterError when more than a share of the rows is unreadable."""
         lines, images = self.filter_steps.lines, 0
         spills = self._read()
@@ -104,7 +94,7 @@ class FilterEngine:
             images = sum(part.left for part in parts)
             folder = self._folder / f"rule-{number:02}"
             folder.mkdir(exist_ok=True)
-            pieces = self._measure(step.rule, parts, folder, build_scorer, threads) if step.image_line else {}
+            pieces = self._images.measure([LeftRows(*part) for part in parts], folder) if step.image_line else None
             parts = self._drop(step, parts, self._compare(step, parts, pieces, folder), folder)
             if step.image_line:
                 bad = self.funnel.removed((step.image_line,))
@@ -127,11 +117,7 @@ class FilterEngine:
         with self._host.progress(sum(sizes), what, "row", sum(sizes) - left) as bar:
             for ended in self._workers.results(function, missing):
                 bar.update(sum(size_of[id(job)] for job, _ in ended))
-                self._stop_if_requested()
-
-    def _stop_if_requested(self) -> None:
-        if self._host.stop_requested:
-            self._host.stop()
+                self._images.stop_if_requested()
 
     def _read(self) -> tuple[Path, ...]:
         folder = self._folder / "read"
@@ -176,51 +162,8 @@ class FilterEngine:
         self._tallies += tallies
         return [_Part(job.rows, job.kept, tally.left) for job, tally in zip(jobs, tallies, strict=True)]
 
-    def _measure(
-        self,
-        rule: SetRule,
-        parts: Sequence[_Part],
-        folder: Path,
-        build_scorer: Callable[[ClipScore], Scorer],
-        threads: int,
-    ) -> dict[int, tuple[Path, ...]]:
-        """Hashes or scores of the images that are left: the files of each part."""
-        jobs: dict[int, list[ImageJob]] = {}
-        for number, part in enumerate(parts):
-            starts = range(0, part.left, PIECE)
-            jobs[number] = [
-                ImageJob(
-                    folder / f"image-{number:06}-{start:09}.npy",
-                    part.rows,
-                    part.kept,
-                    start,
-                    min(start + PIECE, part.left),
-                    self._pool,
-                    self._outside_links,
-                )
-                for start in starts
-            ]
-        every = [job for of_part in jobs.values() for job in of_part]
-        sizes = [job.stop - job.start for job in every]
-        if isinstance(rule, ClipScore):
-            missing = [job for job in every if not job.done.exists()]
-            left = sum(job.stop - job.start for job in missing)
-            if missing:
-                with self._host.progress(sum(sizes), "clip scores", "image", sum(sizes) - left) as bar:
-                    score_images(
-                        missing,
-                        build_scorer(rule),
-                        batch_size=rule.batch_size,
-                        threads=threads,
-                        progress=bar.update,
-                        stop_if_requested=self._stop_if_requested,
-                    )
-        else:
-            self._pass(hash_images, every, sizes, "image hashes")
-        return {number: tuple(job.done for job in of_part) for number, of_part in jobs.items()}
-
     def _compare(
-        self, step: Step, parts: Sequence[_Part], pieces: dict[int, tuple[Path, ...]], folder: Path
+        self, step: Step, parts: Sequence[_Part], pieces: Sequence[tuple[Path, ...]] | None, folder: Path
     ) -> list["_Verdict"]:
         """Emit what the rule compares and compare it; what it means for each part."""
         rule, sizes = step.rule, [part.left for part in parts]
@@ -231,7 +174,7 @@ class FilterEngine:
                 folder / f"emitted-{number:06}.npy",
                 part.rows,
                 part.kept,
-                pieces.get(number, ()),
+                pieces[number] if pieces else (),
                 rule,
                 number,
                 self._count,

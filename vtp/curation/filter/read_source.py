@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vtp.artefact import ArtefactError
-from vtp.curation.filter.columns import Layout, MetadataSource
+from vtp.curation.filter.columns import Layout, MetadataFile, MetadataSource
 from vtp.curation.filter.funnel import Tally
 from vtp.curation.filter.row_rules import stays
 from vtp.curation.filter.rules import RowRule, needs
 from vtp.curation.filter.sort_rows import sorted_places
 from vtp.curation.filter.spill import part_of, write_table_spill
+from vtp.curation.filter.values import UnsafeKey, floats, keys, texts
 from vtp.curation.rows import CAPTION, HEIGHT, KEY, ORDER, SHA256, URL, WIDTH, order_of
 
 if TYPE_CHECKING:
@@ -35,10 +36,18 @@ class Ruled(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Row groups of one file."""
+    """Row groups of one file, one after another."""
+
+    file: MetadataFile
+    groups: tuple[int, ...]
+
+
+class Batch(NamedTuple):
+    """Rows as they stand in a file, one after another."""
 
     file: Path
-    groups: tuple[int, ...]
+    start: int  # the first one's place in the file
+    rows: "pa.Table"
 
 
 class Lines(NamedTuple):
@@ -72,9 +81,9 @@ def chunks(source: MetadataSource, span: int) -> Iterator[tuple[tuple[Piece, ...
     """Row groups of all files, about `span` rows together, and how many rows; a row group is never cut."""
     pieces: list[Piece] = []
     rows = 0
-    for file, group_rows in zip(source.files, source.group_rows, strict=True):
+    for file in source.files:
         groups: list[int] = []
-        for index, count in enumerate(group_rows):
+        for index, count in enumerate(file.group_rows):
             if rows and rows + count > span:
                 yield (*pieces, *([Piece(file, tuple(groups))] if groups else [])), rows
                 pieces, groups, rows = [], [], 0
@@ -95,7 +104,7 @@ def read_chunk(job: ReadJob) -> None:
     tally, seen, flushes = Tally(), 0, 0
     waiting: list[pa.Table] = []
     for batch in _batches(job):
-        seen += len(batch)
+        seen += len(batch.rows)
         waiting.append(_filter(by_role(batch, job, tally), job, tally))
         if sum(map(len, waiting)) >= job.span:
             flushes += _flush(waiting, job, flushes, tally)
@@ -105,28 +114,38 @@ def read_chunk(job: ReadJob) -> None:
     tally.save(job.done)
 
 
-def _batches(job: ReadJob) -> Iterator["pa.Table"]:
+def _batches(job: ReadJob) -> Iterator[Batch]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for file, groups in job.pieces:
+    for (path, group_rows, partitions), groups in job.pieces:
+        start = sum(group_rows[: groups[0]])
+        added = {name: value for name, value in partitions.items() if name in job.layout.wanted}
+        own = [name for name in job.layout.wanted if name not in added]
         try:
-            with pq.ParquetFile(file, buffer_size=1 << 20) as reader:
+            with pq.ParquetFile(path, buffer_size=1 << 20) as reader:
                 for batch in reader.iter_batches(
-                    min(BATCH, job.span), row_groups=list(groups), columns=job.layout.wanted, use_threads=False
+                    min(BATCH, job.span), row_groups=list(groups), columns=own, use_threads=False
                 ):
-                    yield pa.Table.from_batches([batch])
+                    rows = pa.Table.from_batches([batch])
+                    for name, value in added.items():
+                        rows = rows.append_column(name, pa.repeat(pa.scalar(value), len(batch)))
+                    yield Batch(path, start, rows)
+                    start += len(batch)
         except (OSError, pa.ArrowException) as error:
             place = f"row groups {groups[0]} to {groups[-1]}"
-            raise ArtefactError(f"{file}, {place}: cannot be read ({error}); fetch it again or take it out") from None
+            raise ArtefactError(f"{path}, {place}: cannot be read ({error}); fetch it again or take it out") from None
 
 
-def by_role(batch: "pa.Table", job: ReadJob, tally: Tally) -> "pa.Table":
-    """A table of `job.schema`, without the rows that have no key or no readable text."""
+def by_role(batch: Batch, job: ReadJob, tally: Tally) -> "pa.Table":
+    """A table of `job.schema`, without the rows that have no key or no readable text.
+
+    Raises ArtefactError for a value that the type of its column over all files does not hold, and for an unsafe key.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    roles, count = job.layout.roles, len(batch)
+    roles, count = job.layout.roles, len(batch.rows)
     readable = np.ones(count, bool)
     columns: dict[str, pa.Array] = {}
     for field in job.schema:
@@ -134,9 +153,10 @@ def by_role(batch: "pa.Table", job: ReadJob, tally: Tally) -> "pa.Table":
         if field.name == ORDER or (source is None and field.name != KEY):
             columns[field.name] = pa.nulls(count, field.type)
         elif source is not None:
-            columns[field.name] = _converted(batch[source].combine_chunks(), field, readable)
-    keys = columns[KEY] if roles[KEY] else _derived_keys(columns[URL], columns[CAPTION])
-    columns[KEY] = keys.fill_null("")
+            columns[field.name], unreadable = _converted(batch, source, field)
+            readable &= ~unreadable
+    given = columns[KEY] if roles[KEY] else _derived_keys(columns[URL], columns[CAPTION])
+    columns[KEY] = given.fill_null("")
     columns[ORDER] = pa.array(order_of(columns[KEY].to_pylist()))
     columns[SHA256] = pc.utf8_lower(columns[SHA256])
     table = pa.table(columns, schema=job.schema)
@@ -147,38 +167,38 @@ def by_role(batch: "pa.Table", job: ReadJob, tally: Tally) -> "pa.Table":
     return table if keep.all() else table.filter(pa.array(keep))
 
 
-def _converted(values: "pa.Array", field: "pa.Field", readable: np.ndarray) -> "pa.Array":
-    """A column in its type; rows whose bytes are no text are marked in `readable` [n] and null."""
+def _converted(batch: Batch, source: str, field: "pa.Field") -> tuple["pa.Array", np.ndarray]:
+    """A column in its type, and which rows [n] have bytes in it that are no text; those are null."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    values = batch.rows[source].combine_chunks()
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
-    if field.name in (WIDTH, HEIGHT):
-        sides = values.cast(pa.float64(), safe=False)
-        fits = pc.and_(pc.greater_equal(sides, 0), pc.less(sides, 2.0**31))  # a side of NaN or -1 is none
-        return pc.if_else(fits, sides, None).cast(pa.int32(), safe=False)
-    if not pa.types.is_string(field.type):
-        return values.cast(field.type)
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)) and not pa.types.is_binary(
-        values.type
-    ):
-        return values.cast(pa.string())  # a number as a key
-    raw = values.cast(pa.binary())
     try:
-        return raw.cast(pa.string())
-    except pa.ArrowInvalid:
-        texts = [_text(content) for content in raw.to_pylist()]
-        readable &= np.array([text is not False for text in texts])
-        return pa.array([text or None if text is False else text for text in texts], pa.string())
-
-
-def _text(content: bytes | None) -> str | bool | None:
-    """The text, None for a null, False for bytes that are none."""
-    try:
-        return None if content is None else content.decode()
-    except UnicodeDecodeError:
-        return False
+        if field.name == KEY:
+            return keys(values)
+        if pa.types.is_string(field.type):
+            return texts(values)
+        if field.name in (WIDTH, HEIGHT):
+            sides = floats(values)
+            fits = pc.and_(pc.greater_equal(sides, 0), pc.less(sides, 2.0**31))  # a side of NaN or -1 is none
+            converted = pc.if_else(fits, sides, None).cast(pa.int32(), safe=False)
+        elif pa.types.is_decimal(values.type) and pa.types.is_floating(field.type):
+            converted = floats(values)
+        else:
+            converted = values.cast(field.type)
+        return converted, np.zeros(len(values), bool)
+    except UnsafeKey as error:
+        raise ArtefactError(
+            f"{batch.file}, row {batch.start + error.place}: the key {error} in column {source!r}, which holds "
+            f"{values.type}: other keys may have become the same; write them as integers or texts, or choose no key column"
+        ) from None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ArtefactError(
+            f"{batch.file}: column {source!r} holds {values.type}, and with the other files {field.type} ({error}); make "
+            "the files agree"
+        ) from None
 
 
 def _derived_keys(urls: "pa.Array", captions: "pa.Array") -> "pa.Array":

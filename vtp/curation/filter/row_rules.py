@@ -24,6 +24,7 @@ from vtp.curation.filter.rules import (
     PixelSize,
     RowRule,
 )
+from vtp.curation.filter.values import numbers, plain_if_number, texts
 from vtp.curation.rows import CAPTION, HEIGHT, WIDTH
 
 if TYPE_CHECKING:
@@ -68,15 +69,6 @@ def check_languages(rule: Language) -> None:
     known = sorted(set(_identifier().labels))
     if unknown := [code for code in rule.allowed if code not in known]:
         raise ConfigError(f"rule language: no language {', '.join(unknown)}; there are {', '.join(known)}")
-
-
-def numbers(values: "pa.Array") -> "pa.Array":
-    """As float64, NaN as null."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    wide = values.cast(pa.float64(), safe=False)
-    return pc.if_else(pc.is_nan(wide), pa.scalar(None, pa.float64()), wide)
 
 
 def _column(table: "pa.Table", name: str) -> "pa.Array":
@@ -152,15 +144,15 @@ def _category(rule: Category, table: "pa.Table") -> np.ndarray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    names = _column(table, rule.column).cast(pa.string())
-    is_allowed = pc.is_in(names, pa.array(rule.allowed, pa.string()))
+    column = _column(table, rule.column)
+    names, _ = texts(column)
+    allowed = map(plain_if_number, rule.allowed) if pa.types.is_decimal(column.type) else rule.allowed
+    is_allowed = pc.is_in(names, pa.array(allowed, pa.string()))
     return _decided(pc.if_else(pc.is_valid(names), is_allowed, None), rule.missing)
 
 
 def _hash_list(rule: HashList, table: "pa.Table", lists: Path) -> np.ndarray:
-    import pyarrow as pa
-
-    hashes = _column(table, rule.column).cast(pa.string())
+    hashes, _ = texts(_column(table, rule.column))
     valid = hashes.is_valid().to_numpy(zero_copy_only=False)
     listed = contains(load_prepared(prepared_list(lists, rule.file)), hashes.fill_null("").to_pylist())
     return np.where(valid, listed == (rule.action == "allow"), rule.missing == "keep")

@@ -223,7 +223,7 @@ RowRule = (
 ImageRule = PerceptualDuplicates | ClipScore
 SetRule = Duplicates | ImageRule | TopFraction | Subset  # decided for all rows together
 Rule = Annotated[RowRule | SetRule, Field(discriminator="name")]
-ColumnKind = Literal["text", "number", "any"]
+ColumnKind = Literal["text", "number", "single", "any"]  # single: no list, no struct
 
 
 class Need(NamedTuple):
@@ -245,7 +245,7 @@ def needs(rule: RowRule | SetRule) -> list[Need]:  # noqa: PLR0911 - one a rule
         case Number() | TopFraction():
             return [Need(rule.column, "number")]
         case Category():
-            return [Need(rule.column, "any")]
+            return [Need(rule.column, "single")]
         case Pattern() | HashList():
             return [Need(rule.column, "text")]
         case Duplicates():

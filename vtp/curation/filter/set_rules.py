@@ -16,7 +16,6 @@ from vtp.curation.filter.duplicates import first_of_equals, mixed
 from vtp.curation.filter.funnel import EXAMPLES, Tally
 from vtp.curation.filter.image_rules import NO_CAPTION, UNREADABLE, sortable
 from vtp.curation.filter.read_source import Ruled, apply_rules
-from vtp.curation.filter.row_rules import numbers
 from vtp.curation.filter.rules import (
     ClipScore,
     Duplicates,
@@ -28,6 +27,7 @@ from vtp.curation.filter.rules import (
     needs,
 )
 from vtp.curation.filter.spill import load_array, part_of, pick_rows, read_spilled_rows, save_array, write_record_spill
+from vtp.curation.filter.values import numbers
 from vtp.curation.rows import CAPTION, KEY, ORDER, URL
 
 LARGEST = (1 << 64) - 1

@@ -1,179 +1,169 @@
 """ImageNet in archives: the official tars, read where they are, and the parquet files of Hugging Face."""
-# pyright: reportAttributeAccessIssue=false
-# (pyarrow.compute makes its functions when it is imported.)
 
 import os
-import re
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
-from vtp.artefact import whole_file
-from vtp.curation.ingest.folders import EXTENSIONS, holds
-from vtp.curation.ingest.imagenet import DEVKIT, OTHER_CLASS, read_devkit, truth_of
+from vtp.curation.ingest.folders import holds
+from vtp.curation.ingest.imagenet import DEVKIT, OTHER_CLASS, ImageNetSource, key_of, read_synsets, read_truth
 from vtp.curation.ingest.listing import Entry, require_inside, safe_key
-from vtp.curation.ingest.shard_workers import IngestError, Stopped
-from vtp.data.imagenet import imagenet_classes
+from vtp.curation.ingest.parquet_pictures import (
+    ClassNames,
+    ParquetFile,
+    PictureColumns,
+    class_names,
+    distinct_labels,
+    parquet_files,
+    require_columns,
+    unpack,
+)
+from vtp.curation.ingest.shard_workers import IngestError
+from vtp.curation.ingest.tars import members, size_of
+from vtp.data.imagenet import imagenet_classes, synset_names, synsets_of
+from vtp.layers.decode import EXTENSIONS
 from vtp.texts import shown
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-BATCH = 256  # rows of a parquet file in memory
-# Hugging Face puts the synset behind the official name.
-SYNSET_BEHIND = re.compile(r"^(n\d{8}_\d+|ILSVRC2012_val_\d{8})_n\d{8}$")
+PARQUET_VALIDATION = ("validation", "val", "valid")  # what the files of that split may begin with
+PARQUET_COLUMNS = PictureColumns("image", None, "label")
 
 
-def list_imagenet_tars(source: Path, ignored: Counter[str], *, root: Path | None) -> Iterator[Entry]:
+def list_imagenet_tars(
+    config: ImageNetSource, source: Path, ignored: Counter[str], *, root: Path | None
+) -> Iterator[Entry]:
     """Pictures of a tar of one tar per synset, and of a tar with all for validation.
 
     Raises IngestError for tars of another kind, and for one that links lead out of `root`, unless that is None.
     """
-    for name in (TRAIN, VALIDATION, f"{DEVKIT}.tar.gz"):
+    labels = [] if config.labels else [f"{DEVKIT}.tar.gz"]
+    for name in (TRAIN, VALIDATION, *labels):
         if not (source / name).is_file():
-            raise IngestError(f"{source}: expected {TRAIN}, {VALIDATION} and {DEVKIT}.tar.gz, found {holds(source)}")
+            raise IngestError(
+                f"{source}: expected {TRAIN}, {VALIDATION} and {DEVKIT}.tar.gz, or a file of the validation labels "
+                f"(prepare_data.source.labels), found {holds(source)}"
+            )
         require_inside(root, source / name)
-    known = set(imagenet_classes().synsets)
-    synsets = set()
+    truth = read_truth(config, source, root=root)
+    synsets = set[str]()
     with (source / TRAIN).open("rb") as file:
-        for inner, start in _members(source / TRAIN, file, 0, _size(file)):
-            synset = inner.name.removesuffix(".tar")
-            if synset not in known:
-                raise IngestError(
-                    f"{source / TRAIN}: holds {inner.name!r}; expected one tar per synset, such as n01440764.tar"
-                )
+        for synset, start, end in _tars_of_synsets(source / TRAIN, file, ignored):
             synsets.add(synset)
-            for member, offset in _members(source / TRAIN, file, start, start + inner.size):
+            for member, offset in members(source / TRAIN, file, start, end):
                 if _is_picture(member.name, ignored):
-                    yield Entry("train", _key(member.name), TRAIN, offset, member.size, class_id=synset)
-    truth = read_devkit(source)
+                    yield Entry("train", key_of(member.name), TRAIN, offset, member.size, class_id=synset)
     with (source / VALIDATION).open("rb") as file:
-        for member, offset in _members(source / VALIDATION, file, 0, _size(file)):
+        for member, offset in members(source / VALIDATION, file, 0, size_of(file)):
             if not _is_picture(member.name, ignored):
                 continue
-            synset = truth_of(member.name, truth)
+            synset = truth(member.name)
             if synset in synsets:
-                yield Entry("validation", _key(member.name), VALIDATION, offset, member.size, class_id=synset)
+                yield Entry("validation", key_of(member.name), VALIDATION, offset, member.size, class_id=synset)
             else:
                 ignored[OTHER_CLASS] += 1
 
 
 def list_imagenet_parquet(
-    source: Path, unpacked: Path, ignored: Counter[str], stop: Callable[[], bool], *, root: Path | None
+    config: ImageNetSource,
+    source: Path,
+    unpacked: Path,
+    ignored: Counter[str],
+    stop: Callable[[], bool],
+    *,
+    root: Path | None,
 ) -> Iterator[Entry]:
     """Pictures of data/train-*.parquet and data/validation-*.parquet, with columns image {bytes, path} and label.
 
-    A picture in a parquet file cannot be read alone, so each file's are laid end to end in a file of `unpacked`, which
-    needs as much space as the data set; files that are there are kept. Raises Stopped when asked to stop, and
-    IngestError for files of another kind and for one that links lead out of `root`, unless that is None.
+    Label n is the n-th name of the metadata or of the file `names`. Without either it is the n-th of the 1,000 classes, if
+    all of them are there. `unpacked` needs as much space as the data set. Raises Stopped when asked to stop, and IngestError
+    for files of another kind, for classes that are not known and for a file that links lead out of `root`, unless that is
+    None.
     """
-    folder = source / "data" if (source / "data").is_dir() else source
-    files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in ("train", "validation")}
-    if not all(files.values()):
+    folder = "data/" if (source / "data").is_dir() else ""
+    validation = next((name for name in PARQUET_VALIDATION if any((source / folder).glob(f"{name}-*.parquet"))), None)
+    if validation is None or not any((source / folder).glob("train-*.parquet")):
         raise IngestError(
-            f"{source}: expected data/train-*.parquet and data/validation-*.parquet, found {holds(folder)}"
+            f"{source}: expected data/train-*.parquet and data/validation-*.parquet, found {holds(source / folder)}"
         )
-    synsets = imagenet_classes().synsets
-    there: set[str] = set()
-    for split, paths in files.items():
-        for path in paths:
-            require_inside(root, path)
-            offset = 0
-            for number, (name, size, label) in enumerate(_unpack(path, unpacked, stop)):
-                if not isinstance(label, int) or not 0 <= label < len(synsets):
-                    raise IngestError(f"{path}, row {number}: label {label!r}; expected 0 to {len(synsets) - 1}")
-                if split == "train":
-                    there.add(synsets[label])
-                if synsets[label] in there:
-                    key = _key(name) if name else safe_key(f"{path.stem}-{number:07d}")
-                    yield Entry(split, key, f"{path.stem}.bin", offset, size, class_id=synsets[label])
-                else:
-                    ignored[OTHER_CLASS] += 1
-                offset += size
+    patterns = {"train": f"{folder}train-*.parquet", "validation": f"{folder}{validation}-*.parquet"}
+    files = parquet_files(source, patterns, root=root)
+    require_columns(files, PARQUET_COLUMNS)
+    synset_of, there = _synset_of_label(config, source, files, root=root), set[str]()
+    for file in files:
+        for number, (offset, picture) in enumerate(unpack(file, PARQUET_COLUMNS, unpacked, stop)):
+            synset = None if picture.label is None else synset_of(picture.label, f"{file.path}, row {number}")
+            if synset is None:
+                raise IngestError(f"{file.path}, row {number}: no label; expected one of every picture")
+            if file.split == "train":
+                there.add(synset)
+            if synset not in there:
+                ignored[OTHER_CLASS] += 1
+                continue
+            key = key_of(shown(picture.name)) if picture.name else safe_key(f"{file.path.stem}-{number:07d}")
+            place = (file.split, key, file.name, offset, picture.size)
+            yield Entry(*place, class_id=synset, problem=picture.problem, picture=picture.digest)
 
 
-def _members(path: Path, file: BinaryIO, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """Regular members of a tar between two bytes of a file, with the offsets of their contents in the file.
+def _synset_of_label(
+    config: ImageNetSource, source: Path, files: list[ParquetFile], *, root: Path | None
+) -> Callable[[str, str], str | None]:
+    """The synset of a label at a place, both as text; None for no label. Raises IngestError for classes unknown."""
+    if config.names is not None:
+        names = ClassNames(read_synsets(source, config.names, root=root), str(source / config.names))
+    elif (names := class_names(files, "label")) is not None:
+        names = ClassNames(_synsets(names.names, names.where), names.where)
+    else:
+        labels = distinct_labels([file for file in files if file.split == "train"], "label")
+        official = imagenet_classes().synsets
+        if not all(map(str.isdecimal, labels)):
+            texts = sorted(labels | distinct_labels(files, "label"))
+            by_text = dict(zip(texts, _synsets(texts, f"{source}: column 'label'"), strict=True))
+            return lambda label, _: by_text[label]
+        if labels != set(map(str, range(len(official)))):
+            raise IngestError(
+                f"{source}: {len(labels)} labels and no names of classes in the files' metadata: which of ImageNet's 1,000 "
+                "classes are they? Set prepare_data.source.names to a file with the synset of label 0 in its first line, "
+                "that of label 1 in the second and so on"
+            )
+        names = ClassNames(official, "ImageNet")
 
-    Raises IngestError when it is damaged or cut off.
-    """
-    file.seek(start)
+    def synset_of(label: str, place: str) -> str | None:
+        number = names.number(label, place)
+        return None if number is None else names.names[number]
+
+    return synset_of
+
+
+def _synsets(names: list[str], where: str) -> list[str]:
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None and member.offset < end:
-                if member.size < 0 or member.offset_data + member.size > end:
-                    raise IngestError(f"{path}: ends within {shown(member.name)}; fetch it again")
-                if member.isreg() and not member.issparse():
-                    yield member, member.offset_data
-            position = tar.offset
-    except IngestError:
-        raise
-    except Exception as error:  # tarfile has one of its own for few of its faults
-        raise IngestError(f"{path}: no whole tar at byte {start} ({error}); fetch it again") from None
-    # tarfile takes a damaged header for the end.
-    file.seek(position)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise IngestError(f"{path}: damaged or cut off at byte {position}; fetch it again")
+        return synsets_of(names)
+    except ValueError as error:
+        raise IngestError(
+            f"{where}: {error}; set prepare_data.source.names to a file of their synsets, that of label 0 in its first "
+            "line, or read the files as source parquet"
+        ) from None
 
 
-def _size(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
+def _tars_of_synsets(path: Path, file: BinaryIO, ignored: Counter[str]) -> Iterator[tuple[str, int, int]]:
+    """The tars in a tar: synset, first byte and the byte behind the last. Raises IngestError for one of something else."""
+    known = synset_names()
+    for inner, start in members(path, file, 0, size_of(file)):
+        name = inner.name.rpartition("/")[2]
+        if name.startswith("."):  # such as those that macOS adds
+            ignored[shown(name)] += 1
+        elif (synset := name.removesuffix(".tar")) in known:
+            yield synset, start, start + inner.size
+        else:
+            raise IngestError(
+                f"{path}: holds {shown(inner.name)!r}; expected one tar per synset, such as n01440764.tar"
+            )
 
 
 def _is_picture(name: str, ignored: Counter[str]) -> bool:
-    extension = os.path.splitext(name)[1].lower()
-    if extension not in EXTENSIONS:
+    base = name.rpartition("/")[2]
+    extension = os.path.splitext(base)[1].lower()
+    picture = extension in EXTENSIONS and not base.startswith(".")
+    if not picture:
         ignored[shown(extension or name)] += 1
-    return extension in EXTENSIONS
-
-
-def _key(name: str) -> str:
-    stem = name.rpartition("/")[2].rpartition(".")[0]
-    match = SYNSET_BEHIND.match(stem)
-    return safe_key(match[1] if match else stem)
-
-
-class _Unpacked(NamedTuple):
-    """A picture of a parquet file."""
-
-    name: str | None
-    size: int
-    label: int | None
-
-
-def _unpack(path: Path, folder: Path, stop: Callable[[], bool]) -> Iterator[_Unpacked]:
-    """Lay the pictures of a parquet file end to end in `folder`; what each is."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = folder / f"{path.stem}.parquet"
-    if not table.exists():
-        try:
-            with whole_file(folder / f"{path.stem}.bin") as binary:
-                rows = list(_copy_pictures(path, binary, stop))
-        except (pa.ArrowException, KeyError, TypeError) as error:
-            raise IngestError(f"{path}: expected columns image (bytes, path) and label ({error})") from None
-        columns = list(map(list, zip(*rows, strict=True))) or [[], [], []]
-        schema = pa.schema([("name", pa.string()), ("size", pa.int64()), ("label", pa.int64())])
-        with whole_file(table) as temporary:
-            pq.write_table(pa.table(columns, schema=schema), temporary)
-    for batch in pq.ParquetFile(table).iter_batches():
-        yield from map(_Unpacked._make, zip(*batch.to_pydict().values(), strict=True))
-
-
-def _copy_pictures(path: Path, target: Path, stop: Callable[[], bool]) -> Iterator[_Unpacked]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file, target.open("wb") as binary:
-        for batch in file.iter_batches(BATCH, columns=["image", "label"]):
-            if stop():
-                raise Stopped
-            # Names as bytes: not all are UTF-8, and all can be keys.
-            columns = [pc.struct_field(batch["image"], name).cast(pa.binary()) for name in ("path", "bytes")]
-            for name, content, label in zip(
-                *(column.to_pylist() for column in (*columns, batch["label"])), strict=True
-            ):
-                binary.write(content or b"")  # none: unreadable later on, and counted
-                yield _Unpacked(shown(os.fsdecode(name)) if name else None, len(content or b""), label)
+    return picture

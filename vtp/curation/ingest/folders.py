@@ -1,12 +1,10 @@
-"""Own pictures as a source: a folder per class, or a table of paths with captions and labels."""
+"""Own pictures as a source: a folder per class."""
 
-import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TextIO
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -15,10 +13,10 @@ from vtp.config import Config
 from vtp.curation.ingest.listing import Entry, require_inside, safe_key
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.places import inside, path_problem
-from vtp.texts import listed, shown, text_problem
+from vtp.layers.decode import EXTENSIONS
+from vtp.texts import listed, shown
 
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-LONGEST_LINE = 1 << 24  # characters of a line of a table
+LARGEST_TEXT = 1 << 26  # bytes of a file of labels or names
 VALIDATION_NAMES = frozenset(("dev", "test", "val", "valid", "validation"))
 
 
@@ -55,13 +53,6 @@ class OwnFolder(Config):
     folder: RelativePath = Field(description="folder of the validation pictures within the source")
 
 
-class OwnTable(Config):
-    """Validation has a table of its own."""
-
-    name: Literal["table"]
-    table: RelativePath = Field(description="table of the validation pictures within the source")
-
-
 class FolderSource(Config):
     """A folder with a sub-folder per class; pictures that lie in no sub-folder have no class."""
 
@@ -79,19 +70,6 @@ class FolderSource(Config):
             if train.is_relative_to(validation) or validation.is_relative_to(train):
                 raise ValueError(f"train {train} and validation.folder {validation}: one lies in the other")
         return self
-
-
-class TableSource(Config):
-    """Tables (.csv, .tsv, .jsonl) of pictures; paths are relative to the source folder."""
-
-    name: Literal["table"]
-    train: RelativePath = Field(description="table within the source")
-    validation: HeldOut | OwnTable = Field(discriminator="name")
-    path: str = Field(description="column of the paths")
-    caption: str | None = Field(description="column of the captions; null: none")
-    label: str | None = Field(description="column of the classes; null: none")
-    templates: Templates
-    outside_links: bool = Field(default=False, description="follow links that lead out of the source's folder")
 
 
 def class_name(class_id: str) -> str:
@@ -136,20 +114,6 @@ def _splits_in(folder: Path) -> list[str]:
     return ["train", *sorted(names & VALIDATION_NAMES)] if "train" in names and names & VALIDATION_NAMES else []
 
 
-def list_table(config: TableSource, source: Path) -> Iterator[Entry]:
-    """All rows of the tables. Raises IngestError for a column that is not there and for a path out of the source."""
-    tables = {"train": config.train}
-    if isinstance(config.validation, OwnTable):
-        tables["validation"] = config.validation.table
-    for split, name in tables.items():
-        path = source / name
-        if not path.is_file():
-            raise IngestError(f"{path}: no such table; {source} holds {holds(source)}")
-        require_inside(None if config.outside_links else source, path)
-        for place, row in _read_table(path):
-            yield _entry(config, split, place, row)
-
-
 def pictures_under(folder: Path, ignored: Counter[str], *, root: Path | None) -> Iterator[str]:
     """Files below a folder that are pictures by their extension, as relative paths, in any order.
 
@@ -186,68 +150,20 @@ def holds(folder: Path) -> str:
     return listed(names)
 
 
+def read_text(source: Path, file: str, *, root: Path | None) -> str:
+    """A file of labels or names. Raises IngestError when it is missing, no text or far too large."""
+    path = source / file
+    require_inside(root, path)
+    if not path.is_file():
+        raise IngestError(f"{path}: no such file; {path.parent} holds {holds(path.parent)}")
+    if path.stat().st_size > LARGEST_TEXT:
+        raise IngestError(f"{path}: more than {LARGEST_TEXT} bytes; expected a line for every picture or class")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise IngestError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
 def text_of(name: str) -> str:
     """A file name as text for data, which keep all but bytes that are not UTF-8; those become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Place and values of every row, or why it has none. What is not UTF-8 comes as surrogates."""
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            for number, line in enumerate(_lines(path, file), 1):
-                if line.strip():
-                    yield f"{path.name}:{number}", _json_object(line)
-        return
-    if path.suffix not in (".csv", ".tsv"):
-        raise IngestError(f"{path}: a table is a file .csv, .tsv or .jsonl")
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(_lines(path, file), delimiter="," if path.suffix == ".csv" else "\t")
-        try:
-            for row in reader:
-                yield f"{path.name}:{reader.line_num}", row
-        except csv.Error as error:
-            raise IngestError(f"{path}:{reader.line_num}: {error}") from None
-
-
-def _lines(path: Path, file: TextIO) -> Iterator[str]:
-    """The lines of a table. Raises IngestError for one that would fill memory."""
-    number = 0
-    while line := file.readline(LONGEST_LINE + 1):
-        number += 1
-        if len(line) > LONGEST_LINE:
-            raise IngestError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} characters; is it a table?")
-        yield line
-
-
-def _json_object(line: str) -> dict[str, Any] | str:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return "no JSON"
-    return values if isinstance(values, dict) else "no JSON object"
-
-
-def _entry(config: TableSource, split: str, place: str, row: dict[str, Any] | str) -> Entry:
-    if isinstance(row, str):
-        return Entry(split, safe_key(place), place, problem=row)
-    for column in (config.path, config.caption, config.label):
-        if column is not None and column not in row:
-            raise IngestError(f"{place}: no column {column!r}; it has {', '.join(shown(str(name)) for name in row)}")
-    path = row[config.path]
-    if not isinstance(path, str) or not path:
-        return Entry(split, safe_key(place), place, problem="no path")
-    if (problem := path_problem(path)) is not None:
-        return Entry(split, safe_key(place), shown(path), problem=f"path {problem}")
-    if not inside(path):
-        raise IngestError(f"{place}: path {shown(path)!r} leaves the source folder; paths are relative to it")
-    texts = []
-    for what, column in (("caption", config.caption), ("label", config.label)):
-        value = "" if column is None or row[column] is None else row[column]
-        value = str(value) if what == "label" and type(value) is int else value
-        if (problem := text_problem(value)) is not None:
-            return Entry(split, safe_key(path, place), path, problem=f"{what} {problem}")
-        texts.append(value)
-    caption, label = texts
-    # One picture may come with several captions.
-    return Entry(split, safe_key(path, caption, label), path, class_id=label or None, caption=caption)

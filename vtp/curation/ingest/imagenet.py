@@ -1,52 +1,95 @@
 """ImageNet (ILSVRC 2012) as a source: classes in the official order, labels of both splits, names and prompts.
 
-A source may hold some of the 1,000 synsets only: labels are then positions among those that are there, still sorted, and
+A source may hold some of the synsets only: labels are then positions among those that are there, still sorted, and
 validation pictures of others are passed over.
 """
 
 import gzip
 import io
+import os
 import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vtp.config import Config
-from vtp.curation.ingest.folders import holds, pictures_under
+from vtp.curation.ingest.folders import EXTENSIONS, RelativePath, holds, pictures_under, read_text
 from vtp.curation.ingest.listing import Entry, safe_key
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.ingest.source import Description
-from vtp.data.imagenet import imagenet_classes, openai_templates
+from vtp.data.imagenet import SYNSET, openai_templates, synset_names, synsets_of
 from vtp.texts import shown
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH, META = f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt", f"{DEVKIT}/data/meta.mat"
 LARGEST_META = 1 << 22  # bytes of a file of the devkit
 LARGEST_DEVKIT = 1 << 26  # bytes of all of it
+LABEL = r"n\d{8}|\d{1,4}"
+LISTED_LABEL = re.compile(LABEL)
+NAMED_LABEL = re.compile(rf"([^,\t]+?)[,\t ] *({LABEL})\b")
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})$")
 OTHER_CLASS = "validation of other classes"  # among what was passed over
+# Hugging Face puts the synset behind the official name.
+SYNSET_BEHIND = re.compile(r"(n\d{8}_\d+|ILSVRC2012_val_\d{8})_n\d{8}")
 ATTRIBUTION = "ImageNet (ILSVRC 2012), https://image-net.org; for non-commercial research and education\n"
+
+
+Truth = Callable[[str], str]  # the synset of a validation picture, by its path; IngestError for one that has none
 
 
 class ImageNetSource(Config):
     """ImageNet as its owners or others hand it out."""
 
     name: Literal["imagenet"]
-    layout: Literal["folders", "tars", "parquet"] = Field(
-        description="train/<synset>/ and val/; the official tars, never unpacked; or data/*.parquet of Hugging Face"
+    layout: Literal["folders", "tars", "parquet", "kaggle", "tiny"] = Field(
+        description="folders: train/<synset>/ and val/; tars: the official ones, never unpacked; parquet: data/*.parquet of "
+        "Hugging Face; kaggle: the competition's ILSVRC/ and LOC_val_solution.csv; tiny: Tiny-ImageNet"
+    )
+    labels: RelativePath | None = Field(
+        default=None,
+        description="file of the validation pictures' synsets within the source, a name and a synset a line, or synsets "
+        "in the official order; null: the layout's own",
+    )
+    names: RelativePath | None = Field(
+        default=None,
+        description="file of the classes that numbers stand for within the source, a synset or a name of ImageNet a line; "
+        "null: the metadata of parquet files, or all 1,000 in the official order",
     )
     caption: str | None = Field(description="caption of every picture, {} stands for the class; null: none")
     outside_links: bool = Field(default=False, description="follow links that lead out of the source's folder")
 
+    @model_validator(mode="after")
+    def _files_are_read(self) -> Self:
+        if self.layout == "parquet" and self.labels is not None:
+            raise ValueError("labels: parquet files have a column of labels; set it to null")
+        if self.layout != "parquet" and self.labels is None and self.names is not None:
+            raise ValueError(f"names: {self.layout} have no numbers as labels; set it to null")
+        return self
+
+
+class _Folders(NamedTuple):
+    """Where a layout has its pictures, and the labels of validation."""
+
+    train: str
+    validation: tuple[str, ...]  # the first that is there
+    labels: str | None
+
+
+FOLDERS = {
+    "folders": _Folders("train", ("val", "validation"), None),
+    "kaggle": _Folders("ILSVRC/Data/CLS-LOC/train", ("ILSVRC/Data/CLS-LOC/val",), "LOC_val_solution.csv"),
+    "tiny": _Folders("train", ("val",), "val/val_annotations.txt"),
+}
+
 
 def describe_imagenet(synsets: list[str]) -> Description:
     """What the manifest says."""
-    names = imagenet_classes().names
+    names = synset_names()
     return Description(
         source="imagenet",
         classes=[names[synset] for synset in synsets],
@@ -58,45 +101,127 @@ def describe_imagenet(synsets: list[str]) -> Description:
     )
 
 
-def list_imagenet_folders(source: Path, ignored: Counter[str], *, root: Path | None) -> Iterator[Entry]:
-    """Pictures of train/<synset>/ and of val/<synset>/ or, with the devkit beside it, a flat val/.
+def list_imagenet_folders(
+    config: ImageNetSource, source: Path, ignored: Counter[str], *, root: Path | None
+) -> Iterator[Entry]:
+    """Pictures of a folder of synsets and of one for validation, which has such folders too or labels elsewhere.
 
     Raises IngestError for folders of another kind, and for one that links lead out of `root`, unless that is None.
     """
-    train, validation = source / "train", next((p for p in (source / "val", source / "validation") if p.is_dir()), None)
+    layout = FOLDERS[config.layout]
+    train, validation = source / layout.train, next((n for n in layout.validation if (source / n).is_dir()), None)
     if not train.is_dir() or validation is None:
-        raise IngestError(f"{source}: expected train/<synset>/ and val/, found {holds(source)}")
-    known = set(imagenet_classes().synsets)
-    synsets = set()
+        raise IngestError(
+            f"{source}: expected {layout.train}/<synset>/ and {layout.validation[0]}/, found {holds(source)}"
+        )
+    known, synsets = synset_names(), set[str]()
     for path in pictures_under(train, ignored, root=root):
         synset = path.partition("/")[0]
         if synset not in known:
             raise IngestError(
-                f"{shown(str(train / path))}: expected train/<synset>/, such as train/n01440764/; "
+                f"{shown(str(train / path))}: expected {layout.train}/<synset>/, such as {layout.train}/n01440764/; "
                 f"{train} holds {holds(train)}"
             )
         synsets.add(synset)
-        yield Entry("train", safe_key(_stem(path)), f"train/{path}", class_id=synset)
-    truth: list[str] | None = None
-    for path in pictures_under(validation, ignored, root=root):
+        yield Entry("train", key_of(path), f"{layout.train}/{path}", class_id=synset)
+    truth: Truth | None = None
+    for path in pictures_under(source / validation, ignored, root=root):
         synset = path.partition("/")[0]
         if synset not in known:
-            truth = truth or read_devkit(source)
-            synset = truth_of(path, truth)
+            truth = truth or read_truth(config, source, root=root)
+            synset = truth(path)
         if synset in synsets:
-            yield Entry("validation", safe_key(_stem(path)), f"{validation.name}/{path}", class_id=synset)
+            yield Entry("validation", key_of(path), f"{validation}/{path}", class_id=synset)
         else:
             ignored[OTHER_CLASS] += 1
 
 
-def truth_of(name: str, truth: list[str]) -> str:
-    """The synset of a validation picture. Raises IngestError for a name that is none of ImageNet's."""
-    match = VALIDATION_NAME.search(_stem(name))
-    if match is None or not 1 <= int(match[1]) <= len(truth):
+def key_of(path: str) -> str:
+    """The key of a picture: its official name."""
+    match = SYNSET_BEHIND.fullmatch(stem := _stem(path))
+    return safe_key(match[1] if match else stem)
+
+
+def read_truth(config: ImageNetSource, source: Path, *, root: Path | None) -> Truth:
+    """The labels of validation pictures that lie in no folders of synsets. Raises IngestError for what is none."""
+    layout = FOLDERS.get(config.layout)
+    file = config.labels or (layout and layout.labels)
+    if file is None:
+        return _in_order(read_devkit(source))
+    path, said = source / file, _read_labels(read_text(source, file, root=root), source / file)
+    synsets = [label for _, label in said]
+    if not all(map(SYNSET.fullmatch, synsets)):
+        synsets = _numbered(config, source, synsets, root=root)
+    if all(name is None for name, _ in said):
+        return _in_order(synsets)
+    by_name: dict[str | None, str] = {}
+    for (name, _), synset in zip(said, synsets, strict=True):
+        if name is None or by_name.setdefault(name, synset) != synset:
+            raise IngestError(f"{path}: {shown(name or 'a line')} has {'two labels' if name else 'no name'}")
+
+    def truth(picture: str) -> str:
+        if (synset := by_name.get(_stem(picture))) is None:
+            raise IngestError(f"{shown(picture)}: {path} has no label for it")
+        return synset
+
+    return truth
+
+
+def read_synsets(source: Path, file: str, *, root: Path | None) -> list[str]:
+    """The classes that a file lists. Raises IngestError for names that are none of ImageNet's or several."""
+    lines = read_text(source, file, root=root).rstrip("\n").split("\n")
+    try:
+        return synsets_of(lines)
+    except ValueError as error:
+        raise IngestError(f"{source / file}: {error}; give synsets, one a line, such as n01440764") from None
+
+
+def _read_labels(text: str, path: Path) -> list[tuple[str | None, str]]:
+    """Names of pictures without endings, None where lines are labels alone, and their labels."""
+    labels: list[tuple[str | None, str]] = []
+    for number, line in enumerate(text.replace('"', "").splitlines(), 1):
+        if named := NAMED_LABEL.match(line):
+            labels.append((_stem(named[1]), named[2]))
+        elif LISTED_LABEL.fullmatch(line.strip()):
+            labels.append((None, line.strip()))
+        elif line.strip() and number > 1:  # the first may name columns
+            raise IngestError(
+                f"{path}:{number}: {shown(line[:100])!r}; expected a name and a synset, or a synset alone"
+            )
+    if not labels:
+        raise IngestError(f"{path}: no labels; expected a name and a synset a line, or a synset alone")
+    return labels
+
+
+def _numbered(config: ImageNetSource, source: Path, labels: list[str], *, root: Path | None) -> list[str]:
+    """The synsets that numbers stand for, counted from 0 or from 1, whichever all of them tell."""
+    if config.names is None or not all(map(str.isdecimal, labels)):
         raise IngestError(
-            f"{shown(name)}: expected ILSVRC2012_val_00000001.JPEG to {len(truth):08d}, or folders of synsets"
+            f"{source / str(config.labels)}: labels are numbers, whose order the devkit alone knows; give synsets, or the "
+            "synsets in the order of the numbers by a file (prepare_data.source.names)"
         )
-    return truth[int(match[1]) - 1]
+    synsets, numbers = read_synsets(source, config.names, root=root), list(map(int, labels))
+    first = {(0, len(synsets) - 1): 0, (1, len(synsets)): 1}.get((min(numbers), max(numbers)))
+    if first is None:
+        raise IngestError(
+            f"{source / str(config.labels)}: numbers from {min(numbers)} to {max(numbers)}; expected 0 to "
+            f"{len(synsets) - 1} or 1 to {len(synsets)}, as {source / config.names} has {len(synsets)} classes"
+        )
+    return [synsets[number - first] for number in numbers]
+
+
+def _in_order(synsets: Sequence[str]) -> Truth:
+    """Labels of pictures that the official names count from 1."""
+
+    def truth(picture: str) -> str:
+        match = VALIDATION_NAME.search(_stem(picture))
+        if match is None or not 1 <= int(match[1]) <= len(synsets):
+            raise IngestError(
+                f"{shown(picture)}: expected ILSVRC2012_val_00000001.JPEG to {len(synsets):08d}, or folders of synsets"
+            )
+        return synsets[int(match[1]) - 1]
+
+    return truth
 
 
 def read_devkit(source: Path) -> list[str]:
@@ -156,10 +281,12 @@ def _from_folder(source: Path) -> dict[str, bytes]:
         if not file.is_file() or file.stat().st_size > LARGEST_META:
             raise IngestError(
                 f"{source}: validation pictures lie in no folders of synsets; expected {DEVKIT}.tar.gz, or {DEVKIT}/ "
-                f"unpacked, for their labels; found {holds(source)}"
+                f"unpacked, for their labels, or a file of them (prepare_data.source.labels); found {holds(source)}"
             )
     return {name: file.read_bytes() for name, file in files.items()}
 
 
 def _stem(path: str) -> str:
-    return path.rpartition("/")[2].rpartition(".")[0]
+    """A name without folders, and without an ending of pictures."""
+    stem, ending = os.path.splitext(path.rpartition("/")[2])
+    return stem if ending.lower() in EXTENSIONS else stem + ending

@@ -3,14 +3,16 @@
 import os
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vtp.artefact import contains
 from vtp.curation.ingest.encode import ImageConfig, store
 from vtp.curation.ingest.listing import WHOLE, Listing, safe_key
 from vtp.curation.ingest.shard_workers import IngestError
 from vtp.curation.ingest.source import Description, Rejected
+from vtp.curation.ingest.tar_places import RemotePieces
 from vtp.curation.places import MAX_BYTES, open_inside, read_piece
 from vtp.curation.rows import CAPTION, KEY, ORDER
 from vtp.data.shards import NO_LABEL, SampleRecord
@@ -56,9 +58,11 @@ class ListedPictures:
         columns: Columns = LISTED,
         *,
         outside_links: bool = False,
+        roots: Sequence[str] = (),
+        elsewhere: RemotePieces | None = None,
     ) -> None:
-        self.description = description
-        self._outside_links = outside_links
+        self.description, self._elsewhere = description, elsewhere
+        self._outside_links, self._roots = outside_links, roots
         self._root, self._splits, self._image, self._columns = root, splits, image, columns
 
     @classmethod
@@ -71,12 +75,17 @@ class ListedPictures:
         image: ImageConfig,
         *,
         outside_links: bool,
+        roots: Sequence[str] = (),
+        elsewhere: RemotePieces | None = None,
     ) -> "ListedPictures":
-        """From what `list_pictures` wrote to `folder`."""
+        """From what `list_pictures` wrote to `folder`.
+
+        Absolute paths of files lie in one of `roots`; files that are not below `root` are `elsewhere`.
+        """
         rows = {
             name: Rows((folder / f"{name}-rows.parquet",), (count,), 0, count) for name, count in listing.splits.items()
         }
-        return cls(root, rows, description, image, outside_links=outside_links)
+        return cls(root, rows, description, image, outside_links=outside_links, roots=roots, elsewhere=elsewhere)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -86,7 +95,7 @@ class ListedPictures:
     def records(self, split: str, rows: range) -> Iterator[SampleRecord | Rejected]:
         """Read, checked and stored one by one."""
         part = self._splits[split]
-        files = _Files(self._root, outside_links=self._outside_links)
+        files = _Files(self._root, self._roots, outside_links=self._outside_links, elsewhere=self._elsewhere)
         before = (-1, "")
         for row in read_listed_rows(part, range(part.start + rows.start, part.start + rows.stop), self._columns):
             here = (row[ORDER], row[KEY])
@@ -120,12 +129,16 @@ class ListedPictures:
 class _Files:
     """Reads files and pieces of them under a folder; the archives used last stay open."""
 
-    def __init__(self, root: Path, *, outside_links: bool) -> None:
-        self._root, self._outside_links = root, outside_links
+    def __init__(
+        self, root: Path, roots: Sequence[str], *, outside_links: bool, elsewhere: RemotePieces | None
+    ) -> None:
+        self._root, self._roots, self._outside_links, self._elsewhere = root, roots, outside_links, elsewhere
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def piece(self, file: str, offset: object, size: object) -> bytes:
         """`size` bytes at `offset`. Raises DecodeError for what can be left out, IngestError for an archive that is gone."""
+        if self._elsewhere is not None and not (self._root / file).exists():
+            return self._elsewhere.piece(file, offset, size)
         if file not in self._open:
             try:
                 self._open[file] = self._opened(file)
@@ -148,6 +161,10 @@ class _Files:
             raise DecodeError(f"cannot be read ({error.strerror})") from None
 
     def _opened(self, file: str) -> int:
+        # An absolute path is within a root, or is refused as outside of the source.
+        for root in self._roots:
+            if contains(root, file):
+                return open_inside(Path(root), os.path.relpath(file, root), root, outside_links=self._outside_links)
         return open_inside(self._root, file, "the source", outside_links=self._outside_links)
 
     def __del__(self) -> None:
