@@ -1,13 +1,15 @@
 """Decode the sampled latents and compare them with real images: gFID, sFID, KID, IS, precision, recall, class accuracy.
 
-Beside the settings stand `noise`, Gaussian noise with the latents' own statistics through the decoder, and
-`reconstructed`, latents of real images through it: the floor of every distance. Pictures made elsewhere are scored
-alike. Pixels stream: decoded, looked at, forgotten. Names say which features, of how many samples, how guided and with
-which labels, as `gfid_inception_50k_cfg1p5_balanced`; those that end in `_adm` compare with a reference batch of ADM's
-evaluation. Precision and recall depend on the number of real features too: `precision_inception_50k_vs10k_...`.
+Beside the settings stand `noise`, Gaussian noise with the latents' own statistics through the decoder;
+`reconstructed`, latents of real images through it, the floor of every distance; `real`, what held-out images score; and
+`best`, the setting of the lowest gFID in the first network once more, its guidance beside its figures and not in their
+names. Pictures made elsewhere are scored alike. Pixels stream: decoded, looked at, forgotten. Names say which features,
+of how many samples, how guided and with which labels, as `gfid_inception_50k_cfg1p5_balanced`; those that end in `_adm`
+compare with a reference batch of ADM's evaluation. Precision and recall depend on the number of real features too:
+`precision_inception_50k_vs10k_...`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
 
@@ -26,24 +28,28 @@ from vtp.evaluation.adm import AdmReference
 from vtp.evaluation.class_probe import ClassProbe
 from vtp.evaluation.export import ExportConfig, SampleWriter, build_writer
 from vtp.evaluation.feature_set import FeatureSets
-from vtp.evaluation.features import FeatureExtractor, build_extractors, extract
-from vtp.evaluation.generation import ComparisonConfig, Distance, Judge, RealImages
+from vtp.evaluation.features import FeatureExtractor, build_extractors, count_name, extract
+from vtp.evaluation.generation import ComparisonConfig, Distance, Judge, Ratio, RealImages
 from vtp.evaluation.image_sets import DecodedSamples, ImageSet, Reconstructions, open_given
 from vtp.evaluation.reference import Reference, SplitReference
-from vtp.evaluation.samples import Samples
+from vtp.evaluation.samples import BEST, REAL, RECONSTRUCTED, Samples
 from vtp.host import Host
 from vtp.inference.grid import grid
 from vtp.models.base import Tokenizer
 from vtp.models.loading import load_tokenizer
 from vtp.texts import write_csv
 
-RECONSTRUCTED, GIVEN, REAL = "reconstructed", "given", "real"
+GIVEN = "given"
 
 
 class EvaluateGenerator(ComparisonConfig):
     """The section `evaluate_generator`."""
 
     split: str = Field(min_length=1, description="split of the reference that the generator learnt")
+    ratio_to: str | None = Field(
+        description="split of the reference, held out, whose distances count as 1 in the mean ratio over networks (FDr); "
+        "null leaves it out"
+    )
     counts: Annotated[list[Annotated[int, Field(ge=2)]], Distinct] = Field(
         min_length=1, description="how many of the samples are compared, the first so many; published: 10000, 50000"
     )
@@ -58,6 +64,10 @@ class EvaluateGenerator(ComparisonConfig):
             raise ValueError(
                 f"counts {min(self.counts)} are fewer than the {self.compared} samples that neighbours and "
                 "kernel.subset_size need"
+            )
+        if self.ratio_to == self.split:
+            raise ValueError(
+                f"ratio_to: {self.split!r} is what is compared with; name a split that is held out, or null"
             )
         return self
 
@@ -103,8 +113,8 @@ def run(  # noqa: PLR0913 - one flag per path
     if given is not None and (tokenizer or decoder or samples or latents):
         raise ConfigError("--given is scored as it is: leave --tokenizer, --decoder, --samples and --latents out")
     if given is not None:
-        drawn, opened = None, open_given(given)
-        side, scored = opened.image_size, [_Scored(GIVEN, opened, "gfid", GIVEN)]
+        opened = open_given(given)
+        drawn, side, scored = None, opened.image_size, [_Scored(GIVEN, opened, "gfid", GIVEN)]
     elif tokenizer is None or samples is None:
         raise ConfigError("give the command --tokenizer and --samples, or --given with pictures made elsewhere")
     else:
@@ -112,38 +122,32 @@ def run(  # noqa: PLR0913 - one flag per path
         model.require_decoder(tokenizer)
         drawn.require_encoder(model.encoder_digest(), tokenizer)
         side, scored = model.image_size, _drawn(drawn, model, host)
-        if latents is not None:
-            scored.append(_floor(config, LatentDataset(latents), model, tokenizer, host))
+        scored += _floor(config, latents, model, tokenizer, host)
     known.require_size(side)
     learnt = known.of(config.split)
-    _check(config, learnt, count=min(len(each.images) for each in scored))
+    _check(config, known, learnt, scored, drawn)
+    ratio = None if config.ratio_to is None else Ratio.of(known.of(config.ratio_to).networks, learnt.networks)
     extractors = build_extractors(known.features, weights=host.weights, device=host.device)
     official = None if adm is None else _official(adm, known, extractors, config.batch_size, host)
     judges = {name: _judge(config, extractor, learnt, official) for name, extractor in extractors.items()}
     if ranks().first:
         pictures.mkdir()
-    table: dict[str, dict[str, float]] = {REAL: {n: v for judge in judges.values() for n, v in judge.ceiling.items()}}
+    table = {REAL: _of_real(judges, ratio)}
     images = sum(len(each.images) for each in scored)
     with host.progress(total=images, description="decoding", unit="image") as bar:
         for each in scored:
-            viewing = _Viewing(each.images, config, side=side)
-            writer = None
+            viewing, writer = _Viewing(each.images, config, side=side), None
             if export is not None and each.distance == "gfid":
                 writer = build_writer(config.export, export, each.name, image_size=side, scratch=host.folder)
             sets = viewing.features(extractors, writer, bar.update)
             shown = viewing.shown()
             if ranks().first:
-                names = [drawn.config.classes[label] for label in viewing.pictured] if drawn else [GIVEN]
-                grid(shown, names, pictures / f"{each.name}.png", title=f"Samples by class: {each.name}")
-                table[each.name] = {
-                    figure: value
-                    for networks in sets
-                    for name, judge in judges.items()
-                    for figure, value in judge.figures(
-                        networks[name], each.images.labels, distance=each.distance, drawn=each.drawn
-                    ).items()
-                }
+                names = [_class_name(label, each.images, known) for label in viewing.pictured]
+                what = "Reconstructions" if each.name == RECONSTRUCTED else "Samples"
+                grid(shown, names, pictures / f"{each.name}.png", title=f"{what} by class: {each.name}")
+                table[each.name] = _figures(each, sets, judges, ratio)
     if ranks().first:
+        table |= _best(drawn, table, next(iter(judges)), max(config.counts))
         write_json(metrics, {"generation": {name: figures for name, figures in table.items() if figures}})
         draw_guidance(_write_curves(curves, drawn, table), pictures / "guidance.png")
     host.record(samples=images)
@@ -158,11 +162,56 @@ def _drawn(samples: Samples, model: Tokenizer, host: Host) -> list[_Scored]:
     return scored
 
 
-def _floor(config: EvaluateGenerator, latents: LatentDataset, model: Tokenizer, tokenizer: Path, host: Host) -> _Scored:
-    """The first of the images that the generator learnt, as the decoder shows them."""
+def _floor(
+    config: EvaluateGenerator, folder: Path | None, model: Tokenizer, tokenizer: Path, host: Host
+) -> list[_Scored]:
+    """The first of the images that the generator learnt, as the decoder shows them; nothing without their latents."""
+    if folder is None:
+        return []
+    latents = LatentDataset(folder)
     latents.require_encoder(model.encoder_digest(), str(tokenizer))
     images = Reconstructions(latents, max(config.counts), model, host.device)
-    return _Scored(RECONSTRUCTED, images, "rfid", RECONSTRUCTED)
+    return [_Scored(RECONSTRUCTED, images, "rfid", RECONSTRUCTED)]
+
+
+def _figures(
+    scored: _Scored, sets: Sequence[FeatureSets], judges: Mapping[str, Judge], ratio: Ratio | None
+) -> dict[str, float]:
+    """Of every number of images and every network, by name."""
+    table: dict[str, float] = {}
+    for networks in sets:
+        for name, judge in judges.items():
+            table |= judge.figures(networks[name], scored.images.labels, distance=scored.distance, drawn=scored.drawn)
+        if ratio is not None:
+            table |= ratio.figures(networks, table, scored.distance, scored.drawn)
+    return table
+
+
+def _of_real(judges: Mapping[str, Judge], ratio: Ratio | None) -> dict[str, float]:
+    ceilings = {name: value for judge in judges.values() for name, value in judge.ceiling.items()}
+    return ceilings | (ratio.real if ratio else {})
+
+
+def _best(
+    drawn: Samples | None, table: Mapping[str, Mapping[str, float]], network: str, count: int
+) -> dict[str, dict[str, float]]:
+    """The row of the setting whose gFID in that network, of so many samples, is the lowest; names lack its guidance."""
+    if drawn is None:
+        return {}
+    labels = drawn.config.labels
+    ends = {name: f"_{sampler.guidance}_{labels}" for name, sampler in drawn.config.settings.items()}
+    best = min(ends, key=lambda name: table[name][f"gfid_{network}_{count_name(count)}{ends[name]}"])
+    sampler = drawn.config.settings[best]
+    figures = {figure.replace(ends[best], f"_{labels}"): value for figure, value in table[best].items()}
+    guidance = {"guidance_scale": sampler.guidance_scale, "timestep_shift": sampler.timestep_shift}
+    return {BEST: figures | guidance}
+
+
+def _class_name(label: int, images: ImageSet, known: Reference) -> str:
+    """Of a row of pictures; those made elsewhere may have no labels, or others than the real images."""
+    if images.labels is None:
+        return GIVEN
+    return known.classes[label] if 0 <= label < len(known.classes) else f"class {label}"
 
 
 class _Viewing:
@@ -213,7 +262,13 @@ class _Viewing:
         return [images[torch.isin(indices, wanted)] for wanted in self._wanted]
 
 
-def _check(config: EvaluateGenerator, learnt: SplitReference, *, count: int) -> None:
+def _check(
+    config: EvaluateGenerator,
+    known: Reference,
+    learnt: SplitReference,
+    scored: Sequence[_Scored],
+    drawn: Samples | None,
+) -> None:
     """Raises ConfigError for what a comparison needs and does not have, before anything is decoded."""
     kept = min(len(of.features) for of in learnt.networks.values())
     if kept < config.compared:
@@ -221,15 +276,30 @@ def _check(config: EvaluateGenerator, learnt: SplitReference, *, count: int) -> 
             f"evaluate_generator compares {config.compared} features or more with those of real images, and the "
             f"reference keeps {kept} of {config.split}; raise reference.splits.{config.split}.kept"
         )
+    count = min(len(each.images) for each in scored if each.distance == "gfid")
     if count < max(config.counts):
         raise ConfigError(
             f"evaluate_generator.counts asks for {max(config.counts)} samples, there are {count}; raise generate.samples, "
             "or lower it"
         )
-    if config.class_probe is not None and (not kept or bool((learnt.labels[:kept] == NO_LABEL).any())):
+    floor = next((len(each.images) for each in scored if each.distance == "rfid"), count)
+    if floor < config.compared:
         raise ConfigError(
-            f"evaluate_generator.class_probe learns from classes of real images, and the reference knows none of "
-            f"{config.split}; set reference.splits.{config.split}.labelled to true, or class_probe to null"
+            f"evaluate_generator compares {config.compared} features or more, and there are {floor} latents of real "
+            "images; leave --latents out, or lower neighbours and kernel.subset_size"
+        )
+    if config.class_probe is not None and drawn is not None and drawn.config.classes != known.classes:
+        raise ConfigError(
+            f"the classes of the samples are not those of the reference, {len(drawn.config.classes)} and "
+            f"{len(known.classes)}; run reference on the data of the latents, or set evaluate_generator.class_probe to null"
+        )
+    if config.class_probe is not None and (
+        kept < 2 or len(known.classes) < 2 or bool((learnt.labels[:kept] == NO_LABEL).any())
+    ):
+        raise ConfigError(
+            f"evaluate_generator.class_probe learns from classes of real images, and the reference keeps none of "
+            f"{config.split}; set reference.splits.{config.split}.labelled to true and `kept` to many, or class_probe to "
+            "null"
         )
 
 

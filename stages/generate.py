@@ -20,7 +20,7 @@ from vtp.config import Config, ConfigError, Distinct, Keys, number_name
 from vtp.data.latents import LatentDataset
 from vtp.data.shared_files import SharedFiles
 from vtp.distributed import ranks
-from vtp.evaluation.samples import FORMAT_VERSION, NOISE, Labels, SamplesArtefact, SettingName, draw_labels
+from vtp.evaluation.samples import FORMAT_VERSION, NOISE, RESERVED, Labels, SamplesArtefact, SettingName, draw_labels
 from vtp.finite import require_finite
 from vtp.flow import SamplerConfig, draw_noise, sample
 from vtp.flow.sampler import Interval
@@ -69,8 +69,8 @@ class Generate(Config):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        if NOISE in self.settings:
-            raise ValueError(f"settings: {NOISE!r} is the name of the baseline; choose another")
+        if taken := sorted(self.settings.keys() & set(RESERVED)):
+            raise ValueError(f"settings: {taken[0]!r} is the name of other rows of figures; choose another")
         if self.sweep is not None:
             if self.sweep.setting not in self.settings:
                 raise ValueError(

@@ -33,6 +33,7 @@ from stages.runner.run import Input, Inputs, Output, main
 from stages.runner.starts import Start, starts_of
 from vtp.artefact import ArtefactError, read_json, require_no_pipe, write_json
 from vtp.config import Config
+from vtp.evaluation.samples import BEST, RECONSTRUCTED
 from vtp.host import Host
 from vtp.inference.grid import height_of
 
@@ -246,6 +247,9 @@ def _headline(run: RunFigures, decoders: Mapping[str, Mapping[str, float]]) -> l
         figures.append(_figure("KID", f"kid_{sampled.end}", own, "", None))
         shown = f"class_accuracy_{sampled.end}"
         figures.append(_figure("Samples of their class", shown, own, "reconstructions", own.get(accuracy)))
+        best = run.generation.get(BEST, {})
+        shift = best.get("timestep_shift")
+        figures.append(_figure("Guidance of the lowest gFID", "guidance_scale", best, "timestep shift", shift))
     return figures
 
 
@@ -283,6 +287,8 @@ def _of_samples(name: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
         return "Figures of the samples over the scale of guidance"
     if name == "noise":
         return "noise: Gaussian noise with the statistics of the latents, through the decoder; no generator has a part in it"
+    if name == RECONSTRUCTED:
+        return f"{name}: real images of these classes, as the decoder shows them; no sample can be nearer to them"
     if (sampler := settings.get(name)) is None:
         return f"{name}: samples, a row per class"
     steps = f"{sampler['solver']}, {sampler['steps']} steps, guidance scale {sampler['guidance_scale']:g}"

@@ -92,6 +92,21 @@ LEGEND = [
         "Heusel et al. 2017",
     ),
     LegendEntry(
+        r"fid_.+_real",
+        "Fréchet distance of so many held-out real images to those that the generator learnt",
+        LOWER,
+        "squared distance of features",
+        "this project",
+    ),
+    LegendEntry(
+        r"fdr\d+_.+",
+        "mean over so many networks of the distance over that of held-out real images, after _vs their number: they score 1",
+        LOWER,
+        "ratio",
+        "FDr6, RAEv2",
+    ),
+    LegendEntry(r"guidance_scale|timestep_shift", "of the setting of the lowest gFID", NEITHER, "number", "this run"),
+    LegendEntry(
         r"class_accuracy_.+_real",
         "share of held-out real images whose class a linear probe on features of real images tells: the ceiling",
         HIGHER,

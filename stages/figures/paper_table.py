@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vtp.evaluation.samples import BEST, RECONSTRUCTED
+
 RFID = re.compile(r"rfid_(?P<features>.+)_(?P<number>\d+k?)")
 FIGURE = re.compile(r"gfid_(?P<end>(?P<features>.+)_(?P<count>\d+)(?P<thousand>k?)_(?P<guidance>[^_]+)_[^_]+)")
 REAL = re.compile(r"_vs(\d+k?)(?=_)")  # of how many real images a figure's name tells, where it depends on them
@@ -52,7 +54,7 @@ TABLE_2: list[tuple[str | float | None, ...]] = [
 OWN_HEAD = ("column of the table", "in this run", "value", "what differs from the table")
 GENERATION = {"gfid": "gFID", "is": "IS", "precision": "precision", "recall": "recall"}  # columns by kinds of figures
 BESIDE = ("kid", "class_accuracy")  # kinds that the table lacks
-RECONSTRUCTED = "reconstructed"  # what is scored beside the settings of samples, the floor of the decoder
+GUIDANCE = ("guidance_scale", "timestep_shift")  # of the best setting
 SIDE, IMAGES, TRAIN_IMAGES = 256, "50k", 1_281_167  # pixels, images of a Fréchet distance, ImageNet's training images
 REAL_IMAGES = "10k"  # those of ADM's batch, which precision and recall look at
 NOT_IMAGENET = "not on ImageNet"
@@ -127,7 +129,8 @@ def headline_figures(run: RunFigures) -> dict[str, float]:
         figures |= {name: own[name] for name in _names(own, sampled.end).values()}
         figures |= {name: own[name] for kind in BESIDE if (name := f"{kind}_{sampled.end}") in own}
         figures |= floor(run, sampled)
-    return figures
+    best = run.generation.get(BEST, {})
+    return figures | {name: best[name] for name in GUIDANCE if name in best}
 
 
 def floor(run: RunFigures, sampled: Sampled) -> dict[str, float]:
@@ -158,12 +161,12 @@ def entries(run: RunFigures) -> list[ColumnFigure]:
         if name in run.understanding
     ]
     for sampled, prefix in zip(run.best, ("", "guided: "), strict=True):
-        if sampled is not None:
-            differs = _of_images(conditions, sampled.features, sampled.number)
-            own = run.generation[sampled.setting]
+        own = run.generation[sampled.setting] if sampled else {}
+        for of in _networks(sampled.setting, own) if sampled else ():
+            differs = _of_images(conditions, of.features, of.number)
             found += [
                 ColumnFigure(f"{prefix}{GENERATION[kind]}", name, own[name], [*differs, *_of_real(name)])
-                for kind, name in _names(own, sampled.end).items()
+                for kind, name in _names(own, of.end).items()
             ]
     return found
 
@@ -247,10 +250,19 @@ def _of_validation(conditions: Conditions) -> dict[str, bool]:
 
 
 def _sampled(setting: str, figures: Mapping[str, float]) -> Sampled | None:
-    """None for the baseline, which is no generator."""
-    matches = [match for name in figures if (match := FIGURE.fullmatch(name)) and match["guidance"] != "noise"]
-    if not matches:
-        return None
-    largest = max(matches, key=lambda match: int(match["count"]) * (1000 if match["thousand"] else 1))
-    count = largest["count"] + largest["thousand"]
-    return Sampled(setting, largest["end"], largest["features"], count, largest["guidance"], figures[largest[0]])
+    """In the first network; None for the baseline, which is no generator."""
+    return next(iter(_networks(setting, figures)), None)
+
+
+def _networks(setting: str, figures: Mapping[str, float]) -> list[Sampled]:
+    """In every network."""
+    matches: dict[str, list[re.Match[str]]] = {}
+    for name in figures:
+        if (match := FIGURE.fullmatch(name)) and match["guidance"] != "noise":
+            matches.setdefault(match["features"], []).append(match)
+    found = []
+    for features, of in matches.items():
+        largest = max(of, key=lambda match: int(match["count"]) * (1000 if match["thousand"] else 1))
+        count = largest["count"] + largest["thousand"]
+        found.append(Sampled(setting, largest["end"], features, count, largest["guidance"], figures[largest[0]]))
+    return found

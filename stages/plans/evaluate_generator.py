@@ -14,17 +14,17 @@ def plan(arguments: list[str]) -> Estimate:
     add_input_options(parser)
     parser.add_argument("--samples", metavar="FILE:SECTION", help="parameters of generate; default: FILE:generate")
     options = parser.parse_args(arguments)
-    load(options.address, EvaluateGenerator)
+    config = load(options.address, EvaluateGenerator)
     inputs, reference = inputs_of(options), load(beside(options, "reference"), ReferenceStatistics)
     drawn = load(options.samples or beside(options, "generate"), Generate)
     settings = len(drawn.all_settings) + 1
-    images = settings * drawn.samples
+    images = settings * drawn.samples + max(config.counts)
     passes: Passes = {
         "decoder": (images, inputs.decoder_flops),
         "features": (images, reference_flops(reference)),
     }
     estimate = Estimate()
-    heading = f"{drawn.samples:,} samples of {settings} settings, the baseline of noise among them"
+    heading = f"{drawn.samples:,} samples of {settings} settings, the baseline of noise among them, and reconstructions"
     seconds = add_passes(estimate, options, heading, passes, precision="float32", stored=None)
     rate = images / seconds
     note = f"{rate:,.0f} from storage, {rate * inputs.latent_numbers * FLOAT / GIGA:.3g} GB/s"

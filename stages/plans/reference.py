@@ -17,7 +17,7 @@ from stages.plans.estimate import (
 )
 from stages.reference import ReferenceStatistics
 from vtp.evaluation.features import AnyFeaturesConfig
-from vtp.evaluation.networks import DINO_SIZES
+from vtp.evaluation.networks import DINO_SIZES, TimmNetwork
 from vtp.layers.efficientnet_lite import EfficientNetLite0
 from vtp.layers.flops import forward_flops
 from vtp.losses.perceptual import RandomVggDistanceConfig
@@ -89,6 +89,9 @@ def features_flops(config: AnyFeaturesConfig, image_size: int) -> float | None:
     with torch.device("meta"):
         if config.name == "efficientnet_lite0":
             network = EfficientNetLite0(config.side, weights=False)
+            return forward_flops(network, torch.empty(1, 3, config.side, config.side))
+        if config.name == "timm":
+            network = TimmNetwork(config.model, config.side, config.reading, None)
             return forward_flops(network, torch.empty(1, 3, config.side, config.side))
         if config.name == "inception":
             from torchvision.models import inception_v3

@@ -19,8 +19,11 @@ from stages.train_generator import TrainGenerator
 from stages.tune_decoder import TuneDecoder
 from vtp.config import Config
 from vtp.curation.ingest.compose import EmbeddedConfig
+from vtp.evaluation.features import AnyFeaturesConfig
 from vtp.flow import SamplerConfig
+from vtp.losses.perceptual import AnyPerceptualConfig
 from vtp.models.discriminator import FeatureDiscriminatorConfig, PatchDiscriminatorConfig, TokenizerFeaturesConfig
+from vtp.objectives.adversary import AdversaryConfig
 from vtp.params import milestone_name
 from vtp.training.fit import FlopsLength
 
@@ -116,6 +119,15 @@ def _probes_have_labels(recipe: Recipe) -> Iterator[str]:
             )
 
 
+def _samples_have_classes(recipe: Recipe) -> Iterator[str]:
+    for name, data, own, evaluation in recipe.pairs(PrepareData, EvaluateGenerator):
+        if getattr(data.source, "label", "") is None and evaluation.class_probe is not None:
+            yield (
+                f"{name}.source.label: null, and {own}.class_probe tells classes apart; set it to null, or name the "
+                "column of the classes"
+            )
+
+
 def _prompts_are_for_the_data(recipe: Recipe) -> Iterator[str]:
     for name, understanding, _, data in recipe.pairs(EvaluateUnderstanding, PrepareData):
         if understanding.prompts.name == "openai" and data.source.name == "openmoji":
@@ -157,9 +169,11 @@ def _reference_has_the_splits(recipe: Recipe) -> Iterator[str]:
     for name, reference in recipe.of(ReferenceStatistics):
         splits = ", ".join(reference.splits)
         readers = [*recipe.of(EvaluateReconstruction), *recipe.of(EvaluateGenerator)]
-        for own, reader in readers:
-            if reader.split not in reference.splits:
-                yield f"{own}.split: {reader.split!r} is none of {name}.splits, which has {splits}"
+        asked = [(f"{own}.split", reader.split) for own, reader in readers]
+        asked += [(f"{own}.ratio_to", each.ratio_to) for own, each in recipe.of(EvaluateGenerator) if each.ratio_to]
+        for place, split in asked:
+            if split not in reference.splits:
+                yield f"{place}: {split!r} is none of {name}.splits, which has {splits}"
 
 
 def _reference_keeps_enough(recipe: Recipe) -> Iterator[str]:
@@ -173,25 +187,53 @@ def _reference_keeps_enough(recipe: Recipe) -> Iterator[str]:
 
 
 def _networks_do_not_score_what_they_trained(recipe: Recipe) -> Iterator[str]:
-    trained = [(f"{own}.objective.reconstruction", p.objective.reconstruction) for own, p in recipe.of(Pretrain)]
-    trained += [(f"{own}.objective", tuning.objective) for own, tuning in recipe.of(TuneDecoder)]
-    scoring = [
+    training = [each for own, config in recipe.of(Pretrain) for each in _networks_of_pretraining(own, config)]
+    training += [each for own, config in recipe.of(TuneDecoder) for each in _networks_of_tuning(own, config)]
+    scoring: list[tuple[str, AnyFeaturesConfig | AnyPerceptualConfig]] = [
         (f"{name}.features", each) for name, config in recipe.of(ReferenceStatistics) for each in config.features
     ]
     scoring += [(f"{name}.perceptual", config.perceptual) for name, config in recipe.of(EvaluateReconstruction)]
     for place, network in scoring:
-        for own, objective in trained:
-            if _same_network(network, objective.perceptual):
+        for own, other in training:
+            if _same_network(network, other):
                 yield (
-                    f"{place}: {network.name} is the network of {own}.perceptual, and a network is blind to what it "
-                    "trained; choose another one, or another seed"
+                    f"{place}: {network.name} is the network of {own}, and a network is blind to what it trained; "
+                    "choose another one, or another seed"
                 )
+
+
+def _networks_of_pretraining(section: str, config: Pretrain) -> Iterator[tuple[str, Config]]:
+    """Frozen networks that give gradients, each behind its place."""
+    if config.objective.weights.reconstruction:
+        objective = config.objective.reconstruction
+        if objective.perceptual_weight:
+            yield f"{section}.objective.reconstruction.perceptual", objective.perceptual
+        yield from _networks_of_adversary(section, config.adversary)
+
+
+def _networks_of_tuning(section: str, config: TuneDecoder) -> Iterator[tuple[str, Config]]:
+    if config.objective.perceptual_weight:
+        yield f"{section}.objective.perceptual", config.objective.perceptual
+    yield from _networks_of_adversary(section, config.adversary)
+
+
+def _networks_of_adversary(section: str, adversary: AdversaryConfig | None) -> Iterator[tuple[str, Config]]:
+    if adversary is not None and isinstance(adversary.discriminator, FeatureDiscriminatorConfig):
+        yield f"{section}.adversary.discriminator.network", adversary.discriminator.network
 
 
 def _same_network(one: Config, other: Config) -> bool:
     """Whether two records name the same weights; of how many stages, and at which size, does not matter."""
-    weights = ("name", "seed", "sha256")
-    return all(getattr(one, key, None) == getattr(other, key, None) for key in weights)
+    files = _file_of(one), _file_of(other)
+    if any(files):
+        return files[0] == files[1]
+    return all(getattr(one, key, None) == getattr(other, key, None) for key in ("name", "seed"))
+
+
+def _file_of(network: Config) -> str | None:
+    """What tells a file of weights from others: its digest, or its name where the digest is yet to be filled in."""
+    sha256 = getattr(network, "sha256", None)
+    return sha256 if sha256 is None or sha256.strip("0") else getattr(network, "weights", None)
 
 
 def _batches_are_filled(recipe: Recipe) -> Iterator[str]:
@@ -289,6 +331,7 @@ RULES = (
     _pictures_are_not_enlarged,
     _captions_are_there,
     _probes_have_labels,
+    _samples_have_classes,
     _prompts_are_for_the_data,
     _probes_see_whole_patches,
     _probes_read_blocks_that_are_there,

@@ -391,5 +391,5 @@ def test_samples_of_another_encoder(made, tmp_path):
 
 def test_a_reference_of_another_size(made, tmp_path):
     write_reference(made, tmp_path, image_size=24)
-    with pytest.raises(ArtefactError, match="statistics of 24 x 24 images, the tokenizer makes 16 x 16"):
+    with pytest.raises(ArtefactError, match="statistics of 24 x 24 images, those to compare are 16 x 16"):
         evaluate(made, tmp_path, inputs={"reference": tmp_path / "reference"})

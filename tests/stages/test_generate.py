@@ -183,7 +183,7 @@ def test_a_guide_that_nothing_asks_for(inputs, tmp_path):
 def test_the_baseline_keeps_its_name():
     values = tiny_params()["generate"]
     values["settings"] = {NOISE: values["settings"]["guided"]}
-    with pytest.raises(ConfigError, match="'noise' is the name of the baseline"):
+    with pytest.raises(ConfigError, match="'noise' is the name of other rows of figures"):
         Generate.parse(values, where="test")
 
 

@@ -14,11 +14,14 @@ from stages.runner.environment import Interrupted, LocalHost, Runtime
 from vtp.artefact import ArtefactError, digest, load_tensors, read_json, save_tensors, write_json
 from vtp.config import ConfigError
 from vtp.data.dataset import ShardDataset
+from vtp.data.shards import NO_LABEL
 from vtp.evaluation.features import RandomVggFeaturesConfig
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.evaluation.networks import RandomVgg
 from vtp.evaluation.reference import Reference
 
+VGG = {"name": "random_vgg16", "seed": 0}
+EFFICIENTNET = {"name": "efficientnet_lite0", "side": 64}
 SPLITS = {
     "train": {"samples": 37, "labelled": True, "kept": 15},
     "validation": {"samples": None, "labelled": False, "kept": 0},
@@ -42,7 +45,7 @@ class QuietHost(LocalHost):
 
 
 def params_of(**changes):
-    return merged(tiny_params()["reference"] | {"splits": SPLITS}, {"batch_size": 8} | changes)
+    return merged(tiny_params()["reference"] | {"splits": SPLITS, "features": [VGG]}, {"batch_size": 8} | changes)
 
 
 def work_in(folder):
@@ -70,15 +73,19 @@ def reference(shards, tmp_path_factory):
     return make(shards, tmp_path_factory.mktemp("here"))
 
 
-def same(ours, theirs, rel=1e-5):
+def same(one, other, rel=1e-5):
     """Equal within what a network rounds for another batch."""
     for name in SPLITS:
-        a, b = ours.of(name), theirs.of(name)
+        a, b = one.of(name), other.of(name)
         assert np.array_equal(a.rows, b.rows)
-        torch.testing.assert_close(a.features, b.features, rtol=rel, atol=1e-6)
-        for x, y in ((a.statistics, b.statistics), (a.spatial, b.spatial)):
-            torch.testing.assert_close(x.mean, y.mean, rtol=rel, atol=1e-7)
-            torch.testing.assert_close(x.covariance, y.covariance, rtol=10 * rel, atol=1e-6)
+        assert torch.equal(a.labels, b.labels)
+        assert list(a.networks) == list(b.networks)
+        for network, ours in a.networks.items():
+            theirs = b.networks[network]
+            torch.testing.assert_close(ours.features, theirs.features, rtol=rel, atol=1e-6)
+            for x, y in ((ours.statistics, theirs.statistics), (ours.spatial, theirs.spatial)):
+                torch.testing.assert_close(x.mean, y.mean, rtol=rel, atol=1e-7)
+                torch.testing.assert_close(x.covariance, y.covariance, rtol=10 * rel, atol=1e-6)
 
 
 def test_statistics_are_those_of_the_images(shards, reference):
@@ -86,11 +93,14 @@ def test_statistics_are_those_of_the_images(shards, reference):
     network = RandomVgg(0)
     for name, rows in (("train", ShardDataset(shards, "train").singles(37).rows), ("validation", np.arange(32))):
         of_split, found = reference.of(name), network(ShardDataset(shards, name).images(rows, 16))
-        assert of_split.count == of_split.statistics.count == of_split.spatial.count == len(rows)
+        own = of_split.networks["random-vgg16"]
+        assert of_split.count == own.statistics.count == own.spatial.count == len(rows)
         assert np.array_equal(of_split.rows, rows)
+        labels = ShardDataset(shards, name).singles(37).labels if name == "train" else np.full(32, NO_LABEL)
+        assert np.array_equal(of_split.labels, labels)
         kept = SPLITS[name]["kept"]
-        torch.testing.assert_close(of_split.features, found.pooled[:kept], rtol=1e-5, atol=1e-6)
-        for ours, features in ((of_split.statistics, found.pooled), (of_split.spatial, found.spatial)):
+        torch.testing.assert_close(own.features, found.pooled[:kept], rtol=1e-5, atol=1e-6)
+        for ours, features in ((own.statistics, found.pooled), (own.spatial, found.spatial)):
             assert frechet_distance(ours, GaussianStatistics.of(features)) < 1e-8
 
 
@@ -103,21 +113,23 @@ def test_equal_runs_write_equal_bytes(shards, reference, tmp_path):
     assert digest(make(shards, tmp_path).folder) == digest(reference.folder)
 
 
-@pytest.mark.parametrize("batch_size", [3, 64])
-def test_two_ranks_are_one_process(shards, tmp_path, batch_size):
+@pytest.mark.parametrize(("batch_size", "networks"), [(3, [EFFICIENTNET, VGG]), (64, [VGG])])
+def test_two_ranks_are_one_process(shards, tmp_path, batch_size, networks):
     """Two real ones, by the command line. 37 images in batches of 64: one of them has nothing to do."""
     paths = {"shards": shards, "reference": "reference"}
-    on_two_ranks(tmp_path, "reference", params_of(batch_size=batch_size), paths)
+    on_two_ranks(tmp_path, "reference", params_of(batch_size=batch_size, features=networks), paths)
     facts = json.loads((tmp_path / "provenance.json").read_text())["facts"]
     assert (facts["images"], facts["imagenet"]) == (69, False)
     assert facts["data"].startswith("openmoji (train): 64 pictures of 6 classes, 16 px; openmoji (validation): 32")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have
-    alone = make(shards, tmp_path / "alone", batch_size=batch_size)
+    alone = make(shards, tmp_path / "alone", batch_size=batch_size, features=networks)
     torch.set_num_threads(threads)
     together = Reference.load(tmp_path / "reference")
     same(together, alone, rel=1e-11)
-    assert torch.equal(together.of("train").features, alone.of("train").features)
+    assert len(together.of("train").networks) == len(networks)
+    for network, own in together.of("train").networks.items():
+        assert torch.equal(own.features, alone.of("train").networks[network].features)
 
 
 @pytest.mark.parametrize("stop_at", [1, 20, 45])
@@ -138,7 +150,8 @@ def test_an_interrupted_run_goes_on(shards, tmp_path, monkeypatch, stop_at):
 
 
 def test_what_it_says_of_itself(shards, reference):
-    assert reference.features == RandomVggFeaturesConfig(name="random_vgg16", seed=0)
+    assert reference.features == [RandomVggFeaturesConfig(name="random_vgg16", seed=0)]
+    assert reference.classes == ShardDataset(shards, "train").manifest.classes
     assert reference.image_size == 16
     assert reference.data == digest(shards / "manifest.json")
     config = read_json(reference.folder / "config.json")
@@ -149,7 +162,7 @@ def test_what_it_says_of_itself(shards, reference):
 def test_it_belongs_to_its_data(shards, reference, tmp_path):
     data = ShardDataset(shards, "train")
     reference.require(data, 16)
-    with pytest.raises(ArtefactError, match="statistics of 16 x 16 images, the tokenizer makes 32 x 32"):
+    with pytest.raises(ArtefactError, match="statistics of 16 x 16 images, those to compare are 32 x 32"):
         reference.require(data, 32)
     with pytest.raises(ArtefactError, match="no split 'test', it has train, validation; add it to reference.splits"):
         reference.of("test")
@@ -176,23 +189,26 @@ def test_damaged_and_foreign_folders(reference, tmp_path):
     config, tensors = read_json(folder / "config.json"), load_tensors(folder / "train.safetensors")
     tensors = {name: value.clone() for name, value in tensors.items()}
     for changes, message in (
-        ({"format_version": 9}, "of format 9, this code reads 2"),
+        ({"format_version": 9}, "of format 9, this code reads 3"),
+        ({"format_version": 2}, "of format 2, this code reads 3; .* run the stage reference again"),
         ({"format_version": None}, "of format None"),
         ({"crop": "none"}, "crop: .*run the stage reference again"),
-        ({"features": {"name": "other"}}, "no such name 'other'"),
+        ({"features": [{"name": "other"}]}, "no such name 'other'"),
+        ({"features": []}, "features.*run the stage reference again"),
         ({"splits": {"../train": config["splits"]["train"]}}, "splits.*run the stage reference again"),
     ):
         write_json(folder / "config.json", config | changes)
         with pytest.raises(ArtefactError, match=message):
             Reference.load(folder)
     write_json(folder / "config.json", config)
-    bad = tensors["pooled_mean"].clone()
+    bad = tensors["random-vgg16/pooled_mean"].clone()
     bad[2] = float("nan")
     for changed, message in (
-        (tensors | {"features": tensors["features"][:3]}, "is not what .* says; fetch the folder again"),
+        (tensors | {"random-vgg16/features": tensors["random-vgg16/features"][:3]}, "is not what .* says; fetch the folder again"),
         (tensors | {"rows": tensors["rows"][:-1]}, "is not what .* says; fetch the folder again"),
-        ({"other": tensors["rows"]}, "not Gaussian statistics"),
-        (tensors | {"pooled_mean": bad}, "1 of .* rows of mean in .* hold NaN or infinity, the first is number 2"),
+        (tensors | {"labels": tensors["labels"][1:]}, "is not what .* says; fetch the folder again"),
+        ({"other": tensors["rows"]}, "random-vgg16 in .*train.*: not Gaussian statistics"),
+        (tensors | {"random-vgg16/pooled_mean": bad}, "1 of .* rows of mean in .* hold NaN or infinity, the first is number 2"),
     ):
         save_tensors(folder / "train.safetensors", changed)
         write_json(folder / "config.json", config)
@@ -233,3 +249,14 @@ def test_a_split_that_is_not_there(shards, tmp_path):
         stage.ReferenceStatistics.parse(params_of() | {"splits": {"../x": SPLITS["train"]}}, where="test")
     with pytest.raises(ConfigError, match="splits"):
         stage.ReferenceStatistics.parse(params_of() | {"splits": {}}, where="test")
+
+
+def test_networks_have_names_of_their_own():
+    """Two that metrics could not tell apart are refused."""
+    twice = [VGG, {"name": "random_vgg16", "seed": 1}]
+    with pytest.raises(ConfigError, match="two networks are called random-vgg16 in metrics; leave one out"):
+        stage.ReferenceStatistics.parse(params_of(features=twice), where="test")
+    with pytest.raises(ConfigError, match="features"):
+        stage.ReferenceStatistics.parse(params_of(features=[]), where="test")
+    sides = [EFFICIENTNET, EFFICIENTNET | {"side": 96}]
+    assert len(stage.ReferenceStatistics.parse(params_of(features=sides), where="test").features) == 2

@@ -1,10 +1,11 @@
 """Features by name, behind Fréchet and kernel distances, inception score, precision and recall.
 
-Inception, DINOv2 and CLIP need a weights file; Inception's are those of published numbers. EfficientNet-Lite0 comes with
-its weights of ImageNet and serves where nothing can be downloaded; the random VGG16 serves tests. Numbers of one network
-compare with each other only, which is why metric names carry its name.
+Inception, DINOv2, CLIP and networks of timm need a weights file; Inception's are those of published numbers.
+EfficientNet-Lite0 comes with its weights of ImageNet and serves where nothing can be downloaded; the random VGG16 serves
+tests. Numbers of one network compare with each other only, which is why metric names carry its name.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 
 from vtp.artefact import verified_weights
 from vtp.config import Config
-from vtp.evaluation.networks import Clip, DinoV2, EfficientNetLite, Extracted, Inception, RandomVgg
+from vtp.evaluation.networks import (
+    Clip,
+    DinoV2,
+    EfficientNetLite,
+    Extracted,
+    Inception,
+    RandomVgg,
+    Reading,
+    TimmNetwork,
+)
 from vtp.finite import require_finite
 
 
@@ -68,12 +78,26 @@ class ClipFeaturesConfig(Config):
     sha256: str = Field(description="digest that the file must have")
 
 
+class TimmNetworkConfig(Config):
+    """A pretrained network of timm in its own normalisation, pictures resized bicubically."""
+
+    name: Literal["timm"]
+    model: str = Field(min_length=1, description="name of timm's model, such as vit_large_patch16_224.mae")
+    weights: str = Field(description="file under weights/: timm's safetensors of that model")
+    sha256: str = Field(description="digest that the file must have")
+    side: int = Field(ge=16, le=1024, description="pixels to which pictures are resized")
+    reading: Reading = Field(
+        description="class_token, behind the last norm; spatial_mean of all places; pooled, as for its classes"
+    )
+
+
 AnyFeaturesConfig = (
     EfficientNetFeaturesConfig
     | RandomVggFeaturesConfig
     | InceptionFeaturesConfig
     | DinoV2FeaturesConfig
     | ClipFeaturesConfig
+    | TimmNetworkConfig
 )
 FeaturesConfig = Annotated[AnyFeaturesConfig, Field(discriminator="name")]
 CLASSIFIES = 128  # pixels from which EfficientNet's classes mean something; smaller photos are told wrong
@@ -155,6 +179,8 @@ def features_name(config: AnyFeaturesConfig) -> str:
             return f"efficientnet-lite0-{config.side}"
         case InceptionFeaturesConfig():
             return "inception"
+        case TimmNetworkConfig():
+            return f"{re.sub('[_.]', '-', config.model)}-{config.side}"  # names of metrics are split at both
         case _:
             return f"{config.name}-{config.architecture}"
 
@@ -180,6 +206,14 @@ def build_features(config: AnyFeaturesConfig, *, weights: Path, device: torch.de
         return FeatureExtractor(
             name, network, dim=Inception.DIM, device=device, spatial_dim=spatial_dim, head=network.head
         )
+    if isinstance(config, TimmNetworkConfig):
+        network = TimmNetwork(
+            config.model,
+            config.side,
+            config.reading,
+            verified_weights(path, config.sha256, f"timm's weights of {config.model}"),
+        )
+        return FeatureExtractor(name, network, dim=network.dim, device=device)
     kind, what = (DinoV2, "DINOv2") if isinstance(config, DinoV2FeaturesConfig) else (Clip, "OpenAI's CLIP")
     verified = verified_weights(path, config.sha256, f"the weights of {what} {config.architecture}")
     network = kind(config.architecture, verified)

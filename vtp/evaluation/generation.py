@@ -1,5 +1,7 @@
 """Figures of generated images in the features of one network, beside those of real ones."""
 
+from collections.abc import Mapping
+from statistics import mean
 from typing import Literal, NamedTuple, Self
 
 from pydantic import Field
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from vtp.config import Config
 from vtp.evaluation.class_probe import ClassProbe, ClassProbeConfig
-from vtp.evaluation.feature_set import FeatureSet
+from vtp.evaluation.feature_set import FeatureSet, FeatureSets
 from vtp.evaluation.features import FeatureExtractor, count_name
 from vtp.evaluation.frechet import Gaussian, frechet_distance
 from vtp.evaluation.inception_score import inception_score
@@ -55,6 +57,33 @@ class RealImages(NamedTuple):
     def of(cls, features: FeatureSet) -> Self:
         """The images of a reference."""
         return cls("", features.statistics, features.spatial, features.features)
+
+
+class Ratio(NamedTuple):
+    """What Fréchet distances are held against: those of held-out real images, by network. Their ratio's mean is FDr."""
+
+    count: int  # of held-out images
+    units: Mapping[str, float]
+
+    @classmethod
+    def of(cls, held: FeatureSets, learnt: FeatureSets) -> Self:
+        """Distances of the images of one split to those of another."""
+        return cls(
+            held.count, {name: frechet_distance(held[name].statistics, learnt[name].statistics) for name in held}
+        )
+
+    @property
+    def real(self) -> dict[str, float]:
+        """The distances by name."""
+        return {f"fid_{name}_{count_name(self.count)}_real": value for name, value in self.units.items()}
+
+    def figures(
+        self, sets: FeatureSets, table: Mapping[str, float], distance: Distance, drawn: str
+    ) -> dict[str, float]:
+        """The mean over networks of distances in `table` over those of held-out images, which score 1, by name."""
+        number = count_name(sets.count)
+        ratios = [table[f"{distance}_{name}_{number}_{drawn}"] / unit for name, unit in self.units.items()]
+        return {f"fdr{len(ratios)}_{number}_vs{count_name(self.count)}_{drawn}": mean(ratios)}
 
 
 class Judge:

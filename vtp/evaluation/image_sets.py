@@ -59,14 +59,13 @@ class DecodedSamples:
 
 
 class Reconstructions:
-    """The first images of the latents that a generator learns, through the decoder: what no sample can surpass."""
+    """The first images of the latents that a generator learns, through the decoder: what no sample can surpass.
+
+    They are `count`, or all where there are fewer.
+    """
 
     def __init__(self, latents: LatentDataset, count: int, model: Tokenizer, device: torch.device | str) -> None:
-        if len(latents) < count:
-            raise ArtefactError(
-                f"{latents.folder}: {len(latents)} latents, {count} are to be compared; lower evaluate_generator.counts"
-            )
-        self._latents, self._count, self._model, self._device = latents, count, model, device
+        self._latents, self._count, self._model, self._device = latents, min(count, len(latents)), model, device
 
     @property
     def labels(self) -> Tensor:
@@ -116,5 +115,8 @@ class PictureFolder:
 
 
 def open_given(path: Path) -> PictureFolder | SampleBatch:
-    """Pictures made elsewhere: a folder, or an npz in the layout of ADM's sample batches. Raises ArtefactError."""
+    """Pictures made elsewhere: a folder, or an npz in the layout of ADM's sample batches.
+
+    Raises ArtefactError for what is neither.
+    """
     return PictureFolder(path) if path.is_dir() else SampleBatch(path)

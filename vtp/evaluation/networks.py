@@ -9,16 +9,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtp.artefact import ArtefactError, load_tensors
+from vtp.artefact import ArtefactError, assign_weights, load_tensors
 from vtp.layers.efficientnet_lite import DIM, EfficientNetLite0
 from vtp.layers.images import IMAGENET_MEAN, IMAGENET_STD, normalise
 from vtp.layers.random_vgg import random_vgg16
+from vtp.models.frozen_backbone import require_timm_model, timm_tensors
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -175,6 +176,63 @@ class Clip(nn.Module):
 
     def forward(self, images: Tensor) -> Extracted:
         return Extracted(self.network(_prepared(images, self.network.input_resolution, CLIP_MEAN, CLIP_STD)), None)
+
+
+Reading = Literal["class_token", "spatial_mean", "pooled"]
+
+
+class TimmNetwork(nn.Module):
+    """A network of timm at `side` pixels, in its own normalisation: RAEv2's FDr6 names five.
+
+    Pictures are resized bicubically with antialiasing. Vision transformers take any side: positions are scaled, and
+    pictures padded to whole patches. Without `path` it has the shapes alone. Raises ArtefactError for unknown models,
+    sides that do not suit, readings that it does not have, and weights of another one.
+    """
+
+    def __init__(self, name: str, side: int, reading: Reading, path: Path | None) -> None:
+        super().__init__()
+        self.side, self._reading = side, reading
+        with torch.device("meta"):
+            self.network: Any = self._built(name)
+            self.dim = self._tried(name)
+        if path is not None:
+            self.network = self._built(name)
+            behind = self.network.pretrained_cfg["classifier"]  # of classes, which are left out
+            tensors = timm_tensors(self.network, name, path)
+            known = {key: value for key, value in tensors.items() if not behind or not key.startswith(f"{behind}.")}
+            assign_weights(self.network, known, where=path)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Extracted:
+        pictures = F.interpolate(images.float() / 255, (self.side, self.side), mode="bicubic", antialias=True)
+        trained_on = self.network.pretrained_cfg
+        mean, std = (pictures.new_tensor(trained_on[key]).view(3, 1, 1) for key in ("mean", "std"))
+        return Extracted(self._read((pictures - mean) / std), None)
+
+    def _read(self, pictures: Tensor) -> Tensor:
+        features = self.network.forward_features(pictures)  # [B, tokens, D] or [B, D, h, w]
+        if self._reading == "pooled":
+            return self.network.forward_head(features, pre_logits=True)
+        if self._reading == "class_token":
+            return features[:, 0]
+        return features.mean((2, 3)) if features.ndim == 4 else features[:, self.network.num_prefix_tokens :].mean(1)
+
+    def _built(self, name: str) -> Any:  # noqa: ANN401 - timm's networks have no common class
+        import timm
+
+        require_timm_model(name)
+        any_side = {"dynamic_img_size": True, "dynamic_img_pad": True} if name.startswith("vit_") else {}
+        network: Any = timm.create_model(name, pretrained=False, num_classes=0, **any_side)
+        if self._reading == "class_token" and getattr(network, "cls_token", None) is None:
+            raise ArtefactError(f"{name} has no class token; read spatial_mean or pooled")
+        return network.eval()
+
+    def _tried(self, name: str) -> int:
+        """Numbers of a picture's features."""
+        try:
+            return self._read(torch.empty(1, 3, self.side, self.side)).shape[1]
+        except (AssertionError, RuntimeError) as error:
+            raise ArtefactError(f"{name} takes no pictures of {self.side} pixels: {str(error)[:200]}") from None
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:

@@ -1,6 +1,6 @@
 """Statistics of real images, which rFID and gFID compare with: computed once, kept as an artefact.
 
-    config.json             networks with their weights' digests, crop, digest of the data, and what each split is
+    config.json             networks with their weights' digests, crop, classes, digest of the data, what each split is
     <split>.safetensors     rows: the images, as indices into the split; labels: their classes, where only images
                             with one count; of every network, <name>/pooled_* and <name>/spatial_*: count, mean and
                             scatter, and <name>/features: pooled features of the first images
@@ -67,6 +67,7 @@ class ReferenceArtefact(Config):
     features: list[FeaturesConfig] = Field(min_length=1)
     image_size: int  # side of the crops
     crop: Literal["adm_centre"]  # vtp.layers.images.centre_crop
+    classes: list[str]  # what a generator of these data learns, in the order of labels
     data: str  # digest of the shards' manifest
     splits: dict[SplitName, SplitFacts]
     files: dict[str, str]  # SHA-256 of the file of every split
@@ -118,6 +119,11 @@ class Reference:
         return self.config.image_size
 
     @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of labels; a single one for data without classes."""
+        return self.config.classes
+
+    @property
     def data(self) -> str:
         """Digest of the shards' manifest."""
         return self.config.data
@@ -132,7 +138,7 @@ class Reference:
         """Raises ArtefactError when these are statistics of another size of images."""
         if self.image_size != size:
             raise ArtefactError(
-                f"{self.folder}: statistics of {self.image_size} x {self.image_size} images, the tokenizer makes "
+                f"{self.folder}: statistics of {self.image_size} x {self.image_size} images, those to compare are "
                 f"{size} x {size}; set reference.image_size to {size}"
             )
 
@@ -206,6 +212,7 @@ def save_reference(
             features=list(features),
             image_size=image_size,
             crop="adm_centre",
+            classes=some.images.manifest.learnt_classes,
             data=_data(some.images),
             splits={
                 name: SplitFacts(

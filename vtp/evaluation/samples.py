@@ -24,6 +24,9 @@ from vtp.flow import SamplerConfig
 FORMAT_VERSION = 3
 REMEDY = "fetch the folder again (dvc checkout), or run the stage generate again"
 NOISE = "noise"
+# Rows of figures beside those of settings: the decoder's floor, real images, and the best setting again.
+RECONSTRUCTED, REAL, BEST = "reconstructed", "real", "best"
+RESERVED = (NOISE, RECONSTRUCTED, REAL, BEST)  # names that no setting may have
 SettingName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files
 Labels = Literal["balanced", "random"]
 

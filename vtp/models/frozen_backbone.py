@@ -188,10 +188,7 @@ def build_backbone(name: str, input_size: int) -> Any:  # noqa: ANN401 - timm's 
     """A vision transformer of timm without weights. Raises ArtefactError for names, kinds and sizes that do not fit."""
     import timm
 
-    architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        near = get_close_matches(architecture, timm.list_models(), 1)
-        raise ArtefactError(f"timm has no model {architecture!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    require_timm_model(name)
     try:
         model: Any = timm.create_model(name, pretrained=False, num_classes=0, img_size=input_size)
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
@@ -203,6 +200,16 @@ def build_backbone(name: str, input_size: int) -> Any:  # noqa: ANN401 - timm's 
     if height != width or input_size % height:
         raise ArtefactError(f"input_size {input_size} is not a multiple of the patch size {height} of {name}")
     return model
+
+
+def require_timm_model(name: str) -> None:
+    """Raises ArtefactError where timm has no such architecture."""
+    import timm
+
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        near = get_close_matches(architecture, timm.list_models(), 1)
+        raise ArtefactError(f"timm has no model {architecture!r}{f'; did you mean {near[0]!r}?' if near else ''}")
 
 
 def bare_backbone(name: str, input_size: int) -> Any:  # noqa: ANN401 - see build_backbone
@@ -218,17 +225,22 @@ def load_backbone(backbone: Any, name: str, path: Path) -> None:  # noqa: ANN401
 
     Raises ArtefactError when the file belongs to another model.
     """
+    tensors = {key: value for key, value in timm_tensors(backbone, name, path).items() if not key.startswith(_BEHIND)}
+    assign_weights(backbone, tensors, where=path)
+
+
+def timm_tensors(model: Any, name: str, path: Path) -> dict[str, Tensor]:  # noqa: ANN401 - as above
+    """A file of timm under the names of today's `model`. Raises ArtefactError for weights of another shape."""
     given = {key: value.float() for key, value in load_tensors(path).items()}
-    adapt = getattr(import_module(type(backbone).__module__), "checkpoint_filter_fn", None)
-    tensors = adapt(dict(given), backbone) if adapt is not None else given
+    adapt = getattr(import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    tensors = adapt(dict(given), model) if adapt is not None else given
     for key in tensors.keys() & given.keys():
         if key != "pos_embed" and tensors[key].shape != given[key].shape:  # timm scales patches of other sizes as well
             raise ArtefactError(
                 f"{path}: {key} has shape {list(given[key].shape)}, {name} {list(tensors[key].shape)}; "
                 "fetch the weights of this model"
             )
-    tensors = {key: value for key, value in tensors.items() if not key.startswith(_BEHIND)}
-    assign_weights(backbone, tensors, where=path)
+    return tensors
 
 
 # Behind the last block: a learned norm, pooling and a classifier.
