@@ -2,14 +2,18 @@
 
     python -m benchmarks.metrics                    # 10,000 and 50,000 features of 2,048 dimensions
     python -m benchmarks.metrics --count 10000
+    python -m benchmarks.metrics --only networks    # what a picture's features cost, in networks that need no download
 
 Features are those of no network: positive, skewed, with a spectrum that falls, as Inception's are. Every route runs in a
 process of its own; memory is what that process holds at its peak above what it held before it read a feature. Ours
 streams them from a file in batches, as a stage does; the others take all at once, which is their interface.
+
+Networks see the same pictures by turns; their times are those of the CPU, which other programs do not lengthen.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtp.evaluation.features import (
+    AnyFeaturesConfig,
+    EfficientNetFeaturesConfig,
+    RandomVggFeaturesConfig,
+    build_features,
+)
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.evaluation.manifold import precision_recall
 
@@ -29,6 +39,13 @@ DIM, LATENT = 2048, 256
 BATCH = 256  # of features that come out of a network at once
 NEIGHBOURS = 3
 SETS = {"real": (0, 1.0), "generated": (1, 1.05)}  # seed, spread
+
+
+NETWORKS: list[AnyFeaturesConfig] = [
+    RandomVggFeaturesConfig(name="random_vgg16", seed=0),
+    *(EfficientNetFeaturesConfig(name="efficientnet_lite0", side=side) for side in (64, 96, 128)),
+]
+PICTURES, SIDE, ROUNDS = 64, 32, 5
 
 
 class Measured(NamedTuple):
@@ -205,7 +222,9 @@ def main() -> None:
         which, folder = options.run
         print(json.dumps(child(which, Path(folder))._asdict()))
         return
-    for count in options.count:
+    if options.only != "distances":
+        networks()
+    for count in options.count if options.only != "networks" else ():
         with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
             folder = Path(temporary)
             write_features(folder, count)
@@ -219,6 +238,21 @@ def main() -> None:
                 print(_line(route, measured, found.get(route.metric)), flush=True)
                 if measured and route.name == "ours":
                     found[route.metric] = measured
+
+
+def networks() -> None:
+    """CPU milliseconds of a picture's features."""
+    pictures = torch.randint(256, (PICTURES, 3, SIDE, SIDE), dtype=torch.uint8)
+    extractors = [build_features(config, weights=Path(), device="cpu") for config in NETWORKS]
+    times: dict[str, list[float]] = {extractor.name: [] for extractor in extractors}
+    for _ in range(ROUNDS + 1):
+        for extractor in extractors:
+            start = time.process_time()
+            extractor(pictures)
+            times[extractor.name].append(time.process_time() - start)
+    print(f"features of pictures of {SIDE} px, {torch.get_num_threads()} threads")
+    for name, seconds in times.items():
+        print(f"{name:24}{1e3 * statistics.median(seconds[1:]) / PICTURES:7.2f} CPU ms a picture", flush=True)
 
 
 def _line(route: Route, measured: Measured | None, ours: Measured | None) -> str:
@@ -240,6 +274,7 @@ def _line(route: Route, measured: Measured | None, ours: Measured | None) -> str
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, nargs="+", default=[10_000, 50_000], help="features of each set")
+    parser.add_argument("--only", choices=("networks", "distances"), help="a part; default: both")
     parser.add_argument("--most-whole", type=int, default=20_000, help="above, no matrix of all distances is made")
     parser.add_argument("--folder", type=Path, help="for temporary files; 1 GB")
     parser.add_argument("--run", nargs=2, metavar=("ROUTE", "FEATURES"), help=argparse.SUPPRESS)

@@ -85,7 +85,7 @@ LEGEND = [
         "this project",
     ),
     LegendEntry(
-        r"rfid_.+",
+        r"rfid_.+(?<!_reconstructed)",
         "Fréchet distance of reconstructions to their originals; after _ the features and the number of images",
         LOWER,
         "squared distance of features",
@@ -114,7 +114,7 @@ LEGEND = [
         "this project",
     ),
     LegendEntry(
-        r"class_accuracy_.+",
+        r"class_accuracy_.+(?<!_real)",
         "share of images whose class that probe tells; of reconstructions, the decoder's ceiling",
         HIGHER,
         SHARE,

@@ -19,14 +19,18 @@ from vtp.artefact import ArtefactError, save_tensors
 from vtp.evaluation.features import (
     ClipFeaturesConfig,
     DinoV2FeaturesConfig,
+    EfficientNetFeaturesConfig,
     FeatureExtractor,
     FeaturesConfig,
     InceptionFeaturesConfig,
     RandomVggFeaturesConfig,
+    TimmNetworkConfig,
     build_features,
     count_name,
+    distinct_networks,
 )
-from vtp.evaluation.networks import Extracted
+from vtp.evaluation.networks import Extracted, TimmNetwork
+from vtp.layers.efficientnet_lite import EfficientNetLite0
 
 RANDOM = RandomVggFeaturesConfig(name="random_vgg16", seed=0)
 
@@ -57,9 +61,38 @@ def test_random_vgg_features(tmp_path):
         extractor.logits(features.pooled)
 
 
-def test_spatial_features_know_places(tmp_path):
+def lite(side):
+    config = EfficientNetFeaturesConfig(name="efficientnet_lite0", side=side)
+    return build_features(config, weights=ROOT / "none", device="cpu")
+
+
+@torch.no_grad()
+def test_efficientnet_features():
+    """Those that its classes are told by; classes from 128 pixels on, when they mean something."""
+    small, large = lite(64), lite(128)
+    features = small(images(0))
+    assert (small.name, small.dim, small.spatial_dim) == ("efficientnet-lite0-64", 1280, 448)
+    assert (features.pooled.shape, features.spatial.shape) == ((4, 1280), (4, 448))
+    assert features.pooled.dtype == features.spatial.dtype == torch.float32
+    assert (small.has_logits, large.has_logits) == (False, True)
+    with pytest.raises(TypeError, match="efficientnet-lite0-64 features have no classes"):
+        small.logits(features.pooled)
+    network = EfficientNetLite0(128)
+    pictures = images(0, side=128)
+    pooled = large(pictures).pooled
+    expected = network.classifier(network.last(network(pictures / 255)[-1])) - network.classifier.bias
+    torch.testing.assert_close(large.logits(pooled), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(lite(64)(images(0)).pooled, features.pooled)
+    with pytest.raises(ValidationError, match="greater than or equal to 64"):
+        EfficientNetFeaturesConfig(name="efficientnet_lite0", side=32)
+    with pytest.raises(ValidationError, match="multiple of 32"):
+        EfficientNetFeaturesConfig(name="efficientnet_lite0", side=100)
+
+
+@pytest.mark.parametrize("extractor_of", [random_vgg, lambda folder: lite(64)])
+def test_spatial_features_know_places(tmp_path, extractor_of):
     """Pictures whose halves are exchanged: pooled features hardly move, spatial ones do."""
-    extractor = random_vgg(tmp_path)
+    extractor = extractor_of(tmp_path)
     picture = F.interpolate(images(0, 8, 4).float(), size=32, mode="bilinear").to(torch.uint8)
     before, after, other = extractor(picture), extractor(picture.roll(16, 3)), extractor(picture.flip(0))
     moved = [(a - b).norm() / (a - c).norm() for a, b, c in zip(before, after, other, strict=True)]
@@ -288,6 +321,87 @@ def test_clip_equals_torch_fidelity(tmp_path, monkeypatch):
     torch.testing.assert_close(extractor(images(0, 2, 40)).pooled, expected)
     with pytest.raises(ArtefactError, match=r"patch, width and resolution are \(32, 768, 224\), not \(16, 768, 224\)"):
         build_features(config.model_copy(update={"architecture": "vit-b-16"}), weights=tmp_path, device="cpu")
+
+
+def of_timm(model, path, side, reading):
+    return of_file(TimmNetworkConfig, path, model=model, side=side, reading=reading)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model", "reading", "dim"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k", "class_token", 192),
+        ("vit_tiny_patch16_224.augreg_in21k", "spatial_mean", 192),
+        ("convnextv2_atto.fcmae_ft_in1k", "spatial_mean", 320),
+        ("convnextv2_atto.fcmae_ft_in1k", "pooled", 320),
+    ],
+)
+def test_a_network_of_timm(tmp_path, model, reading, dim):
+    """From a file with classes, which are left out; in the network's own normalisation."""
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model(model).eval()
+    save_tensors(tmp_path / "weights.safetensors", network.state_dict())
+    config = of_timm(model, tmp_path / "weights.safetensors", 224, reading)
+    extractor = build_features(config, weights=tmp_path, device="cpu")
+    assert (extractor.name, extractor.dim) == (f"{model.replace('_', '-').replace('.', '-')}-224", dim)
+    assert (extractor.spatial_dim, extractor.has_logits) == (None, False)
+    pictures = images(0, 2, 224)
+    mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    seen = network.forward_features((pictures / 255 - mean) / std)
+    expected = {
+        "class_token": lambda: seen[:, 0],
+        "spatial_mean": lambda: seen.mean((2, 3)) if seen.ndim == 4 else seen[:, 1:].mean(1),
+        "pooled": lambda: network.head.norm(seen.mean((2, 3), keepdim=True)).flatten(1),
+    }[reading]()
+    torch.testing.assert_close(extractor(pictures).pooled, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sides_and_files_of_timms_networks(tmp_path):
+    """A vision transformer takes any side, padded to whole patches; what cannot be is said before anything is read."""
+    import timm
+
+    path = tmp_path / "weights.safetensors"
+    save_tensors(path, timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict())
+    any_side = build_features(of_timm("vit_tiny_patch16_224", path, 70, "class_token"), weights=tmp_path, device="cpu")
+    assert any_side(images(0, 2)).pooled.shape == (2, 192)
+    for model, side, reading, message in (
+        (
+            "vit_tiny_patch16_225",
+            224,
+            "class_token",
+            "timm has no model 'vit_tiny_patch16_225'; did you mean 'vit_tiny_",
+        ),
+        ("convnextv2_atto", 224, "class_token", "convnextv2_atto has no class token; read spatial_mean or pooled"),
+        ("deit_tiny_patch16_224", 128, "class_token", "deit_tiny_patch16_224 takes no pictures of 128 pixels"),
+        ("vit_small_patch16_224", 224, "class_token", r"weights\.safetensors"),
+        ("convnextv2_atto", 224, "pooled", r"weights\.safetensors"),
+    ):
+        with pytest.raises(ArtefactError, match=message):
+            build_features(of_timm(model, path, side, reading), weights=tmp_path, device="cpu")
+
+
+def test_the_six_networks_of_fdr6_can_be_named():
+    """As RAEv2's evaluation has them; each with a name of its own."""
+    file = {"weights": "a.safetensors", "sha256": "ab"}
+    six = [
+        {"name": "inception", "weights": "a.pth", "sha256": "ab"},
+        *(
+            {"name": "timm", "model": model, "side": side, "reading": reading} | file
+            for model, side, reading in (
+                ("convnextv2_base.fcmae_ft_in22k_in1k", 224, "spatial_mean"),
+                ("vit_large_patch14_dinov2.lvd142m", 256, "class_token"),
+                ("vit_large_patch16_224.mae", 224, "class_token"),
+                ("vit_so400m_patch16_siglip_256.v2_webli", 256, "pooled"),
+                ("vit_large_patch14_clip_224.openai", 256, "class_token"),
+            )
+        ),
+    ]
+    networks = distinct_networks([TypeAdapter(FeaturesConfig).validate_python(each) for each in six])
+    dims = [TimmNetwork(each.model, each.side, each.reading, None).dim for each in networks[1:]]
+    assert dims == [1024, 1024, 1024, 1152, 1024]
 
 
 def test_networks_are_imported_when_they_are_built():

@@ -102,6 +102,100 @@ def test_objectives_and_probes_have_what_they_read(tmp_path, source, pretrain, m
     assert bool(found) is bool(message)
 
 
+@pytest.mark.parametrize(("label", "probe", "valid"), [("l", "root", True), (None, "root", False), (None, None, True)])
+def test_classes_of_samples_are_those_of_data(tmp_path, label, probe, valid):
+    section = {} if probe == "root" else {"class_probe": None}
+    monitor = {"pretrain": {"monitor": {"probe": None}}}
+    changes = {"prepare_data": {"source": TABLE | {"label": label}}, **monitor, "evaluate_generator": section}
+    message = "prepare_data.source.label: null, and evaluate_generator.class_probe tells classes apart; set it to null"
+    found = said(tmp_path, changes)
+    assert (message in found) is not valid
+    assert bool(found) is not valid
+
+
+LITE = {"name": "efficientnet_lite0", "side": 64, "stages": 5}
+LITE_FEATURES = {"name": "efficientnet_lite0", "side": 96}
+FILE = {"weights": "dino.safetensors", "sha256": "ab" * 32}
+OTHER = {"weights": "dino.safetensors", "sha256": "cd" * 32}
+TO_FILL = {"weights": "dino.safetensors", "sha256": "0" * 64}
+TIMM = {"name": "timm", "model": "vit_small_patch8_224.dino"}
+CRITIC = TIMM | {"image_size": 224, "blocks": 2}
+
+
+def critic(**file):
+    return {"name": "features", "network": CRITIC | file, "kernel": 3}
+
+
+def scored_by(*features):
+    return {"reference": {"features": [*features]}}
+
+
+@pytest.mark.parametrize(
+    ("training", "scoring", "named"),
+    [
+        ("pretrain.objective.reconstruction.perceptual", scored_by(LITE_FEATURES), "reference.features"),
+        ("tune_decoder.objective.perceptual", scored_by(LITE_FEATURES), "reference.features"),
+        (
+            "pretrain.objective.reconstruction.perceptual",
+            {"evaluate_reconstruction": {"perceptual": LITE | {"side": 128}}},
+            "evaluate_reconstruction.perceptual",
+        ),
+        (
+            "tune_decoder.objective.perceptual",
+            {"evaluate_reconstruction": {"perceptual": LITE | {"stages": 1}}},
+            "evaluate_reconstruction.perceptual",
+        ),
+        (
+            "tune_decoder.adversary.discriminator.network",
+            scored_by(TIMM | FILE | {"side": 224, "reading": "pooled"}),
+            "reference.features",
+        ),
+        (
+            "pretrain.adversary.discriminator.network",
+            scored_by({"name": "dinov2", "architecture": "vit-s-14"} | FILE),
+            "reference.features",
+        ),
+    ],
+)
+def test_a_network_never_scores_what_it_trained(tmp_path, training, scoring, named):
+    """At any size and number of stages, wherever it stands; another one may."""
+    others = {"reference": {"features": [{"name": "random_vgg16", "seed": 9}]}}
+    others |= {"evaluate_reconstruction": {"perceptual": {"name": "random_vgg16", "seed": 9, "stages": 2}}}
+    section, *_, last = training.split(".")
+    if last == "network":
+        adversary = tiny_params()["tune_decoder"]["adversary"]
+        trained = {section: {"adversary": adversary | {"discriminator": critic(**FILE)}}}
+    elif section == "pretrain":
+        trained = {section: {"objective": {"reconstruction": {"perceptual": LITE}}}}
+    else:
+        trained = {section: {"objective": {"perceptual": LITE}}}
+    assert said(tmp_path, others | trained) == ""
+    found = said(tmp_path, others | trained | scoring)
+    assert f"{named}: " in found
+    assert f"is the network of {training}, and a network is blind to what it trained; choose another one" in found
+    assert found.count("is the network of") == 1
+
+
+def test_networks_are_told_apart_by_their_weights(tmp_path):
+    """Other seeds, and other files, are other networks; one that has no weight in the loss trained nothing."""
+    vgg = tiny_params()["pretrain"]["objective"]["reconstruction"]["perceptual"]
+    of_features = {"name": "random_vgg16", "seed": vgg["seed"]}
+    assert "is the network of pretrain.objective.reconstruction.perceptual" in said(tmp_path, scored_by(of_features))
+    assert said(tmp_path, scored_by(of_features | {"seed": 9})) == ""
+    silent = {
+        "pretrain": {"objective": {"reconstruction": {"perceptual_weight": 0.0}}},
+        "tune_decoder": {"objective": {"perceptual_weight": 0.0}},
+    }
+    assert said(tmp_path, silent | scored_by(of_features)) == ""
+    dino = TIMM | {"side": 224, "reading": "class_token"}
+    for trained, scoring, same in ((FILE, OTHER, False), (FILE, FILE, True), (TO_FILL, TO_FILL, True)):
+        adversary = tiny_params()["tune_decoder"]["adversary"] | {"discriminator": critic(**trained)}
+        found = said(tmp_path, {"tune_decoder": {"adversary": adversary}} | scored_by(dino | scoring))
+        assert bool(found) is same
+    other = {"name": "inception", "weights": "inception.pth", "sha256": "0" * 64}  # to be filled in too
+    assert said(tmp_path, {"tune_decoder": {"adversary": adversary}} | scored_by(other)) == ""
+
+
 def test_the_recipe_is_valid(tmp_path):
     assert said(tmp_path) == ""
 
@@ -116,7 +210,15 @@ def test_the_recipe_is_valid(tmp_path):
         ({"pretrain": {"data": {"batch": {"ssl": 99}}}}, "ssl 99 is not a multiple of reconstruction 2"),
         ({"generate": {"settings": {"guided": {"guidance_interval": [0.9, 0.1]}}}}, "start < end"),
         ({"generate": {"samples": 23}}, "evaluate_generator.counts: 24, generate.samples is 23"),
-        ({"reference": {"features": {"name": "dino"}}}, "known are random_vgg16, inception, dinov2, clip"),
+        (
+            {"reference": {"features": [{"name": "dino"}]}},
+            "known are efficientnet_lite0, random_vgg16, inception, dinov2, clip, timm",
+        ),
+        (
+            {"evaluate_generator": {"ratio_to": "test"}},
+            "evaluate_generator.ratio_to: 'test' is none of reference.splits",
+        ),
+        ({"evaluate_generator": {"ratio_to": "train"}}, "ratio_to: 'train' is what is compared with"),
         ({"pretrain": {"tokenizer": {"image_size": 32}}}, "image_size"),
         (
             {"evaluate_understanding": {"prompts": {"name": "given", "templates": ["an emoji"]}}},

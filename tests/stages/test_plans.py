@@ -245,6 +245,20 @@ def test_features():
     """Inception has 5.7 G multiply-adds; what shapes do not tell is left out."""
     assert reference.features_flops(_features(name="inception"), 256) == pytest.approx(11.4e9, rel=0.01)
     assert reference.features_flops(_features(name="clip", architecture="vit-b-32"), 256) is None
+    lite = {"name": "efficientnet_lite0", "side": 224}
+    assert reference.features_flops(_features(**lite), 32) == pytest.approx(2 * 0.4e9, rel=0.05)
+    of_timm = {"name": "timm", "model": "vit_base_patch16_224.mae", "side": 224, "reading": "class_token"}
+    assert reference.features_flops(_features(**of_timm), 256) == pytest.approx(2 * 17.5e9, rel=0.02)
+
+
+def test_networks_are_added(tmp_path):
+    """Every image passes through each of them."""
+    vgg, lite = {"name": "random_vgg16", "seed": 1}, {"name": "efficientnet_lite0", "side": 64}
+    each = []
+    for networks in ([vgg], [lite], [vgg, lite]):
+        write_params(merged(tiny_params(), {"reference": {"features": networks}}), tmp_path / "params.yaml")
+        each.append(plan_of("reference", f"{tmp_path}/params.yaml:reference")["features of train"].value)
+    assert each[2] == each[0] + each[1]
 
 
 def test_a_tokenizer_of_another_file(tmp_path):
@@ -293,4 +307,5 @@ def _features(**values):
 
     from vtp.evaluation.features import FeaturesConfig
 
-    return TypeAdapter(FeaturesConfig).validate_python(values | {"weights": "none", "sha256": "none"})
+    file = {} if values["name"] == "efficientnet_lite0" else {"weights": "none", "sha256": "none"}
+    return TypeAdapter(FeaturesConfig).validate_python(values | file)

@@ -24,7 +24,7 @@ from stages.figures.paper_table import (
     own_row,
 )
 from stages.figures.tables import flatten, markdown
-from stages.report import _columns, _records, _what_was_run
+from stages.report import _columns, _headline, _records, _what_was_run
 from stages.runner.fingerprint import fingerprint_of
 from stages.runner.starts import STARTS, Starts, read_starts
 from vtp.artefact import ArtefactError, write_json
@@ -207,6 +207,8 @@ def test_the_legend_knows_every_name_once():
         "is_inception_50k_cfg2_random_adm",
         "encode_flops_per_image",
     ]
+    names += ["rfid_a-64_512_reconstructed", "class_accuracy_a-64_99_real", "class_accuracy_a-64_512_cfg2_balanced"]
+    names += ["fid_a-64_99_real", "fdr2_512_vs99_cfg2_balanced", "guidance_scale", "kid_a-64_512_reconstructed"]
     assert all(legend_of(names).values())
     assert legend_of(["linear_probe_multi"]) != legend_of(["linear_probe_multi_best_on_val"])
     assert legend_of(["new_metric"]) == {"new_metric": None}
@@ -321,6 +323,49 @@ def test_a_run_has_a_row_in_the_papers_table():
         "gfid_inception_50k_cfg1p2_random": 2.0,
         "is_inception_50k_cfg1p2_random": 250.0,
     }
+
+
+def test_the_first_network_leads_and_the_papers_takes_its_column():
+    """Settings are ranked by the first; the table has Inception's figures of the same setting, wherever it stands."""
+    generation = {
+        setting: {name.replace("inception", "a-64"): 10 - value for name, value in figures.items()} | figures
+        for setting, figures in GENERATION.items()
+        if setting != "weak"
+    }
+    generation["weak"] = GENERATION["weak"] | {"gfid_a-64_50k_cfg1p2_random": 30.0}
+    generation["weak"] = dict(sorted(generation["weak"].items()))
+    generation["best"] = {"gfid_a-64_50k_random": 1.0, "guidance_scale": 4.0, "timestep_shift": 0.3}
+    run = RUN._replace(generation=generation)
+    assert [sampled.setting for sampled in run.best] == ["unguided", "strong"]
+    assert [sampled.features for sampled in run.best] == ["a-64", "a-64"]
+    assert cells(run)["guided: gFID"] == 9.0
+    assert {row[1] for row in own_names(run)} >= {"gfid_a-64_50k_cfg4_random", "gfid_a-64_50k_unguided_random"}
+    found = headline_figures(run)
+    assert (found["guidance_scale"], found["timestep_shift"]) == (4.0, 0.3)
+
+
+def test_floor_ceiling_and_class_accuracy_stand_in_the_headline():
+    generation = GENERATION | {
+        "weak": GENERATION["weak"]
+        | {"class_accuracy_inception_50k_cfg1p2_random": 0.5, "kid_inception_50k_cfg1p2_random": 7.0},
+        "reconstructed": {"rfid_inception_50k_reconstructed": 0.3, "class_accuracy_inception_50k_reconstructed": 0.9},
+    }
+    run = RUN._replace(generation=generation)
+    added = headline_figures(run).items() - headline_figures(RUN).items()
+    assert dict(added) == {
+        "rfid_inception_50k_reconstructed": 0.3,
+        "class_accuracy_inception_50k_reconstructed": 0.9,
+        "class_accuracy_inception_50k_cfg1p2_random": 0.5,
+        "kid_inception_50k_cfg1p2_random": 7.0,
+    }
+    figures = {figure.label: figure for figure in _headline(run, {"tuned": {}})}
+    assert figures["The decoder's floor of gFID"].value == 0.3
+    assert figures["KID"].value == 7.0
+    assert figures["Samples of their class"][1:] == (
+        "class_accuracy_inception_50k_cfg1p2_random",
+        0.5,
+        "reconstructions: 0.9",
+    )
 
 
 def test_a_probe_chosen_on_held_out_images_stands_under_its_own_name():
