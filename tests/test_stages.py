@@ -143,11 +143,11 @@ def test_metrics_are_finite_and_named(results):
         "rfid_efficientnet-lite0-64_32",
     }
     assert set(table["latents"]) == set(table["reconstruction"])
-    assert set(table["generation"]) == {"unguided", "guided", "noise"}
-    names = ("gfid", "sfid", "kid", "precision", "recall")
+    assert set(table["generation"]) == {"real", "unguided", "guided", "noise", "reconstructed", "best"}
+    names = ("gfid", "sfid", "kid", "precision", "recall", "class_accuracy")
     counts = {name: "24_vs24" if name in ("precision", "recall") else "24" for name in names}
     of_samples = {f"{name}_efficientnet-lite0-64_{count}_cfg2_balanced" for name, count in counts.items()}
-    assert set(table["generation"]["guided"]) == of_samples
+    assert set(table["generation"]["guided"]) == of_samples | {"fdr1_24_vs32_cfg2_balanced"}
     assert {"zero_shot_top1_squash", "linear_probe_bottleneck", "linear_probe_last", "linear_probe_multi"} <= set(
         table["understanding"]
     )

@@ -333,7 +333,7 @@ def siblings(path: Path) -> str:
 
 
 def verified_weights(
-    path: Path, sha256: str, what: str, *, instead: str = "choose random_vgg16 in params.yaml"
+    path: Path, sha256: str, what: str, *, instead: str = "choose efficientnet_lite0, which has its own"
 ) -> Path:
     """`path`, if it is there and has the digest. Raises ArtefactError that says what to put where."""
     remedy = f"put {what} there, by hand or with `dvc import-url`, or {instead}"

@@ -17,8 +17,7 @@ from stages.plans.estimate import (
 )
 from stages.reference import ReferenceStatistics
 from vtp.evaluation.features import AnyFeaturesConfig
-from vtp.evaluation.networks import DINO_SIZES, TimmNetwork
-from vtp.layers.efficientnet_lite import EfficientNetLite0
+from vtp.evaluation.networks import DINO_SIZES, EfficientNetLite, TimmNetwork
 from vtp.layers.flops import forward_flops
 from vtp.losses.perceptual import RandomVggDistanceConfig
 from vtp.objectives.cost import perceptual_flops
@@ -88,7 +87,7 @@ def features_flops(config: AnyFeaturesConfig, image_size: int) -> float | None:
         return None
     with torch.device("meta"):
         if config.name == "efficientnet_lite0":
-            network = EfficientNetLite0(config.side, weights=False)
+            network = EfficientNetLite(config.side, weights=False)
             return forward_flops(network, torch.empty(1, 3, config.side, config.side))
         if config.name == "timm":
             network = TimmNetwork(config.model, config.side, config.reading, None)

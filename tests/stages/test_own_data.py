@@ -73,6 +73,8 @@ def own(section, **changes):
     if section == "pretrain":
         rule = said["pretrain"]["without_captions"]
         changes = merged(changes, {"without_captions": rule, "monitor": {"probe": None, "milestones": []}}, new=True)
+    if section == "evaluate_generator":
+        changes = {name: said[section][name] for name in ("kernel", "class_probe")} | changes
     return merged(TINY[section], changes)
 
 
@@ -105,7 +107,7 @@ def test_every_kind_of_data_comes_to_samples_and_figures(tmp_path, caplog, kind)
     assert generator.sample(classes[0], count=2)[1].size == (16, 16)
 
     draw(out / "generator", tmp_path)
-    judged = EvaluateGenerator.parse(own("evaluate_generator", kernel=None), where="test")
+    judged = EvaluateGenerator.parse(own("evaluate_generator"), where="test")
     paths = {name: tmp_path / name for name in ("reference", "tokenizer", "samples")}
     paths |= {name: tmp_path / f"generated_{name}" for name in ("metrics", "curves", "pictures")}
     evaluate_generator(judged, **paths, host=work_in(tmp_path / "judged"))
@@ -203,7 +205,7 @@ def test_a_class_without_training_pictures_is_not_drawn(tmp_path, caplog):
         caplog.clear()
     assert torch.bincount(samples.of("unguided").labels).tolist() == [len(samples) // 2, 0, len(samples) // 2]
 
-    judged = EvaluateGenerator.parse(own("evaluate_generator", kernel=None), where="test")
+    judged = EvaluateGenerator.parse(own("evaluate_generator"), where="test")
     paths = {"reference": tmp_path / "reference", "tokenizer": tmp_path / "tokenizer", "samples": samples.folder}
     paths |= {name: tmp_path / f"generated_{name}" for name in ("metrics", "curves", "pictures")}
     evaluate_generator(judged, **paths, host=work_in(tmp_path / "judged"))

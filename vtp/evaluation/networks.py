@@ -68,9 +68,9 @@ class EfficientNetLite(nn.Module):
 
     DIM, STAGE, CHANNELS, SIDE = DIM, 2, 7, 8
 
-    def __init__(self, side: int) -> None:
+    def __init__(self, side: int, *, weights: bool = True) -> None:
         super().__init__()
-        self.network = EfficientNetLite0(side)
+        self.network = EfficientNetLite0(side, weights=weights)
 
     @property
     def head(self) -> Tensor:

@@ -230,10 +230,15 @@ def load_backbone(backbone: Any, name: str, path: Path) -> None:  # noqa: ANN401
 
 
 def timm_tensors(model: Any, name: str, path: Path) -> dict[str, Tensor]:  # noqa: ANN401 - as above
-    """A file of timm under the names of today's `model`. Raises ArtefactError for weights of another shape."""
+    """A file of timm under the names of today's `model`. Raises ArtefactError for weights of another model or shape."""
     given = {key: value.float() for key, value in load_tensors(path).items()}
     adapt = getattr(import_module(type(model).__module__), "checkpoint_filter_fn", None)
-    tensors = adapt(dict(given), model) if adapt is not None else given
+    try:
+        tensors = adapt(dict(given), model) if adapt is not None else given
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:  # it looks for what it renames
+        raise ArtefactError(
+            f"{path} does not hold the weights of {name} ({error!r}); fetch those of this model"
+        ) from None
     for key in tensors.keys() & given.keys():
         if key != "pos_embed" and tensors[key].shape != given[key].shape:  # timm scales patches of other sizes as well
             raise ArtefactError(
