@@ -74,7 +74,7 @@ class StagesDistance(nn.Module):
         return [F.normalize(stage, dim=1, eps=1e-6) for stage in self.features((images + 1) / 2)]
 
 
-class _RandomVgg(nn.Module):
+class _VggStages(nn.Module):
     """Stages of images in [0, 1]."""
 
     def __init__(self, config: RandomVggDistanceConfig) -> None:
@@ -85,7 +85,7 @@ class _RandomVgg(nn.Module):
         return self.stages(normalise(images))
 
 
-class _EfficientNet(nn.Module):
+class _EfficientNetStages(nn.Module):
     """The tapped ones among the stages, of images in [0, 1]."""
 
     def __init__(self, config: EfficientNetDistanceConfig, *, weights: bool = True) -> None:
@@ -101,7 +101,7 @@ def perceptual_shapes(config: AnyPerceptualConfig) -> nn.Module:
     """The convolutions behind a distance on the meta device: images [B, 3, H, W] to activations by stage."""
     with torch.device("meta"):
         if isinstance(config, EfficientNetDistanceConfig):
-            return _EfficientNet(config, weights=False)
+            return _EfficientNetStages(config, weights=False)
         stages = config.stages if isinstance(config, RandomVggDistanceConfig) else len(STAGES)
         return ConvStages(STAGES[:stages]).requires_grad_(False)
 
@@ -109,9 +109,9 @@ def perceptual_shapes(config: AnyPerceptualConfig) -> nn.Module:
 def build_perceptual(config: AnyPerceptualConfig, *, weights: Path) -> PerceptualDistance:
     """The distance that the parameters name. Raises ArtefactError when its weights file is missing or another one."""
     if isinstance(config, RandomVggDistanceConfig):
-        return PerceptualDistance("random-vgg16", StagesDistance(_RandomVgg(config)))
+        return PerceptualDistance("random-vgg16", StagesDistance(_VggStages(config)))
     if isinstance(config, EfficientNetDistanceConfig):
-        return PerceptualDistance(f"efficientnet-lite0-{config.side}", StagesDistance(_EfficientNet(config)))
+        return PerceptualDistance(f"efficientnet-lite0-{config.side}", StagesDistance(_EfficientNetStages(config)))
     path = verified_weights(weights / config.weights, config.sha256, "a state dict of lpips.LPIPS(net='vgg')")
     from lpips import LPIPS
 
