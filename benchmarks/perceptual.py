@@ -12,6 +12,7 @@ what each loss of the first seed makes of them.
 
 import argparse
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -145,7 +146,7 @@ def _shards(options: argparse.Namespace, folder: Path) -> Path:
 
 
 def _host(folder: Path) -> LocalHost:
-    host = LocalHost(folder / "scratch" / "folder", Path.cwd(), Runtime(device="cpu"))
+    host = LocalHost(folder / "scratch" / "folder", Path.cwd(), Runtime.of(os.environ))
     host.folder.mkdir(parents=True)
     return host
 

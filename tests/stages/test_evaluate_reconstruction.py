@@ -271,8 +271,8 @@ def test_rfid_is_that_of_the_same_images(made, pixels, tmp_path):
         rfid.append(
             json.loads(outputs["metrics"].read_text())["reconstruction"]["validation_centre16"]["pretrained"][RFID]
         )
-    assert rfid[0] == pytest.approx(0, abs=1e-9)
-    assert rfid[1] > 1e-4
+    assert rfid[0] == pytest.approx(0, abs=1e-6)
+    assert rfid[1] > 1
 
 
 def test_speed_stands_apart(outputs):

@@ -62,7 +62,7 @@ class RealImages(NamedTuple):
 class Ratio(NamedTuple):
     """What Fréchet distances are held against: those of held-out real images, by network. Their ratio's mean is FDr."""
 
-    count: int  # of held-out images
+    held: int  # images that were held out
     units: Mapping[str, float]
 
     @classmethod
@@ -75,7 +75,7 @@ class Ratio(NamedTuple):
     @property
     def real(self) -> dict[str, float]:
         """The distances by name."""
-        return {f"fid_{name}_{count_name(self.count)}_real": value for name, value in self.units.items()}
+        return {f"fid_{name}_{count_name(self.held)}_real": value for name, value in self.units.items()}
 
     def figures(
         self, sets: FeatureSets, table: Mapping[str, float], distance: Distance, drawn: str
@@ -83,7 +83,7 @@ class Ratio(NamedTuple):
         """The mean over networks of distances in `table` over those of held-out images, which score 1, by name."""
         number = count_name(sets.count)
         ratios = [table[f"{distance}_{name}_{number}_{drawn}"] / unit for name, unit in self.units.items()]
-        return {f"fdr{len(ratios)}_{number}_vs{count_name(self.count)}_{drawn}": mean(ratios)}
+        return {f"fdr{len(ratios)}_{number}_vs{count_name(self.held)}_{drawn}": mean(ratios)}
 
 
 class Judge:

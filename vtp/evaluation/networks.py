@@ -221,7 +221,9 @@ class TimmNetwork(nn.Module):
         import timm
 
         require_timm_model(name)
-        any_side = {"dynamic_img_size": True, "dynamic_img_pad": True} if name.startswith("vit_") else {}
+        any_side: dict[str, Any] = {}
+        if name.startswith("vit_"):
+            any_side = {"dynamic_img_size": True, "dynamic_img_pad": True}
         network: Any = timm.create_model(name, pretrained=False, num_classes=0, **any_side)
         if self._reading == "class_token" and getattr(network, "cls_token", None) is None:
             raise ArtefactError(f"{name} has no class token; read spatial_mean or pooled")
