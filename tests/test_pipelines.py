@@ -209,9 +209,8 @@ def test_two_runs_of_the_adversarial_study_differ_in_the_adversary_alone():
 @pytest.mark.parametrize("size", [32, 64])
 def test_comparisons_compress_twelve_times_and_ask_more_of_captions_than_of_labels(tmp_path, size):
     """On the CPU and on a GPU: one size through all stages, and what only the other of two objectives could see."""
-    study = read_yaml(ROOT / "pipelines/scaling/params.yaml") | {"base": str(OVERLAYS / "comparison.yaml")}
-    if size == 64:
-        study |= {"base": str(OVERLAYS / "comparison_gpu.yaml"), "points": ["1.000e+15", "2.000e+15", "end"]}
+    overlay = OVERLAYS / {32: "comparison.yaml", 64: "comparison_gpu.yaml"}[size]
+    study = read_yaml(ROOT / "pipelines/scaling/params.yaml") | {"base": str(overlay)}
     (tmp_path / "params.yaml").write_text(json.dumps(study))
     checked = check(tmp_path / "params.yaml", Pipeline.of(ROOT / "pipelines/scaling/dvc.yaml")._replace(tracked=[]))
     source, run = checked.shared["prepare_data"]["source"], checked.runs["joint"]
