@@ -100,7 +100,7 @@ class _SplitImages(NamedTuple):
 
     @classmethod
     def of(cls, images: ShardDataset) -> "_SplitImages":
-        return cls(images, images.singles())
+        return cls(images, images.learnt())
 
 
 class _FileBatch(NamedTuple):

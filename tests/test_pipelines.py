@@ -193,7 +193,7 @@ def runs_of(study):
 
 def test_two_runs_of_the_scaling_study_differ_in_their_objectives_alone():
     runs = runs_of("scaling")
-    assert runs["ae"]["pretrain"]["objective"].pop("weights") == {"reconstruction": 0.1, "clip": 0.0, "ssl": 0.0}
+    assert runs["ae"]["pretrain"]["objective"].pop("weights") == {"reconstruction": 1.0, "clip": 0.0, "ssl": 0.0}
     del runs["joint"]["pretrain"]["objective"]["weights"]
     assert runs["ae"] == runs["joint"]
 
@@ -204,6 +204,24 @@ def test_two_runs_of_the_adversarial_study_differ_in_the_adversary_alone():
     early = {"discriminator_start": 0.0, "start": 0.0}
     assert runs["joint"]["pretrain"].pop("adversary") == runs["joint"]["tune_decoder"]["adversary"] | early
     assert runs["joint"] == runs["two_stage"]
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_comparisons_compress_twelve_times_and_ask_more_of_captions_than_of_labels(tmp_path, size):
+    """On the CPU and on a GPU: one size through all stages, and what only the other of two objectives could see."""
+    overlay = OVERLAYS / {32: "comparison.yaml", 64: "comparison_gpu.yaml"}[size]
+    study = read_yaml(ROOT / "pipelines/scaling/params.yaml") | {"base": str(overlay)}
+    (tmp_path / "params.yaml").write_text(json.dumps(study))
+    checked = check(tmp_path / "params.yaml", Pipeline.of(ROOT / "pipelines/scaling/dvc.yaml")._replace(tracked=[]))
+    source, run = checked.shared["prepare_data"]["source"], checked.runs["joint"]
+    assert source["labels"] == "category"
+    assert source["image_size"] == checked.shared["reference"]["image_size"] == size
+    probes, pretrain = run["evaluate_understanding"]["probes"], run["pretrain"]
+    assert probes["resize"] == probes["size"] == pretrain["tokenizer"]["image_size"] == size
+    vision = pretrain["tokenizer"]["vision"]
+    assert 3 * vision["patch_size"] ** 2 == 12 * vision["feature_bottleneck"]
+    assert not vision["bottleneck_ae_only"]
+    assert run["train_generator"]["training"]["length"]["samples"] >= 15 * source["train_samples"]
 
 
 # Millions, G; B and L are the paper's table 1, the others the same encoders counted.

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from stages.prepare_data import PrepareData
 from stages.pretrain import Pretrain
 from vtp.config import ConfigError
-from vtp.curation.ingest.compose import EmbeddedConfig
+from vtp.curation.ingest.compose import EmbeddedConfig, categories
+from vtp.curation.ingest.openmoji import catalogue
 from vtp.data.batches import count_micro_batches
 from vtp.models.tokenizer import TokenizerConfig
 from vtp.objectives.cost import decoder_flops, encoder_flops
@@ -70,7 +71,8 @@ class PlannedInputs(NamedTuple):
 
     tokenizer: TokenizerConfig
     splits: Mapping[str, SplitSize]
-    classes: int
+    classes: int  # that prompts ask for
+    labels: int  # that a generator learns
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -126,7 +128,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="FILE:SECTION", help="parameters of pretrain; default: FILE:pretrain")
     parser.add_argument("--images", type=int, help="labelled training images; default: prepare_data's, or ImageNet's")
     parser.add_argument("--validation-images", type=int, help="those of validation, likewise")
-    parser.add_argument("--classes", type=int, help="classes of the labels, likewise")
+    parser.add_argument("--classes", type=int, help="classes, and labels of a generator, likewise")
 
 
 def inputs_of(options: argparse.Namespace) -> PlannedInputs:
@@ -140,7 +142,7 @@ def inputs_of(options: argparse.Namespace) -> PlannedInputs:
         )
     tokenizer = load(options.tokenizer or f"{file}:pretrain", Pretrain).architecture
     train, validation = (SplitSize(IMAGENET[name], IMAGENET[name]) for name in ("images", "validation_images"))
-    classes = IMAGENET["classes"]
+    classes = labels = IMAGENET["classes"]
     if "prepare_data" in sections:
         source = load(f"{file}:prepare_data", PrepareData).source
         if isinstance(source, EmbeddedConfig):
@@ -148,12 +150,15 @@ def inputs_of(options: argparse.Namespace) -> PlannedInputs:
                 SplitSize(count, round(count * (1 - source.scene_fraction)))  # scenes have no class
                 for count in (source.train_samples, source.validation_samples)
             )
-            classes = source.classes
+            classes = labels = source.classes
+            if source.labels == "category":
+                labels = len(categories(catalogue(classes)))
     if options.images is not None:
         train = SplitSize(options.images, options.images)
     if options.validation_images is not None:
         validation = SplitSize(options.validation_images, options.validation_images)
-    return PlannedInputs(tokenizer, {"train": train, "validation": validation}, options.classes or classes)
+    splits = {"train": train, "validation": validation}
+    return PlannedInputs(tokenizer, splits, options.classes or classes, options.classes or labels)
 
 
 def beside(options: argparse.Namespace, section: str) -> str:

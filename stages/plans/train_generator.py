@@ -109,7 +109,7 @@ def plan(arguments: list[str]) -> Estimate:
 def generator_of(config: TrainGenerator, inputs: PlannedInputs) -> LightningDiT:
     """Without contents."""
     with torch.device("meta"):
-        return LightningDiT(config.model.architecture(inputs.latent_shape, inputs.classes))
+        return LightningDiT(config.model.architecture(inputs.latent_shape, inputs.labels))
 
 
 def generator_flops(model: LightningDiT, inputs: PlannedInputs) -> float:

@@ -1,6 +1,7 @@
 """The cache on tiny shards: one decode, equal latents in any batches, files that resume, and what is told."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -52,6 +53,17 @@ def test_rows_are_the_pictures_and_their_mirror_images(inputs, cached, split):
     assert table["key"] == [images.key(int(row)) for row in singles.rows]
     assert table["caption"] == [images.caption(int(row)) for row in singles.rows]
     assert table["label"] == latents.labels.tolist()
+
+
+def test_labels_are_those_that_the_data_say_a_generator_learns(inputs, cached, tmp_path):
+    shutil.copytree(inputs / "shards", tmp_path / "shards")
+    (tmp_path / "tokenizer").symlink_to(inputs / "tokenizer")
+    manifest = read_json(tmp_path / "shards" / "manifest.json")
+    write_json(tmp_path / "shards" / "manifest.json", manifest | {"learnt": "categories"})
+    coarse, fine = LatentDataset(cache(tmp_path, tmp_path)), LatentDataset(cached)
+    assert (fine.classes, coarse.classes) == (manifest["classes"], manifest["categories"])
+    assert coarse.labels.tolist() == [manifest["category_of_class"][label] for label in fine.labels.tolist()]
+    assert coarse.labels.tolist() != fine.labels.tolist()
 
 
 @pytest.mark.parametrize("images", [None, 7])

@@ -11,6 +11,7 @@ from stages.plans import estimate, reference, train_generator, tune_decoder
 from stages.plans.adversary import discriminator_of
 from stages.pretrain import Pretrain, step_cost
 from stages.runner.run import main
+from stages.train_generator import TrainGenerator
 from vtp.config import ConfigError
 from vtp.flow import SamplerConfig, sample
 from vtp.layers.random_vgg import STAGES, ConvStages
@@ -294,6 +295,15 @@ def test_self_distillation_without_local_views(small):
     values = merged(tiny_params(), {"pretrain": {"data": {"ssl_views": {"local_views": 0}}}})
     write_params(values, small)
     assert plan_of("pretrain", f"{small}:pretrain")["activations, ssl"].value > 0
+
+
+def test_labels_of_categories_are_as_many_as_categories(tmp_path):
+    source = {"classes": 12, "labels": "category"}
+    write_params(merged(tiny_params(), {"prepare_data": {"source": source}}), tmp_path / "params.yaml")
+    inputs = estimate.inputs_of(_options(tmp_path / "params.yaml"))
+    assert (inputs.classes, inputs.labels) == (12, 6)
+    generator = train_generator.generator_of(load(f"{tmp_path}/params.yaml:train_generator", TrainGenerator), inputs)
+    assert generator.config.num_classes == 6
 
 
 def _options(params):

@@ -104,6 +104,11 @@ class ShardDataset:
             seen += len(singles)
         return LabelledSamples(np.concatenate(rows)[:wanted], np.concatenate(labels)[:wanted])
 
+    def learnt(self, most: int | None = None) -> "LabelledSamples":
+        """The samples of `singles`, with the labels that a generator learns: their classes, or the categories of those."""
+        rows, labels = self.singles(most)
+        return LabelledSamples(rows, self.manifest.learnt_labels(labels))
+
     def key(self, index: int) -> str:
         """Name of a sample in its tar."""
         table, row = self._place(index)
@@ -195,7 +200,7 @@ class LabelledSamples(NamedTuple):
     """Samples that have a class."""
 
     rows: np.ndarray  # [n] int64, ascending
-    labels: np.ndarray  # [n] int64, their classes
+    labels: np.ndarray  # [n] int64, their classes, or what else a generator learns
 
 
 class _SampleTable(NamedTuple):

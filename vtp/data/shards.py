@@ -14,7 +14,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 3
 COLUMNS = ("key", "offset", "size", "width", "height", "caption", "label", "category", "kind")
 NO_LABEL = -1  # a sample of no class, or of no category
+Learnt = Literal["classes", "categories"]
 WHOLE_SET = "all"  # the one class of data without classes, whose generator is unconditional
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # a file name without a dot: WebDataset splits names at the first one
 
@@ -64,6 +65,7 @@ class Manifest(Config):
     templates: list[str]  # prompts for zero-shot classification; {} stands for the class
     categories: list[str]  # a coarser second label, or empty
     category_of_class: list[int]
+    learnt: Learnt = "classes"  # the labels that a generator is given; probes and prompts ask for classes either way
     location: str | None  # URL of the folder of the tars, for fsspec; None: beside the manifest
     attribution: str
     splits: dict[str, Split]
@@ -83,8 +85,12 @@ class Manifest(Config):
 
     @property
     def learnt_classes(self) -> list[str]:
-        """Names of the classes that a generator learns: data without classes are one."""
-        return self.classes or [WHOLE_SET]
+        """Names of the labels that a generator learns: data without classes are one."""
+        return (self.classes if self.learnt == "classes" else self.categories) or [WHOLE_SET]
+
+    def learnt_labels(self, labels: np.ndarray) -> np.ndarray:
+        """Places [N] in `learnt_classes` of the classes [N] of samples."""
+        return labels if self.learnt == "classes" else np.asarray(self.category_of_class, labels.dtype)[labels]
 
     @property
     def unprobed(self) -> str | None:

@@ -1,9 +1,9 @@
 """Statistics of real images, which rFID and gFID compare with: computed once, kept as an artefact.
 
     config.json             networks with their weights' digests, crop, classes, digest of the data, what each split is
-    <split>.safetensors     rows: the images, as indices into the split; labels: their classes, where only images
-                            with one count; of every network, <name>/pooled_* and <name>/spatial_*: count, mean and
-                            scatter, and <name>/features: pooled features of the first images
+    <split>.safetensors     rows: the images, as indices into the split; labels: those that a generator learns, where
+                            only images with one count; of every network, <name>/pooled_* and <name>/spatial_*: count,
+                            mean and scatter, and <name>/features: pooled features of the first images
 
 They belong to one data set and one crop; whoever reads them says what they must belong to.
 """
@@ -178,7 +178,7 @@ class Chosen(NamedTuple):
 def choose(images: ShardDataset, config: SplitConfig) -> Chosen:
     """Raises ValueError when there are fewer images than asked for, or than a covariance needs."""
     if config.labelled:
-        rows, labels = images.singles(config.samples)
+        rows, labels = images.learnt(config.samples)
     else:
         rows = np.arange(len(images))[: config.samples]
         labels = np.full(len(rows), NO_LABEL)

@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import reseal
 
 from vtp.artefact import ArtefactError, digest
+from vtp.config import ConfigError
 from vtp.curation.ingest.compose import BACKGROUNDS, Composer, EmbeddedConfig, is_scene, with_article
 from vtp.curation.ingest.embedded import ComposedPictures
 from vtp.curation.ingest.encode import Keep
@@ -20,12 +21,14 @@ from vtp.curation.ingest.openmoji import FIRST_CATEGORIES, attribution, catalogu
 from vtp.data.dataset import DataError, ShardDataset
 from vtp.data.order import epoch_order, sample_indices
 from vtp.data.shards import SampleRecord, write_shard
+from vtp.evaluation.reference import SplitConfig, choose
 
 CONFIG = EmbeddedConfig(
     name="openmoji",
     seed=0,
     image_size=24,
     classes=12,
+    labels="drawing",
     train_samples=50,
     validation_samples=26,
     scene_fraction=0.25,
@@ -98,6 +101,28 @@ def test_validation_is_held_out(folder):
     seen = {train.image(i).tobytes() for i in range(len(train))}
     assert not any(validation.image(i).tobytes() in seen for i in range(len(validation)))
     assert set(validation.singles().labels) == set(range(12))
+
+
+def test_labels_of_categories_leave_pictures_captions_and_classes_as_they_were(folder, tmp_path):
+    """What a generator learns and is judged by is coarser; probes and prompts ask for the drawing and its category."""
+    write(tmp_path / "coarse", CONFIG.model_copy(update={"labels": "category"}))
+    for tar in folder.glob("*.tar"):
+        assert digest(tmp_path / "coarse" / tar.name) == digest(tar)
+    coarse, fine = ShardDataset(tmp_path / "coarse", "train"), ShardDataset(folder, "train")
+    manifest, drawings = coarse.manifest, fine.singles(20)
+    assert manifest == fine.manifest.model_copy(update={"learnt": "categories"})
+    assert fine.learnt(20).labels.tolist() == drawings.labels.tolist()
+    assert fine.manifest.learnt_classes == fine.manifest.classes
+    labels = SplitConfig(samples=20, labelled=True, kept=0)
+    chosen = choose(coarse, labels)
+    assert chosen.rows.tolist() == drawings.rows.tolist()
+    of_drawing = {picture.name: picture.category for picture in catalogue(12)}
+    names = [fine.manifest.classes[label] for label in drawings.labels]
+    assert [manifest.learnt_classes[label] for label in chosen.labels] == [of_drawing[name] for name in names]
+    assert len(set(chosen.labels.tolist())) == len(manifest.learnt_classes) == 6
+    assert all(name in coarse.caption(row) for name, row in zip(names, chosen.rows.tolist(), strict=True))
+    with pytest.raises(ConfigError, match=r"labels: Input should be 'drawing' or 'category' \(given: 'kind'\)"):
+        EmbeddedConfig.parse(CONFIG.model_dump() | {"labels": "kind"}, where="source")
 
 
 def test_captions_say_what_is_where():

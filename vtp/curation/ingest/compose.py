@@ -51,6 +51,10 @@ class EmbeddedConfig(Config):
     seed: int = Field(description="seed of the compositions")
     image_size: int = Field(ge=8, description="side in pixels")
     classes: int = Field(ge=3, description="number of pictures; each is a class, its emoji category a second label")
+    labels: Literal["drawing", "category"] = Field(
+        description="what generators are given as label, and samples are judged by: the class, or its category, which "
+        "says less than captions do; probes and prompts ask for the class either way"
+    )
     train_samples: int = Field(ge=1, description="number of training compositions")
     validation_samples: int = Field(ge=1, description="held-out compositions of the same classes")
     scene_fraction: float = Field(ge=0, le=1, description="share of the samples that are scenes of several pictures")

@@ -38,6 +38,7 @@ class ComposedPictures:
             categories=categories(pictures),
             category_of_class=self._category_of_class,
             attribution=attribution(),
+            learnt="classes" if self._config.labels == "drawing" else "categories",
         )
 
     def records(self, split: str, rows: range) -> Iterator[SampleRecord]:

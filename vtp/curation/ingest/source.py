@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from vtp.data.shards import SampleRecord
+from vtp.data.shards import Learnt, SampleRecord
 
 
 class Description(NamedTuple):
@@ -16,6 +16,7 @@ class Description(NamedTuple):
     categories: list[str]
     category_of_class: list[int]
     attribution: str
+    learnt: Learnt = "classes"
 
 
 class Rejected(NamedTuple):
