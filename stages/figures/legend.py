@@ -176,6 +176,7 @@ LEGEND = [
     # training and speed
     LegendEntry(r"steps", "updates of the weights", NEITHER, "count", "this run"),
     LegendEntry(r"samples", "training samples seen, repeats included", NEITHER, "count", "this run"),
+    LegendEntry(r"images", "training images that the epochs repeat", NEITHER, "count", "this run"),
     LegendEntry(r"flops", "training FLOPs, forward and backward", NEITHER, "FLOPs", "this run, counted from shapes"),
     LegendEntry(r"parameters", "weights of the model", NEITHER, "count", "this run"),
     LegendEntry(r"epochs", "passes over the training set", NEITHER, "count", "this run"),
