@@ -1,7 +1,7 @@
 """Compare runs: a table, figures in the layout of the paper's beside its points, and what may be claimed.
 
-The input holds `<run>/<seed>/<point>/*.json`, what was measured of the tokenizer at a milestone, named by training FLOPs or
-`end`, and `<run>/<seed>/*.json`, what was measured of the whole run, which counts at its end. A run without points was not
+The input holds `<run>/<seed>/<point>/*.json`, what was measured of the tokenizer at a milestone, named by training FLOPs,
+its share of the run or `end`, and `<run>/<seed>/*.json`, what was measured of the whole run, which counts at its end. A run without points was not
 trained here. Means and 95 % intervals are over seeds; of one seed there is no interval, and nothing is claimed.
 """
 
@@ -11,10 +11,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from stages.figures.claims import BetterClaim, Claim, CorrelatesClaim, Verdict, better_way, conclusion, judge
+from stages.figures.claims import BetterClaim, Claim, CorrelatesClaim, ClaimResult, better_way, conclusion, judge
 from stages.figures.legend import NEITHER
 from stages.figures.panels import BarsConfig, PanelConfig, draw_panels, labels, named_runs
-from stages.figures.points import FLOPS, OF_TRAINING, Measured, meaning, read_points
+from stages.figures.points import FLOPS, OF_TRAINING, StudyPoints, meaning, read_points
 from stages.figures.published import CATEGORY, Published
 from stages.figures.tables import markdown, number
 from stages.runner.run import Input, Output, main
@@ -123,7 +123,7 @@ def _runs(claim: Claim) -> list[str]:
     return [] if isinstance(claim, CorrelatesClaim) else claim.runs
 
 
-def _table(measured: Measured) -> str:
+def _table(measured: StudyPoints) -> str:
     """A row per point; the mean over seeds and half of its interval."""
     rows = []
     for name in measured.runs:
@@ -154,7 +154,7 @@ def _legend(config: Summary) -> str:
     return markdown(["called", "metric", "better", "unit"], rows)
 
 
-def _comparison(config: Summary, measured: Measured, others: Published) -> str:
+def _comparison(config: Summary, measured: StudyPoints, others: Published) -> str:
     """The published points of all panels; beside those of a category or series that is called like a run its last point."""
     rows: dict[tuple[str, ...], None] = {}
     for panel in config.figure:
@@ -172,7 +172,7 @@ def _comparison(config: Summary, measured: Measured, others: Published) -> str:
     return markdown(head, list(rows)) if rows else ""
 
 
-def _noise(config: Summary, measured: Measured) -> dict[str, dict[str, Interval]]:
+def _noise(config: Summary, measured: StudyPoints) -> dict[str, dict[str, Interval]]:
     """Standard deviations by stage and label, over the last points of its runs and their seeds."""
     return {
         stage: {
@@ -183,7 +183,7 @@ def _noise(config: Summary, measured: Measured) -> dict[str, dict[str, Interval]
     }
 
 
-def _noise_table(noise: Mapping[str, Mapping[str, Interval]], measured: Measured) -> str:
+def _noise_table(noise: Mapping[str, Mapping[str, Interval]], measured: StudyPoints) -> str:
     if not noise:
         return ""
     rows = [[stage, *map(_deviation, of_stage.values())] for stage, of_stage in noise.items()]
@@ -194,7 +194,7 @@ def _deviation(of: Interval) -> str:
     return f"{of.estimate:.3g} [{of.low:.3g}, {of.high:.3g}], {of.number} runs" if of.number > 1 else "-"
 
 
-def _claims(verdicts: list[Verdict]) -> str:
+def _claims(verdicts: list[ClaimResult]) -> str:
     """What may be said, in a sentence, and why, in one of each claim."""
     if not verdicts:
         return "This study claims nothing.\n"
@@ -202,7 +202,7 @@ def _claims(verdicts: list[Verdict]) -> str:
 
 
 def _headline(
-    measured: Measured, verdicts: list[Verdict], noise: Mapping[str, Mapping[str, Interval]]
+    measured: StudyPoints, verdicts: list[ClaimResult], noise: Mapping[str, Mapping[str, Interval]]
 ) -> dict[str, Any]:
     last = {
         name: {label: measured.mean(name, measured.last(name), label) for label in measured.metrics}

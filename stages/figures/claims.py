@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from stages.figures.legend import HIGHER, NEITHER
-from stages.figures.points import Measured, is_logarithmic, meaning, quantity_name
+from stages.figures.points import StudyPoints, is_logarithmic, meaning, quantity_name
 from vtp.config import Config, Distinct
 from vtp.evaluation.intervals import Interval, correlation_interval, mean_interval, slope
 from vtp.texts import listed
@@ -56,7 +56,7 @@ class OrderedClaim(Config):
 
     name: Literal["ordered"]
     metric: Metric
-    runs: Runs = Field(min_length=2, description="from the worst to the best")
+    runs: Runs = Field(min_length=2, description="runs from the worst to the best")
 
 
 class CorrelatesClaim(Config):
@@ -70,7 +70,7 @@ class CorrelatesClaim(Config):
 Claim = Annotated[BetterClaim | ImprovesClaim | FlatClaim | OrderedClaim | CorrelatesClaim, Field(discriminator="name")]
 
 
-class Verdict(NamedTuple):
+class ClaimResult(NamedTuple):
     """A claim and what was measured of it."""
 
     key: str
@@ -132,12 +132,12 @@ class Verdict(NamedTuple):
         return f"; without seed{'s' * (len(self.missing) > 1)} {listed(list(map(str, self.missing)))}, not measured in full"
 
 
-def judge(claims: Sequence[Claim], measured: Measured) -> list[Verdict]:
+def judge(claims: Sequence[Claim], measured: StudyPoints) -> list[ClaimResult]:
     """Each claim tested, in their order."""
     return [_judge(claim, measured) for claim in claims]
 
 
-def _judge(claim: Claim, measured: Measured) -> Verdict:
+def _judge(claim: Claim, measured: StudyPoints) -> ClaimResult:
     match claim:
         case BetterClaim():
             return _better(claim, measured)
@@ -151,7 +151,7 @@ def _judge(claim: Claim, measured: Measured) -> Verdict:
             return _correlates(claim, measured)
 
 
-def conclusion(verdicts: Sequence[Verdict]) -> str:
+def conclusion(verdicts: Sequence[ClaimResult]) -> str:
     """All of them in one sentence."""
     held, tested = sum(bool(each.holds) for each in verdicts), sum(each.holds is not None for each in verdicts)
     if not tested:
@@ -177,19 +177,19 @@ def better_way(metric: str, metrics: Mapping[str, str]) -> str:
     return NEITHER if entry is None else entry.better
 
 
-def _sign(metric: str, measured: Measured) -> float:
+def _sign(metric: str, measured: StudyPoints) -> float:
     """1 where higher is better, -1 where lower is."""
     return 1.0 if better_way(metric, measured.metrics) == HIGHER else -1.0
 
 
-def _better(claim: BetterClaim, measured: Measured) -> Verdict:
+def _better(claim: BetterClaim, measured: StudyPoints) -> ClaimResult:
     way = better_way(claim.metric, measured.metrics)
     words = f"{claim.run} has a {way} {claim.metric} than {claim.than} at the last point"
     key = f"{claim.metric}: {claim.run} better than {claim.than}"
     return _difference(key, words, claim.metric, (claim.run, claim.than), measured)
 
 
-def _difference(key: str, words: str, metric: str, pair: tuple[str, str], measured: Measured) -> Verdict:
+def _difference(key: str, words: str, metric: str, pair: tuple[str, str], measured: StudyPoints) -> ClaimResult:
     """Of the last points of two runs, seed by seed."""
 
     def of(seed: int) -> float:
@@ -201,21 +201,21 @@ def _difference(key: str, words: str, metric: str, pair: tuple[str, str], measur
 
 def _over_seeds(
     key: str, words: str, sign: float, of: Callable[[int], float], seeds: Sequence[int], unit: str = ""
-) -> Verdict:
+) -> ClaimResult:
     """The mean of what `of` says of every seed, without those of which it says NaN."""
     values = {seed: of(seed) for seed in seeds}
     missing = [seed for seed, value in values.items() if math.isnan(value)]
     known = [value for value in values.values() if not math.isnan(value)]
-    return Verdict(key, words, mean_interval(known), sign, len(known), unit=unit, missing=missing)
+    return ClaimResult(key, words, mean_interval(known), sign, len(known), unit=unit, missing=missing)
 
 
-def _improves(claim: ImprovesClaim, measured: Measured) -> Verdict:
+def _improves(claim: ImprovesClaim, measured: StudyPoints) -> ClaimResult:
     rises = better_way(claim.metric, measured.metrics) == HIGHER
     words = f"{_whose(claim)} {'rises' if rises else 'falls'} with {quantity_name(claim.against)}{_over(claim)}"
     return _slopes(f"{claim.metric}: {', '.join(claim.runs)} improves with {claim.against}", words, claim, measured)
 
 
-def _flat(claim: FlatClaim, measured: Measured) -> Verdict:
+def _flat(claim: FlatClaim, measured: StudyPoints) -> ClaimResult:
     rise = better_way(claim.metric, measured.metrics) == HIGHER
     words = (
         f"{_whose(claim)} does not {'rise' if rise else 'fall'} by {claim.margin:g} or more with "
@@ -234,7 +234,7 @@ def _over(claim: ImprovesClaim | FlatClaim) -> str:
     return "" if len(claim.runs) == 1 else f" over {', '.join(claim.runs)}"
 
 
-def _slopes(key: str, words: str, claim: ImprovesClaim | FlatClaim, measured: Measured) -> Verdict:
+def _slopes(key: str, words: str, claim: ImprovesClaim | FlatClaim, measured: StudyPoints) -> ClaimResult:
     """Of every seed with all points."""
     runs = claim.runs
     places = [(run, measured.last(run)) for run in runs]
@@ -254,7 +254,7 @@ def _slopes(key: str, words: str, claim: ImprovesClaim | FlatClaim, measured: Me
     return _over_seeds(key, words, _sign(claim.metric, measured), of, measured.seeds(runs), unit)
 
 
-def _ordered(claim: OrderedClaim, measured: Measured) -> Verdict:
+def _ordered(claim: OrderedClaim, measured: StudyPoints) -> ClaimResult:
     """The pair that is least clear; all hold where it does."""
     way = better_way(claim.metric, measured.metrics)
     words = f"{claim.metric} gets {way} from {' over '.join(claim.runs)}, each step at the last point"
@@ -266,20 +266,20 @@ def _ordered(claim: OrderedClaim, measured: Measured) -> Verdict:
     return min(steps, key=_clarity)
 
 
-def _clarity(step: Verdict) -> tuple[bool, float]:
+def _clarity(step: ClaimResult) -> tuple[bool, float]:
     """What is not measured comes first; then by the end of the interval that is nearest to the other side."""
     gain = step.gain
     return not math.isnan(gain.estimate), gain.estimate if math.isnan(gain.low) else gain.low
 
 
-def _correlates(claim: CorrelatesClaim, measured: Measured) -> Verdict:
+def _correlates(claim: CorrelatesClaim, measured: StudyPoints) -> ClaimResult:
     pair = (claim.metric, claim.beside)
     ways = [better_way(metric, measured.metrics) for metric in pair]
     places = [(run, point) for run in measured.runs for point in measured.points(run)]
     means = [[measured.mean(run, point, metric) for metric in pair] for run, point in places]
     known = [both for both in means if all(each.number for each in both)]
     x, y = ([both[side].estimate for both in known] for side in range(2))
-    return Verdict(
+    return ClaimResult(
         f"{claim.metric}: correlates with {claim.beside}",
         f"{ways[0]} {claim.metric} goes with {ways[1]} {claim.beside}",
         correlation_interval(x, y),

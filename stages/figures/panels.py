@@ -10,7 +10,7 @@ from pydantic import Field
 
 from stages.figures.drawing import axes
 from stages.figures.legend import NEITHER, LegendEntry
-from stages.figures.points import OF_TRAINING, Measured, is_logarithmic, meaning, quantity_name
+from stages.figures.points import OF_TRAINING, StudyPoints, is_logarithmic, meaning, quantity_name
 from stages.figures.published import CATEGORY, Published, PublishedPoint
 from vtp.config import Config, Distinct
 from vtp.evaluation.intervals import Interval
@@ -64,7 +64,7 @@ class _Single(NamedTuple):
     published: list[PublishedPoint]
 
 
-class _Place(NamedTuple):
+class _DrawnPoint(NamedTuple):
     """A point that is drawn."""
 
     x: Interval
@@ -84,7 +84,7 @@ def named_runs(panel: PanelConfig) -> list[str]:
 
 
 def draw_panels(
-    configs: Sequence[PanelConfig], measured: Measured, published: Published, *, title: str, path: Path
+    configs: Sequence[PanelConfig], measured: StudyPoints, published: Published, *, title: str, path: Path
 ) -> None:
     """As one PNG. Error bars are 95 % t intervals over seeds, small dots the seeds."""
     singles = [_Single(panel, y, published.of(panel.published, y)) for panel in configs for y in panel.y]
@@ -109,7 +109,7 @@ def draw_panels(
         every[0].figure.suptitle(drawable(title))
 
 
-def _colours(singles: Sequence[_Single], measured: Measured) -> dict[str, Any]:
+def _colours(singles: Sequence[_Single], measured: StudyPoints) -> dict[str, Any]:
     """One for every name of a series, wherever it is drawn: what is published as AE looks like a run `ae`."""
     from matplotlib import colormaps
 
@@ -121,7 +121,7 @@ def _colours(singles: Sequence[_Single], measured: Measured) -> dict[str, Any]:
     return {name: order[places[name.lower()] % len(order)] for name in names}
 
 
-def _series(single: _Single, measured: Measured) -> dict[str, list[tuple[str, str]]]:
+def _series(single: _Single, measured: StudyPoints) -> dict[str, list[tuple[str, str]]]:
     """Runs and points of every curve."""
     if isinstance(single.config, LastPointsConfig):
         return {
@@ -134,7 +134,7 @@ def _series(single: _Single, measured: Measured) -> dict[str, list[tuple[str, st
 def _ours(
     axis: Any,  # noqa: ANN401 - matplotlib's
     single: _Single,
-    measured: Measured,
+    measured: StudyPoints,
     colours: Mapping[str, Any],
     entry: LegendEntry | None,
 ) -> None:
@@ -153,7 +153,7 @@ def _ours(
         axis.set_xscale("log")
 
 
-def _places(places: Sequence[tuple[str, str]], x: str, y: str, measured: Measured) -> Iterator[_Place]:
+def _places(places: Sequence[tuple[str, str]], x: str, y: str, measured: StudyPoints) -> Iterator[_DrawnPoint]:
     """Those that were measured."""
     for run, point in places:
         at, value = measured.mean(run, point, x), measured.mean(run, point, y)
@@ -161,10 +161,10 @@ def _places(places: Sequence[tuple[str, str]], x: str, y: str, measured: Measure
             (measured.value(run, seed, point, x), measured.value(run, seed, point, y)) for seed in measured.seeds([run])
         ]
         if at.number and value.number:
-            yield _Place(at, value, [pair for pair in pairs if not any(map(math.isnan, pair))])
+            yield _DrawnPoint(at, value, [pair for pair in pairs if not any(map(math.isnan, pair))])
 
 
-def _curve(axis: Any, name: str, colour: Any, places: Sequence[_Place]) -> None:  # noqa: ANN401 - matplotlib's
+def _curve(axis: Any, name: str, colour: Any, places: Sequence[_DrawnPoint]) -> None:  # noqa: ANN401 - matplotlib's
     if not places:
         return
     x, y = [place.x for place in places], [place.y for place in places]
@@ -189,7 +189,7 @@ def _error(of: Sequence[Interval]) -> list[list[float]] | None:
     return known if any(map(any, known)) else None
 
 
-def _bars(axis: Any, single: _Single, measured: Measured, colours: Mapping[str, Any]) -> None:  # noqa: ANN401
+def _bars(axis: Any, single: _Single, measured: StudyPoints, colours: Mapping[str, Any]) -> None:  # noqa: ANN401
     runs = measured.runs
     for position, run in enumerate(runs):
         point = measured.last(run)

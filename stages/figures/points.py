@@ -1,4 +1,7 @@
-"""What was measured of the runs of a study: by run, seed and point, where a point is a milestone of pre-training."""
+"""What was measured of the runs of a study: by run, seed and point, where a point is a milestone of pre-training.
+
+A milestone is called by its training FLOPs, or below 1 by its share of the run.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +30,7 @@ class StudyPoint(NamedTuple):
         return (self.training if quantity in OF_TRAINING else self.figures)[quantity]
 
 
-class Measured:
+class StudyPoints:
     """All points of all runs. `metrics`: names joined by dots, by label."""
 
     def __init__(
@@ -69,7 +72,7 @@ class Measured:
         return mean_interval(self.values(run, point, quantity))
 
 
-def read_points(folder: Path, metrics: Mapping[str, str], *, first: Sequence[str]) -> Measured:
+def read_points(folder: Path, metrics: Mapping[str, str], *, first: Sequence[str]) -> StudyPoints:
     """`folder` holds RUN/SEED/POINT/*.json, and RUN/SEED/*.json of the whole run, which counts at its end. Runs come in the
     order of `first`, then by name.
 
@@ -89,7 +92,7 @@ def read_points(folder: Path, metrics: Mapping[str, str], *, first: Sequence[str
             raise ArtefactError(
                 f"{folder}: no run has {name!r}, the metric of {label!r}; they have {', '.join(sorted(known))}"
             )
-    return Measured(measured, metrics)
+    return StudyPoints(measured, metrics)
 
 
 def meaning(metrics: Mapping[str, str]) -> dict[str, LegendEntry | None]:

@@ -45,7 +45,7 @@ def study(folder, *, seeds=3, noise=0.3, better=20.0, slope=-10.0, seed=0):
     """`vtp` falls along three points and ends `better` below `ae`, which stays where it is."""
     draw = random.Random(seed)
     for each in range(seeds):
-        for place, (point, tenfolds) in enumerate((("1.000e+12", 0), ("2.000e+12", 0.301), ("end", 0.602))):
+        for place, (point, tenfolds) in enumerate((("0.25", 0), ("2.000e+12", 0.301), ("end", 0.602))):
             fall = slope * (tenfolds - 0.602)
             write_point(folder, f"vtp/{each}/{point}", 0.6 + 0.1 * place, 100 - better + fall + draw.gauss(0, noise))
             write_point(folder, f"ae/{each}/{point}", 0.5, 100 + draw.gauss(0, noise))
@@ -322,5 +322,5 @@ def test_folders_of_another_layout(tmp_path):
         summarise(tmp_path)
     write_point(tmp_path, "vtp/0/late", 0.5, 1.0)
     (tmp_path / "points/ae").rename(tmp_path / "elsewhere")
-    with pytest.raises(ArtefactError, match="vtp/0: 'late' is no point; expected training FLOPs as 5.800e.12, or end"):
+    with pytest.raises(ArtefactError, match="vtp/0: 'late' is no point; expected training FLOPs as 5.800e.12, a share"):
         summarise(tmp_path)
