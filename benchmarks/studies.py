@@ -43,7 +43,9 @@ def main() -> None:
 def build(folder: Path, runs: int, points: int) -> Study:
     """`scaling` with runs that differ in their seeds, and milestones at even distances."""
     milestones = [*(float(f"{(number + 1) * 5e7:.3e}") for number in range(points - 1)), "end"]
-    summary = {"metrics": ["reconstruction.validation_centre16.tuned.psnr"]}
+    metrics = {"base": None, "PSNR": "reconstruction.validation_centre16.tuned.psnr"}
+    figure = [{"name": "curves", "x": "flops", "y": ["PSNR"], "published": None}]
+    summary = {"metrics": metrics, "figure": figure, "claims": []}
     monitor = {"milestones": milestones}
     study = Study(Clone(folder), "scaling", pretrain={"monitor": monitor}, summary=summary)
     names = [f"seed-{number}" for number in range(runs)]

@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stages.figures.published import Published
 from stages.plans.rules import disagreements
 from stages.pretrain import Pretrain
 from stages.runner.environment import tell
@@ -26,7 +27,7 @@ from stages.runner.pipeline import Pipeline, Use
 from stages.runner.run import BAD_PARAMETERS, config_class
 from stages.runner.schema import schema_of
 from stages.summary import Summary
-from vtp.artefact import whole_folder, write_json
+from vtp.artefact import ArtefactError, whole_folder, write_json
 from vtp.config import Config, ConfigError, did_you_mean
 from vtp.params import BASE, PICTURES, POINTS, RUNS, Origin, Parameters, milestone_name, read_parameters, write_yaml
 
@@ -72,6 +73,7 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
         problems += [f"{params}: {problem}" for problem in disagreements(shared, pipeline.uses)]
     problems += _not_here(parameters) if of_runs else []
     problems += _unknown_runs(parameters, shared) if of_runs else []
+    problems += _unpublished(parameters, shared, pipeline.published)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys("\n".join(problems).split("\n"))))
     modules = sorted({use.module for use in pipeline.uses})
@@ -163,14 +165,26 @@ def _misplaced_pictures(parameters: Parameters) -> list[str]:
 
 
 def _unknown_runs(parameters: Parameters, configs: Mapping[str, Config]) -> list[str]:
-    """Published figures of runs that there are not."""
+    """Runs that the summary speaks of, and that there are not."""
     return [
-        f"{parameters.path}:summary.published.{name}: no such run{did_you_mean(name, parameters.runs)}"
+        f"{parameters.path}:summary.{place}: no such run: {name!r}{did_you_mean(name, parameters.runs)}"
         for config in configs.values()
         if isinstance(config, Summary)
-        for name in config.published
+        for place, name in config.named_runs()
         if name not in parameters.runs
     ]
+
+
+def _unpublished(parameters: Parameters, configs: Mapping[str, Config], path: Path | None) -> list[str]:
+    """Figures that are published nowhere, and that panels of the summary name."""
+    try:
+        known = None if path is None else Published.read(path)
+        for config in configs.values():
+            if isinstance(config, Summary) and known is not None:
+                config.require_published(known)
+    except ArtefactError as error:
+        return [f"{parameters.path}:summary: {error}"]
+    return []
 
 
 def _malformed_points(parameters: Parameters) -> list[str]:

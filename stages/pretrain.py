@@ -161,7 +161,8 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     export_tokenizer(objective, tokenizer, weights=config.export)
     if ranks().first:
         parameters = sum(parameter.numel() for parameter in objective.tokenizer.parameters())
-        figures = {"parameters": parameters} | gradient_figures(host.folder / "curves.csv", "model")
+        figures = {"parameters": parameters, "images": len(stream)}
+        figures |= gradient_figures(host.folder / "curves.csv", "model")
         write_json(metrics, {"pretrain": length._asdict() | figures})
         curves.write_bytes((host.folder / "curves.csv").read_bytes())
         monitor.draw(picture, steps=length.steps)

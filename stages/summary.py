@@ -1,159 +1,226 @@
-"""Compare runs: one table and one figure from the metrics of their points, beside published figures where there are any.
+"""Compare runs: a table, figures in the layout of the paper's beside its points, and what may be claimed.
 
-The input holds `<run>/<point>/*.json`, what was measured of the tokenizer at a milestone, named by training FLOPs or `end`,
-and `<run>/*.json`, what was measured of the whole run, which counts at its end. A run without points was not trained here.
+The input holds `<run>/<seed>/<point>/*.json`, what was measured of the tokenizer at a milestone, named by training FLOPs,
+its share of the run or `end`, and `<run>/<seed>/*.json`, what was measured of the whole run, which counts at its end. A run without points was not
+trained here. Means and 95 % intervals are over seeds; of one seed there is no interval, and nothing is claimed.
 """
 
 import math
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from stages.figures.drawing import axes
-from stages.figures.tables import flatten, markdown, number
+from stages.figures.claims import BetterClaim, Claim, CorrelatesClaim, ClaimResult, better_way, conclusion, judge
+from stages.figures.legend import NEITHER
+from stages.figures.panels import BarsConfig, PanelConfig, draw_panels, labels, named_runs
+from stages.figures.points import FLOPS, OF_TRAINING, StudyPoints, meaning, read_points
+from stages.figures.published import CATEGORY, Published
+from stages.figures.tables import markdown, number
 from stages.runner.run import Input, Output, main
-from vtp.artefact import ArtefactError, read_json, write_json
-from vtp.config import Config
+from vtp.artefact import ArtefactError, write_json
+from vtp.config import Config, Distinct, did_you_mean
+from vtp.evaluation.intervals import Interval, deviation_interval
 from vtp.host import Host
-from vtp.inference.lettering import drawable
-from vtp.params import END
+from vtp.texts import in_markdown
+
+ONE_SEED = "One seed: no interval, no claim."
+SEVERAL = "± is half of the 95 % t interval over seeds."
+NOISE = (
+    "Standard deviation over runs that differ in nothing but the seed of one stage, with its 95 % interval. Two such runs "
+    "differ by less than 2.8 of it in 95 of 100 cases: a smaller difference of two single runs is noise."
+)
 
 
 class Summary(Config):
     """The section `summary`."""
 
     title: str = Field(min_length=1, description="heading of the figure")
-    metrics: list[str] = Field(min_length=1, description="names joined by dots, as in the tables of the report")
-    published: dict[str, dict[str, float]] = Field(
-        description="figures that others report, by run and name, for its last point"
+    metrics: dict[Annotated[str, Field(min_length=1)], str] = Field(
+        min_length=1, description="names joined by dots, as in the tables of the report, by what they are called here"
+    )
+    figure: list[PanelConfig] = Field(
+        min_length=1, description="panels, and the published figures that stand below them"
+    )
+    claims: list[Claim] = Field(description="what the paper claims, each with its test")
+    noise: dict[str, Annotated[list[str], Distinct, Field(min_length=2)]] = Field(
+        description="runs that differ in the seed of one stage, by the name of the stage: what difference is noise"
     )
 
     @model_validator(mode="after")
-    def _published_are_shown(self) -> Self:
-        for run, figures in self.published.items():
-            if missing := [name for name in figures if name not in self.metrics]:
-                raise ValueError(f"published.{run} has {missing[0]!r}, which is not among metrics")
+    def _labels_are_known(self) -> Self:
+        if taken := self.metrics.keys() & OF_TRAINING.keys():
+            raise ValueError(f"metrics.{min(taken)}: is a quantity of the training; call the metric otherwise")
+        for place, label in self._labels():
+            if label not in self.metrics:
+                raise ValueError(f"{place}: no {label!r} among metrics{did_you_mean(label, self.metrics)}")
+        for number_, claim in enumerate(self.claims):
+            for label in _compared(claim):
+                if better_way(label, self.metrics) == NEITHER:
+                    raise ValueError(f"claims.{number_}: {label!r} has no better direction in the legend of metrics")
         return self
 
+    def _labels(self) -> Iterator[tuple[str, str]]:
+        """Every label that is named, and where."""
+        for place, panel in enumerate(self.figure):
+            yield from ((f"figure.{place}", label) for label in labels(panel))
+        for place, claim in enumerate(self.claims):
+            against = getattr(claim, "against", FLOPS)
+            named = [*_compared(claim), *([against] if against not in OF_TRAINING else [])]
+            yield from ((f"claims.{place}", label) for label in named)
 
-class Point(NamedTuple):
-    """What was measured of one tokenizer."""
+    def require_published(self, others: Published) -> None:
+        """Raises ArtefactError for a panel's figure that is not there, or has none of the metrics."""
+        for panel in self.figure:
+            if panel.published is not None:
+                others.require(panel.published, panel.y)
 
-    flops: float | None  # of its training; None when it is not ours to count
-    values: dict[str, float]  # by metric, NaN for what it cannot have
+    def named_runs(self) -> Iterator[tuple[str, str]]:
+        """Every run that is named, and where."""
+        for place, panel in enumerate(self.figure):
+            yield from ((f"figure.{place}", run) for run in named_runs(panel))
+        for place, claim in enumerate(self.claims):
+            yield from ((f"claims.{place}", run) for run in _runs(claim))
+        for stage, runs in self.noise.items():
+            yield from ((f"noise.{stage}", run) for run in runs)
 
 
 def run(
     config: Summary,
     *,
-    points: Annotated[Input, "folder of RUN/POINT/*.json and RUN/*.json, the metrics to compare"],
-    summary: Annotated[Output, "folder for the table and the curves"],
-    headline: Annotated[Output, "JSON file for the last point of every run"],
+    points: Annotated[Input, "folder of RUN/SEED/POINT/*.json and RUN/SEED/*.json, the metrics to compare"],
+    published: Annotated[Input, "CSV file with points of figures and tables that others published"],
+    summary: Annotated[Output, "folder for the tables, the figure and the claims"],
+    headline: Annotated[Output, "JSON file for the last point of every run, and for every claim"],
     host: Host,
 ) -> None:
-    runs = {folder.name: _curve(folder, config.metrics) for folder in sorted(points.iterdir()) if folder.is_dir()}
-    _require_each(config.metrics, runs, points)
-    if unknown := sorted(config.published.keys() - runs.keys()):
-        raise ArtefactError(f"summary.published names {unknown[0]!r}; {points} holds the runs {', '.join(runs)}")
+    others = Published.read(published)
+    config.require_published(others)
+    named = list(config.named_runs())
+    measured = read_points(points, config.metrics, first=[name for _, name in named])
+    for place, name in named:
+        if name not in measured.runs:
+            hint = did_you_mean(name, measured.runs)
+            raise ArtefactError(f"summary.{place} names {name!r}; {points} holds {', '.join(measured.runs)}{hint}")
+    verdicts, noise = judge(config.claims, measured), _noise(config, measured)
     summary.mkdir()
-    table = _table(runs, config.metrics)
-    if config.published:
-        table += "\n" + _comparison(runs, config.published)
-    (summary / "table.md").write_text(table, encoding="utf-8")
-    _figure(runs, config, summary / "curves.png")
-    write_json(headline, {run: _known(curve[-1].values) for run, curve in runs.items()})
+    tables = [_table(measured), _legend(config), _comparison(config, measured, others), _noise_table(noise, measured)]
+    (summary / "table.md").write_text("\n".join(filter(None, tables)), encoding="utf-8")
+    (summary / "claims.md").write_text(_claims(verdicts), encoding="utf-8")
+    draw_panels(config.figure, measured, others, title=config.title, path=summary / "curves.png")
+    write_json(headline, _headline(measured, verdicts, noise))
 
 
-def _curve(folder: Path, metrics: list[str]) -> list[Point]:
-    """The points of a run in the order of their training."""
-    of_run = _measured(folder)
-    folders = [path for path in folder.iterdir() if path.is_dir()]
-    points = {path.name: _measured(path) for path in folders} if folders else {END: {}}
-    if END in points:
-        points[END] = of_run | points[END]
-    curve = [
-        Point(_flops(name, of_run), {metric: values.get(metric, math.nan) for metric in metrics})
-        for name, values in points.items()
-    ]
-    return sorted(curve, key=lambda point: math.inf if point.flops is None else point.flops)
+def _compared(claim: Claim) -> list[str]:
+    """Labels of metrics that a claim calls better."""
+    return [claim.metric, claim.beside] if isinstance(claim, CorrelatesClaim) else [claim.metric]
 
 
-def _flops(point: str, of_run: dict[str, float]) -> float | None:
-    return of_run.get("pretrain.flops") if point == END else float(point)
+def _runs(claim: Claim) -> list[str]:
+    """Runs that a claim names."""
+    if isinstance(claim, BetterClaim):
+        return [claim.run, claim.than]
+    return [] if isinstance(claim, CorrelatesClaim) else claim.runs
 
 
-def _measured(folder: Path) -> dict[str, float]:
-    """All metrics in a folder, by their names joined by dots."""
-    return {name: value for path in sorted(folder.glob("*.json")) for name, value in flatten(read_json(path)).items()}
-
-
-def _known(values: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if not math.isnan(value)}
-
-
-def _require_each(metrics: list[str], runs: dict[str, list[Point]], folder: Path) -> None:
-    """A run may lack a metric, as one without text tower lacks zero-shot figures; one that all lack is misspelt."""
-    values = [point.values for curve in runs.values() for point in curve]
-    for name in metrics:
-        if all(math.isnan(of[name]) for of in values):
-            known = {key for path in folder.rglob("*.json") for key in flatten(read_json(path))}
-            raise ArtefactError(f"{folder}: no run has the metric {name!r}; they have {', '.join(sorted(known))}")
-
-
-def _table(runs: dict[str, list[Point]], metrics: list[str]) -> str:
-    rows = [
-        [
-            run,
-            "-" if point.flops is None else f"{point.flops:.3g}",
-            *(number(point.values[name]) for name in metrics),
-        ]
-        for run, curve in runs.items()
-        for point in curve
-    ]
-    return markdown(["run", "training FLOPs", *metrics], rows)
-
-
-def _comparison(runs: dict[str, list[Point]], published: dict[str, dict[str, float]]) -> str:
-    """Each published figure beside that of the run's last point."""
+def _table(measured: StudyPoints) -> str:
+    """A row per point; the mean over seeds and half of its interval."""
     rows = []
-    for run, figures in published.items():
-        for name, theirs in figures.items():
-            ours = runs[run][-1].values[name]
-            difference = "-" if math.isnan(ours) else f"{ours - theirs:+.4g}"
-            rows.append([run, name, number(ours), f"{theirs:.4g}", difference])
-    return markdown(["run", "metric", "measured", "published", "difference"], rows)
+    for name in measured.runs:
+        seeds = len(measured.seeds([name]))
+        for point in measured.points(name):
+            flops = measured.mean(name, point, FLOPS).estimate
+            cells = [_cell(measured.mean(name, point, label), seeds) for label in measured.metrics]
+            rows.append([name, "-" if math.isnan(flops) else f"{flops:.3g}", str(seeds), *cells])
+    several = any(len(measured.seeds([name])) > 1 for name in measured.runs)
+    head = ["run", "training FLOPs", "seeds", *measured.metrics]
+    return f"{markdown(head, rows)}\n{SEVERAL if several else ONE_SEED}\n"
 
 
-def _figure(runs: dict[str, list[Point]], config: Summary, path: Path) -> None:
-    single = all(len(curve) == 1 for curve in runs.values())  # bars say more than a dot of each
-    counted = not single and any(point.flops is not None for curve in runs.values() for point in curve)
-    with axes(len(config.metrics), path, columns=3, size=(4.6, 3.2), dpi=90) as every:
-        for axis, name in zip(every, config.metrics, strict=True):
-            for position, (run, curve) in enumerate(runs.items()):
-                if single:
-                    axis.bar(position, curve[0].values[name], width=0.6, color=f"C{position}", label=run)
-                else:
-                    _draw(axis, f"C{position}", run, curve, name)
-                if (theirs := config.published.get(run, {}).get(name)) is not None:
-                    axis.axhline(theirs, color=f"C{position}", linestyle=":")
-            if single:
-                axis.set_xticks(range(len(runs)), list(runs))
-                axis.set_xlim(-0.5, len(runs) - 0.5)
-            axis.set_title(drawable(name), fontsize=9)
-            axis.set_xlabel("training FLOPs" if counted else "", fontsize=8)
-            axis.tick_params(labelsize=8, labelbottom=counted or single, bottom=counted)
-        every[0].legend(fontsize=8)
-        every[0].figure.suptitle(drawable(f"{config.title} (dotted: published)" if config.published else config.title))
+def _cell(of: Interval, seeds: int) -> str:
+    """`12.3 ± 1.4`; with how many seeds have it, where some lack it."""
+    if not of.number:
+        return "-"
+    half = "" if of.number < 2 else f" ± {float(f'{(of.high - of.low) / 2:.2g}'):g}"
+    return f"{number(of.estimate)}{half}{f' ({of.number} of {seeds})' if of.number < seeds else ''}"
 
 
-def _draw(axis: Any, colour: str, run: str, curve: list[Point], name: str) -> None:  # noqa: ANN401 - matplotlib's
-    """A curve over training FLOPs, or a level when there are none."""
-    if curve and curve[0].flops is None:
-        axis.axhline(curve[0].values[name], color=colour, label=run)
-    else:
-        values = [point.values[name] for point in curve]
-        axis.plot([point.flops for point in curve], values, color=colour, marker="o", label=run)
+def _legend(config: Summary) -> str:
+    """What the labels are."""
+    rows = [
+        [label, config.metrics[label], *(("-", "-") if entry is None else (entry.better, entry.unit))]
+        for label, entry in meaning(config.metrics).items()
+    ]
+    return markdown(["called", "metric", "better", "unit"], rows)
+
+
+def _comparison(config: Summary, measured: StudyPoints, others: Published) -> str:
+    """The published points of all panels; beside those of a category or series that is called like a run its last point."""
+    rows: dict[tuple[str, ...], None] = {}
+    for panel in config.figure:
+        for point in (point for label in panel.y for point in others.of(panel.published, label)):
+            run_name = point.x if point.x_unit == CATEGORY else point.series
+            ours = math.nan
+            if isinstance(panel, BarsConfig) and run_name in measured.runs:
+                ours = measured.mean(run_name, measured.last(run_name), point.metric).estimate
+            x = point.x if point.x_unit == CATEGORY else f"{float(point.x):.4g} {point.x_unit}"
+            theirs = f"{point.value:.6g} ± {point.error:g}"
+            difference = "-" if math.isnan(ours) else f"{ours - point.value:+.4g}"
+            cells = (point.figure, point.series, x, point.metric, theirs, number(ours), difference, point.source)
+            rows[cells] = None
+    head = ["published", "series", "at", "metric", "value", "here", "difference", "source"]
+    return markdown(head, list(rows)) if rows else ""
+
+
+def _noise(config: Summary, measured: StudyPoints) -> dict[str, dict[str, Interval]]:
+    """Standard deviations by stage and label, over the last points of its runs and their seeds."""
+    return {
+        stage: {
+            label: deviation_interval([v for name in runs for v in measured.values(name, measured.last(name), label)])
+            for label in measured.metrics
+        }
+        for stage, runs in config.noise.items()
+    }
+
+
+def _noise_table(noise: Mapping[str, Mapping[str, Interval]], measured: StudyPoints) -> str:
+    if not noise:
+        return ""
+    rows = [[stage, *map(_deviation, of_stage.values())] for stage, of_stage in noise.items()]
+    return f"{markdown(['seed of', *measured.metrics], rows)}\n{NOISE}\n"
+
+
+def _deviation(of: Interval) -> str:
+    return f"{of.estimate:.3g} [{of.low:.3g}, {of.high:.3g}], {of.number} runs" if of.number > 1 else "-"
+
+
+def _claims(verdicts: list[ClaimResult]) -> str:
+    """What may be said, in a sentence, and why, in one of each claim."""
+    if not verdicts:
+        return "This study claims nothing.\n"
+    return "\n".join([conclusion(verdicts), "", *(f"- {in_markdown(each.sentence)}" for each in verdicts), ""])
+
+
+def _headline(
+    measured: StudyPoints, verdicts: list[ClaimResult], noise: Mapping[str, Mapping[str, Interval]]
+) -> dict[str, Any]:
+    last = {
+        name: {label: measured.mean(name, measured.last(name), label) for label in measured.metrics}
+        for name in measured.runs
+    }
+    return {
+        "runs": {
+            name: {label: _ends("mean", of) for label, of in row.items() if of.number} for name, row in last.items()
+        },
+        "claims": {each.key: each.figures for each in verdicts},
+        "noise": {stage: {label: _ends("std", of) for label, of in row.items()} for stage, row in noise.items()},
+    }
+
+
+def _ends(name: str, of: Interval) -> dict[str, float]:
+    """What of an interval there is."""
+    found = {name: of.estimate, "low": of.low, "high": of.high}
+    return {key: value for key, value in found.items() if not math.isnan(value)}
 
 
 if __name__ == "__main__":

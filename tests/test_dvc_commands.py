@@ -13,16 +13,21 @@ from clone import Clone, Study, ran
 from vtp.artefact import digest
 
 pytestmark = pytest.mark.slow
-METRICS = [
-    "reconstruction.validation_centre16.tuned.psnr",
-    "generation.unguided.gfid_efficientnet-lite0-64_24_unguided_balanced",
-]
+METRICS = {
+    "PSNR": "reconstruction.validation_centre16.tuned.psnr",
+    "gFID": "generation.unguided.gfid_efficientnet-lite0-64_24_unguided_balanced",
+}
+SUMMARY = {
+    "metrics": {"base": None, **METRICS},
+    "figure": [{"name": "curves", "x": "flops", "y": list(METRICS), "published": None}],
+    "claims": [],
+}
 # Of one length; the second has an adversary from the start.
 RUNS = {
     "plain": {},
     "gan": {"pretrain": {"adversary": {"base": "tune_decoder.adversary", "discriminator_start": 0.0, "start": 0.0}}},
 }
-COMPARED = {"pretrain": {"monitor": {"milestones": [1.0e8, "end"]}}, "summary": {"metrics": METRICS}}
+COMPARED = {"pretrain": {"monitor": {"milestones": [1.0e8, "end"]}}, "summary": SUMMARY}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,7 @@ def study(finished):
     """`scaling` with runs and points of this test, finished."""
     study = Study(finished, "scaling", **COMPARED)
     study.values |= {"runs": RUNS, "points": ["1.000e+08", "end"]}
+    study.values["summary"]["claims"] = [{"name": "better", "metric": "gFID", "run": "plain", "than": "gan"}]
     study.write({})
     study.first = study.dvc("repro")
     finished.commit("study")
@@ -150,8 +156,9 @@ def test_a_study_compares_its_runs(study):
     lines = (study.folder / "work/summary/table.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["gan", "gan", "plain", "plain"]
     figures = study.json("metrics.json")
-    assert set(figures) == {"plain", "gan"}
-    assert list(figures["plain"]) == METRICS
+    assert set(figures["runs"]) == {"plain", "gan"}
+    assert list(figures["runs"]["plain"]) == list(METRICS)
+    assert list(figures["claims"]) == ["gFID: plain better than gan"]
     assert (study.folder / "work/plain/1.000e+08/generator/sampler.json").exists()
 
 

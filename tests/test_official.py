@@ -12,11 +12,11 @@ SIZE = 64  # of the golden checkpoints' images
 SIZES = {"Small": "vtp-tiny", "Base": "vtp-tiny-layernorm-mlp", "Large": "vtp-tiny-ae"}
 RFID = f"reconstruction.validation_centre{SIZE}.pretrained.rfid_efficientnet-lite0-64_16"
 GFID = "generation.unguided.gfid_efficientnet-lite0-64_24_unguided_balanced"
-PUBLISHED = {
-    "understanding.zero_shot_top1_squash": 0.667,
-    "understanding.linear_probe_multi_best_on_val": 0.775,
-    RFID: 0.98,
-    GFID: 5.46,
+METRICS = {
+    "zero-shot": "understanding.zero_shot_top1_squash",
+    "linear probe": "understanding.linear_probe_multi_best_on_val",
+    "rFID": RFID,
+    "gFID": GFID,
 }
 
 
@@ -31,7 +31,7 @@ def study(tmp_path_factory):
         reference={"image_size": SIZE, "splits": splits},
         evaluate_understanding={"probes": {"resize": SIZE, "size": 48, "blocks": [1, 3]}},
         prepare_data={"samples_per_shard": 30},
-        summary={"metrics": list(PUBLISHED), "published": {"Small": PUBLISHED, "Large": PUBLISHED}},
+        summary={"metrics": METRICS, "figure": [{"name": "bars", "y": list(METRICS), "published": "README"}]},
     )
     write_imagenet(study.folder / "data/imagenet", train=12, validation=4)
     for size, golden in SIZES.items():
@@ -47,20 +47,20 @@ def test_from_published_files_to_the_table(study):
         name.rpartition(":")[2] for name in done
     }
     assert done[-1] == "summary"
-    table, comparison = (study.folder / "work/summary/table.md").read_text().split("\n\n")
+    table, _, _, comparison = (study.folder / "work/summary/table.md").read_text().split("\n\n")
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
-    assert rows[0] == ["run", "training FLOPs", *PUBLISHED]
+    assert rows[0] == ["run", "training FLOPs", "seeds", *METRICS]
     assert [row[0] for row in rows[2:]] == sorted(SIZES)
-    values = {row[0]: dict(zip(PUBLISHED, row[2:], strict=True)) for row in rows[2:]}
+    values = {row[0]: dict(zip(METRICS, row[3:], strict=True)) for row in rows[2:]}
     assert [size for size in values if "-" in values[size].values()] == ["Large"]  # it has no text tower
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in comparison.splitlines()]
-    assert rows[0] == ["run", "metric", "measured", "published", "difference"]
-    assert [row[:2] for row in rows[2:]] == [[size, name] for size in ("Small", "Large") for name in PUBLISHED]
-    for run, name, measured, published, difference in rows[2:]:
-        assert measured == values[run][name]
-        assert float(published) == PUBLISHED[name]
+    assert rows[0] == ["published", "series", "at", "metric", "value", "here", "difference", "source"]
+    assert [row[2:4] for row in rows[2:]] == [[size, name] for name in METRICS for size in SIZES]
+    for _, _, size, name, published, measured, difference, _ in rows[2:]:
+        assert measured == values[size][name]
         if measured != "-":
-            assert float(difference) == pytest.approx(float(measured) - float(published), abs=2e-3 * float(measured))
+            expected = float(measured) - float(published.split()[0])
+            assert float(difference) == pytest.approx(expected, abs=2e-3 * float(measured))
 
 
 def test_the_artefact_is_what_was_published(study):

@@ -14,6 +14,7 @@ from dvc.utils.serialize import modify_yaml
 from ruamel.yaml import YAML
 
 from stages.check import check, schema
+from stages.figures.published import Published
 from stages.pretrain import Pretrain
 from stages.runner.pipeline import Pipeline
 from stages.runner.project import CONFIG, derived
@@ -167,19 +168,21 @@ def test_the_official_study_prints_the_authors_figures():
     study = ROOT / "pipelines/official_vtp"
     small, paper = (read_parameters(study / name).values for name in ("params.yaml", "params.paper.yaml"))
     assert small.keys() == paper.keys()
-    assert small["summary"]["published"] == {}
+    assert small["summary"]["figure"][0]["published"] is None
     assert paper["generate"]["labels"] == "random"
     assert paper["reference"]["splits"]["train"]["kept"] == 10000  # of ADM's batch
-    assert {run: list(figures.values()) for run, figures in paper["summary"]["published"].items()} == {
-        "Small": [0.667, 0.775, 0.98, 5.46],
-        "Base": [0.732, 0.81, 0.74, 3.88],
-        "Large": [0.782, 0.857, 0.36, 2.81],
+    published = Published.read(ROOT / "pipelines/published.csv")
+    (panel,) = paper["summary"]["figure"]
+    figures = {label: {p.x: p.value for p in published.of(panel["published"], label)} for label in panel["y"]}
+    assert figures == {
+        "zero-shot": {"Small": 0.667, "Base": 0.732, "Large": 0.782},
+        "linear probe": {"Small": 0.775, "Base": 0.81, "Large": 0.857},
+        "rFID": {"Small": 0.98, "Base": 0.74, "Large": 0.36},
+        "gFID": {"Small": 5.46, "Base": 3.88, "Large": 2.81},
     }
     names = ["zero_shot_top1_squash", "linear_probe_multi_best_on_val", "rfid_inception_50k"]
     names.append("gfid_inception_50k_unguided_random")
-    for figures in paper["summary"]["published"].values():
-        assert list(figures) == paper["summary"]["metrics"]
-        assert [name.rpartition(".")[2] for name in figures] == names
+    assert [name.rpartition(".")[2] for name in paper["summary"]["metrics"].values()] == names
     large = paper["train_generator_large"]["objective"].pop("timesteps")
     assert large == {"name": "logit_normal", "mu": -0.75, "sigma": 1.0}
     assert paper["train_generator"]["objective"].pop("timesteps") == {"name": "logit_normal", "mu": -0.5, "sigma": 1.25}

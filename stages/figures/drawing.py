@@ -35,7 +35,6 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
     matplotlib.rcParams["text.parse_math"] = False  # titles and names are texts: a dollar begins no formula
     matplotlib.rcParams["font.family"] = _families()  # what the first does not cover the others may
     from matplotlib import pyplot
-    from matplotlib.ticker import LogFormatter
 
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -44,15 +43,31 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
     for axis in every[count:]:
         axis.axis("off")
     for axis in every[:count]:
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.3)
     yield every[:count]
-    for scale in (scale for axis in every[:count] for scale in (axis.xaxis, axis.yaxis) if scale.get_scale() == "log"):
-        for use in (scale.set_major_formatter, scale.set_minor_formatter):
-            use(LogFormatter(minor_thresholds=(2, 0.5)))  # in plain digits: formulas are off
+    for axis in every[:count]:
+        for scale, ends in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+            if scale.get_scale() == "log":
+                _name_powers(scale, *ends)
     figure.tight_layout()
     figure.savefig(path, dpi=dpi, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def _name_powers(scale: Any, low: float, high: float) -> None:  # noqa: ANN401 - matplotlib's
+    """Few enough ticks that their names do not overlap, in plain digits: formulas are off."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    decades = math.log10(high / low)
+    scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=8))
+    scale.set_major_formatter(FuncFormatter(_power))
+    scale.set_minor_formatter(NullFormatter())
+
+
+def _power(value: float, _position: int) -> str:
+    """0.02, 500, 2e13."""
+    return f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
 @cache

@@ -191,6 +191,14 @@ LEGEND = [
     # training and speed
     LegendEntry(r"steps", "updates of the weights", NEITHER, "count", "this run"),
     LegendEntry(r"samples", "training samples seen, repeats included", NEITHER, "count", "this run"),
+    LegendEntry(
+        r"evaluated|interpolated",
+        "epochs of a generator until its distance is the number before: at an evaluation, or on the line between two",
+        LOWER,
+        "epochs",
+        "EP-FID, RAEv2",
+    ),
+    LegendEntry(r"images", "training images that the epochs repeat", NEITHER, "count", "this run"),
     LegendEntry(r"flops", "training FLOPs, forward and backward", NEITHER, "FLOPs", "this run, counted from shapes"),
     LegendEntry(r"parameters", "weights of the model", NEITHER, "count", "this run"),
     LegendEntry(r"epochs", "passes over the training set", NEITHER, "count", "this run"),

@@ -11,6 +11,7 @@ from vtp.params import PICTURES
 RUN, AT = "${item.run}", "${item.at}"  # name of a run, of a point
 OWN = f"${{{PICTURES}}}"
 COMMAND = re.compile(r"python -m stages\.(\w+)\s+(\S+):(\S+)")
+PUBLISHED = re.compile(r"--published\s+(\S+)")
 
 
 class Use(NamedTuple):
@@ -30,6 +31,7 @@ class Pipeline(NamedTuple):
     taken: frozenset[str] = frozenset()  # names beside the folders of runs
     has_points: bool = False  # stages that run at every point of a run
     has_pictures: bool = False  # a stage that reads them where the parameter file says
+    published: Path | None = None  # file with figures of others
 
     @classmethod
     def of(cls, dvc_file: Path) -> "Pipeline":
@@ -45,18 +47,21 @@ class Pipeline(NamedTuple):
             raise ConfigError(f"{dvc_file}: no file with stages; an overlay is checked where a pipeline reads it")
         uses = []
         words: set[str] = set()
+        published = None
         for stage in stages.values():
             command = (stage.get("do") or stage).get("cmd", "")
             commands = [command] if isinstance(command, str) else command
             for command in commands:
                 words |= set(command.split())
+                if match := PUBLISHED.search(command):
+                    published = dvc_file.parent / match[1]
                 if match := COMMAND.search(" ".join(command.split())):
                     flags = frozenset(word for word in command.split() if word.startswith("--"))
                     uses.append(Use(match[1], match[3], RUN in match[2], flags))
         deps = stages.get("check", {}).get("deps", [])
         tracked = [dvc_file.parent / (dep if isinstance(dep, str) else next(iter(dep))) for dep in deps]
         has_points, has_pictures = (any(name in word for word in words) for name in (AT, OWN))
-        return cls(list(dict.fromkeys(uses)), tracked, _taken(words), has_points, has_pictures)
+        return cls(list(dict.fromkeys(uses)), tracked, _taken(words), has_points, has_pictures, published)
 
 
 def _taken(paths: Iterable[str]) -> frozenset[str]:

@@ -396,7 +396,7 @@ def test_an_error_names_the_file_of_the_chain_in_which_it_stands(study, tmp_path
 
 
 def test_sections_of_other_stages_may_stand_in_a_base_alone(study, tmp_path):
-    values = tiny_params() | {"summary": {"title": "T", "metrics": ["a"], "published": {}}}
+    values = tiny_params() | {"summary": {"title": "T", "metrics": {"a": "b"}, "figure": [], "claims": [], "noise": {}}}
     write_params(values, tmp_path / "root.yaml")
     assert study("") == ""
     assert study("summary: {title: Mine}") == "params.yaml: no stage reads section 'summary'"
@@ -504,10 +504,39 @@ def test_runs_of_another_file_are_refused(study, tmp_path):
     ]
 
 
-def test_published_figures_are_of_a_run(study):
-    pipeline = Pipeline([Use("generate", "generate", True), Use("summary", "summary", False)], [])
-    text = "runs: {one: {}}\nsummary: {title: T, metrics: [m], published: {on: {m: 1.0}}}"
-    assert study(text, pipeline) == "params.yaml:summary.published.on: no such run; did you mean 'one'?"
+SUMMARY = """
+runs: {one: {}, two: {}}
+summary:
+  title: T
+  metrics: {gFID: generation.gfid_x}
+  figure: [{name: curves, x: flops, y: [gFID], published: PUBLISHED}]
+  claims: [{name: better, metric: gFID, run: one, than: THAN}]
+  noise: {pretrain: [one, NOISE]}
+"""
+
+
+def test_a_summary_speaks_of_runs_and_figures_that_there_are(study):
+    """Before anything is trained."""
+    uses = [Use("generate", "generate", True), Use("summary", "summary", False)]
+    pipeline = Pipeline(uses, [], published=ROOT / "pipelines/published.csv")
+
+    def said(published, than, noise):
+        text = SUMMARY.replace("PUBLISHED", published).replace("THAN", than).replace("NOISE", noise)
+        return study(text, pipeline).splitlines()
+
+    assert said("Figure 4", "two", "two") == []
+    assert said("null", "tow", "three") == [
+        "params.yaml:summary.claims.0: no such run: 'tow'; did you mean 'two'?",
+        "params.yaml:summary.noise.pretrain: no such run: 'three'",
+    ]
+    (wrong,) = said("Figure 44", "two", "two")
+    assert wrong.startswith("params.yaml:summary: ")
+    assert wrong.endswith("pipelines/published.csv: no figure 'Figure 44'; did you mean 'Figure 4'?")
+
+
+def test_the_file_of_published_figures_is_that_of_the_command():
+    folder = ROOT / "pipelines/official_vtp"
+    assert Pipeline.of(folder / "dvc.yaml").published == folder / "../published.csv"
 
 
 def test_what_disagrees_is_said_of_its_run(study):
