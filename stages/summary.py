@@ -1,7 +1,8 @@
 """Compare runs: one table and one figure from the metrics of their points, beside published figures where there are any.
 
-The input holds `<run>/<point>/*.json`, what was measured of the tokenizer at a milestone, named by training FLOPs or `end`,
-and `<run>/*.json`, what was measured of the whole run, which counts at its end. A run without points was not trained here.
+The input holds `<run>/<seed>/<point>/*.json`, what was measured of the tokenizer at a milestone, named by training FLOPs,
+its share of the run or `end`, and `<run>/<seed>/*.json`, what was measured of the whole run, which counts at its end. A run
+without points was not trained here.
 """
 
 import math
@@ -12,12 +13,12 @@ from pydantic import Field, model_validator
 
 from stages.figures.drawing import axes
 from stages.figures.tables import flatten, markdown, number
-from stages.runner.run import Input, Output, main
+from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import ArtefactError, read_json, write_json
 from vtp.config import Config
 from vtp.host import Host
 from vtp.inference.lettering import drawable
-from vtp.params import END
+from vtp.params import END, milestone_flops
 
 
 class Summary(Config):
@@ -47,12 +48,18 @@ class Point(NamedTuple):
 def run(
     config: Summary,
     *,
-    points: Annotated[Input, "folder of RUN/POINT/*.json and RUN/*.json, the metrics to compare"],
+    points: Annotated[Input, "folder of RUN/SEED/POINT/*.json and RUN/SEED/*.json, the metrics to compare"],
+    published: Annotated[OptionalInput, "CSV file of published figures"] = None,  # noqa: ARG001 - read once there are some
     summary: Annotated[Output, "folder for the table and the curves"],
     headline: Annotated[Output, "JSON file for the last point of every run"],
     host: Host,
 ) -> None:
-    runs = {folder.name: _curve(folder, config.metrics) for folder in sorted(points.iterdir()) if folder.is_dir()}
+    seeds = {run.name: sorted(run.iterdir()) for run in sorted(points.iterdir()) if run.is_dir()}
+    runs = {
+        run if len(folders) == 1 else f"{run}/{folder.name}": _curve(folder, config.metrics)
+        for run, folders in seeds.items()
+        for folder in folders
+    }
     _require_each(config.metrics, runs, points)
     if unknown := sorted(config.published.keys() - runs.keys()):
         raise ArtefactError(f"summary.published names {unknown[0]!r}; {points} holds the runs {', '.join(runs)}")
@@ -80,7 +87,8 @@ def _curve(folder: Path, metrics: list[str]) -> list[Point]:
 
 
 def _flops(point: str, of_run: dict[str, float]) -> float | None:
-    return of_run.get("pretrain.flops") if point == END else float(point)
+    whole = of_run.get("pretrain.flops")
+    return whole if point == END else milestone_flops(float(point), math.nan if whole is None else whole)
 
 
 def _measured(folder: Path) -> dict[str, float]:

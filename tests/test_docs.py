@@ -40,7 +40,7 @@ def test_paths_that_are_named_exist():
 
 def test_the_study_of_the_readme_is_that_of_its_folder():
     shown = next(block for block in blocks(ROOT / "README.md") if "runs:" in block)
-    assert YAML(typ="safe", pure=True).load(shown) == read_yaml(ROOT / "pipelines/scaling/params.yaml")
+    assert YAML(typ="safe", pure=True).load(shown) == read_yaml(ROOT / "pipelines/compute_scaling/params.yaml")
 
 
 def test_the_new_study_is_valid(tmp_path):

@@ -10,8 +10,10 @@ Mappings merge, and lists and values replace. A record with another `name` is an
 does a mapping that says where it begins. A file that comes twice in a chain counts once, where it comes first: two
 overlays may share what they are based on.
 
-A file that compares runs says what each changes (`runs: {first: {}, second: {pretrain: {seed: 1}}}`). The changes of a
-run are laid over all files like one more, so that what is based on something that it changes follows.
+A file that compares runs says what each changes (`runs: {first: {}, second: {pretrain: {export: teacher}}}`). The changes
+of a run are laid over all files like one more, so that what is based on something that it changes follows. Every run is
+trained once per seed of `seeds`, which is added to the seeds of its sections, or to those that it names alone (`seeded:
+[generate]`).
 """
 
 import os
@@ -28,7 +30,8 @@ from vtp.texts import listed, shown
 
 C = TypeVar("C", bound=Config)
 BASE = "base"
-RUNS, POINTS = "runs", "points"  # keys of a file that compares runs, beside its sections
+RUNS, SEEDS, POINTS = "runs", "seeds", "points"  # keys of a file that compares runs, beside its sections
+SEEDED = "seeded"  # key of a run, beside its sections
 PICTURES = "pictures"  # where those of a user lie, which dvc.yaml reads
 END = "end"  # the point at which a run ends
 
@@ -62,6 +65,7 @@ class Parameters(NamedTuple):
     origins: dict[Keys, Origin]
     layers: tuple[Layer, ...]  # of the files of the chain, the file itself last
     runs: dict[str, tuple[Layer, ...]]  # the changes of every run, by its name
+    seeded: dict[str, Any]  # what a run names as sections whose seeds differ alone, by the name of such a run
 
     @property
     def files(self) -> list[Path]:
@@ -105,16 +109,26 @@ def read_parameters(path: Path) -> Parameters:
     layers: dict[Path, Layer] = {}
     _collect(path, (), layers)
     runs: dict[str, tuple[Layer, ...]] = {}
+    seeded: dict[str, Any] = {}
     for layer in layers.values():
         for name, changes in _runs(layer).items():
-            runs[name] = (*runs.get(name, ()), changes)
+            seeded |= {name: value for key, value in changes.values.items() if key == SEEDED}
+            changed = {section: value for section, value in changes.values.items() if section != SEEDED}
+            runs[name] = (*runs.get(name, ()), changes._replace(values=changed))
     plain = [layer._replace(values={k: v for k, v in layer.values.items() if k != RUNS}) for layer in layers.values()]
-    return _resolve(path, tuple(plain))._replace(runs=runs)
+    return _resolve(path, tuple(plain))._replace(runs=runs, seeded=seeded)
 
 
 def milestone_name(milestone: float | str) -> str:
-    """What a milestone of a training is called, as a folder and as a point: its training FLOPs, or `end`."""
-    return milestone if isinstance(milestone, str) else number_name(milestone, digits=3, style="e")
+    """What a milestone of a training is called, as a folder and as a point: its training FLOPs, its share, or `end`."""
+    if isinstance(milestone, str):
+        return milestone
+    return number_name(milestone) if milestone < 1 else number_name(milestone, digits=3, style="e")
+
+
+def milestone_flops(milestone: float, whole: float) -> float:
+    """Training FLOPs at a milestone of a run of `whole` FLOPs: a milestone below 1 is a share of the run."""
+    return milestone * whole if milestone < 1 else milestone
 
 
 def split_address(address: str) -> tuple[Path, str]:
@@ -139,7 +153,7 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
 
 def _resolve(path: Path, layers: tuple[Layer, ...]) -> Parameters:
     """What layers come to, one over the other."""
-    parameters = Parameters(path, {}, {}, layers, {})
+    parameters = Parameters(path, {}, {}, layers, {}, {})
     for layer in layers:
         _merge(parameters.values, layer.values, layer.origin, (), parameters.origins)
     _begin(parameters, (), ())

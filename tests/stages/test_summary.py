@@ -14,7 +14,8 @@ METRICS = ["understanding.zero_shot_top1", "generation.gfid"]
 
 def points(root, values):
     for place, (accuracy, distance) in values.items():
-        folder = root / "points" / place
+        name, _, point = place.partition("/")
+        folder = root / "points" / name / "0" / point
         folder.mkdir(parents=True, exist_ok=True)
         seen = {"chance": 0.1} if accuracy is None else {"zero_shot_top1": accuracy, "chance": 0.1}
         write_json(folder / "understanding.json", {"understanding": seen})
@@ -61,7 +62,7 @@ def test_the_end_of_a_run(tmp_path):
     """Its place is what the run took; what was measured of the whole run counts there; and it is the headline."""
     folder = points(tmp_path, {"joint/9.5e+11": (0.1, 4), "joint/end": (0.3, 3.25), "ae/end": (None, 5)})
     for name, flops in (("joint", 2.0e12), ("ae", 1.5e12)):
-        write_json(folder / name / "pretrain.json", {"pretrain": {"flops": flops}, "generation": {"is": 7}})
+        write_json(folder / name / "0" / "pretrain.json", {"pretrain": {"flops": flops}, "generation": {"is": 7}})
     lines = summarised(tmp_path, folder, {}, metrics=[*METRICS, "generation.is"])
     assert lines[2:] == [
         "| ae | 1.5e+12 | - | 5 | 7 |",
@@ -108,6 +109,6 @@ def test_names_that_nothing_has(tmp_path):
         summarised(tmp_path, folder, {"S": {"generation.gfid": math.inf}})
     with pytest.raises(ArtefactError, match="published names 'M'; .* holds the runs S"):
         summarised(tmp_path, folder, {"M": {"generation.gfid": 1}})
-    (folder / "S/generation.json").unlink()
+    (folder / "S/0/generation.json").unlink()
     with pytest.raises(ArtefactError, match="no run has the metric 'generation.gfid'; they have understanding.ch"):
         summarised(tmp_path, folder, {})
