@@ -300,30 +300,33 @@ def main() -> None:
     arguments, of_plans = parser.parse_known_args()
     if of_plans and not arguments.plan:
         parser.error(f"unrecognized arguments: {' '.join(of_plans)}")
-    if arguments.schema:
-        json.dump(schema(), sys.stdout, indent=1)
-        sys.stdout.write("\n")
-        return
     try:
-        if arguments.plan:
-            print(plan(arguments.params, of_plans).text())
-            return
-        checked = check(arguments.params, Pipeline.of(arguments.params.parent / "dvc.yaml"))
+        if arguments.schema:
+            sys.stdout.write(json.dumps(schema(), indent=1) + "\n")
+        elif arguments.plan:
+            sys.stdout.write(plan(arguments.params, of_plans).text() + "\n")
+        else:
+            checked = check(arguments.params, Pipeline.of(arguments.params.parent / "dvc.yaml"))
+            _write(checked, code=arguments.code, runs=arguments.runs, resolved=arguments.resolved)
     except ValueError as error:  # ConfigError is one, and what plans cannot split
         for problem in (*str(error).split("\n"), *_outdated(arguments.params.parent)):
             tell(f"error: {problem}")
         sys.exit(BAD_PARAMETERS)
-    if arguments.code is not None:
-        with whole_folder(arguments.code) as temporary:
+
+
+def _write(checked: Checked, *, code: Path | None, runs: Path | None, resolved: Path | None) -> None:
+    """The files that were asked for."""
+    if code is not None:
+        with whole_folder(code) as temporary:
             for module in checked.modules:
                 (temporary / f"{module}.txt").write_text(code_digest(f"stages.{module}") + "\n")
-    if arguments.runs is not None:
-        with whole_folder(arguments.runs) as temporary:
+    if runs is not None:
+        with whole_folder(runs) as temporary:
             for name, seed, sections in checked.of_seeds():
                 (temporary / name).mkdir(exist_ok=True)
                 write_json(temporary / name / f"{seed}.json", sections)
-    if arguments.resolved is not None:
-        write_yaml(arguments.resolved, checked.shared)
+    if resolved is not None:
+        write_yaml(resolved, checked.shared)
 
 
 def plan(params: Path, arguments: list[str]) -> Estimate:
@@ -334,9 +337,7 @@ def plan(params: Path, arguments: list[str]) -> Estimate:
     pipeline = Pipeline.of_text(text, params.parent)
     checked = check(params, pipeline)
     points = len(read_parameters(params).values[POINTS])
-    return plan_study(
-        pipeline.uses, checked.shared, checked.runs, arguments, seeds=len(checked.seeds), points=points
-    )
+    return plan_study(pipeline.uses, checked.shared, checked.runs, arguments, seeds=len(checked.seeds), points=points)
 
 
 def _outdated(folder: Path) -> list[str]:

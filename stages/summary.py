@@ -49,7 +49,7 @@ def run(
     config: Summary,
     *,
     points: Annotated[Input, "folder of RUN/SEED/POINT/*.json and RUN/SEED/*.json, the metrics to compare"],
-    published: Annotated[OptionalInput, "CSV file of published figures"] = None,  # noqa: ARG001 - read once there are some
+    published: Annotated[OptionalInput, "CSV file of published figures"] = None,
     summary: Annotated[Output, "folder for the table and the curves"],
     headline: Annotated[Output, "JSON file for the last point of every run"],
     host: Host,

@@ -50,7 +50,7 @@ def test_the_new_study_is_valid(tmp_path):
     pipeline = Pipeline.of(ROOT / "pipelines/comparison.dvc.yaml")._replace(tracked=[])
     runs = check(tmp_path / "params.yaml", pipeline).runs
     weights = {name: run["pretrain"]["objective"]["weights"]["reconstruction"] for name, run in runs.items()}
-    assert weights == {"light": 0.1, "heavy": 1.0, "heavy_again": 1.0}
+    assert weights == {"light": 0.1, "heavy": 1.0}
     assert len(shown.splitlines()) <= 10
 
 

@@ -99,7 +99,7 @@ def pipeline_of(params):
 
 @pytest.mark.parametrize("study", COMPARISONS, ids=lambda folder: folder.name)
 def test_a_comparison_has_the_paper_s_size(study):
-    """By one word of its file, or by a file with runs of that size; the data then are given, and no metric is the small one's."""
+    """By one word of its file, or by a file with runs of that size; data then are given, and all metrics are its own."""
     params = study / "params.paper.yaml"
     if not params.exists():
         params = study / "params.of_the_test.yaml"
@@ -128,13 +128,13 @@ def test_what_a_stage_reads_another_one_writes(study):
     }
     for name, stage in stages.items():
         for path in (path for path in paths(stage.get("deps")) if path.startswith("work/")):
-            assert any(path == out or f"{path}/".startswith(f"{out}/") or out.startswith(f"{path}/") for out in written), (
-                f"{name} reads {path}"
-            )
+            assert any(
+                path == out or f"{path}/".startswith(f"{out}/") or out.startswith(f"{path}/") for out in written
+            ), f"{name} reads {path}"
 
 
 def test_parameter_files_are_few_lines():
-    """All studies together: one says what differs. Ten of the paper's figures took 230 lines, half of them runs and seeds."""
+    """All studies together: one says what differs. Those of the paper's figures are half runs, seeds and points."""
     files = [path for path in (ROOT / "pipelines").rglob("*.yaml") if "dvc.yaml" not in path.name]
     own = [path for path in files if not {"stages", "vtp", "work", "data"} & set(path.relative_to(ROOT).parts[2:])]
     assert sum(len(path.read_text().splitlines()) for path in own) < LINES

@@ -112,7 +112,8 @@ def read_parameters(path: Path) -> Parameters:
     seeded: dict[str, Any] = {}
     for layer in layers.values():
         for name, changes in _runs(layer).items():
-            seeded |= {name: value for key, value in changes.values.items() if key == SEEDED}
+            if SEEDED in changes.values:
+                seeded[name] = changes.values[SEEDED]
             changed = {section: value for section, value in changes.values.items() if section != SEEDED}
             runs[name] = (*runs.get(name, ()), changes._replace(values=changed))
     plain = [layer._replace(values={k: v for k, v in layer.values.items() if k != RUNS}) for layer in layers.values()]

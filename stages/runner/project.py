@@ -8,8 +8,8 @@ that another project made by what went in. `stages` and `vtp` are links to the c
 experiment in a temporary copy runs its own.
 
 Derived are `imagenet`, `own_data` and `vtp`, whose stages are the root's with another source, and every folder whose
-params.yaml compares runs, whose stages are those of `pipelines/comparison.dvc.yaml`. A comparison whose parameters prepare no
-data reads shards that lie there: captioned ones for pre-training, labelled ones for all else.
+params.yaml compares runs, whose stages are those of `pipelines/comparison.dvc.yaml`. A comparison whose parameters prepare
+no data reads shards that lie there: captioned ones for pre-training, labelled ones for all else.
 """
 
 import sys

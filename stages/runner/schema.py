@@ -55,7 +55,14 @@ def schema_of(stages: Mapping[str, type[Config]]) -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Parameters",
         "type": "object",
-        "properties": {BASE: FILES, RUNS: OF_RUNS, SEEDS: OF_SEEDS, POINTS: OF_POINTS, PICTURES: OF_PICTURES, **sections},
+        "properties": {
+            BASE: FILES,
+            RUNS: OF_RUNS,
+            SEEDS: OF_SEEDS,
+            POINTS: OF_POINTS,
+            PICTURES: OF_PICTURES,
+            **sections,
+        },
         "additionalProperties": {"anyOf": [*(references[config, "validation"] for config in stages.values()), NONE]},
         "$defs": definitions,
     }

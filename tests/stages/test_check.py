@@ -429,7 +429,10 @@ def test_a_run_may_vary_the_seeds_of_some_sections_alone(study, tmp_path):
     ("seeded", "message"),
     [
         ("[report]", "no section 'report' with a seed; known are generate, train_generator"),
-        ("[genrate]", "no section 'genrate' with a seed; did you mean 'generate'?; known are generate, train_generator"),
+        (
+            "[genrate]",
+            "no section 'genrate' with a seed; did you mean 'generate'?; known are generate, train_generator",
+        ),
         ("generate", "expected sections in a list, of generate, train_generator; found 'generate'"),
         ("[]", "expected sections in a list, of generate, train_generator; found []"),
         ("[[generate]]", "no section ['generate'] with a seed"),
