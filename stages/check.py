@@ -38,7 +38,6 @@ from vtp.params import (
     PICTURES,
     POINTS,
     RUNS,
-    SEEDED,
     SEEDS,
     Origin,
     Parameters,
@@ -58,13 +57,13 @@ class Checked(NamedTuple):
     runs: dict[str, dict[str, Any]]  # those of every run, before its seeds
     modules: list[str]
     seeds: list[int]
-    seeded: dict[str, list[str]]  # sections whose seeds differ, of every run
+    seeded: list[str]  # sections of a run to whose seeds they are added
 
     def of_seeds(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """Name, seed and sections of everything that is trained."""
         for name, sections in self.runs.items():
             for seed in self.seeds:
-                own = {section: sections[section] | _seed(sections[section], seed) for section in self.seeded[name]}
+                own = {section: sections[section] | _seed(sections[section], seed) for section in self.seeded}
                 yield name, seed, sections | own
 
 
@@ -88,7 +87,7 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
     shared, wrong = _configs(parameters, once)
     problems += wrong
     written: dict[str, dict[str, Any]] = {}
-    seeded: dict[str, list[str]] = {}
+    seeded = sorted({use.section for use in of_runs if use.module in SEEDED_STAGES})
     for name in parameters.runs if of_runs else ():
         try:
             _require_own(parameters, name, of_runs, pipeline.taken)
@@ -100,11 +99,8 @@ def check(params: Path, pipeline: Pipeline) -> Checked:
         between = [
             f"{params}:{RUNS}.{name}: {problem}" for problem in disagreements({**shared, **configs}, pipeline.uses)
         ]
-        seeded[name] = parameters.seeded.get(name, _with_seeds(of_runs))
-        unseeded = _malformed_seeded(parameters, name, _with_seeds(of_runs))
-        if not malformed and not unseeded:
-            unseeded = _too_large(own, seeded[name], configs)
-        problems += [*wrong, *between, *_points(own, name, configs), *unseeded]
+        problems += [*wrong, *between, *_points(own, name, configs)]
+        problems += [] if malformed else _too_large(own, seeded, configs)
         written[name] = {section: own.values[section] for section in configs}
     if not written:
         problems += [f"{params}: {problem}" for problem in disagreements(shared, pipeline.uses)]
@@ -179,11 +175,6 @@ def _require_own(parameters: Parameters, name: str, uses: list[Use], taken: froz
                 raise ConfigError(f"{layer.origin.then(section)}: a run changes {', '.join(sorted(own))}{hint}")
 
 
-def _with_seeds(uses: Iterable[Use]) -> list[str]:
-    """Sections of a run that a seed of the study reaches."""
-    return sorted({use.section for use in uses if use.module in SEEDED_STAGES})
-
-
 def _malformed_seeds(parameters: Parameters) -> list[str]:
     """What is wrong with the seeds by themselves."""
     place, seeds = parameters.origins.get((SEEDS,), Origin(parameters.path, (SEEDS,))), parameters.values.get(SEEDS)
@@ -192,19 +183,6 @@ def _malformed_seeds(parameters: Parameters) -> list[str]:
     problems = [f"{place}: {seed!r} is no integer from 0 on" for seed in seeds if type(seed) is not int or seed < 0]
     repeated = sorted({str(seed) for seed in seeds if seeds.count(seed) > 1})
     return problems or [f"{place}: {seed} comes twice, and would be trained once" for seed in repeated]
-
-
-def _malformed_seeded(parameters: Parameters, name: str, known: list[str]) -> list[str]:
-    """What is wrong with the sections that a run names as those whose seeds differ."""
-    sections = parameters.seeded.get(name, known)
-    place = parameters.runs[name][-1].origin.then(SEEDED)
-    if not isinstance(sections, list) or not sections:
-        return [f"{place}: expected sections in a list, of {', '.join(known)}; found {sections!r}"]
-    return [
-        f"{place}: no section {section!r} with a seed{did_you_mean(str(section), known)}; known are {', '.join(known)}"
-        for section in sections
-        if section not in known
-    ]
 
 
 def _too_large(own: Parameters, sections: list[str], configs: Mapping[str, Config]) -> list[str]:

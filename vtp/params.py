@@ -12,8 +12,7 @@ overlays may share what they are based on.
 
 A file that compares runs says what each changes (`runs: {first: {}, second: {pretrain: {export: teacher}}}`). The changes
 of a run are laid over all files like one more, so that what is based on something that it changes follows. Every run is
-trained once per seed of `seeds`, which is added to the seeds of its sections, or to those that it names alone (`seeded:
-[generate]`).
+trained once per seed of `seeds`, which is added to the seeds of its sections.
 """
 
 import os
@@ -31,7 +30,6 @@ from vtp.texts import listed, shown
 C = TypeVar("C", bound=Config)
 BASE = "base"
 RUNS, SEEDS, POINTS = "runs", "seeds", "points"  # keys of a file that compares runs, beside its sections
-SEEDED = "seeded"  # key of a run, beside its sections
 PICTURES = "pictures"  # where those of a user lie, which dvc.yaml reads
 END = "end"  # the point at which a run ends
 
@@ -65,7 +63,6 @@ class Parameters(NamedTuple):
     origins: dict[Keys, Origin]
     layers: tuple[Layer, ...]  # of the files of the chain, the file itself last
     runs: dict[str, tuple[Layer, ...]]  # the changes of every run, by its name
-    seeded: dict[str, Any]  # what a run names as sections whose seeds differ alone, by the name of such a run
 
     @property
     def files(self) -> list[Path]:
@@ -109,15 +106,11 @@ def read_parameters(path: Path) -> Parameters:
     layers: dict[Path, Layer] = {}
     _collect(path, (), layers)
     runs: dict[str, tuple[Layer, ...]] = {}
-    seeded: dict[str, Any] = {}
     for layer in layers.values():
         for name, changes in _runs(layer).items():
-            if SEEDED in changes.values:
-                seeded[name] = changes.values[SEEDED]
-            changed = {section: value for section, value in changes.values.items() if section != SEEDED}
-            runs[name] = (*runs.get(name, ()), changes._replace(values=changed))
+            runs[name] = (*runs.get(name, ()), changes)
     plain = [layer._replace(values={k: v for k, v in layer.values.items() if k != RUNS}) for layer in layers.values()]
-    return _resolve(path, tuple(plain))._replace(runs=runs, seeded=seeded)
+    return _resolve(path, tuple(plain))._replace(runs=runs)
 
 
 def milestone_name(milestone: float | str) -> str:
@@ -154,7 +147,7 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
 
 def _resolve(path: Path, layers: tuple[Layer, ...]) -> Parameters:
     """What layers come to, one over the other."""
-    parameters = Parameters(path, {}, {}, layers, {}, {})
+    parameters = Parameters(path, {}, {}, layers, {})
     for layer in layers:
         _merge(parameters.values, layer.values, layer.origin, (), parameters.origins)
     _begin(parameters, (), ())

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from vtp.config import Config
-from vtp.params import BASE, PICTURES, POINTS, RUNS, SEEDED, SEEDS
+from vtp.params import BASE, PICTURES, POINTS, RUNS, SEEDS
 
 FILES = {
     "description": "files that this one changes, relative to it, in their order",
@@ -18,17 +18,12 @@ FILES = {
 OF_RUNS = {
     "description": "runs that a study compares: each a few changes of the sections that it has",
     "type": "object",
-    "additionalProperties": {"$ref": "#/$defs/Run"},
+    "additionalProperties": {"$ref": "#/$defs/Sections"},
 }
 OF_SEEDS = {
     "description": "seeds of every run, each added to the seeds of its training and sampling stages",
     "type": "array",
     "items": {"type": "integer", "minimum": 0},
-}
-OF_SEEDED = {
-    "description": "the sections of this run to whose seeds those of the study are added; without it all that have one",
-    "type": "array",
-    "items": {"type": "string"},
 }
 OF_POINTS = {
     "description": "milestones of every run at which they are compared; `end` is where a run ends",
@@ -50,7 +45,7 @@ def schema_of(stages: Mapping[str, type[Config]]) -> dict[str, Any]:
     )
     definitions = {name: _overlay(definition) for name, definition in schema["$defs"].items()}
     sections = {name: {"anyOf": [references[config, "validation"], NONE]} for name, config in stages.items()}
-    definitions["Run"] = {"type": "object", "properties": {SEEDED: OF_SEEDED, **sections}, "additionalProperties": True}
+    definitions["Sections"] = {"type": "object", "properties": sections, "additionalProperties": True}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Parameters",

@@ -415,32 +415,14 @@ def test_seeds_of_no_comparison_are_read_by_none(study):
     assert study("seeds: [0]") == "params.yaml: no stage reads section 'seeds'"
 
 
-def test_a_run_may_vary_the_seeds_of_some_sections_alone(study, tmp_path):
-    text = "train_generator: {seed: 7}\nruns: {all: {}, drawn: {seeded: [generate]}}\nseeds: [0, 3]"
+def test_a_seed_is_added_to_those_of_a_run(study, tmp_path):
+    text = "train_generator: {seed: 7}\nruns: {one: {}, drawn: {generate: {seed: 1}}}\nseeds: [0, 3]"
     assert study(text, COMPARISON) == ""
     trained = {
         (name, seed): (sections["train_generator"]["seed"], sections["generate"]["seed"])
         for name, seed, sections in check(tmp_path / "params.yaml", COMPARISON).of_seeds()
     }
-    assert trained == {("all", 0): (7, 0), ("all", 3): (10, 3), ("drawn", 0): (7, 0), ("drawn", 3): (7, 3)}
-
-
-@pytest.mark.parametrize(
-    ("seeded", "message"),
-    [
-        ("[report]", "no section 'report' with a seed; known are generate, train_generator"),
-        (
-            "[genrate]",
-            "no section 'genrate' with a seed; did you mean 'generate'?; known are generate, train_generator",
-        ),
-        ("generate", "expected sections in a list, of generate, train_generator; found 'generate'"),
-        ("[]", "expected sections in a list, of generate, train_generator; found []"),
-        ("[[generate]]", "no section ['generate'] with a seed"),
-    ],
-)
-def test_sections_without_a_seed(study, seeded, message):
-    found = study(f"runs: {{one: {{seeded: {seeded}}}}}", COMPARISON)
-    assert found.startswith(f"params.yaml:runs.one.seeded: {message}")
+    assert trained == {("one", 0): (7, 0), ("one", 3): (10, 3), ("drawn", 0): (7, 1), ("drawn", 3): (10, 4)}
 
 
 def test_points_may_be_shares_of_a_run(study):
