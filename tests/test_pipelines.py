@@ -28,7 +28,7 @@ STUDIES = sorted(path.parent for path in (ROOT / "pipelines").glob("*/dvc.yaml")
 DVC_FILES = [folder / "dvc.yaml" for folder in (ROOT, *STUDIES)]
 OVERLAYS = ROOT / "pipelines/overlays"
 COMPARISONS = [folder for folder in STUDIES if "${seeds}" in (folder / "dvc.yaml").read_text()]
-LINES = 960  # of all parameter files of pipelines/
+LINES = 1000  # of all parameter files of pipelines/
 PARAMETERS = [(file, params) for file in DVC_FILES for params in sorted(file.parent.glob("params*.yaml"))]
 
 
