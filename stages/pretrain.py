@@ -148,7 +148,12 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     batches = build_batches(config, stream, rank_slice, colour_later=host.device != "cpu")
     monitor = TokenizerMonitor(objective, train, validation, config.monitor, host=host)
     exports = TokenizerMilestones(
-        objective, config.monitor.milestones, step_flops=cost.flops, weights=config.export, host=host
+        objective,
+        config.monitor.milestones,
+        step_flops=cost.flops,
+        flops=length.flops,
+        weights=config.export,
+        host=host,
     )
 
     optim = {"model": config.optim} | ({DISCRIMINATOR: config.adversary.optim} if config.adversary else {})

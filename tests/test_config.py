@@ -176,6 +176,7 @@ def test_neighbours_never_share_a_name():
 
 
 def test_milestones_have_four_digits_or_more():
+    assert milestone_name(0.25) == "0.25"  # a share of the run
     names = [milestone_name(each) for each in (5.8e12, 1.16e13, 5.8001e12, 5800123456789.0, 9.75e19, "end")]
     assert names == ["5.800e+12", "1.160e+13", "5.8001e+12", "5.800123456789e+12", "9.750e+19", "end"]
 

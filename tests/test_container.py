@@ -60,10 +60,10 @@ def image(tmp_path_factory):
     for name in (
         ".dvc/config.local",
         ".dvc/cache/files/md5/ab/c",
-        "pipelines/scaling/.dvc/config.local",
-        "pipelines/scaling/.dvc/tmp/x",
+        "pipelines/objectives/.dvc/config.local",
+        "pipelines/objectives/.dvc/tmp/x",
         "pipelines/vtp/data/labelled/x.tar",
-        "pipelines/scaling/work/x",
+        "pipelines/objectives/work/x",
         "data/pets/cat/1.png",
         "weights/network.pth",
         "pipelines/vtp/weights/network.pth",

@@ -10,7 +10,7 @@ import json
 import pytest
 from clone import Clone, Study, ran
 
-from vtp.artefact import digest
+from vtp.artefact import digest, read_json
 
 pytestmark = pytest.mark.slow
 METRICS = {
@@ -22,12 +22,7 @@ SUMMARY = {
     "figure": [{"name": "curves", "x": "flops", "y": list(METRICS), "published": None}],
     "claims": [],
 }
-# Of one length; the second has an adversary from the start.
-RUNS = {
-    "plain": {},
-    "gan": {"pretrain": {"adversary": {"base": "tune_decoder.adversary", "discriminator_start": 0.0, "start": 0.0}}},
-}
-COMPARED = {"pretrain": {"monitor": {"milestones": [1.0e8, "end"]}}, "summary": SUMMARY}
+COMPARED = {"pretrain": {"monitor": {"milestones": [0.5, "end"]}}, "summary": SUMMARY}
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +41,11 @@ def finished(clone):
 
 @pytest.fixture(scope="module")
 def study(finished):
-    """`scaling` with runs and points of this test, finished."""
-    study = Study(finished, "scaling", **COMPARED)
-    study.values |= {"runs": RUNS, "points": ["1.000e+08", "end"]}
-    study.values["summary"]["claims"] = [{"name": "better", "metric": "gFID", "run": "plain", "than": "gan"}]
+    """`objectives` with two of its runs, at a seed and two points, finished."""
+    study = Study(finished, "objectives", **COMPARED)
+    runs = {name: study.values["runs"][name] for name in ("ae", "joint")}
+    study.values |= {"runs": runs, "seeds": [1], "points": ["0.5", "end"]}
+    study.values["summary"]["claims"] = [{"name": "better", "metric": "gFID", "run": "joint", "than": "ae"}]
     study.write({})
     study.first = study.dvc("repro")
     finished.commit("study")
@@ -76,15 +72,15 @@ def test_a_fresh_root_speaks_of_itself_alone(clone):
         assert len(clone.asked(*command).splitlines()) < 10
     output, _ = clone.dvc("checkout")  # fails, as there is nothing yet
     assert "pipelines" not in output
-    assert not (clone.folder / "pipelines/scaling/dvc.lock").exists()
+    assert not (clone.folder / "pipelines/adversarial/dvc.lock").exists()
 
 
 def test_a_fresh_study_speaks_of_itself_alone(clone):
-    folder = clone.folder / "pipelines/scaling"
+    folder = clone.folder / "pipelines/adversarial"
     status = clone.asked("status", cwd=folder)
     stages = [line for line in status.splitlines() if line.endswith(":") and not line.startswith("\t")]
-    assert len(stages) == 4 + 2 + 7 * 6
-    assert "evaluate_generator@joint-end:" in stages
+    assert len(stages) == 4 + 6 + 7 * 6
+    assert "evaluate_generator@joint-2-end:" in stages
     assert not (clone.folder / "dvc.lock").exists()
 
 
@@ -154,12 +150,17 @@ def test_a_study_compares_its_runs(study):
     assert done[-1] == "summary"
     assert study.first.count("is cached - skipping run") == 2
     lines = (study.folder / "work/summary/table.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["gan", "gan", "plain", "plain"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["ae", "ae", "joint", "joint"]
     figures = study.json("metrics.json")
-    assert set(figures["runs"]) == {"plain", "gan"}
-    assert list(figures["runs"]["plain"]) == list(METRICS)
-    assert list(figures["claims"]) == ["gFID: plain better than gan"]
-    assert (study.folder / "work/plain/1.000e+08/generator/sampler.json").exists()
+    assert set(figures["runs"]) == {"ae", "joint"}
+    assert list(figures["runs"]["joint"]) == list(METRICS)
+    assert list(figures["claims"]) == ["gFID: joint better than ae"]
+    assert (study.folder / "work/joint/1/0.5/generator/sampler.json").exists()
+    halves = [study.json(f"work/joint/1/milestones/{point}/milestone.json")["flops"] for point in ("0.5", "end")]
+    assert halves[0] == halves[1] / 2
+    for stage in ("pretrain", "tune_decoder", "train_generator", "generate"):
+        (path,) = (study.folder / "work/joint/1").glob(f"**/{'end/' * (stage != 'pretrain')}provenance/{stage}.json")
+        assert read_json(path)["config"]["seed"] == 1
 
 
 def test_a_finished_study_is_quiet(study):
@@ -170,12 +171,12 @@ def test_a_finished_study_is_quiet(study):
 
 
 def test_a_change_of_one_run_runs_that_alone(study):
-    study.write({"runs": {"plain": {"generate": {"seed": 1}}}})
+    study.write({"runs": {"joint": {"generate": {"seed": 1}}}})
     done = ran(study.dvc("repro"))
     assert done[0] == "check"
-    assert {"generate@plain-end", "generate@plain-1.000e+08"} < set(done)
+    assert {"generate@joint-1-end", "generate@joint-1-0.5"} < set(done)
     assert {name.partition("@")[0] for name in done} <= {"check", "generate", "evaluate_generator", "summary"}
-    assert not [name for name in done if "gan" in name]
+    assert not [name for name in done if "@ae" in name]
     study.clone.git("checkout", "-q", "--", ".")
     assert ran(study.dvc("repro")) == []  # all of it is in the cache of runs
 
@@ -210,13 +211,15 @@ def test_experiments_of_a_study(study, how):
 
 
 def test_a_run_of_two_studies_is_trained_once(study):
-    """A new study is a file of a few lines: its run `plain` is the other's, and comes from the cache of runs."""
+    """A new study is a file of a few lines: its run `joint` is the other's, and comes from the cache of runs."""
     folder = study.clone.folder / "pipelines/again"
     folder.mkdir()
-    (folder / "params.yaml").write_text("base: ../overlays/comparison.yaml\nruns: {plain: {}}\npoints: [end]\n")
+    (folder / "params.yaml").write_text(
+        "base: ../overlays/comparison.yaml\nruns: {joint: {}}\nseeds: [1]\npoints: [end]\n"
+    )
     study.clone.make_study("again")
     again = Study(study.clone, "again", **COMPARED)
     output = again.dvc("repro")
     assert ran(output) == ["check", "summary"]
     assert output.count("is cached - skipping run") == 2 + 1 + 7
-    assert digest(again.folder / "work/plain/end/generator") == digest(study.folder / "work/plain/end/generator")
+    assert digest(again.folder / "work/joint/1/end/generator") == digest(study.folder / "work/joint/1/end/generator")

@@ -255,9 +255,9 @@ def test_a_study_of_the_gallery_begins_with_own_data(whole, tmp_path):
             ],
         ),
         (
-            "pipelines/scaling",
+            "pipelines/compute_scaling",
             ["summary.title=Mine", "+pretrain.seed=1"],
-            ["summary: {title: 'The same training FLOPs, on three objectives or on one'}"],
+            ["summary: {title: More compute for the tokenizer}"],
             ["summary: {title: Mine}", "pretrain:", "  seed: 1"],
         ),
     ],

@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 STUDIES = sorted(path.parent for path in (ROOT / "pipelines").glob("*/dvc.yaml"))
 DVC_FILES = [folder / "dvc.yaml" for folder in (ROOT, *STUDIES)]
 OVERLAYS = ROOT / "pipelines/overlays"
+COMPARISONS = [folder for folder in STUDIES if "${seeds}" in (folder / "dvc.yaml").read_text()]
+LINES = 1000  # of all parameter files of pipelines/
 PARAMETERS = [(file, params) for file in DVC_FILES for params in sorted(file.parent.glob("params*.yaml"))]
 
 
@@ -83,17 +85,65 @@ def test_stage_is_wired(stage):
     # Code comes in through `check`, as parameters do.
     assert set(deps) - read == {f"work/check/code/{module.removeprefix('stages.')}.txt"}
     file, section = address.split(":")
-    assert file in ("work/check/params.yaml", "work/check/runs/${item.run}.json")
+    assert file in ("work/check/params.yaml", "work/check/runs/${item.run}/${item.seed}.json")
     assert stage["params"] == [{file: [section]}]
     # A path of a run or a point says which, so that no two stages of a matrix share one.
     own = [f"${{item.{name}}}" for name in stage.get("matrix", {})]
     assert all(name in path for path in outs for name in own)
 
 
+def pipeline_of(params):
+    """The stages of a study with these parameters: derived ones may depend on them."""
+    text = derived(params.parent, params=params.name) if params.parent in COMPARISONS else None
+    return Pipeline.of(params.parent / "dvc.yaml") if text is None else Pipeline.of_text(text, params.parent)
+
+
+@pytest.mark.parametrize("study", COMPARISONS, ids=lambda folder: folder.name)
+def test_a_comparison_has_the_paper_s_size(tmp_path, study):
+    """By one word of its file, or by a file with runs of that size; data then are given, and all metrics are its own."""
+    small = check(study / "params.yaml", pipeline_of(study / "params.yaml"))
+    if (params := study / "params.paper.yaml").exists():
+        text = params.read_text()
+    else:
+        text = (study / "params.yaml").read_text().replace("comparison.yaml", "comparison_paper.yaml")
+    (tmp_path / "params.yaml").write_text(text.replace("../overlays", str(OVERLAYS)))
+    text = derived(tmp_path, ROOT)
+    checked = check(tmp_path / "params.yaml", Pipeline.of_text(text, tmp_path)._replace(tracked=[]))
+    assert "prepare_data" not in checked.shared
+    assert "work/shards" not in text
+    assert "--shards data/captioned --tokenizer" in text
+    assert set(checked.runs) >= set(small.runs) - {"B_deep"}  # of VTP-L there
+    runs = [run["pretrain"] for run in checked.runs.values()]
+    assert all(run["tokenizer"]["image_size"] == 256 for run in runs)
+    assert not [name for name in checked.shared["summary"]["metrics"] if "centre32" in name or "lite0" in name]
+    assert {run["objective"]["weights"]["reconstruction"] for run in runs} <= {0.1, 1.0, 10.0}
+
+
+@pytest.mark.parametrize("study", [ROOT, *STUDIES], ids=lambda folder: folder.name)
+def test_what_a_stage_reads_another_one_writes(study):
+    """Of the folder `work`: a path, a part of one, or a folder that others fill."""
+    stages = stages_of(study)
+    written = {
+        path for stage in stages.values() for key in ("outs", "metrics", "plots") for path in paths(stage.get(key))
+    }
+    for name, stage in stages.items():
+        for path in (path for path in paths(stage.get("deps")) if path.startswith("work/")):
+            assert any(
+                path == out or f"{path}/".startswith(f"{out}/") or out.startswith(f"{path}/") for out in written
+            ), f"{name} reads {path}"
+
+
+def test_parameter_files_are_few_lines():
+    """All studies together: one says what differs. Those of the paper's figures are half runs, seeds and points."""
+    files = [path for path in (ROOT / "pipelines").rglob("*.yaml") if "dvc.yaml" not in path.name]
+    own = [path for path in files if not {"stages", "vtp", "work", "data"} & set(path.relative_to(ROOT).parts[2:])]
+    assert sum(len(path.read_text().splitlines()) for path in own) < LINES
+
+
 @pytest.mark.parametrize(("file", "params"), PARAMETERS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_parameters_are_valid(file, params):
     """And all that they are based on is watched by DVC, in the file that the stage reads."""
-    assert check(params, Pipeline.of(file)).modules
+    assert check(params, pipeline_of(params)).modules
     stage = stages_of(file.parent)["check"]
     assert "params.yaml" in stage["deps"]
     assert {"vtp", "stages"} < set(stage["deps"])
@@ -144,13 +194,14 @@ def test_studies_run_the_stages_of_the_root():
 
 def test_runs_and_points_are_the_rooms_of_a_comparison():
     """Whatever is judged is judged for every run at every point, from the parameters of that run."""
-    stages = stages_of(ROOT / "pipelines/scaling")
+    stages = stages_of(ROOT / "pipelines/objectives")
     shared = {name for name, stage in stages.items() if "matrix" not in stage}
     assert shared == {"check", "prepare_data", "reference", "summary"}
     points = {name: stage["matrix"] for name, stage in stages.items() if name not in shared}
-    assert points.pop("pretrain") == {"run": "${runs}"}
+    of_runs = {"run": "${runs}", "seed": "${seeds}"}
+    assert points.pop("pretrain") == of_runs
     assert len(points) == 7
-    assert all(matrix == {"run": "${runs}", "at": "${points}"} for matrix in points.values())
+    assert all(matrix == of_runs | {"at": "${points}"} for matrix in points.values())
 
 
 @pytest.mark.parametrize("study", ["datacomp", "imagenet"])
@@ -194,11 +245,22 @@ def runs_of(study):
     return check(folder / "params.yaml", Pipeline.of(folder / "dvc.yaml")).runs
 
 
-def test_two_runs_of_the_scaling_study_differ_in_their_objectives_alone():
-    runs = runs_of("scaling")
-    assert runs["ae"]["pretrain"]["objective"].pop("weights") == {"reconstruction": 1.0, "clip": 0.0, "ssl": 0.0}
-    del runs["joint"]["pretrain"]["objective"]["weights"]
-    assert runs["ae"] == runs["joint"]
+def test_runs_of_the_objectives_differ_in_weights_and_channels_alone():
+    """And one of the same name is that of the other studies, so that it is trained once."""
+    runs = runs_of("objectives")
+    assert runs_of("compute_scaling") == {name: runs[name] for name in ("ae", "joint")}
+    assert runs_of("noise_level")["joint"] == runs["joint"]
+    tokenizers = [run["pretrain"]["tokenizer"]["vision"].pop("feature_bottleneck") for run in runs.values()]
+    assert tokenizers == 4 * tokenizers[:1] + 4 * [4 * tokenizers[0]]
+    weights = [run["pretrain"]["objective"].pop("weights") for run in runs.values()]
+    assert weights[:4] == weights[4:]
+    assert [(bool(of["clip"]), bool(of["ssl"])) for of in weights[:4]] == [
+        (False, False),
+        (True, False),
+        (False, True),
+        (True, True),
+    ]
+    assert all(run == runs["joint"] for run in runs.values())
 
 
 def test_two_runs_of_the_adversarial_study_differ_in_the_adversary_alone():

@@ -10,8 +10,9 @@ Mappings merge, and lists and values replace. A record with another `name` is an
 does a mapping that says where it begins. A file that comes twice in a chain counts once, where it comes first: two
 overlays may share what they are based on.
 
-A file that compares runs says what each changes (`runs: {first: {}, second: {pretrain: {seed: 1}}}`). The changes of a
-run are laid over all files like one more, so that what is based on something that it changes follows.
+A file that compares runs says what each changes (`runs: {first: {}, second: {pretrain: {export: teacher}}}`). The changes
+of a run are laid over all files like one more, so that what is based on something that it changes follows. Every run is
+trained once per seed of `seeds`, which is added to the seeds of its sections.
 """
 
 import os
@@ -28,7 +29,7 @@ from vtp.texts import listed, shown
 
 C = TypeVar("C", bound=Config)
 BASE = "base"
-RUNS, POINTS = "runs", "points"  # keys of a file that compares runs, beside its sections
+RUNS, SEEDS, POINTS = "runs", "seeds", "points"  # keys of a file that compares runs, beside its sections
 PICTURES = "pictures"  # where those of a user lie, which dvc.yaml reads
 END = "end"  # the point at which a run ends
 
@@ -113,8 +114,15 @@ def read_parameters(path: Path) -> Parameters:
 
 
 def milestone_name(milestone: float | str) -> str:
-    """What a milestone of a training is called, as a folder and as a point: its training FLOPs, or `end`."""
-    return milestone if isinstance(milestone, str) else number_name(milestone, digits=3, style="e")
+    """What a milestone of a training is called, as a folder and as a point: its training FLOPs, its share, or `end`."""
+    if isinstance(milestone, str):
+        return milestone
+    return number_name(milestone) if milestone < 1 else number_name(milestone, digits=3, style="e")
+
+
+def milestone_flops(milestone: float, whole: float) -> float:
+    """Training FLOPs at a milestone of a run of `whole` FLOPs: a milestone below 1 is a share of the run."""
+    return milestone * whole if milestone < 1 else milestone
 
 
 def split_address(address: str) -> tuple[Path, str]:

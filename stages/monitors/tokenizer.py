@@ -22,7 +22,7 @@ from vtp.layers.images import normalise, to_uint8
 from vtp.models.vit import VisionTransformer
 from vtp.objectives.pretrain import PretrainObjective
 from vtp.objectives.pretrain_state import export_tokenizer
-from vtp.params import END, milestone_name
+from vtp.params import END, milestone_flops, milestone_name
 from vtp.step import Logs, StepContext
 
 BATCH = 256
@@ -49,7 +49,7 @@ class TokenizerMonitorConfig(Config):
     pictures: int = Field(ge=1, description="validation images that are reconstructed at every evaluation")
     probe: KnnProbeConfig | None = Field(description="k-NN accuracy at every evaluation; null for none")
     milestones: Annotated[list[Annotated[float, Field(gt=0)] | Literal["end"]], Distinct] = Field(
-        description="training FLOPs at which the tokenizer is exported; `end`: when the run ends"
+        description="training FLOPs, or below 1 shares of the run, at which the tokenizer is exported; `end`: when it ends"
     )
 
 
@@ -135,7 +135,7 @@ class _LabelledImages:
 
 
 class TokenizerMilestones:
-    """Tokenizers at chosen training FLOPs: the paper's scaling figures evaluate along the run."""
+    """Tokenizers at chosen training FLOPs or shares of a run of `flops`: the paper's scaling figures evaluate along it."""
 
     def __init__(
         self,
@@ -143,11 +143,16 @@ class TokenizerMilestones:
         milestones: Sequence[float | str],
         *,
         step_flops: float,
+        flops: float,
         weights: str,
         host: Host,
     ) -> None:
         self._objective = objective
-        self._flops = sorted(milestone for milestone in milestones if not isinstance(milestone, str))
+        self._milestones = {
+            milestone_name(milestone): milestone_flops(milestone, flops)
+            for milestone in milestones
+            if not isinstance(milestone, str)
+        }
         self._at_end = END in milestones
         self._step_flops = step_flops
         self._folder = host.folder / "milestones"
@@ -177,5 +182,5 @@ class TokenizerMilestones:
     def _reached(self, context: StepContext) -> list[str]:
         """Names of the milestones that this step comes to."""
         after = self._after(context)
-        names = [milestone_name(flops) for flops in self._flops if after - self._step_flops < flops <= after]
+        names = [name for name, flops in self._milestones.items() if after - self._step_flops < flops <= after]
         return names + ([END] if self._at_end and context.step + 1 == context.steps else [])

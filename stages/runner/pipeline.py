@@ -1,9 +1,11 @@
 """What a dvc.yaml says about parameters: which stage reads which section."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from ruamel.yaml import YAML
 
 from vtp.config import ConfigError, read_yaml
 from vtp.params import PICTURES
@@ -21,6 +23,7 @@ class Use(NamedTuple):
     section: str
     of_runs: bool  # it reads the section of every run
     flags: frozenset[str] = frozenset()  # of its command
+    at_points: bool = False  # it runs at every point of a run
 
 
 class Pipeline(NamedTuple):
@@ -45,6 +48,15 @@ class Pipeline(NamedTuple):
             stages = {}
         if not stages:
             raise ConfigError(f"{dvc_file}: no file with stages; an overlay is checked where a pipeline reads it")
+        return cls._of_stages(stages, dvc_file.parent)
+
+    @classmethod
+    def of_text(cls, text: str, folder: Path) -> "Pipeline":
+        """The same of a text that no file need hold yet; `folder` is where its paths begin."""
+        return cls._of_stages(YAML(typ="safe", pure=True).load(text)["stages"], folder)
+
+    @classmethod
+    def _of_stages(cls, stages: Mapping[str, Any], folder: Path) -> "Pipeline":
         uses = []
         words: set[str] = set()
         published = None
@@ -57,9 +69,9 @@ class Pipeline(NamedTuple):
                     published = dvc_file.parent / match[1]
                 if match := COMMAND.search(" ".join(command.split())):
                     flags = frozenset(word for word in command.split() if word.startswith("--"))
-                    uses.append(Use(match[1], match[3], RUN in match[2], flags))
+                    uses.append(Use(match[1], match[3], RUN in match[2], flags, AT in command))
         deps = stages.get("check", {}).get("deps", [])
-        tracked = [dvc_file.parent / (dep if isinstance(dep, str) else next(iter(dep))) for dep in deps]
+        tracked = [folder / (dep if isinstance(dep, str) else next(iter(dep))) for dep in deps]
         has_points, has_pictures = (any(name in word for word in words) for name in (AT, OWN))
         return cls(list(dict.fromkeys(uses)), tracked, _taken(words), has_points, has_pictures, published)
 

@@ -8,7 +8,8 @@ that another project made by what went in. `stages` and `vtp` are links to the c
 experiment in a temporary copy runs its own.
 
 Derived are `imagenet`, `own_data` and `vtp`, whose stages are the root's with another source, and every folder whose
-params.yaml compares runs, whose stages are those of `pipelines/comparison.dvc.yaml`.
+params.yaml compares runs, whose stages are those of `pipelines/comparison.dvc.yaml`. A comparison whose parameters prepare
+no data reads shards that lie there: captioned ones for pre-training, labelled ones for all else.
 """
 
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from vtp.artefact import whole_file
 from vtp.config import ConfigError, read_yaml
-from vtp.params import RUNS
+from vtp.params import RUNS, read_parameters
 from vtp.texts import message, shown
 
 CONFIG = """\
@@ -67,13 +68,14 @@ def update(folder: Path, root: Path = HERE, *, replace: bool = False) -> list[Pa
     return [path for path, text in wanted.items() if _write(path, text)]
 
 
-def derived(folder: Path, root: Path = HERE) -> str | None:
-    """The dvc.yaml of a study that has none of its own making; None for the others."""
+def derived(folder: Path, root: Path = HERE, params: str = "params.yaml") -> str | None:
+    """The dvc.yaml of a study that has none of its own making, with these parameters; None for the others."""
     if folder.name in DERIVED_FROM_ROOT:
         return _from_root(folder.name, (root / "dvc.yaml").read_text(encoding="utf-8"))
-    if RUNS in read_yaml(folder / "params.yaml"):
-        return (root / "pipelines/comparison.dvc.yaml").read_text(encoding="utf-8")
-    return None
+    if RUNS not in read_yaml(folder / params):
+        return None
+    text = (root / "pipelines/comparison.dvc.yaml").read_text(encoding="utf-8")
+    return text if "prepare_data" in read_parameters(folder / params).values else _on_given_shards(text)
 
 
 def _from_root(study: str, text: str) -> str:
@@ -90,6 +92,13 @@ def _from_root(study: str, text: str) -> str:
         prepare = _replaced(prepare, "prepare_data.txt]", f"prepare_data.txt, {source}]")
         prepare = _replaced(prepare, "compose captioned pictures into shards", "write the pictures as canonical shards")
         return f"{before}  prepare_data:\n{prepare}  reference:\n{rest}"
+    return _on_given_shards(text)
+
+
+def _on_given_shards(text: str) -> str:
+    """Without the stage that makes shards: captioned ones are there for pre-training, and labelled ones for all else."""
+    before, _, rest = text.partition("  prepare_data:\n")
+    _, _, rest = rest.partition("  reference:\n")
     first, _, rest = rest.partition("  pretrain:\n")
     pretrain, _, rest = rest.partition("  tune_decoder:\n")
     labelled = (part.replace("work/shards", "data/labelled") for part in (first, rest))

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from vtp.config import Config
-from vtp.params import BASE, PICTURES, POINTS, RUNS
+from vtp.params import BASE, PICTURES, POINTS, RUNS, SEEDS
 
 FILES = {
     "description": "files that this one changes, relative to it, in their order",
@@ -19,6 +19,11 @@ OF_RUNS = {
     "description": "runs that a study compares: each a few changes of the sections that it has",
     "type": "object",
     "additionalProperties": {"$ref": "#/$defs/Sections"},
+}
+OF_SEEDS = {
+    "description": "seeds of every run, each added to the seeds of its training and sampling stages",
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0},
 }
 OF_POINTS = {
     "description": "milestones of every run at which they are compared; `end` is where a run ends",
@@ -45,7 +50,14 @@ def schema_of(stages: Mapping[str, type[Config]]) -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Parameters",
         "type": "object",
-        "properties": {BASE: FILES, RUNS: OF_RUNS, POINTS: OF_POINTS, PICTURES: OF_PICTURES, **sections},
+        "properties": {
+            BASE: FILES,
+            RUNS: OF_RUNS,
+            SEEDS: OF_SEEDS,
+            POINTS: OF_POINTS,
+            PICTURES: OF_PICTURES,
+            **sections,
+        },
         "additionalProperties": {"anyOf": [*(references[config, "validation"] for config in stages.values()), NONE]},
         "$defs": definitions,
     }

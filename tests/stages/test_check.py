@@ -42,10 +42,12 @@ def said(tmp_path, changes=None, *, without=()):
 
 @pytest.fixture
 def study(tmp_path):
-    """Write a study on top of the tiny recipe; what `check` says of it."""
+    """Write a study on top of the tiny recipe, of seed 0 unless it says another; what `check` says of it."""
     write_params(tiny_params(), tmp_path / "root.yaml")
 
     def write(text, pipeline=RECIPE):
+        if any(use.of_runs for use in pipeline.uses) and "seeds:" not in text:
+            text += "\nseeds: [0]"
         (tmp_path / "params.yaml").write_text(f"base: root.yaml\n{text}\n")
         return said_of(tmp_path / "params.yaml", pipeline).replace(f"{tmp_path}/", "")
 
@@ -491,16 +493,58 @@ def test_points_that_cannot_be(study, points, message):
     assert study(f"runs: {{one: {{}}}}\npoints: {points}", POINTS) == message
 
 
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ("null", "params.yaml:seeds: expected integers in a list, such as [0] or [0, 1, 2]; found None"),
+        ("3", "params.yaml:seeds: expected integers in a list, such as [0] or [0, 1, 2]; found 3"),
+        ("[]", "params.yaml:seeds: expected integers in a list, such as [0] or [0, 1, 2]; found []"),
+        ("[0, '1']", "params.yaml:seeds: '1' is no integer from 0 on"),
+        ("[0, 1.5]", "params.yaml:seeds: 1.5 is no integer from 0 on"),
+        ("[true]", "params.yaml:seeds: True is no integer from 0 on"),
+        ("[-1, 0]", "params.yaml:seeds: -1 is no integer from 0 on"),
+        ("[2, 0, 2]", "params.yaml:seeds: 2 comes twice, and would be trained once"),
+        (
+            f"[0, {2**63}]",
+            f"params.yaml:seeds: {2**63} is added to the seed of a section: generate.seed: {2**63} needs more than 64",
+        ),
+    ],
+)
+def test_seeds_that_cannot_be(study, seeds, message):
+    found = study(f"runs: {{one: {{}}}}\nseeds: {seeds}", COMPARISON)
+    assert found.splitlines()[0].startswith(message)
+
+
+def test_seeds_of_no_comparison_are_read_by_none(study):
+    assert study("seeds: [0]") == "params.yaml: no stage reads section 'seeds'"
+
+
+def test_a_seed_is_added_to_those_of_a_run(study, tmp_path):
+    text = "train_generator: {seed: 7}\nruns: {one: {}, drawn: {generate: {seed: 1}}}\nseeds: [0, 3]"
+    assert study(text, COMPARISON) == ""
+    trained = {
+        (name, seed): (sections["train_generator"]["seed"], sections["generate"]["seed"])
+        for name, seed, sections in check(tmp_path / "params.yaml", COMPARISON).of_seeds()
+    }
+    assert trained == {("one", 0): (7, 0), ("one", 3): (10, 3), ("drawn", 0): (7, 1), ("drawn", 3): (10, 4)}
+
+
+def test_points_may_be_shares_of_a_run(study):
+    text = "runs: {one: {pretrain: {monitor: {milestones: [0.25, 1.0e+8, end]}}}}\npoints: ['0.25', end]"
+    assert study(text, POINTS) == ""
+
+
 def test_runs_of_another_file_are_refused(study, tmp_path):
     """DVC expands its matrix by params.yaml alone."""
-    (tmp_path / "runs.yaml").write_text("base: root.yaml\nruns: {a: {}}\npoints: ['1.000e+08']\n")
+    (tmp_path / "runs.yaml").write_text("base: root.yaml\nruns: {a: {}}\nseeds: [0]\npoints: ['1.000e+08']\n")
     found = study("base: runs.yaml\nruns: {one: {}}".replace("base: runs.yaml\n", ""), POINTS)
     assert "expected names of milestones" in found
     (tmp_path / "params.yaml").write_text("base: runs.yaml\nruns: {one: {}}\n")
     found = said_of(tmp_path / "params.yaml", POINTS).replace(f"{tmp_path}/", "")
     assert found.splitlines() == [
-        "runs.yaml:runs.a: DVC reads runs and points from params.yaml alone; say it there",
-        "runs.yaml:points: DVC reads runs and points from params.yaml alone; say it there",
+        "runs.yaml:runs.a: DVC reads runs, seeds and points from params.yaml alone; say it there",
+        "runs.yaml:seeds: DVC reads runs, seeds and points from params.yaml alone; say it there",
+        "runs.yaml:points: DVC reads runs, seeds and points from params.yaml alone; say it there",
     ]
 
 
@@ -620,13 +664,16 @@ def test_resolved_parameters_are_written(study, tmp_path, monkeypatch):
         "stages: {a: {cmd: 'python -m stages.generate runs/${item.run}.json:generate'},"
         " b: {cmd: 'python -m stages.report p:report'}, check: {cmd: c, deps: [params.yaml, root.yaml]}}"
     )
-    study("generate: {samples: 30}\nruns: {one: {}, two: {generate: {samples: 31}}}")
+    study("generate: {samples: 30, seed: 5}\nruns: {one: {}, two: {generate: {samples: 31}}}\nseeds: [0, 2]")
     paths = {name: str(tmp_path / name) for name in ("resolved", "runs", "code")}
     arguments = [word for name, path in paths.items() for word in (f"--{name}", path)]
     monkeypatch.setattr("sys.argv", ["check", str(tmp_path / "params.yaml"), *arguments])
     main()
     assert read_yaml(tmp_path / "resolved").keys() == {"report"}
     values = tiny_params()["generate"]
-    assert read_yaml(tmp_path / "runs/one.json") == {"generate": values | {"samples": 30}}
-    assert read_yaml(tmp_path / "runs/two.json") == {"generate": values | {"samples": 31}}
+    for name, samples in (("one", 30), ("two", 31)):
+        for seed in (0, 2):
+            expected = {"generate": values | {"samples": samples, "seed": 5 + seed}}
+            assert read_yaml(tmp_path / f"runs/{name}/{seed}.json") == expected
+    assert len(list((tmp_path / "runs").rglob("*.json"))) == 4
     assert {path.name for path in (tmp_path / "code").iterdir()} == {"generate.txt", "report.txt"}
