@@ -10,14 +10,18 @@ from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from stages.figures.convergence import convergence_of, draw_convergence
 from stages.figures.drawing import axes
+from stages.figures.side_by_side import draw_side_by_side
 from stages.figures.tables import flatten, markdown, number
-from stages.runner.run import Input, Output, main
+from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import ArtefactError, read_json, write_json
 from vtp.config import Config
 from vtp.host import Host
 from vtp.inference.lettering import drawable
 from vtp.params import END
+
+EPOCHS_TO_REACH = "train_generator.epochs_to_reach."
 
 
 class Summary(Config):
@@ -48,6 +52,9 @@ def run(
     config: Summary,
     *,
     points: Annotated[Input, "folder of RUN/POINT/*.json and RUN/*.json, the metrics to compare"],
+    plots: Annotated[
+        OptionalInput, "folder of the runs' pictures, of which reconstructions are set side by side"
+    ] = None,
     summary: Annotated[Output, "folder for the table and the curves"],
     headline: Annotated[Output, "JSON file for the last point of every run"],
     host: Host,
@@ -62,6 +69,10 @@ def run(
         table += "\n" + _comparison(runs, config.published)
     (summary / "table.md").write_text(table, encoding="utf-8")
     _figure(runs, config, summary / "curves.png")
+    if plots is not None:
+        draw_side_by_side(plots, summary / "side_by_side.png")
+    if watched := convergence_of(points):
+        draw_convergence(watched, summary / "convergence.png")
     write_json(headline, {run: _known(curve[-1].values) for run, curve in runs.items()})
 
 
@@ -93,10 +104,13 @@ def _known(values: dict[str, float]) -> dict[str, float]:
 
 
 def _require_each(metrics: list[str], runs: dict[str, list[Point]], folder: Path) -> None:
-    """A run may lack a metric, as one without text tower lacks zero-shot figures; one that all lack is misspelt."""
+    """A run may lack a metric, as one without text tower lacks zero-shot figures; one that all lack is misspelt.
+
+    But for epochs to reach a distance: it may be that none came to it, and `check` knows which distances are asked for.
+    """
     values = [point.values for curve in runs.values() for point in curve]
     for name in metrics:
-        if all(math.isnan(of[name]) for of in values):
+        if all(math.isnan(of[name]) for of in values) and not name.startswith(EPOCHS_TO_REACH):
             known = {key for path in folder.rglob("*.json") for key in flatten(read_json(path))}
             raise ArtefactError(f"{folder}: no run has the metric {name!r}; they have {', '.join(sorted(known))}")
 

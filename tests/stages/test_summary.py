@@ -100,6 +100,12 @@ def test_published_figures_are_those_of_the_last_point(tmp_path):
     assert line == "| joint | generation.gfid | 3.25 | 3 | +0.25 |"
 
 
+def test_a_distance_that_no_generator_reached_has_no_epochs(tmp_path):
+    folder = points(tmp_path, {"ae/end": (0.3, 5)})
+    lines = summarised(tmp_path, folder, {}, metrics=["generation.gfid", "train_generator.epochs_to_reach.2.evaluated"])
+    assert lines[2] == "| ae | - | 5 | - |"
+
+
 def test_names_that_nothing_has(tmp_path):
     folder = points(tmp_path, {"S": (0.5, 5)})
     with pytest.raises(ConfigError, match="published.S has 'generation.fid', which is not among metrics"):
