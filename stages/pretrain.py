@@ -67,9 +67,30 @@ class Pretrain(Config):
             raise ValueError("tokenizer.text.pool_type is none: the contrast needs one token that stands for a caption")
         if self.tokenizer.decoder is None or self.tokenizer.upscale != self.tokenizer.vision.patch_size:
             raise ValueError("tokenizer needs a decoder, whose decoder_upscale is vision.patch_size, or null for that")
+        if self.adversary is not None and not self.objective.weights.reconstruction:
+            raise ValueError(
+                "objective.weights.reconstruction is 0: nothing is reconstructed for adversary; set that to null, and leave "
+                "the decoder to tune_decoder"
+            )
         discriminator = self.adversary.discriminator if self.adversary else None
         if discriminator is not None and discriminator.name == "features" and discriminator.network.name == "tokenizer":
             raise ValueError("adversary.discriminator reads the encoder, which is in training; choose patch, or timm")
+        return self
+
+    @model_validator(mode="after")
+    def _bottleneck_is_trained(self) -> Self:
+        weights, vision = self.objective.weights, self.tokenizer.vision
+        read = [
+            weights.reconstruction,
+            weights.clip and not vision.bottleneck_ae_only,
+            weights.ssl and self.objective.ssl.features == "latent",
+        ]
+        if vision.has_bottleneck and not any(read):
+            raise ValueError(
+                "objective.weights.reconstruction is 0, and nothing else trains tokenizer.vision.feature_bottleneck: set "
+                "that to null, and the encoder's features are the latents; or let objective.ssl.features be latent, or "
+                "vision.bottleneck_ae_only false"
+            )
         return self
 
     @model_validator(mode="after")
@@ -88,14 +109,15 @@ class Pretrain(Config):
                 "differ, and data.reconstruction_view is shared"
             )
         active = self.active
-        if self.data.subsets == "disjoint" and active.ssl and active.pool == active.ssl:
+        if self.data.subsets == "disjoint" and active.reconstruction and active.ssl == active.pool:
             raise ValueError(
                 f"data.subsets is disjoint, and of {active.pool} images none is left beside data.batch.ssl {active.ssl}"
             )
-        if active.reconstruction % (group := self.objective.drop_path.group):
+        blocks = self.data.batch.reconstruction
+        if blocks % (group := self.objective.drop_path.group):
             raise ValueError(
-                f"objective.drop_path.blocks is {group}, no divisor of data.batch.reconstruction "
-                f"{active.reconstruction}: that is the number of blocks, of which so many share a draw of stochastic depth"
+                f"objective.drop_path.blocks is {group}, no divisor of data.batch.reconstruction {blocks}: that "
+                "is the number of blocks, of which so many share a draw of stochastic depth"
             )
         return self
 
@@ -103,7 +125,7 @@ class Pretrain(Config):
     def active(self) -> ActiveBatch:
         """Batch sizes of the objectives with a weight."""
         weights, batch = self.objective.weights, self.data.batch
-        return ActiveBatch(batch.clip if weights.clip else 0, batch.ssl if weights.ssl else 0, batch.reconstruction)
+        return ActiveBatch(*(getattr(batch, name) if getattr(weights, name) else 0 for name in ActiveBatch._fields))
 
     @property
     def architecture(self) -> TokenizerConfig:
@@ -225,7 +247,8 @@ def micro_batches_of(config: Pretrain, devices: int, most: int | None) -> int:
     Raises ValueError when a device would hold parts of blocks, or of the groups of blocks that share a draw of stochastic
     depth.
     """
-    blocks, size = config.active.reconstruction, config.active.pool // config.active.reconstruction
+    blocks = config.data.batch.reconstruction
+    size = config.active.pool // blocks
     group = config.objective.drop_path.group
     largest = max(1, (most or config.active.pool) // size)
     return count_micro_batches(blocks, devices, largest, named="pretrain.data.batch.reconstruction", group=group)

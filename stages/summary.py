@@ -1,8 +1,9 @@
 """Compare runs: a table, figures in the layout of the paper's beside its points, and what may be claimed.
 
 The input holds `<run>/<seed>/<point>/*.json`, what was measured of the tokenizer at a milestone, named by training FLOPs,
-its share of the run or `end`, and `<run>/<seed>/*.json`, what was measured of the whole run, which counts at its end. A run without points was not
-trained here. Means and 95 % intervals are over seeds; of one seed there is no interval, and nothing is claimed.
+its share of the run or `end`, and `<run>/<seed>/*.json`, what was measured of the whole run, which counts at its end. A run
+without points was not trained here. Means and 95 % intervals are over seeds; of one seed there is no interval, and nothing is
+claimed.
 """
 
 import math
@@ -11,13 +12,15 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from stages.figures.claims import BetterClaim, Claim, CorrelatesClaim, ClaimResult, better_way, conclusion, judge
+from stages.figures.claims import BetterClaim, Claim, ClaimResult, CorrelatesClaim, better_way, conclusion, judge
+from stages.figures.convergence import convergence_of, draw_convergence
 from stages.figures.legend import NEITHER
 from stages.figures.panels import BarsConfig, PanelConfig, draw_panels, labels, named_runs
 from stages.figures.points import FLOPS, OF_TRAINING, StudyPoints, meaning, read_points
 from stages.figures.published import CATEGORY, Published
+from stages.figures.side_by_side import draw_side_by_side
 from stages.figures.tables import markdown, number
-from stages.runner.run import Input, Output, main
+from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import ArtefactError, write_json
 from vtp.config import Config, Distinct, did_you_mean
 from vtp.evaluation.intervals import Interval, deviation_interval
@@ -89,6 +92,9 @@ def run(
     config: Summary,
     *,
     points: Annotated[Input, "folder of RUN/SEED/POINT/*.json and RUN/SEED/*.json, the metrics to compare"],
+    plots: Annotated[
+        OptionalInput, "folder of the runs' pictures, of which reconstructions are set side by side; default: none"
+    ] = None,
     published: Annotated[Input, "CSV file with points of figures and tables that others published"],
     summary: Annotated[Output, "folder for the tables, the figure and the claims"],
     headline: Annotated[Output, "JSON file for the last point of every run, and for every claim"],
@@ -108,6 +114,10 @@ def run(
     (summary / "table.md").write_text("\n".join(filter(None, tables)), encoding="utf-8")
     (summary / "claims.md").write_text(_claims(verdicts), encoding="utf-8")
     draw_panels(config.figure, measured, others, title=config.title, path=summary / "curves.png")
+    if plots is not None:
+        draw_side_by_side(plots, summary / "side_by_side.png")
+    if watched := convergence_of(points):
+        draw_convergence(watched, summary / "convergence.png")
     write_json(headline, _headline(measured, verdicts, noise))
 
 

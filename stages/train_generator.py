@@ -138,7 +138,8 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     save_generator(generator, model.config, result, space=data.space, sampler=sampler, others=others)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     epochs = length.samples / len(data)
-    write_json(metrics, {"train_generator": length._asdict() | {"parameters": parameters, "epochs": epochs}})
+    figures = {"parameters": parameters, "epochs": epochs} | monitor.convergence(steps=length.steps, epochs=epochs)
+    write_json(metrics, {"train_generator": length._asdict() | figures})
     curves.write_bytes((host.folder / "curves.csv").read_bytes())
     monitor.draw(picture, steps=length.steps)
 

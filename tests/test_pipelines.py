@@ -275,9 +275,11 @@ def test_two_runs_of_the_adversarial_study_differ_in_the_adversary_alone():
 def test_comparisons_compress_twelve_times_and_ask_more_of_captions_than_of_labels(tmp_path, size):
     """On the CPU and on a GPU: one size through all stages, and what only the other of two objectives could see."""
     overlay = OVERLAYS / {32: "comparison.yaml", 64: "comparison_gpu.yaml"}[size]
-    study = read_yaml(ROOT / "pipelines/scaling/params.yaml") | {"base": str(overlay)}
+    study = read_yaml(ROOT / "pipelines/compute_scaling/params.yaml") | {"base": str(overlay)}
     (tmp_path / "params.yaml").write_text(json.dumps(study))
-    checked = check(tmp_path / "params.yaml", Pipeline.of(ROOT / "pipelines/scaling/dvc.yaml")._replace(tracked=[]))
+    checked = check(
+        tmp_path / "params.yaml", Pipeline.of(ROOT / "pipelines/compute_scaling/dvc.yaml")._replace(tracked=[])
+    )
     source, run = checked.shared["prepare_data"]["source"], checked.runs["joint"]
     assert source["labels"] == "category"
     assert source["image_size"] == checked.shared["reference"]["image_size"] == size
@@ -287,6 +289,42 @@ def test_comparisons_compress_twelve_times_and_ask_more_of_captions_than_of_labe
     assert 3 * vision["patch_size"] ** 2 == 12 * vision["feature_bottleneck"]
     assert not vision["bottleneck_ae_only"]
     assert run["train_generator"]["training"]["length"]["samples"] >= 15 * source["train_samples"]
+
+
+def test_frozen_representations_and_vtp_differ_in_what_the_encoder_learns():
+    """One size beside the other; decoders, their tuning and generators are the same for all six."""
+    runs = runs_of("fixed_representations")
+    frozen, vtp = (
+        {size: runs[f"{kind}_{size}"].pop("pretrain") for size in ("s", "b", "l")} for kind in ("rae", "vtp")
+    )
+    assert all(others == runs["rae_s"] for others in runs.values())
+    widest = max(each["tokenizer"]["vision"]["embed_dim"] for each in frozen.values())
+    assert widest <= runs["rae_s"]["train_generator"]["model"]["size"]["hidden_size"]
+    for size in frozen:
+        assert frozen[size]["objective"].pop("weights") == {"reconstruction": 0.0, "clip": 0.0, "ssl": 1.0}
+        assert all(vtp[size]["objective"].pop("weights").values())
+        assert frozen[size]["tokenizer"]["vision"].pop("feature_bottleneck") is None
+        assert vtp[size]["tokenizer"]["vision"].pop("feature_bottleneck")
+        assert frozen[size] == vtp[size]
+    shapes = [
+        (each["tokenizer"]["vision"]["embed_dim"], each["tokenizer"]["vision"]["depth"]) for each in frozen.values()
+    ]
+    assert shapes == sorted(set(shapes))
+
+
+def test_frozen_backbones_are_imported_at_the_papers_size():
+    """DINOv2-S, B, L: the stages of a comparison, but for what makes the tokenizers."""
+    stages, trained = (stages_of(ROOT / "pipelines" / name) for name in ("dinov2", "compute_scaling"))
+    assert stages.keys() - trained.keys() == {"import_tokenizer"}
+    assert trained.keys() - stages.keys() == {"pretrain"}
+    assert all(stage == trained[name] for name, stage in stages.items() if name != "import_tokenizer")
+    assert stages["import_tokenizer"]["matrix"] == trained["pretrain"]["matrix"]
+    runs = runs_of("dinov2")
+    sources = {name: run.pop("import_tokenizer")["source"] for name, run in runs.items()}
+    assert [source["model"].split("_")[1] for source in sources.values()] == ["small", "base", "large"]
+    assert all(source["weights"] == f"{source['model']}.safetensors" for source in sources.values())
+    assert runs["rae_s"] == runs["rae_b"] == runs["rae_l"]
+    assert runs["rae_s"]["train_generator"]["model"]["size"] == {"name": "XL"}
 
 
 # Millions, G; B and L are the paper's table 1, the others the same encoders counted.

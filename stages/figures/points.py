@@ -12,10 +12,11 @@ from stages.figures.legend import LegendEntry, legend_of
 from stages.figures.tables import flatten
 from vtp.artefact import ArtefactError, read_json
 from vtp.evaluation.intervals import Interval, mean_interval
-from vtp.params import END
+from vtp.params import END, milestone_flops
 from vtp.texts import listed
 
 FLOPS, SAMPLES = "flops", "samples"  # of pre-training up to a point
+EPOCHS_TO_REACH = "train_generator.epochs_to_reach."
 OF_TRAINING = {FLOPS: "training FLOPs", SAMPLES: "samples of pre-training"}
 
 
@@ -77,7 +78,8 @@ def read_points(folder: Path, metrics: Mapping[str, str], *, first: Sequence[str
     order of `first`, then by name.
 
     Raises ArtefactError for another layout, and for a metric that no run has: one may lack it, as one without text tower
-    lacks zero-shot figures; one that all lack is misspelt.
+    lacks zero-shot figures; one that all lack is misspelt. But for epochs to reach a distance: it may be that none came to
+    it, and `check` knows which distances are asked for.
     """
     order = {run: place for place, run in reversed(list(enumerate(first)))}
     paths = sorted(folder.iterdir(), key=lambda path: (order.get(path.name, len(first)), path.name))
@@ -87,7 +89,7 @@ def read_points(folder: Path, metrics: Mapping[str, str], *, first: Sequence[str
     if not points:
         raise ArtefactError(f"{folder}: no run; expected RUN/SEED/*.json in it")
     for label, name in metrics.items():
-        if all(math.isnan(point.figures[label]) for point in points):
+        if all(math.isnan(point.figures[label]) for point in points) and not name.startswith(EPOCHS_TO_REACH):
             known = {key for path in folder.rglob("*.json") for key in flatten(read_json(path))}
             raise ArtefactError(
                 f"{folder}: no run has {name!r}, the metric of {label!r}; they have {', '.join(sorted(known))}"
@@ -142,10 +144,10 @@ def _training(folder: Path, point: str, flops: float, samples: float) -> dict[st
     if point == END:
         return {FLOPS: flops, SAMPLES: samples}
     try:
-        reached = float(point)
+        reached = milestone_flops(float(point), flops)
     except ValueError:
         raise ArtefactError(
-            f"{folder}: {point!r} is no point; expected training FLOPs as 5.800e+12, or {END}"
+            f"{folder}: {point!r} is no point; expected training FLOPs as 5.800e+12, a share of the run, or {END}"
         ) from None
     return {FLOPS: reached, SAMPLES: reached / flops * samples}
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from stages.figures.drawing import Panel, panels
@@ -17,6 +18,7 @@ from vtp.models.base import Tokenizer
 from vtp.texts import write_csv
 
 ORIGINAL = "original"
+PAIRS = "pairs.png"  # the first images over the last decoder's, pixel by pixel and without words
 
 
 class Comparison:
@@ -104,6 +106,16 @@ class Comparison:
             ]
             title = f"{titles[name]}; below each PSNR, SSIM, {names[-1]}"
             grid(list(pictures.values()), list(pictures), folder / f"{name}.png", title=title, notes=notes)
+            if name == "first":
+                write_pairs(originals, list(pictures.values())[-1], folder / PAIRS)
+
+
+def write_pairs(originals: Tensor, written: Tensor, path: Path) -> None:
+    """Uint8 images [n, 3, S, S] over what a decoder makes of them, S pixels each, as `stages.figures.side_by_side` reads."""
+    from PIL import Image
+
+    rows = [images.permute(2, 0, 3, 1).flatten(1, 2) for images in (originals, written)]  # [S, n * S, 3]
+    Image.fromarray(torch.cat(rows).cpu().numpy()).save(path, format="PNG")
 
 
 def write_diagnostics(

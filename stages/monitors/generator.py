@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config, Distinct, number_name
 from vtp.data.latents import LatentDataset
 from vtp.distributed import gather_rows, own_rows, ranks
+from vtp.evaluation.convergence import epochs_to_reach
 from vtp.evaluation.features import FeatureExtractor, count_name
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.flow import SamplerConfig, draw_noise, flow_matching_loss, sample
@@ -24,11 +25,17 @@ from vtp.models.base import Tokenizer
 from vtp.objectives.generation import GenerationObjective
 from vtp.step import Logs, StepContext
 
+EPOCHS = "epochs_"  # of the name of a distance along a training
+
 
 class OnlineFidConfig(Config):
     """A Fréchet distance at every evaluation: samples of the averaged weights against the reference."""
 
     samples: int = Field(ge=2, description="samples that are drawn at every evaluation")
+    reach: Annotated[list[Annotated[float, Field(gt=0)]], Distinct] = Field(
+        description="distances; the epochs until the first evaluation at or below each are told, and those of a straight "
+        "line from the evaluation before"
+    )
 
 
 class GeneratorMonitorConfig(Config):
@@ -102,18 +109,43 @@ class GeneratorMonitor:
         logs: dict[str, Tensor | float] = {}
         if self._config.validation:
             logs["validation_mse"] = self._validation_loss()
-        pixels = gather_rows(torch.cat([part.cpu() for part in self._sample(self._config.pictures)]))
+        pictures = gather_rows(torch.cat([part.cpu() for part in self._sample(self._config.pictures)]))
+        distances = self._distance()
         if ranks().first:
-            self._snapshots.save(context, pixels)
-        if self._config.fid is not None and self._reference is not None:
-            extractor, real = self._reference
-            count = self._config.fid.samples
-            drawn = GaussianStatistics(extractor.dim)
-            for pixels in self._sample(count):
-                drawn.update(extractor(pixels).pooled)
-            name = f"gfid_{extractor.name}_{count_name(count)}_{self._config.sampler.guidance}_balanced"
-            logs[name] = frechet_distance(real, drawn.over_ranks())
-        return logs
+            self._snapshots.save(context, pictures, **distances)
+        return logs | distances
+
+    def _distance(self) -> dict[str, float]:
+        """The Fréchet distance by its name, where there is one."""
+        if self._config.fid is None or self._reference is None:
+            return {}
+        extractor, real = self._reference
+        count = self._config.fid.samples
+        drawn = GaussianStatistics(extractor.dim)
+        for pixels in self._sample(count):
+            drawn.update(extractor(pixels).pooled)
+        return {self._distance_name(extractor): frechet_distance(real, drawn.over_ranks())}
+
+    def _distance_name(self, extractor: FeatureExtractor) -> str:
+        assert self._config.fid is not None
+        return f"gfid_{extractor.name}_{count_name(self._config.fid.samples)}_{self._config.sampler.guidance}_balanced"
+
+    def convergence(self, *, steps: int, epochs: float) -> dict[str, dict[str, Any]]:
+        """Of a whole run: the distance at every evaluation, by epochs, and the epochs to reach those of `fid.reach`.
+
+        Named as metrics are: `<distance>.epochs_2`, `epochs_to_reach.<X>.evaluated` and `.interpolated`; nothing for an
+        X that was not reached.
+        """
+        if self._config.fid is None or self._reference is None:
+            return {}
+        name = self._distance_name(self._reference.extractor)
+        points = {epochs * step / steps: value for step, value in self._snapshots.figures(name, steps).items()}
+        reached = {number_name(each): epochs_to_reach(each, points) for each in self._config.fid.reach}
+        told = {x: {key: v for key, v in of._asdict().items() if v is not None} for x, of in reached.items() if of}
+        return {
+            name: {f"{EPOCHS}{number_name(done)}": value for done, value in points.items()},
+            "epochs_to_reach": told,
+        }
 
     def draw(self, path: Path, *, steps: int) -> None:
         """The same noise at every evaluation, as one PNG."""

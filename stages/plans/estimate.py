@@ -77,7 +77,7 @@ class PlannedInputs(NamedTuple):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(d, h, w)."""
-        return self.tokenizer.vision.feature_bottleneck, self.tokenizer.grid_size, self.tokenizer.grid_size
+        return self.tokenizer.vision.latent_channels, self.tokenizer.grid_size, self.tokenizer.grid_size
 
     @property
     def latent_numbers(self) -> int:

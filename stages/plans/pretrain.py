@@ -132,7 +132,9 @@ def activations(config: Pretrain, model: VisualTokenizer) -> dict[str, float]:
         def reconstruction(count: int) -> list[Tensor]:
             return [model.decode(model.encode(_images(count, config.tokenizer.image_size), grad=True), grad=True)]
 
-        passes: dict[str, Callable[[int], list[Tensor]]] = {"reconstruction": reconstruction}
+        passes: dict[str, Callable[[int], list[Tensor]]] = {}
+        if config.active.reconstruction:
+            passes["reconstruction"] = reconstruction
         if config.active.clip:
             passes["clip"] = clip
         if config.active.ssl:

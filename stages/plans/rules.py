@@ -9,16 +9,19 @@ from typing import NamedTuple, TypeVar
 from stages.evaluate_generator import EvaluateGenerator
 from stages.evaluate_reconstruction import EvaluateReconstruction
 from stages.evaluate_understanding import EvaluateUnderstanding
+from stages.figures.points import EPOCHS_TO_REACH
 from stages.generate import Generate
 from stages.import_tokenizer import ImportTokenizer
 from stages.prepare_data import PrepareData
 from stages.pretrain import Pretrain
 from stages.reference import ReferenceStatistics
 from stages.runner.pipeline import Use
+from stages.summary import Summary
 from stages.train_generator import TrainGenerator
 from stages.tune_decoder import TuneDecoder
-from vtp.config import Config
+from vtp.config import Config, number_name
 from vtp.curation.ingest.compose import EmbeddedConfig
+from vtp.evaluation.convergence import Reached
 from vtp.evaluation.features import AnyFeaturesConfig
 from vtp.flow import SamplerConfig
 from vtp.losses.perceptual import AnyPerceptualConfig
@@ -267,7 +270,7 @@ def _generators_fit_the_latents(recipe: Recipe) -> Iterator[str]:
 
 def _guided_channels_are_there(recipe: Recipe) -> Iterator[str]:
     for own, pretrain in recipe.of(Pretrain):
-        there = pretrain.tokenizer.vision.feature_bottleneck
+        there = pretrain.tokenizer.vision.latent_channels
         for place, sampler in recipe.samplers:
             if isinstance(asked := sampler.guidance_channels, int) and asked > there:
                 yield f"{place}.guidance_channels: {asked}, {own}.tokenizer.vision.feature_bottleneck is {there}"
@@ -326,6 +329,18 @@ def _online_distances_have_a_reference(recipe: Recipe) -> Iterator[str]:
             )
 
 
+def _distances_to_reach_are_asked_for(recipe: Recipe) -> Iterator[str]:
+    for own, summary, name, training in recipe.pairs(Summary, TrainGenerator):
+        asked = training.monitor.fid.reach if training.monitor.fid else []
+        known = [f"{EPOCHS_TO_REACH}{number_name(each)}.{key}" for each in asked for key in Reached._fields]
+        for metric in summary.metrics.values():
+            if metric.startswith(EPOCHS_TO_REACH) and metric not in known:
+                yield (
+                    f"{own}.metrics: {metric!r} is not told by {name}.monitor.fid.reach, which gives "
+                    f"{', '.join(known) or 'nothing'}"
+                )
+
+
 RULES = (
     _milestones_are_reached,
     _pictures_are_not_enlarged,
@@ -348,4 +363,5 @@ RULES = (
     _critics_read_blocks_that_are_there,
     _weaker_generators_are_given,
     _online_distances_have_a_reference,
+    _distances_to_reach_are_asked_for,
 )

@@ -66,7 +66,7 @@ class Pipeline(NamedTuple):
             for command in commands:
                 words |= set(command.split())
                 if match := PUBLISHED.search(command):
-                    published = dvc_file.parent / match[1]
+                    published = folder / match[1]
                 if match := COMMAND.search(" ".join(command.split())):
                     flags = frozenset(word for word in command.split() if word.startswith("--"))
                     uses.append(Use(match[1], match[3], RUN in match[2], flags, AT in command))

@@ -9,9 +9,11 @@ experiment in a temporary copy runs its own.
 
 Derived are `imagenet`, `own_data` and `vtp`, whose stages are the root's with another source, and every folder whose
 params.yaml compares runs, whose stages are those of `pipelines/comparison.dvc.yaml`. A comparison whose parameters prepare
-no data reads shards that lie there: captioned ones for pre-training, labelled ones for all else.
+no data reads shards that lie there: captioned ones for pre-training, labelled ones for all else. Where runs say
+`import_tokenizer`, each takes its tokenizer in from elsewhere, and none is pre-trained.
 """
 
+import re
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -37,6 +39,18 @@ DERIVED_FROM_ROOT = {
     "own_data": "# The whole recipe on own pictures: the stages of the root, and prepare_data reads what params.yaml names.",
     "vtp": "# The paper's recipe: the stages are those of the root, on captioned images first and labelled ones after.",
 }
+IMPORT = """\
+  import_tokenizer:
+{matrix}
+    desc: take the tokenizer of a run in, and give it a decoder with fresh weights where it has none
+    cmd: >-
+      python -m stages.import_tokenizer {file}:import_tokenizer
+      --tokenizer {milestones}/end --provenance {provenance}/import_tokenizer.json
+    params: ["{file}": [import_tokenizer]]
+    deps: [work/check/code/import_tokenizer.txt]
+    outs: ["{milestones}/end", "{provenance}/import_tokenizer.json"]
+
+"""
 SOURCES = {"imagenet": "data/imagenet", "own_data": '"${pictures}"'}  # which DVC reads in params.yaml
 
 
@@ -72,10 +86,30 @@ def derived(folder: Path, root: Path = HERE, params: str = "params.yaml") -> str
     """The dvc.yaml of a study that has none of its own making, with these parameters; None for the others."""
     if folder.name in DERIVED_FROM_ROOT:
         return _from_root(folder.name, (root / "dvc.yaml").read_text(encoding="utf-8"))
-    if RUNS not in read_yaml(folder / params):
+    if (runs := read_yaml(folder / params).get(RUNS)) is None:
         return None
     text = (root / "pipelines/comparison.dvc.yaml").read_text(encoding="utf-8")
-    return text if "prepare_data" in read_parameters(folder / params).values else _on_given_shards(text)
+    if "prepare_data" not in read_parameters(folder / params).values:
+        text = _on_given_shards(text)
+    return _importing(text) if any("import_tokenizer" in (changes or ()) for changes in runs.values()) else text
+
+
+def _importing(text: str) -> str:
+    """The same stages behind tokenizers that were trained elsewhere."""
+    before, _, rest = text.partition("  pretrain:\n")
+    pretrain, separator, rest = rest.partition("  tune_decoder:\n")
+    written = {
+        "matrix": r"^( +matrix: .*)$",
+        "file": r"stages\.pretrain (\S+):pretrain",
+        "milestones": r"--milestones (\S+)",
+        "provenance": r"--provenance (\S+)/pretrain\.json",
+    }
+    found = {name: re.search(pattern, pretrain, re.MULTILINE) for name, pattern in written.items()}
+    if missing := [name for name, match in found.items() if match is None]:
+        raise ConfigError(
+            f"comparison.dvc.yaml: its stage pretrain has no {missing[0]}; bring stages/runner/project.py up to date with it"
+        )
+    return before + IMPORT.format(**{name: match[1] for name, match in found.items() if match}) + separator + rest
 
 
 def _from_root(study: str, text: str) -> str:

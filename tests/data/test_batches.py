@@ -86,6 +86,26 @@ def test_reconstructions_are_views_of_the_batch(shards):
     assert apart.rec_images.shape[-1] == 16
 
 
+@pytest.mark.parametrize("subsets", ["independent", "disjoint", "contiguous"])
+@pytest.mark.parametrize("view", [{"name": "shared"}, {"name": "centre_crop"}])
+def test_without_reconstruction_self_supervision_sees_the_same(shards, subsets, view):
+    data = {
+        "data": {"subsets": subsets, "reconstruction_view": view},
+        "tokenizer": {"vision": {"feature_bottleneck": None}},
+    }
+    both, alone = (
+        build_batches(
+            config_of(data | {"objective": {"weights": {"reconstruction": weight}}}), shards, RankSlice(0, 1, 1)
+        )[2]
+        for weight in (0.1, 0.0)
+    )
+    assert len(both.rec_images) == 4
+    assert len(alone.rec_images) == 0
+    for name in ("clip_images", "global_views", "local_views", "masks"):
+        assert torch.equal(getattr(alone, name), getattr(both, name)), name
+    assert alone.replaced.shape == (4, 4)
+
+
 @pytest.mark.parametrize("weights", [{"clip": 0.0}, {"ssl": 0.0}, {"clip": 0.0, "ssl": 0.0}])
 def test_absent_objectives_have_no_data(shards, weights):
     config = config_of({"objective": {"weights": weights}})

@@ -241,3 +241,25 @@ def test_weights_of_another_width_are_named(tmp_path):
     save_file(extra, folder / "model.safetensors")
     with pytest.raises(ArtefactError, match=r"unknown trunk\.storage_tokens"):
         VisualTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+@torch.no_grad()
+def test_without_a_bottleneck_every_latent_has_unit_size(norm, tmp_path):
+    """They are the features themselves, as wide as the encoder; reading back what was written changes nothing."""
+    tokenizer = tokenizer_of(vision=VISION | {"feature_bottleneck": None, "norm_layer": norm})
+    assert not any(name.startswith("trunk.norm.") for name in tokenizer.state_dict())
+    images = torch.randn(2, 3, 32, 48)
+    latents = tokenizer.encode(images)
+    width = tokenizer.feature_dim
+    assert latents.shape[1] == width == tokenizer.latent_shape[0]
+    torch.testing.assert_close(latents.square().mean(1), torch.ones_like(latents[:, 0]), rtol=1e-2, atol=0)
+    if norm == "layernorm":
+        torch.testing.assert_close(latents.mean(1), torch.zeros_like(latents[:, 0]), rtol=0, atol=1e-5)
+    features = tokenizer.features(images)
+    assert torch.equal(latents.flatten(2).transpose(1, 2), features.patches)
+    assert torch.equal(tokenizer.mean_latent(features), features.patches.mean(1))
+    tokenizer.save_pretrained(tmp_path / "a")
+    read = VisualTokenizer.from_pretrained(tmp_path / "a")
+    assert read.config.vision.feature_bottleneck is None
+    assert_equal(tokenizer, read)

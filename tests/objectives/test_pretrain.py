@@ -35,6 +35,13 @@ COMBINATIONS = {
 }
 
 
+# An encoder without a decoder's training; its features are the latents.
+FEATURES_ALONE = {
+    "tokenizer": {"vision": {"feature_bottleneck": None}},
+    "objective": {"weights": {"reconstruction": 0.0, "clip": 0.0}},
+}
+
+
 def config_of(changes=None, *, new=False) -> Pretrain:
     return Pretrain.parse(merged(tiny_params()["pretrain"], changes or {}, new=new), where="test")
 
@@ -48,7 +55,8 @@ def objective_of(config: Pretrain) -> PretrainObjective:
 
 def batch_of(config: Pretrain, step: int = 0, rank_slice: RankSlice = ALONE, micro: int = 0) -> PretrainBatch:
     """A step's micro-batch of random pictures, in the blocks that PretrainBatches gives a rank."""
-    clip, ssl, rec = config.active
+    clip, ssl, shown = config.active
+    rec = config.data.batch.reconstruction
     _, blocks = rank_slice.of(rec, step * rank_slice.micro_batches + micro)
     draws = torch.Generator().manual_seed(step)
 
@@ -68,9 +76,9 @@ def batch_of(config: Pretrain, step: int = 0, rank_slice: RankSlice = ALONE, mic
         masks=masks,
         masked=masks.flatten().nonzero()[:, 0],
         mask_weights=weights[masks],
-        rec_images=part(1, 3, 16, 16),
+        rec_images=part(shown // rec, 3, 16, 16),
         colours=torch.empty(0, 4, 10),
-        replaced=torch.zeros(len(blocks) * (clip // rec), dtype=torch.bool),
+        replaced=torch.zeros(len(blocks), config.active.pool // rec, dtype=torch.bool),
     )
 
 
@@ -253,6 +261,25 @@ def test_zero_weights_cost_nothing():
     names = [item.name for item in parts_of(autoencoder)]
     assert all(name.startswith("reconstruction") for name in names)
     assert cost_of(autoencoder).flops < cost_of(joint).flops
+
+
+def test_an_encoder_may_learn_alone():
+    """Self-supervision without reconstruction: its step trains no decoder, shows it nothing, and costs nothing for it."""
+    config = config_of(FEATURES_ALONE)
+    assert config.active == (0, 4, 0)
+    batch = batch_of(config)
+    assert len(batch.rec_images) == 0
+    objective = objective_of(config)
+    gradients, logs = backward(objective, [batch])
+    assert {".".join(name.split(".")[:2]) for name in gradients} == {"tokenizer.trunk", "ssl.heads"}
+    assert logs["replaced_samples"] == 0
+    assert all(name.startswith("ssl") for name in (item.name for item in parts_of(config)))
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    update = Update("model", build_optimizer(objective.phases()["model"], config.optim), config.optim, [])
+    update.apply(objective.terms("model", [batch], START), START)
+    moved = {name for name, value in objective.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("tokenizer.trunk.") for name in moved)
+    assert not any(name.startswith("tokenizer.pixel_decoder.") for name in moved)
 
 
 def cost_of(config):
@@ -453,7 +480,15 @@ def test_l1_space():
 
 def test_impossible_configurations_are_refused():
     for changes, said in (
-        ({"objective": {"weights": {"reconstruction": 0.0}}}, "reconstruction is 0.0 and must be above 0"),
+        (
+            {"objective": {"weights": {"reconstruction": 0.0, "clip": 0.0, "ssl": 0.0}}},
+            "are all 0: nothing is left to train",
+        ),
+        (
+            {"objective": {"weights": {"reconstruction": 0.0}}},
+            "nothing else trains tokenizer.vision.feature_bottleneck",
+        ),
+        ({**FEATURES_ALONE, "adversary": from_the_start()}, "nothing is reconstructed for adversary"),
         ({"tokenizer": {"text": None}}, "and tokenizer.text null: CLIP needs"),
         ({"tokenizer": {"text": {"pool_type": "none"}}}, "pool_type is none: the contrast needs one token"),
         ({"tokenizer": {"decoder": None}}, "tokenizer needs a decoder"),

@@ -284,7 +284,7 @@ def test_the_recipe_is_valid(tmp_path):
         ({"train_generator": {"model": {"size": {"num_heads": 7}}}}, "must be divisible by 4 and by num_heads 7"),
         ({"train_generator": {"model": {"patch_size": 5}}}, "train_generator.model.patch_size: 5 does not divide 2"),
         (
-            {"train_generator": {"monitor": {"fid": {"samples": 8}}}},
+            {"train_generator": {"monitor": {"fid": {"samples": 8, "reach": []}}}},
             "train_generator.monitor.fid: compares with a refere",
         ),
         (
@@ -611,6 +611,19 @@ def test_a_weaker_generator_is_given_where_one_is_asked_for(study):
     assert study(asked, given) == ""
     assert study("", given).startswith(f"params.yaml: {unasked}")
     assert study(f"runs: {{one: {{{asked}}}, two: {{}}}}", COMPARISON).startswith(f"params.yaml:runs.one: {missing}")
+
+
+def test_epochs_are_shown_to_distances_that_are_asked_for(study):
+    watch = frozenset({"--reference"})
+    pipeline = Pipeline([Use("train_generator", "train_generator", True, watch), Use("summary", "summary", False)], [])
+    text = (
+        "runs: {one: {}}\nsummary: {title: T, published: {}, metrics: [train_generator.epochs_to_reach.2.5.evaluated]}"
+    )
+    fid = "\ntrain_generator: {monitor: {fid: {samples: 8, reach: [2.5, 30.0]}}}"
+    assert study(text + fid, pipeline) == ""
+    known = "train_generator.epochs_to_reach.2.5.evaluated, train_generator.epochs_to_reach.2.5.interpolated"
+    assert f"which gives {known}, " in study(text.replace("2.5", "2.6") + fid, pipeline)
+    assert study(text, pipeline).endswith("is not told by train_generator.monitor.fid.reach, which gives nothing")
 
 
 def test_a_command_s_flags_are_read(tmp_path):

@@ -289,6 +289,12 @@ def test_panels_of_the_paper(tmp_path, monkeypatch):
         assert picture.width > 800
 
 
+def test_a_distance_that_no_generator_reached_has_no_epochs(tmp_path):
+    write_point(tmp_path, "ae/0/end", 0.3, 5.0)
+    table, *_ = summarise(tmp_path, metrics=METRICS | {"epochs to 2": "train_generator.epochs_to_reach.2.evaluated"})
+    assert table[2] == "| ae | - | 1 | 0.3 | 5 | - |"
+
+
 def test_names_that_nothing_has(tmp_path):
     study(tmp_path)
     with pytest.raises(ArtefactError, match=r"summary.claims.0 names 'vpt'; .* holds ae, vtp; did you mean 'vtp'"):

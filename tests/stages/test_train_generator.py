@@ -24,7 +24,7 @@ from vtp.models.loading import save_decoder
 
 STEPS = 12
 KEPT = {"objective": {"ema": [0.9, 0.5]}}
-MONITORED = {"monitor": {"fid": {"samples": 12}}}
+MONITORED = {"monitor": {"fid": {"samples": 12, "reach": [1e9, 1e-9]}}}
 DISTANCE = "gfid_efficientnet-lite0-64_12_unguided_balanced"
 
 
@@ -90,7 +90,7 @@ def test_validation_loss_is_that_of_the_result(inputs, trained):
 
 def test_online_distance_needs_its_reference(inputs, tmp_path):
     with pytest.raises(ConfigError, match="monitor.fid needs --reference"):
-        train(inputs, tmp_path, {"monitor": {"fid": {"samples": 4}}})
+        train(inputs, tmp_path, {"monitor": {"fid": {"samples": 4, "reach": []}}})
 
 
 def test_evaluations_go_through_the_decoder_that_is_given(inputs, reference, tmp_path):
@@ -102,6 +102,11 @@ def test_evaluations_go_through_the_decoder_that_is_given(inputs, reference, tmp
     tuned = train(inputs, tmp_path / "tuned", MONITORED, reference=reference, decoder=tmp_path / "decoder")
     assert digest(own / "generator") == digest(tuned / "generator")
     assert (own / "picture.png").read_bytes() != (tuned / "picture.png").read_bytes()
+    told = json.loads((own / "metrics.json").read_text())["train_generator"]
+    curve = [float(row[DISTANCE]) for row in rows(own) if row[DISTANCE]]
+    assert list(told[DISTANCE]) == ["epochs_1", "epochs_2"]
+    assert list(told[DISTANCE].values()) == pytest.approx(curve, rel=1e-5)
+    assert told["epochs_to_reach"] == {"1000000000": {"evaluated": 1.0}}  # and none for what was never reached
     for before, after in zip(rows(own), rows(tuned), strict=True):
         assert {name for name in before if before[name] != after[name]} == ({DISTANCE} if before[DISTANCE] else set())
 

@@ -9,14 +9,18 @@ import sys
 import pytest
 import torch
 from generating import QuietHost
+from objectives.test_pretrain import FEATURES_ALONE
 from tiny import ROOT, merged, tiny_params, write_params, write_shards
 from tuning import FEATURES, tokenizer_of
 
+from stages.pretrain import Pretrain
+from stages.pretrain import run as pretrain
 from stages.runner.environment import Interrupted, Runtime
 from stages.tune_decoder import TuneDecoder, channel_std, run
-from vtp import load_tokenizer
+from vtp import VisualTokenizer, load_tokenizer
 from vtp.artefact import ArtefactError, load_tensors
 from vtp.data.dataset import ShardDataset
+from vtp.draws import address
 from vtp.layers.images import normalise
 
 STEPS = 12
@@ -44,7 +48,7 @@ def inputs(tmp_path_factory):
     return root
 
 
-def tune(inputs, root, changes, *, stop_after=None, features=None, name="out"):
+def tune(inputs, root, changes, *, stop_after=None, features=None, name="out", tokenizer=None):
     """Run the stage in `root`, whose scratch stays; the folder of the outputs."""
     config = TuneDecoder.parse(merged(tiny_params()["tune_decoder"], changes), where="test")
     host = QuietHost(root / "scratch" / "folder", root, Runtime(device="cpu"))
@@ -53,7 +57,8 @@ def tune(inputs, root, changes, *, stop_after=None, features=None, name="out"):
     out = root / name
     out.mkdir()
     files = {"decoder": out / "decoder", "metrics": out / "metrics.json", "curves": out / "curves.csv"}
-    paths = {"shards": inputs / "shards", "tokenizer": inputs / "tokenizer", "picture": out / "picture.png"}
+    tokenizer = tokenizer or inputs / "tokenizer"
+    paths = {"shards": inputs / "shards", "tokenizer": tokenizer, "picture": out / "picture.png"}
     run(config, **paths, **files, discriminator_features=features, host=host)
     return out
 
@@ -123,6 +128,29 @@ def test_what_it_leaves(inputs, tmp_path):
     norms = json.loads((out / "metrics.json").read_text())["tune_decoder"]["gradient_norm"]
     assert 0 < norms["median"] <= norms["p99"] <= norms["max"]
     assert len(facts["latent_std"].split()) == plain.latent_shape[0]
+
+
+def test_a_frozen_encoder_gets_its_decoder_here(inputs, tmp_path):
+    """Pre-trained by self-supervision alone, which leaves the decoder as it was drawn (RAE)."""
+    alone = Pretrain.parse(
+        merged(tiny_params()["pretrain"], FEATURES_ALONE | {"monitor": {"milestones": ["end"]}}), where="test"
+    )
+    host = QuietHost(tmp_path / "pretrain" / "folder", tmp_path, Runtime(device="cpu"))
+    host.folder.mkdir(parents=True)
+    names = ("tokenizer", "state", "milestones", "metrics", "curves", "picture")
+    pretrain(alone, shards=[inputs / "shards"], **{name: tmp_path / name for name in names}, host=host)
+    tokenizer = load_tokenizer(tmp_path / "milestones/end")
+    torch.manual_seed(address(alone.seed, "weights"))
+    first = VisualTokenizer(alone.architecture).state_dict()
+    same = {name for name, value in tokenizer.state_dict().items() if torch.equal(value, first[name])}
+    assert all(name in same for name in first if name.startswith("pixel_decoder."))
+    assert "trunk.blocks.0.attn.qkv.weight" not in same
+    with (tmp_path / "curves").open(newline="") as file:
+        assert float(list(csv.DictReader(file))[-1]["replaced_samples"]) == 0
+    out = tune(inputs, tmp_path, {"optim": {"lr": 5e-3}}, tokenizer=tmp_path / "milestones/end")
+    with (out / "curves.csv").open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["validation_psnr"]) > float(last["validation_psnr_uninformed"]) + 0.5
 
 
 def test_noise_is_measured_on_the_latents(inputs):

@@ -52,7 +52,7 @@ class PretrainBatch(NamedTuple):
     mask_weights: Tensor  # [M], one over the number of true entries of the same crop
     rec_images: Tensor  # [B_rec, 3, R, R]
     colours: Tensor  # [B_ssl, 2 + views, 10], draws of colour changes that wait for the device; no rows: none
-    replaced: Tensor  # [B], true for a sample that stands in the place of one that cannot be used
+    replaced: Tensor  # [blocks, samples of a block], true for one that stands in the place of one that cannot be used
 
 
 class BatchSizes(Config):
@@ -152,8 +152,8 @@ class PretrainBatches(Dataset[PretrainBatch]):
         self.colour_later = colour_later
 
     def __getitem__(self, index: int) -> PretrainBatch:
-        step, blocks = self.rank_slice.of(self.active.reconstruction, index)
-        size = self.active.pool // self.active.reconstruction  # of a block
+        step, blocks = self.rank_slice.of(self.config.batch.reconstruction, index)
+        size = self.active.pool // self.config.batch.reconstruction  # of a block
         drawn = [self._subsets(step, block, size) for block in blocks]
         # Positions within the micro-batch, and in the stream: the addresses of every view's draws.
         for_ssl = np.concatenate([block * size + subset.ssl for block, subset in enumerate(drawn)])
@@ -199,7 +199,7 @@ class PretrainBatches(Dataset[PretrainBatch]):
             colours=views.draws,
             replaced=torch.tensor(
                 [place in samples and samples[place].replaced for place in range(len(blocks) * size)]
-            ),
+            ).unflatten(0, (len(blocks), size)),
         )
 
     def finish(self, batch: PretrainBatch) -> PretrainBatch:
@@ -239,22 +239,22 @@ class PretrainBatches(Dataset[PretrainBatch]):
 
     def _subsets(self, step: int, block: int, size: int) -> "_BlockSubsets":
         """Who in a block of `size` positions is seen by self-supervision, and who is reconstructed."""
-        ssl = self.active.ssl // self.active.reconstruction
+        ssl, rec = (part // self.config.batch.reconstruction for part in self.active[1:])  # of a block, one or none
         draws = numpy_draws(self.seed, "subsets", step, block)
         order, other = draws.permutation(size), draws.permutation(size)
         match self.config.subsets:
             case "independent":
-                return _BlockSubsets(order[:ssl], other[:1])
+                return _BlockSubsets(order[:ssl], other[:rec])
             case "nested":
-                return _BlockSubsets(order[:ssl], order[:1])
+                return _BlockSubsets(order[:ssl], order[:rec])
             case "disjoint":
-                return _BlockSubsets(order[:ssl], order[ssl : ssl + 1])
+                return _BlockSubsets(order[:ssl], order[ssl : ssl + rec])
             case "contiguous":
-                return _BlockSubsets(np.arange(ssl), np.arange(1))
+                return _BlockSubsets(np.arange(ssl), np.arange(rec))
 
     def _masks(self, step: int, blocks: range) -> Tensor:
         side = self.config.ssl_views.global_size // self.patch_size
-        samples = self.active.ssl // self.active.reconstruction
+        samples = self.active.ssl // self.config.batch.reconstruction
         drawn = []
         for block in blocks:
             draws = numpy_draws(self.seed, "masks", step, block)

@@ -89,6 +89,8 @@ def sections_of(flat: Mapping[str, Any], path: object) -> dict[str, Any]:
         origin, values = PipelineOrigin.parse(flat["vtp_pipeline"], where=f"{path}:vtp_pipeline"), dict(flat)
     sections: dict[str, Any] = {key: values[key] for key in _TOP if key in values}
     sections |= {part: _section(values, part, switch, path) for part, switch in _PARTS.items()}
+    if "vtp_pipeline" not in flat and sections["vision"].get("feature_bottleneck", 1) is None:
+        sections["vision"]["feature_bottleneck"] = sections["vision"].get("embed_dim")  # its last norm is learned
     sections |= origin.model_dump(exclude={"format_version"})
     if sections["decoder"] is None or sections["decoder_upscale"] == values.get("vision_patch_size"):
         sections["decoder_upscale"] = None
@@ -105,8 +107,6 @@ def _section(values: Mapping[str, Any], part: str, switch: str | None, path: obj
     section = {key.removeprefix(f"{part}_"): value for key, value in values.items() if key.startswith(f"{part}_")}
     if section.get("init_values") == 0:
         section["init_values"] = None  # it builds no LayerScale that would begin at 0
-    if part == "vision" and section.get("feature_bottleneck", 1) is None:
-        section["feature_bottleneck"] = section.get("embed_dim")
     if part == "text":
         if section.pop("embed_cls", False) is not False:
             raise ArtefactError(

@@ -83,7 +83,7 @@ class VisualTokenizer(Tokenizer):
         self.trunk = VisionTransformer(vision, rope_dtype=config.rope_dtype)
         self.pixel_decoder = build_decoder(config)  # pyright: ignore[reportAttributeAccessIssue]
         if config.text is not None:
-            clip_dim = vision.embed_dim if vision.bottleneck_ae_only else vision.feature_bottleneck
+            clip_dim = vision.embed_dim if vision.bottleneck_ae_only else vision.latent_channels
             self.visual_proj = nn.Linear(clip_dim, config.text.embed_dim, bias=False)
             nn.init.normal_(self.visual_proj.weight, std=clip_dim**-0.5)
             self.text = build_text_tower(config.text)
@@ -108,7 +108,7 @@ class VisualTokenizer(Tokenizer):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(d, h, w) at the training image size."""
-        return (self.config.vision.feature_bottleneck, self.config.grid_size, self.config.grid_size)
+        return (self.config.vision.latent_channels, self.config.grid_size, self.config.grid_size)
 
     def encode(self, images: Tensor, *, grad: bool = False, drop_path_indices: Tensor | None = None) -> Tensor:
         """Latents [B, d, H/p, W/p]: the bottleneck of the last patch tokens, deterministic and unbounded.
@@ -218,7 +218,7 @@ def build_decoder(config: TokenizerConfig) -> PixelDecoder | MissingDecoder:
         return MissingDecoder()
     return PixelDecoder(
         config.decoder,
-        latent_channels=config.vision.feature_bottleneck,
+        latent_channels=config.vision.latent_channels,
         patch_size=config.upscale,
         rope_dtype=config.rope_dtype,
     )

@@ -31,14 +31,23 @@ class VisionConfig(Config):
     norm_layer: NormName = Field(description="kind of normalisation layers")
     use_qk_norm: bool = Field(description="RMS-normalise queries and keys (paper 4.1)")
     init_values: float | None = Field(description="initial LayerScale, null for none")
-    feature_bottleneck: int = Field(ge=1, description="latent channels d")
+    feature_bottleneck: int | None = Field(
+        ge=1,
+        description="latent channels d; null: no bottleneck: latents are the patch tokens of the encoder's width, whose "
+        "last norm then has no learned scale and shift, as in RAE",
+    )
     bottleneck_ae_only: bool = Field(description="CLIP reads: true, the trunk; false, the d channels")
     clip_feat: Literal["cls", "pooled"] = Field(description="CLIP feature: class token, or mean of the patches")
 
     @property
     def has_bottleneck(self) -> bool:
         """Whether there is such a layer: latents as wide as the encoder are its patch tokens."""
-        return self.feature_bottleneck != self.embed_dim
+        return self.latent_channels != self.embed_dim
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels d of the latents."""
+        return self.embed_dim if self.feature_bottleneck is None else self.feature_bottleneck
 
 
 class EncoderSize(NamedTuple):
@@ -87,9 +96,9 @@ class VisionTransformer(nn.Module):
             )
             for _ in range(config.depth)
         )
-        self.norm = build_norm(config.norm_layer, dim)
+        self.norm = build_norm(config.norm_layer, dim, learned=config.feature_bottleneck is not None)
         self.feature_bottleneck = (
-            nn.Linear(dim, config.feature_bottleneck, bias=False) if config.has_bottleneck else nn.Identity()
+            nn.Linear(dim, config.latent_channels, bias=False) if config.has_bottleneck else nn.Identity()
         )
         self.apply(initialise_weights)
         nn.init.normal_(self.cls_token, std=0.02)

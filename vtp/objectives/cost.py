@@ -59,14 +59,14 @@ def items(
 
     def student(name: str, rate: float, size: int, count: int, *, bottleneck: bool) -> Item:
         """The encoder, of whose `count` images each residual branch leaves out the share `rate`."""
-        computed = computed_samples(rate, crops=count, blocks=active.reconstruction, group=rates.blocks)
+        computed = computed_samples(rate, crops=count, blocks=data.batch.reconstruction, group=rates.blocks)
         return _encoder(name, vision, size, count, computed, bottleneck=bottleneck)
 
     if active.clip:
         assert tokenizer.text is not None
         text, bottleneck = tokenizer.text, not vision.bottleneck_ae_only
         items.append(student("clip: encoder", rates.clip, data.clip_view.size, active.clip, bottleneck=bottleneck))
-        width = vision.feature_bottleneck if bottleneck else vision.embed_dim
+        width = vision.latent_channels if bottleneck else vision.embed_dim
         per_pair = text_flops(text) + 2 * width * text.embed_dim + 2 * active.clip * text.embed_dim
         items.append(Item("clip: text tower and contrast", active.clip * per_pair, TRAINING * active.clip * per_pair))
     if active.ssl:
@@ -77,6 +77,8 @@ def items(
         taught = 2 * count * encoder_flops(vision, views.global_size, bottleneck=latent)
         items.append(Item("ssl: teacher", taught, taught))
         items.append(_ssl_heads(vision, data, objective.ssl, count))
+    if not active.reconstruction:
+        return items
     shared = data.reconstruction_view.name == "shared"
     size, count = data.clip_view.size if shared else tokenizer.image_size, active.reconstruction
     items.append(student("reconstruction: encoder", rates.reconstruction, size, count, bottleneck=True))
@@ -103,7 +105,7 @@ def _ssl_heads(vision: VisionConfig, data: PretrainDataConfig, config: SslConfig
 def encoder_flops(config: VisionConfig, image_size: int, *, bottleneck: bool) -> float:
     """Forward FLOPs of one image, nothing left out."""
     flops = _patch_embed(config, image_size) + _encoder_blocks(config, image_size)
-    behind = 2 * _tokens(config, image_size) * config.embed_dim * config.feature_bottleneck
+    behind = 2 * _tokens(config, image_size) * config.embed_dim * config.latent_channels
     return flops + (behind if bottleneck and config.has_bottleneck else 0)
 
 
@@ -113,7 +115,7 @@ def decoder_flops(config: DecoderConfig | None, vision: VisionConfig, image_size
         return 0.0
     tokens, dim = _tokens(vision, image_size) - 1, config.embed_dim
     flops = _transformer(tokens, dim, config.depth, 4 * dim, config.ffn_layer)
-    return flops + 2 * tokens * dim * (vision.feature_bottleneck + 3 * vision.patch_size**2)
+    return flops + 2 * tokens * dim * (vision.latent_channels + 3 * vision.patch_size**2)
 
 
 def text_flops(config: TextConfig) -> float:

@@ -38,7 +38,11 @@ MAX_LOGIT_SCALE = 4.6052  # ln 100, as CLIP clamps it
 class WeightsConfig(Config):
     """Weights of the three objectives (paper 3.5: 0.1, 1, 1). Zero switches an objective and its cost off."""
 
-    reconstruction: float = Field(ge=0, description="weight of L1 and perceptual distance together")
+    reconstruction: float = Field(
+        ge=0,
+        description="weight of L1 and perceptual distance together; 0 switches them and their cost off, and leaves the "
+        "decoder to tune_decoder, as RAE does",
+    )
     clip: float = Field(ge=0, description="weight of the image-text contrast; 0 switches it and its cost off")
     ssl: float = Field(
         ge=0, description="weight of self-distillation and masked image modelling; 0 switches them and their cost off"
@@ -46,10 +50,9 @@ class WeightsConfig(Config):
 
     @model_validator(mode="after")
     def _something_to_train(self) -> Self:
-        if not self.reconstruction:
+        if not (self.reconstruction or self.clip or self.ssl):
             raise ValueError(
-                f"reconstruction is {self.reconstruction} and must be above 0: without it there is no decoder, hence no "
-                "tokenizer"
+                "reconstruction, clip and ssl are all 0: nothing is left to train; give one of them a weight"
             )
         return self
 
@@ -113,6 +116,8 @@ class PretrainObjective(nn.Module):
         self.adversary = adversary  # the paper has none: it keeps adversarial gradients out of pre-training
         self._perceptual = [perceptual]  # in a list: frozen, so no part of the state
         self.ssl = SelfDistillation(tokenizer, config.ssl) if config.weights.ssl else None
+        if not config.weights.reconstruction:
+            tokenizer.pixel_decoder.requires_grad_(False)
 
     def phases(self) -> dict[str, Sequence[ParameterGroup]]:
         model = list(groups(self.tokenizer, self.ssl and self.ssl.heads, self.rates))
@@ -159,11 +164,13 @@ class PretrainObjective(nn.Module):
             ]
             weight = self.config.weights.ssl
             yield from self.ssl.terms(self.tokenizer, micro_batches, indices, context, weight=weight)
-        if self.adversary is None:
-            yield from self._reconstruction(micro_batches, context)
-        else:
+        if self.adversary is not None:
             step = self._reconstruction_step(micro_batches, context)
             yield from self.adversary.terms("reconstruction", step, context, apart=context.log_step)
+        elif self.config.weights.reconstruction:
+            yield from self._reconstruction(micro_batches, context)
+        else:
+            yield Term("data", None, {"replaced_samples": sum(batch.replaced.sum() for batch in micro_batches)}, ())
 
     @torch.no_grad()
     def after_step(self, context: StepContext) -> Logs:
@@ -244,7 +251,7 @@ class PretrainObjective(nn.Module):
         self, objective: str, batch: PretrainBatch, crops: int, number: int, count: int, step: int, *, part: int = 0
     ) -> Tensor | None:
         """Of micro-batch `number` of `count`; see `vtp.layers.drop_path`."""
-        blocks = len(batch.rec_images)
+        blocks = len(batch.replaced)
         first = (ranks().rank * count + number) * blocks
         indices = drop_path_indices(
             getattr(self.config.drop_path, objective),

@@ -73,7 +73,7 @@ class SslConfig(Config):
 
     def width(self, vision: VisionConfig) -> int:
         """Channels that the heads read."""
-        return vision.embed_dim if self.features == "trunk" else vision.feature_bottleneck
+        return vision.embed_dim if self.features == "trunk" else vision.latent_channels
 
 
 class Teacher(nn.Module):

@@ -1,0 +1,57 @@
+"""The same pictures as every run reconstructs them, under each other (paper figure 9 a)."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.figures.reconstructions import PAIRS
+from vtp.artefact import ArtefactError
+from vtp.evaluation.reconstruction import psnr
+from vtp.inference.grid import grid
+from vtp.layers.decode import read_rgb
+from vtp.params import END
+
+
+def draw_side_by_side(plots: Path, path: Path) -> None:
+    """Originals, and below them what the last point of every run makes of them, with the PSNR of each, as one PNG.
+
+    `plots` holds `<run>/.../<point>/reconstructions`, as `evaluate_reconstruction` writes them; of several trainings of a
+    run the first counts. Nothing is written where there are none. Raises ArtefactError when runs reconstruct other pictures.
+    """
+    rows: dict[str, Tensor] = {}
+    notes: list[list[str]] = []
+    for run in sorted(folder for folder in plots.iterdir() if folder.is_dir()):
+        if not (pairs := sorted(run.rglob(f"reconstructions/{PAIRS}"), key=_order)):
+            continue
+        originals, written = _read(pairs[0])
+        if not torch.equal(rows.setdefault("original", originals), originals):
+            raise ArtefactError(
+                f"{pairs[0]}: other pictures than those of the runs before; evaluate all on the same data"
+            )
+        rows[run.name] = written
+        notes.append([f"{value:.2f} dB" for value in psnr(originals / 255, written / 255).tolist()])
+    if rows:
+        notes = [[""] * len(rows["original"]), *notes]
+        grid(
+            list(rows.values()),
+            list(rows),
+            path,
+            title="The same pictures through every tokenizer; PSNR below",
+            notes=notes,
+        )
+
+
+def _order(pairs: Path) -> tuple[str, float]:
+    """The first training of a run, and of that the last point."""
+    *of_run, point = pairs.parts[:-2]
+    return "/".join(of_run), -float("inf" if point == END else point)
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor]:
+    """Uint8 images [n, 3, S, S] of the upper and of the lower row."""
+    pixels = torch.from_numpy(np.array(read_rgb(path)))
+    side = len(pixels) // 2
+    upper, lower = (row.unflatten(1, (-1, side)).permute(1, 3, 0, 2) for row in pixels.split(side))
+    return upper, lower
