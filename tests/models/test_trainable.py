@@ -1,5 +1,7 @@
 """The convolutional tokenizer from fresh weights: the paper's counts, its record, its folder, its posterior."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -126,6 +128,14 @@ def test_the_divergence_is_torchs_in_double_precision():
     torch.testing.assert_close(kl_divergence(mean, log_variance), theirs.mean(), rtol=1e-12, atol=0)
     assert kl_divergence(torch.zeros(1), torch.zeros(1)) == 0
     assert kl_divergence(mean.bfloat16(), log_variance.bfloat16()).dtype == torch.float32
+
+
+def test_the_record_is_written_and_read_again():
+    holder = Holder(tokenizer=record())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # pydantic's, of a value that is not what its field says
+        values = holder.model_dump(mode="json")
+    assert Holder.parse(values, where="test") == holder
 
 
 def test_record_is_the_librarys_arguments():

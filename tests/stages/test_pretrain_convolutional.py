@@ -54,7 +54,7 @@ def test_the_tokenizer_serves_the_stages_behind(trained):
     figures = read_json(pretrained / "metrics")["pretrain"]
     assert figures["parameters"] == sum(parameter.numel() for parameter in tokenizer.parameters())
     assert "kl" in (pretrained / "curves").read_text().splitlines()[0].split(",")
-    tuned = run("tune_decoder", root, shards=[shards], tokenizer=folder)
+    tuned = run("tune_decoder", root, shards=shards, tokenizer=folder)
     assert load_tokenizer(folder, tuned / "decoder").encoder_digest() == tokenizer.encoder_digest()
     cached = run("cache_latents", root, shards=shards, tokenizer=folder)
     assert LatentDataset(cached / "latents").shape == (3, 4, 4)
@@ -98,7 +98,7 @@ def test_every_stage_has_a_plan_of_it(tmp_path):
             {"generate": {"settings": {"guided": {"guidance_channels": 5}}}},
             "guidance_channels: 5, pretrain.tokenizer.latent_channels is 3",
         ),
-        ({"evaluate_understanding": {"probes": {"size": 18}}}, "18 is no multiple of 4, the pixels per latent"),
+        ({"evaluate_understanding": {"probes": {"size": 14}}}, "14 is no multiple of 4, the pixels per latent"),
         (
             {
                 "tune_decoder": {

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import PlainValidator
+from pydantic import WrapValidator
 
 from vtp.models.base import TrainableTokenizer
 from vtp.models.diffusers_vae import ConvolutionalConfig, DiffusersVae
@@ -20,8 +20,7 @@ def _record(values: Any) -> TokenizerConfig | ConvolutionalConfig:  # noqa: ANN4
 
 
 AnyTokenizerConfig = Annotated[
-    TokenizerConfig | ConvolutionalConfig,
-    PlainValidator(_record, json_schema_input_type=TokenizerConfig | ConvolutionalConfig),
+    TokenizerConfig | ConvolutionalConfig, WrapValidator(lambda values, _of_either: _record(values))
 ]
 
 
