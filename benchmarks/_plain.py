@@ -53,7 +53,7 @@ class PlainSsl(nn.Module):
     def __init__(self, tokenizer: VisualTokenizer, config: Pretrain) -> None:
         super().__init__()
         self.config = config.objective.ssl
-        self.head = DinoHead(config.tokenizer.vision.embed_dim, self.config.head)
+        self.head = DinoHead(config.vit.vision.embed_dim, self.config.head)
         self.teacher = copy.deepcopy(tokenizer.trunk).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
 

@@ -88,10 +88,10 @@ def _parts(config: Pretrain, stream: Stream, seconds: float) -> None:
     contents = [source.content(index) for index in range(COUNT)]
     images = [decode_rgb(content) for content in contents]
     crops = ssl_views(images, views, 0, places)
-    side = views.global_size // config.tokenizer.vision.patch_size
+    side = views.global_size // config.vit.vision.patch_size
     side = config.data.clip_view.size
     least = (side, side)
-    tokenize = CaptionTokenizer(config.architecture.text) if config.architecture.text else None
+    tokenize = CaptionTokenizer(config.vit.text) if config.vit.text else None
     active = config.active
     parts: dict[str, tuple[float, Callable[[], object]]] = {
         "read": (1, lambda: [source.content(index) for index in range(COUNT)]),
@@ -132,14 +132,14 @@ class PlainLoader:
                 v2.PILToTensor(),
             ]
         )
-        self._tokenize = CaptionTokenizer(config.architecture.text) if config.architecture.text else None
+        self._tokenize = CaptionTokenizer(config.vit.text) if config.vit.text else None
         urls = [str(path) for path in sorted(shards.glob("*.tar"))]
         dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(512).decode("pil").repeat()
         self._samples: Iterator[tuple[Image.Image, str]] = iter(dataset.to_tuple("jpg", "txt"))
 
     def __next__(self) -> tuple[Tensor, Tensor, list[list[Tensor]], Tensor]:
         active, data = self.config.active, self.config.data
-        side = data.ssl_views.global_size // self.config.tokenizer.vision.patch_size
+        side = data.ssl_views.global_size // self.config.vit.vision.patch_size
         images, captions, views = [], [], []
         for parallelize in range(active.pool):
             image, caption = next(self._samples)

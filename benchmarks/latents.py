@@ -85,7 +85,7 @@ def main() -> None:
 def caching(folder: Path, host: LocalHost, options: argparse.Namespace) -> None:
     """Images per second of both procedures, for each tokenizer."""
     pictures, few = (_pictures(folder / f"pictures-{count}", options.side, count) for count in (options.count, WARMUP))
-    recipe = load(options.address, Pretrain).architecture
+    recipe = load(options.address, Pretrain).vit
     print(f"caching {pictures.number:,} JPEGs of {options.side} x {options.side * 3 // 4}, both ways round")
     for name in options.tokenizers:
         model = VisualTokenizer(recipe if name == "recipe" else _thin(recipe))

@@ -96,7 +96,7 @@ def separate(config: Pretrain, batch: PretrainBatch, host: LocalHost) -> dict[st
     from open_clip.loss import ClipLoss
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-    vision, text = config.tokenizer.vision, config.tokenizer.text
+    vision, text = config.vit.vision, config.vit.text
     assert text is not None
     clip = CLIP(
         text.embed_dim,
@@ -150,7 +150,7 @@ def _apply(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 def _models(config: Pretrain, host: LocalHost) -> tuple[VisualTokenizer, nn.Module]:
     perceptual = build_perceptual(config.objective.reconstruction.perceptual, weights=host.weights)
-    return VisualTokenizer(config.architecture).to(host.device), perceptual.to(host.device)
+    return VisualTokenizer(config.vit).to(host.device), perceptual.to(host.device)
 
 
 def _precision(config: Pretrain, host: LocalHost) -> torch.autocast:

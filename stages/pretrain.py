@@ -1,4 +1,7 @@
-"""Pre-train a visual tokenizer jointly on CLIP, self-supervision and reconstruction (paper 3.3 to 3.6)."""
+"""Pre-train a visual tokenizer jointly on CLIP, self-supervision and reconstruction (paper 3.3 to 3.6).
+
+Or the convolutional autoencoder of the paper's table 1, on reconstruction alone.
+"""
 
 import logging
 import math
@@ -21,8 +24,10 @@ from vtp.distributed import ranks
 from vtp.draws import address
 from vtp.host import Host
 from vtp.losses.perceptual import build_perceptual
+from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.text import VOCABULARY, CaptionTokenizer
-from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
+from vtp.models.tokenizer import TokenizerConfig
+from vtp.models.trainable import AnyTokenizerConfig, build_tokenizer
 from vtp.objectives.adversary import DISCRIMINATOR, Adversary, AdversaryConfig, build_adversary
 from vtp.objectives.cost import pretrain_cost
 from vtp.objectives.pretrain import PretrainObjective, PretrainObjectiveConfig
@@ -39,7 +44,7 @@ class Pretrain(Config):
     """The section `pretrain`."""
 
     seed: int = Field(description="seed of weights, data and masks")
-    tokenizer: TokenizerConfig
+    tokenizer: AnyTokenizerConfig
     data: PretrainDataConfig
     objective: PretrainObjectiveConfig
     optim: OptimConfig
@@ -56,6 +61,13 @@ class Pretrain(Config):
 
     @model_validator(mode="after")
     def _tokenizer_serves(self) -> Self:
+        if isinstance(self.tokenizer, ConvolutionalConfig):
+            return self
+        if self.objective.reconstruction.kl:
+            raise ValueError(
+                f"objective.reconstruction.kl is {self.objective.reconstruction.kl}, and a ViT's latents have no posterior; "
+                "set it to 0, or tokenizer.name to convolutional"
+            )
         if self.objective.weights.clip and self.tokenizer.text is None:
             raise ValueError(
                 f"objective.weights.clip is {self.objective.weights.clip} and tokenizer.text null: CLIP needs a text tower; "
@@ -79,6 +91,8 @@ class Pretrain(Config):
 
     @model_validator(mode="after")
     def _bottleneck_is_trained(self) -> Self:
+        if isinstance(self.tokenizer, ConvolutionalConfig):
+            return self
         weights, vision = self.objective.weights, self.tokenizer.vision
         read = [
             weights.reconstruction,
@@ -94,13 +108,39 @@ class Pretrain(Config):
         return self
 
     @model_validator(mode="after")
+    def _convolutions_reconstruct_alone(self) -> Self:
+        if not isinstance(self.tokenizer, ConvolutionalConfig):
+            return self
+        objective, lacks = self.objective, "tokenizer.name is convolutional, which has"
+        for name, weight in (("clip", objective.weights.clip), ("ssl", objective.weights.ssl)):
+            if weight:
+                raise ValueError(
+                    f"objective.weights.{name} is {weight}, and {lacks} no features beside its latents: it learns by "
+                    "reconstruction alone; set the weight to 0"
+                )
+        if objective.drop_path.reconstruction:
+            raise ValueError(
+                f"objective.drop_path.reconstruction is {objective.drop_path.reconstruction}, and {lacks} no stochastic "
+                "depth; set it to 0"
+            )
+        if self.monitor.probe is not None:
+            raise ValueError(f"monitor.probe reads class tokens, and {lacks} none; set it to null")
+        if objective.reconstruction.kl and self.adversary is not None:
+            raise ValueError(
+                f"objective.reconstruction.kl is {objective.reconstruction.kl} beside an adversary, whose weight is "
+                "balanced at the pixels; set kl to 0, or adversary to null and tune the decoder against one (tune_decoder)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _images_fit(self) -> Self:
-        patch_size, views = self.tokenizer.vision.patch_size, self.data.ssl_views
-        for name, size in (
-            ("data.clip_view.size", self.data.clip_view.size),
-            ("data.ssl_views.global_size", views.global_size),
-            ("data.ssl_views.local_size", views.local_size),
-        ):
+        patch_size, views = self.tokenizer.pixels_per_latent, self.data.ssl_views
+        sizes = {
+            "data.clip_view.size": self.data.clip_view.size,
+            "data.ssl_views.global_size": views.global_size,
+            "data.ssl_views.local_size": views.local_size,
+        }
+        for name, size in sizes.items() if isinstance(self.tokenizer, TokenizerConfig) else ():
             if size % patch_size:
                 raise ValueError(f"{name} {size} is not a multiple of tokenizer.vision.patch_size {patch_size}")
         if self.data.reconstruction_view.name == "shared" and self.data.clip_view.size != self.tokenizer.image_size:
@@ -122,14 +162,23 @@ class Pretrain(Config):
         return self
 
     @property
+    def vit(self) -> TokenizerConfig:
+        """The tokenizer's architecture. Raises ConfigError for convolutions, where a ViT is asked for."""
+        if isinstance(record := self.architecture, ConvolutionalConfig):
+            raise ConfigError(f"tokenizer.name is {record.name}, and this needs the record of a ViT, which has no name")
+        return record
+
+    @property
     def active(self) -> ActiveBatch:
         """Batch sizes of the objectives with a weight."""
         weights, batch = self.objective.weights, self.data.batch
         return ActiveBatch(*(getattr(batch, name) if getattr(weights, name) else 0 for name in ActiveBatch._fields))
 
     @property
-    def architecture(self) -> TokenizerConfig:
+    def architecture(self) -> TokenizerConfig | ConvolutionalConfig:
         """The tokenizer; without the CLIP objective it has no text tower, and the contrast decides how logits begin."""
+        if isinstance(self.tokenizer, ConvolutionalConfig):
+            return self.tokenizer
         contrast = self.objective.contrast
         bias = contrast.bias if contrast.name == "sigmoid" else None
         first = {"init_logit_scale": math.log(contrast.scale), "init_logit_bias": bias}
@@ -257,7 +306,7 @@ def micro_batches_of(config: Pretrain, devices: int, most: int | None) -> int:
 def build_objective(config: Pretrain, host: Host) -> PretrainObjective:
     """The models with their first weights, equal on all ranks."""
     torch.manual_seed(address(config.seed, "weights"))
-    model = VisualTokenizer(config.architecture)
+    model = build_tokenizer(config.architecture)
     perceptual = build_perceptual(config.objective.reconstruction.perceptual, weights=host.weights).to(host.device)
     adversary = None
     if config.adversary is not None:
@@ -280,13 +329,13 @@ def build_batches(
     config: Pretrain, stream: Stream, rank_slice: RankSlice, *, colour_later: bool = False
 ) -> PretrainBatches:
     """A rank's micro-batches."""
-    text = config.architecture.text
+    text = None if isinstance(config.tokenizer, ConvolutionalConfig) else config.vit.text
     return PretrainBatches(
         stream,
         config.data,
         active=config.active,
         image_size=config.tokenizer.image_size,
-        patch_size=config.tokenizer.vision.patch_size,
+        patch_size=config.tokenizer.pixels_per_latent,
         tokenize=CaptionTokenizer(text) if text else None,
         rank_slice=rank_slice,
         colour_later=colour_later,

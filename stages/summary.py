@@ -2,8 +2,8 @@
 
 The input holds `<run>/<seed>/<point>/*.json`, what was measured of the tokenizer at a milestone, named by training FLOPs,
 its share of the run or `end`, and `<run>/<seed>/*.json`, what was measured of the whole run, which counts at its end. A run
-without points was not trained here. Means and 95 % intervals are over seeds; of one seed there is no interval, and nothing is
-claimed.
+without points was not trained here. Means and 95 % intervals are over seeds; of one seed there is no interval, and nothing
+is claimed.
 """
 
 import math

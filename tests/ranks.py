@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from objectives.test_pretrain import COMBINATIONS, batch_of, config_of, objective_of
+from objectives.test_pretrain import COMBINATIONS, CONVOLUTIONAL, batch_of, config_of, objective_of
 from safetensors.torch import load_file
 
 from stages.runner.environment import LocalHost, Runtime
@@ -38,6 +38,7 @@ CASES["everything"] = {
         "drop_path": {"ssl": 0.25, "clip": 0.25, "blocks": 1},
     }
 }
+CASES["convolutional"] = CONVOLUTIONAL  # a posterior that is sampled: what is drawn does not depend on ranks
 OPEN_CLIP = Path(__file__).parent / "golden" / "openclip-losses"
 CONTRASTS = {"clip": (clip_loss, 14.2857), "siglip": (siglip_loss, 10.0, -10.0)}  # first scale, first bias
 LAYOUTS = [(parallel, micro_batches) for parallel in ("ddp", "fsdp") for micro_batches in (1, 2)]

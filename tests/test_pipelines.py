@@ -20,8 +20,10 @@ from stages.runner.pipeline import Pipeline
 from stages.runner.project import CONFIG, derived
 from stages.runner.run import path_flags, stage_name
 from vtp.config import read_yaml
+from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.tokenizer import VisualTokenizer
-from vtp.objectives.cost import paper_flops
+from vtp.models.trainable import build_tokenizer
+from vtp.objectives.cost import convolution_flops, paper_flops
 from vtp.params import load, read_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -349,6 +351,32 @@ def test_sizes_are_the_papers(overlay):
     assert config.active == (16384, 4096, 2048)
     assert config.training.length.samples == 1.1e9
     assert config.objective.weights.model_dump() == {"reconstruction": 0.1, "clip": 1.0, "ssl": 1.0}
+
+
+def test_the_study_of_architectures_has_the_papers_table_1():
+    """Parameters and FLOPs as printed there: CNN, ViT-B, ViT-L."""
+    file = ROOT / "pipelines/architectures/params.paper.yaml"
+    parameters, found = read_parameters(file), {}
+    for run in parameters.runs:
+        config = parameters.of_run(run).parse("pretrain", Pretrain)
+        assert config.tokenizer.latent_shape == (64, 16, 16)
+        assert config.active == (0, 0, 2048)
+        with torch.device("meta"):
+            model = build_tokenizer(config.architecture)
+        count = sum(p.numel() for part in (model.encoder_layers(), model.pixel_decoder) for p in part.parameters())
+        convolutional = isinstance(config.tokenizer, ConvolutionalConfig)
+        flops = convolution_flops(config.tokenizer) if convolutional else paper_flops(count)
+        found[run] = (count / 1e6, flops / 1e9)
+    printed = {"cnn": (70.3, 389.4), "vit_b": (171.2, 87.7), "vit_l": (607.2, 311.1)}
+    assert found == {run: pytest.approx(figures, rel=2e-3) for run, figures in printed.items()}
+
+
+def test_runs_of_the_study_of_architectures_differ_in_the_tokenizer_alone():
+    runs = runs_of("architectures")
+    shapes = {run: Pretrain.parse(values["pretrain"], where=run).tokenizer.latent_shape for run, values in runs.items()}
+    assert len(set(shapes.values())) == 1
+    assert len({json.dumps(values["pretrain"].pop("tokenizer")) for values in runs.values()}) == len(runs)
+    assert len({json.dumps(values) for values in runs.values()}) == 1
 
 
 PRESETS = {  # size, steps, samples drawn, samples compared

@@ -69,7 +69,7 @@ class TokenizerMonitor:
         self._config = config
         self._snapshots = SnapshotStore(host.folder / "snapshots", config.evaluations)
         self._device = host.device
-        side = objective.tokenizer.config.image_size
+        side = objective.tokenizer.image_size
         self._images = validation.images(range(min(config.pictures, len(validation))), side)
         self._probe = None
         if config.probe is not None:
@@ -98,7 +98,7 @@ class TokenizerMonitor:
         assert self._probe is not None
         assert self._config.probe is not None
         train, test = self._probe
-        trunks = {"student": self._objective.tokenizer.trunk}
+        trunks = {"student": self._objective.vit.trunk}
         if self._objective.ssl is not None:
             trunks["teacher"] = self._objective.ssl.teacher.trunk
         return {

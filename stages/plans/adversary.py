@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtp.models.base import Tokenizer
 from vtp.models.discriminator import (
     Discriminator,
     FeatureDiscriminator,
@@ -13,11 +14,10 @@ from vtp.models.discriminator import (
 )
 from vtp.models.discriminator_features import TokenizerFeatures, spread
 from vtp.models.frozen_backbone import bare_backbone
-from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.adversary import AdversaryConfig
 
 
-def discriminator_of(config: AdversaryConfig | None, tokenizer: VisualTokenizer) -> Discriminator | None:
+def discriminator_of(config: AdversaryConfig | None, tokenizer: Tokenizer) -> Discriminator | None:
     """The discriminator without contents; that of --discriminator-features is taken to be as large as `tokenizer`."""
     if config is None:
         return None

@@ -19,8 +19,10 @@ from vtp.config import ConfigError
 from vtp.curation.ingest.compose import EmbeddedConfig, categories
 from vtp.curation.ingest.openmoji import catalogue
 from vtp.data.batches import count_micro_batches
+from vtp.models.base import EncoderLayers
+from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.tokenizer import TokenizerConfig
-from vtp.objectives.cost import decoder_flops, encoder_flops
+from vtp.objectives.cost import decoding_flops, encoding_flops
 from vtp.params import load, read_parameters, split_address
 
 FLOAT = 4  # bytes
@@ -69,7 +71,7 @@ class SplitSize(NamedTuple):
 class PlannedInputs(NamedTuple):
     """What a stage behind pre-training reads, as far as a plan needs it."""
 
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerConfig | ConvolutionalConfig
     splits: Mapping[str, SplitSize]
     classes: int  # that prompts ask for
     labels: int  # that a generator learns
@@ -77,7 +79,7 @@ class PlannedInputs(NamedTuple):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(d, h, w)."""
-        return self.tokenizer.vision.latent_channels, self.tokenizer.grid_size, self.tokenizer.grid_size
+        return self.tokenizer.latent_shape
 
     @property
     def latent_numbers(self) -> int:
@@ -88,12 +90,12 @@ class PlannedInputs(NamedTuple):
     @property
     def encoder_flops(self) -> float:
         """Of the latents of one image."""
-        return encoder_flops(self.tokenizer.vision, self.tokenizer.image_size, bottleneck=True)
+        return encoding_flops(self.tokenizer)
 
     @property
     def decoder_flops(self) -> float:
         """Of one image."""
-        return decoder_flops(self.tokenizer.decoder, self.tokenizer.vision, self.tokenizer.image_size)
+        return decoding_flops(self.tokenizer)
 
     def split(self, name: str) -> SplitSize:
         """Raises ConfigError for a split whose size nothing says."""
@@ -197,7 +199,7 @@ def _kept(forward: Callable[[int], list[Tensor]], count: int) -> int:
     return sum(sizes.values())
 
 
-def count_of(module: nn.Module) -> int:
+def count_of(module: nn.Module | EncoderLayers) -> int:
     """Parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 

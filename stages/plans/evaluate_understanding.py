@@ -6,6 +6,7 @@ from stages.evaluate_understanding import EvaluateUnderstanding
 from stages.plans.estimate import Estimate, Figure, add_input_options, inputs_of, options_for
 from stages.plans.reference import Passes, add_passes
 from vtp.layers.preprocess import CentreView
+from vtp.models.tokenizer import TokenizerConfig
 from vtp.objectives.cost import encoder_flops, text_flops
 from vtp.params import load
 
@@ -16,9 +17,13 @@ def plan(arguments: list[str]) -> Estimate:
     add_input_options(parser)
     options = parser.parse_args(arguments)
     config, inputs = load(options.address, EvaluateUnderstanding), inputs_of(options)
-    vision, text, size = inputs.tokenizer.vision, inputs.tokenizer.text, inputs.tokenizer.image_size
-    probed = encoder_flops(vision, config.probes.size, bottleneck=False)
-    whole = encoder_flops(vision, size, bottleneck=False)
+    size = inputs.tokenizer.image_size
+    if isinstance(inputs.tokenizer, TokenizerConfig):
+        vision, text = inputs.tokenizer.vision, inputs.tokenizer.text
+        probed, whole = (encoder_flops(vision, side, bottleneck=False) for side in (config.probes.size, size))
+    else:
+        probed = whole = inputs.encoder_flops * (config.probes.size / size) ** 2  # but for attention
+        text = None
     train = min(config.train_samples, inputs.split("train").labelled)
     validation = inputs.split("validation").labelled
     passes: Passes = {"encoder, train": (train, probed), "encoder, validation": (validation, probed)}

@@ -44,7 +44,7 @@ def plan(arguments: list[str]) -> Estimate:
 def _flops(model: OpenClipModel | TokenizerModel, pretrain: str) -> float:
     """Of an image and its caption."""
     if isinstance(model, TokenizerModel):
-        config = load(pretrain, Pretrain).architecture
+        config = load(pretrain, Pretrain).vit
         if config.text is None:
             raise ConfigError(f"{pretrain}: a tokenizer without a text tower, which rule clip_score needs")
         return encoder_flops(config.vision, config.image_size, bottleneck=True) + text_flops(config.text)

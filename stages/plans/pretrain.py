@@ -22,10 +22,13 @@ from stages.plans.estimate import (
     options_for,
 )
 from stages.pretrain import Pretrain, micro_batches_of, step_cost
+from vtp.models.base import TrainableTokenizer
+from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.heads import DinoHead
 from vtp.models.tokenizer import VisualTokenizer
+from vtp.models.trainable import build_tokenizer
 from vtp.objectives.adversary import Adversary
-from vtp.objectives.cost import items, paper_flops
+from vtp.objectives.cost import convolution_flops, items, paper_flops
 from vtp.params import load
 from vtp.training.fit import RunLength, run_length
 
@@ -37,7 +40,7 @@ def plan(arguments: list[str]) -> Estimate:
     options = parser.parse_args(arguments)
     config = load(options.address, Pretrain)
     with torch.device("meta"):
-        model = VisualTokenizer(config.architecture)
+        model = build_tokenizer(config.architecture)
         heads = _heads(config)
     active = config.active
     passes = micro_batches_of(config, options.gpus, options.micro_batch)
@@ -55,10 +58,14 @@ def plan(arguments: list[str]) -> Estimate:
     if discriminator is not None:
         extra["discriminator, trained"] = sum(p.numel() for p in discriminator.parameters() if p.requires_grad)
     parameters |= {name: millions(count, 1) for name, count in (counts | extra).items()}
-    autoencoder = counts["trunk"] + counts["pixel_decoder"]
+    encoder = count_of(model.encoder_layers())
+    autoencoder = encoder + counts["pixel_decoder"]
     parameters["encoder and decoder"] = millions(autoencoder, 1)
-    table_1 = paper_flops(autoencoder)
-    parameters["their FLOPs as in table 1"] = Figure(table_1, f"{table_1 / GIGA:,.1f} G (2 x parameters x 256 tokens)")
+    if isinstance(config.tokenizer, ConvolutionalConfig):
+        table_1, how = convolution_flops(config.tokenizer), "convolutions and linear layers"
+    else:
+        table_1, how = paper_flops(autoencoder), "2 x parameters x 256 tokens"
+    parameters["their FLOPs as in table 1"] = Figure(table_1, f"{table_1 / GIGA:,.1f} G ({how})")
 
     sizes = f"{active.clip:,} clip, {active.ssl:,} ssl, {active.reconstruction:,} reconstruction"
     step = estimate.section(f"FLOPs of a step: {sizes}")
@@ -74,7 +81,7 @@ def plan(arguments: list[str]) -> Estimate:
 
     memory = estimate.section(f"memory per GPU, {options.gpus} GPUs")
     trained = count_of(model) + sum(extra.values())
-    teacher = counts["trunk"] + count_of(heads) if active.ssl else 0
+    teacher = encoder + count_of(heads) if active.ssl else 0
     split = options.gpus if options.fsdp else 1
     static = {"weights": trained, "gradients": trained, "optimiser": 2 * trained, "teacher": teacher}
     memory |= {name: gigabytes(count * FLOAT / split) for name, count in static.items()}
@@ -110,7 +117,7 @@ def _add_time_and_disk(
     time["training state, tokenizer"] = Figure(checkpoint + size["tokenizer"], artefacts)
 
 
-def activations(config: Pretrain, model: VisualTokenizer) -> dict[str, float]:
+def activations(config: Pretrain, model: TrainableTokenizer) -> dict[str, float]:
     """Bytes that autograd keeps per sample of each objective, without recomputing."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -119,11 +126,13 @@ def activations(config: Pretrain, model: VisualTokenizer) -> dict[str, float]:
         model = model.to_empty(device="cpu")
 
         def clip(count: int) -> list[Tensor]:
-            assert config.architecture.text is not None
-            tokens = torch.zeros(count, config.architecture.text.context_length, dtype=torch.int64)
+            assert isinstance(model, VisualTokenizer)
+            assert model.config.text is not None
+            tokens = torch.zeros(count, model.config.text.context_length, dtype=torch.int64)
             return [model.encode_image(_images(count, config.data.clip_view.size)), model.encode_text(tokens)]
 
         def ssl(count: int) -> list[Tensor]:
+            assert isinstance(model, VisualTokenizer)
             seen = [*model.trunk(_images(2 * count, views.global_size))]
             if views.local_views:
                 seen += model.trunk(_images(views.local_views * count, views.local_size))
@@ -151,6 +160,6 @@ def _heads(config: Pretrain) -> nn.Module:
     heads = nn.ModuleList()
     if config.active.ssl:
         ssl = config.objective.ssl
-        width = ssl.width(config.tokenizer.vision)
+        width = ssl.width(config.vit.vision)
         heads.extend(DinoHead(width, head) for head in (ssl.head, ssl.patch_head) if head is not None)
     return heads

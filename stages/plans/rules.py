@@ -4,6 +4,7 @@ Each rule is a function of a `Recipe` that yields problems, a line each; `stages
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
 
 from stages.evaluate_generator import EvaluateGenerator
@@ -25,7 +26,9 @@ from vtp.evaluation.convergence import Reached
 from vtp.evaluation.features import AnyFeaturesConfig
 from vtp.flow import SamplerConfig
 from vtp.losses.perceptual import AnyPerceptualConfig
+from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.discriminator import FeatureDiscriminatorConfig, PatchDiscriminatorConfig, TokenizerFeaturesConfig
+from vtp.models.tokenizer import TokenizerConfig
 from vtp.objectives.adversary import AdversaryConfig
 from vtp.params import milestone_name
 from vtp.training.fit import FlopsLength
@@ -139,13 +142,15 @@ def _prompts_are_for_the_data(recipe: Recipe) -> Iterator[str]:
 
 def _probes_see_whole_patches(recipe: Recipe) -> Iterator[str]:
     for name, understanding, _, pretrain in recipe.pairs(EvaluateUnderstanding, Pretrain):
-        side, patch = understanding.probes.size, pretrain.tokenizer.vision.patch_size
+        side, patch = understanding.probes.size, pretrain.tokenizer.pixels_per_latent
         if side % patch:
-            yield f"{name}.probes.size: {side} is no multiple of {patch}, the encoder's patch_size"
+            yield f"{name}.probes.size: {side} is no multiple of {patch}, the pixels per latent"
 
 
 def _probes_read_blocks_that_are_there(recipe: Recipe) -> Iterator[str]:
     for name, understanding, own, pretrain in recipe.pairs(EvaluateUnderstanding, Pretrain):
+        if isinstance(pretrain.tokenizer, ConvolutionalConfig):  # latents alone are probed
+            continue
         asked, depth = max(understanding.probes.blocks), pretrain.tokenizer.vision.depth
         if asked > depth:
             yield (f"{name}.probes.blocks: {asked}, and {own}.tokenizer.vision.depth is {depth}; take so many or fewer")
@@ -259,21 +264,23 @@ def _splits_are_written(recipe: Recipe) -> Iterator[str]:
 
 def _generators_fit_the_latents(recipe: Recipe) -> Iterator[str]:
     for own, pretrain in recipe.of(Pretrain):
-        grid = pretrain.tokenizer.image_size // pretrain.tokenizer.vision.patch_size
+        grid = pretrain.tokenizer.latent_shape[1]
         for name, training in recipe.of(TrainGenerator):
             if grid % training.model.patch_size:
                 yield (
                     f"{name}.model.patch_size: {training.model.patch_size} does not divide {grid}, the side of the latents "
-                    f"({own}.tokenizer.image_size / vision.patch_size)"
+                    f"({own}.tokenizer.image_size / {pretrain.tokenizer.pixels_per_latent}, the pixels per latent)"
                 )
 
 
 def _guided_channels_are_there(recipe: Recipe) -> Iterator[str]:
     for own, pretrain in recipe.of(Pretrain):
-        there = pretrain.tokenizer.vision.latent_channels
+        there = pretrain.tokenizer.latent_shape[0]
+        of_vit = isinstance(pretrain.tokenizer, TokenizerConfig)
+        channels = "vision.feature_bottleneck" if of_vit else "latent_channels"
         for place, sampler in recipe.samplers:
             if isinstance(asked := sampler.guidance_channels, int) and asked > there:
-                yield f"{place}.guidance_channels: {asked}, {own}.tokenizer.vision.feature_bottleneck is {there}"
+                yield f"{place}.guidance_channels: {asked}, {own}.tokenizer.{channels} is {there}"
 
 
 def _images_have_patches(recipe: Recipe) -> Iterator[str]:
@@ -298,11 +305,24 @@ def _critics_read_blocks_that_are_there(recipe: Recipe) -> Iterator[str]:
             continue
         place = f"{name}.adversary.discriminator.network"
         for own, pretrain in recipe.of(Pretrain):
+            if isinstance(pretrain.tokenizer, ConvolutionalConfig):
+                if not recipe.given(name, "--discriminator-features"):
+                    yield (
+                        f"{place}.name: tokenizer, and {own}.tokenizer is convolutional, which has no features beside its "
+                        "latents; choose timm, or a discriminator of patches"
+                    )
+                continue
             vision = pretrain.tokenizer.vision
             if network.blocks > vision.depth:
                 yield f"{place}.blocks: {network.blocks}, {own}.tokenizer.vision.depth is {vision.depth}"
             if (network.image_size or 0) % vision.patch_size:
                 yield f"{place}.image_size: {network.image_size} is no multiple of {vision.patch_size}, the patch_size"
+
+
+def _libraries_are_installed(recipe: Recipe) -> Iterator[str]:
+    for name, pretrain in recipe.of(Pretrain):
+        if isinstance(pretrain.tokenizer, ConvolutionalConfig) and find_spec("diffusers") is None:
+            yield f"{name}.tokenizer.name: convolutional needs the library diffusers: pip install 'vtp[diffusers]'"
 
 
 def _weaker_generators_are_given(recipe: Recipe) -> Iterator[str]:
@@ -361,6 +381,7 @@ RULES = (
     _guided_channels_are_there,
     _images_have_patches,
     _critics_read_blocks_that_are_there,
+    _libraries_are_installed,
     _weaker_generators_are_given,
     _online_distances_have_a_reference,
     _distances_to_reach_are_asked_for,

@@ -26,8 +26,9 @@ from stages.plans.estimate import (
 from stages.tune_decoder import TuneDecoder
 from vtp.layers.flops import FROZEN, TRAINING
 from vtp.losses.perceptual import perceptual_shapes
+from vtp.models.base import TrainableTokenizer
 from vtp.models.discriminator import Discriminator, PatchDiscriminator
-from vtp.models.tokenizer import VisualTokenizer
+from vtp.models.trainable import build_tokenizer
 from vtp.objectives.adversary import Adversary
 from vtp.objectives.cost import perceptual_flops
 from vtp.params import load
@@ -42,7 +43,7 @@ def plan(arguments: list[str]) -> Estimate:
     options = parser.parse_args(arguments)
     config, inputs = load(options.address, TuneDecoder), inputs_of(options)
     with torch.device("meta"):
-        model = VisualTokenizer(inputs.tokenizer)
+        model = build_tokenizer(inputs.tokenizer)
     discriminator = discriminator_of(config.adversary, model)
     parts = cost(config, inputs, discriminator)
     of_image = sum(parts.values())
@@ -62,7 +63,7 @@ def plan(arguments: list[str]) -> Estimate:
 
     memory = estimate.section(f"memory per GPU, {options.gpus} GPUs; weights are whole on each")
     trained = sum(counts.values())
-    frozen = count_of(model.trunk) + count_of(perceptual_shapes(config.objective.perceptual))
+    frozen = count_of(model.encoder_layers()) + count_of(perceptual_shapes(config.objective.perceptual))
     static = {"encoder and perceptual network": frozen, "weights": trained, "gradients": trained}
     static |= {"optimiser": 2 * trained, "average": counts["decoder"]}
     memory |= {name: gigabytes(count * FLOAT) for name, count in static.items()}
@@ -99,7 +100,7 @@ def cost(config: TuneDecoder, inputs: PlannedInputs, discriminator: Discriminato
 
 
 def activations(
-    config: TuneDecoder, inputs: PlannedInputs, model: VisualTokenizer, discriminator: Discriminator | None
+    config: TuneDecoder, inputs: PlannedInputs, model: TrainableTokenizer, discriminator: Discriminator | None
 ) -> dict[str, float]:
     """Bytes that autograd keeps per image, without recomputing and compiling."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,20 +1,25 @@
 """The joint objective: who trains whom, what a weight of zero saves, micro-batches, and that it learns."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import merged, tiny_params
+from torch.distributions import Normal, kl_divergence
+from torch.utils.flop_counter import FlopCounterMode
 
 from stages.pretrain import Pretrain
 from stages.runner.environment import LocalHost, Runtime
 from vtp.data.batches import RankSlice
 from vtp.data.masking import draw_masks
 from vtp.data.pretrain_batches import PretrainBatch
-from vtp.draws import numpy_draws
+from vtp.draws import numpy_draws, torch_draws
+from vtp.layers.images import denormalise, normalise
 from vtp.losses.perceptual import build_perceptual
-from vtp.models.tokenizer import VisualTokenizer
+from vtp.losses.reconstruction import reconstruction_distance
+from vtp.models.trainable import build_tokenizer
 from vtp.objectives.adversary import build_adversary
 from vtp.objectives.cost import items, pretrain_cost
 from vtp.objectives.gradient_cache import GradientCache
@@ -33,6 +38,19 @@ COMBINATIONS = {
     "ssl+ae": {"clip": 0.0},
     "clip+ssl+ae": {"clip": 0.5, "ssl": 2.0},
 }
+CONVOLUTIONAL: dict[str, Any] = {
+    "tokenizer": {
+        "name": "convolutional",
+        "image_size": 16,
+        "channels": [4, 8, 8],
+        "residual_blocks": 1,
+        "attention_levels": 1,
+        "norm_groups": 4,
+        "latent_channels": 3,
+    },
+    "objective": {"weights": {"clip": 0.0, "ssl": 0.0}, "reconstruction": {"kl": 0.1}},
+    "monitor": {"probe": None},
+}
 
 
 # An encoder without a decoder's training; its features are the latents.
@@ -49,7 +67,7 @@ def config_of(changes=None, *, new=False) -> Pretrain:
 def objective_of(config: Pretrain) -> PretrainObjective:
     torch.manual_seed(0)
     perceptual = build_perceptual(config.objective.reconstruction.perceptual, weights=Path())
-    tokenizer = VisualTokenizer(config.architecture)
+    tokenizer = build_tokenizer(config.architecture)
     return PretrainObjective(tokenizer, config.objective, config.rates, perceptual=perceptual, seed=0)
 
 
@@ -57,6 +75,7 @@ def batch_of(config: Pretrain, step: int = 0, rank_slice: RankSlice = ALONE, mic
     """A step's micro-batch of random pictures, in the blocks that PretrainBatches gives a rank."""
     clip, ssl, shown = config.active
     rec = config.data.batch.reconstruction
+    text = getattr(config.tokenizer, "text", None)
     _, blocks = rank_slice.of(rec, step * rank_slice.micro_batches + micro)
     draws = torch.Generator().manual_seed(step)
 
@@ -70,7 +89,7 @@ def batch_of(config: Pretrain, step: int = 0, rank_slice: RankSlice = ALONE, mic
     weights = (1 / masks.sum(2, keepdim=True).clamp_min(1)).expand_as(masks)
     return PretrainBatch(
         clip_images=part(clip // rec, 3, 16, 16),
-        tokens=1 + part(clip // rec, config.tokenizer.text.context_length).long() % 99,
+        tokens=1 + part(clip // rec, text.context_length if text else 1).long() % 99,
         global_views=part(ssl // rec, 2, 3, 16, 16),
         local_views=part(ssl // rec, 2, 3, 8, 8),
         masks=masks,
@@ -585,3 +604,96 @@ def test_a_discriminator_that_reads_the_encoder_in_training_is_refused():
     adversary |= {"discriminator": {"name": "features", "network": network, "kernel": 3}}
     with pytest.raises(ValueError, match="which is in training"):
         config_of({"adversary": adversary})
+
+
+def convolutional(**changes):
+    return config_of(merged(CONVOLUTIONAL, changes, new=True))
+
+
+def test_a_convolutional_tokenizer_overfits_one_batch():
+    config = convolutional(objective={"reconstruction": {"kl": 1e-6, "perceptual_weight": 0.0}})
+    objective, batch = objective_of(config), batch_of(config)
+    batch = batch._replace(rec_images=F.interpolate(batch.rec_images[..., ::8, ::8].float(), scale_factor=8).byte())
+    optim = config.optim.model_copy(update={"lr": 2e-2, "warmup": 0.0, "schedule": "constant"})
+    update = Update("model", build_optimizer(objective.phases()["model"], optim), optim, objective.shared_parameters())
+    losses = []
+    for step in range(40):
+        context = StepContext(step, 40, log_step=False)
+        losses.append(float(update.apply(objective.terms("model", [batch], context), context).logs["l1"]))
+    assert losses[-1] < 0.4 * losses[0]
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_the_posterior_is_sampled_and_weighed_where_it_has_a_weight(kl):
+    """Against the same by torch's distributions, in one pass and in two."""
+    config = convolutional(objective={"weights": {"reconstruction": 2.0}, "reconstruction": {"kl": kl}})
+    objective, batch = objective_of(config), batch_of(config)
+    found, logs = backward(objective, [batch])
+    assert ("kl" in logs) is bool(kl)
+
+    objective.zero_grad()
+    tokenizer, images = objective.tokenizer, normalise(batch.rec_images)
+    mean, log_variance = tokenizer.quant_conv(tokenizer.encoder(denormalise(images) * 2 - 1)).chunk(2, dim=1)
+    posterior, latents, loss = Normal(mean, (log_variance / 2).exp()), mean, 0.0
+    if kl:
+        shape = mean.shape[1:]
+        noise = [torch.randn(shape, generator=torch_draws(0, "posterior", 0, index)) for index in range(len(images))]
+        latents = posterior.mean + posterior.stddev * torch.stack(noise)
+        loss = kl * kl_divergence(posterior, Normal(torch.zeros_like(mean), 1.0)).mean()
+        assert logs["kl"] == pytest.approx(float(loss.detach()) / kl, rel=1e-5)
+    distance = reconstruction_distance(objective._perceptual[0], tokenizer.pixel_decoder(latents), images)
+    (2 * (distance.l1 + distance.perceptual + loss)).backward()
+    expected = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    parts, _ = backward(objective_of(config), [batch_of(config, 0, RankSlice(0, 1, 2), micro) for micro in range(2)])
+    assert found.keys() == expected.keys() == parts.keys() == dict(objective.named_parameters()).keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+        assert (parts[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+    halves = found["tokenizer.quant_conv.weight"].chunk(2)
+    assert halves[0].abs().sum() > 0
+    assert bool(halves[1].abs().sum()) is bool(kl)  # of the variances
+
+
+def test_what_convolutions_cannot_learn_is_refused():
+    for changes, said in (
+        (
+            {"objective": {"weights": {"clip": 1.0}}},
+            "objective.weights.clip is 1.0, and tokenizer.name is convolutional",
+        ),
+        ({"objective": {"weights": {"ssl": 0.5}}}, "objective.weights.ssl is 0.5, .* set the weight to 0"),
+        ({"objective": {"drop_path": {"reconstruction": 0.1}}}, "drop_path.reconstruction is 0.1, .* set it to 0"),
+        ({"monitor": tiny_params()["pretrain"]["monitor"]}, "monitor.probe reads class tokens, .* set it to null"),
+        ({"adversary": from_the_start()}, "kl is 0.1 beside an adversary, .* set kl to 0, or adversary to null"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            convolutional(**changes)
+    with pytest.raises(ValueError, match="kl is 0.1, and a ViT's latents have no posterior; set it to 0"):
+        config_of({"objective": {"reconstruction": {"kl": 0.1}}})
+
+
+def test_an_adversary_trains_convolutions_too():
+    config = convolutional(adversary=from_the_start(), objective={"reconstruction": {"kl": 0.0}})
+    objective, host = objective_of(config), LocalHost(Path(), Path(), Runtime(device="cpu"))
+    objective.adversary = build_adversary(config.adversary, host, seed=0, tokenizer=objective.tokenizer, features=None)
+    names = [term.name for phase in objective.phases() for term in _differentiated(objective, phase, batch_of(config))]
+    assert set(names) == {"reconstruction", "adversarial", "discriminator"}
+    assert all(parameter.grad is not None for parameter in objective.tokenizer.parameters())
+
+
+def _differentiated(objective, phase, batch):
+    for term in objective.terms(phase, [batch], START):
+        if term.loss is not None:
+            term.loss.backward()
+        yield term
+
+
+def test_the_cost_of_convolutions_is_what_torch_counts():
+    config = convolutional()
+    objective, batch = objective_of(config), batch_of(config)
+    with FlopCounterMode(display=False) as counter:
+        backward(objective, [batch])
+    expected = pretrain_cost(config.architecture, config.data, config.objective, config.active)
+    # Of random VGG16 the originals pass too; its first layer takes no gradient of them.
+    assert expected.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert expected.samples == {"clip": 0, "ssl": 0, "reconstruction": 2}
+    assert expected.tokens == 2 * 4 * 4

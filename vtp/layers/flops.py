@@ -12,12 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 TRAINING = 3  # forward, and backward through weights and inputs
 FROZEN = 2  # forward, and backward through inputs alone
+_OF_FEATURES = {torch.ops.aten.bmm, torch.ops.aten.baddbmm}  # what attention is made of on the meta device
 
 
 @torch.no_grad()
-def forward_flops(module: nn.Module, *inputs: Tensor) -> float:
-    """FLOPs of `module(*inputs)`; only the shapes of the inputs matter."""
+def forward_flops(module: nn.Module, *inputs: Tensor, attention: bool = True) -> float:
+    """FLOPs of `module(*inputs)`; only the shapes of the inputs matter.
+
+    `attention` False leaves out products of features with features, such as attention's scores: a count by weights.
+    """
     shadow = copy.deepcopy(module).to("meta").eval()
     with FlopCounterMode(display=False) as counter:
         shadow(*(value.to("meta") for value in inputs))
-    return float(counter.get_total_flops())
+    counts = counter.get_flop_counts()["Global"]
+    return float(sum(flops for operation, flops in counts.items() if attention or operation not in _OF_FEATURES))

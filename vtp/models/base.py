@@ -7,9 +7,9 @@ probed and compared in the same way.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -195,6 +195,59 @@ class Tokenizer(nn.Module, ABC):
             state.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
             state.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
         return state.hexdigest()
+
+
+class EncoderLayers(NamedTuple):
+    """An encoder's parameters by depth: some learn slower the nearer they are to the pixels."""
+
+    embed: nn.Module  # reads the pixels
+    tokens: Sequence[nn.Parameter]  # learnt ones, beside the pixels' first features
+    blocks: Sequence[nn.Module]
+    top: nn.Module  # all behind the blocks
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of them."""
+        yield from self.embed.parameters()
+        yield from self.tokens
+        for module in (*self.blocks, self.top):
+            yield from module.parameters()
+
+
+class TrainableTokenizer(Tokenizer):
+    """A tokenizer that pre-training makes of fresh weights: what that asks beside latents and back."""
+
+    @abstractmethod
+    def encoder_layers(self) -> EncoderLayers:
+        """The encoder by depth."""
+
+    @abstractmethod
+    def blocks(self) -> Iterator[nn.Module]:
+        """Blocks of encoder and decoder, which are compiled one by one."""
+
+    @abstractmethod
+    def sharded_units(self) -> Iterator[Sequence[nn.Module]]:
+        """What FSDP gathers together, parts first; the rest is small and stays replicated."""
+
+    @abstractmethod
+    def recompute(self) -> None:
+        """Keep no activations inside of blocks; the backward pass computes them again."""
+
+    @abstractmethod
+    def architecture(self) -> Mapping[str, Any]:
+        """`config.json` of its folder."""
+
+    @abstractmethod
+    def settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """By part: what two of equal shapes must have in common for the weights of one to mean the same in the other."""
+
+    @abstractmethod
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write a folder that `load_tokenizer` reads, with the weights of a state dict; equal weights give equal bytes."""
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read what `save` wrote. Raises ArtefactError naming what is missing or does not fit."""
 
 
 def gradients(grad: bool) -> torch.set_grad_enabled:

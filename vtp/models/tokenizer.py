@@ -4,7 +4,7 @@ On disk it has the layout that the authors publish (`vtp.models.official_layout`
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from vtp.artefact import load_module, load_tensors, read_json, save_tensors, whole_folder, write_json
 from vtp.config import Config
-from vtp.models.base import LARGEST_SIDE, MissingDecoder, Tokenizer, gradients, require_batch
+from vtp.models.base import (
+    LARGEST_SIDE,
+    EncoderLayers,
+    MissingDecoder,
+    TrainableTokenizer,
+    gradients,
+    require_batch,
+)
 from vtp.models.decoder import DecoderConfig, PixelDecoder
 from vtp.models.hub import checkpoint_folder
 from vtp.models.official_layout import flatten, official_key, official_name, our_key, sections_of
@@ -66,8 +73,18 @@ class TokenizerConfig(Config):
         """Side of the latent grid."""
         return self.image_size // self.vision.patch_size
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """Along a side."""
+        return self.vision.patch_size
 
-class VisualTokenizer(Tokenizer):
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(d, h, w) at the training image size."""
+        return (self.vision.latent_channels, self.grid_size, self.grid_size)
+
+
+class VisualTokenizer(TrainableTokenizer):
     """Images [B, 3, H, W] in ImageNet-normalised space to latents [B, d, H/p, W/p] and back."""
 
     pixel_decoder: PixelDecoder  # or a MissingDecoder, as no training has it
@@ -108,7 +125,7 @@ class VisualTokenizer(Tokenizer):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(d, h, w) at the training image size."""
-        return (self.config.vision.latent_channels, self.config.grid_size, self.config.grid_size)
+        return self.config.latent_shape
 
     def encode(self, images: Tensor, *, grad: bool = False, drop_path_indices: Tensor | None = None) -> Tensor:
         """Latents [B, d, H/p, W/p]: the bottleneck of the last patch tokens, deterministic and unbounded.
@@ -133,6 +150,38 @@ class VisualTokenizer(Tokenizer):
         settings = self.config.vision.model_dump(exclude={"bottleneck_ae_only", "clip_feat"})
         tensors = {name: tensor for name, tensor in self.trunk.state_dict().items() if name != "mask_token"}
         return {"model": "vtp", "rope_dtype": self.config.rope_dtype, **settings}, tensors
+
+    def encoder_layers(self) -> EncoderLayers:
+        trunk = self.trunk
+        top = nn.ModuleList([trunk.norm, trunk.feature_bottleneck])
+        return EncoderLayers(trunk.patch_embed, [trunk.cls_token, trunk.mask_token], list(trunk.blocks), top)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        yield from (*self.trunk.blocks, *self.pixel_decoder.blocks)
+
+    def sharded_units(self) -> Iterator[Sequence[nn.Module]]:
+        for model in (self.trunk, self.pixel_decoder):
+            yield [*model.blocks, model]
+        if self.config.text is not None:
+            text: Any = self.text  # open_clip's
+            yield [*text.transformer.resblocks, text]
+
+    def recompute(self) -> None:
+        for model in (self.trunk, self.pixel_decoder):
+            model.blocks.recompute = True
+        if self.config.text is not None:
+            text: Any = self.text  # open_clip's
+            text.set_grad_checkpointing(True)
+
+    def architecture(self) -> Mapping[str, Any]:
+        return official_config(self.config)
+
+    def settings(self) -> Mapping[str, Mapping[str, Any]]:
+        vision, decoder = (
+            self.config.vision.model_dump(exclude={"bottleneck_ae_only", "clip_feat"}),
+            self.config.decoder,
+        )
+        return {"vision": vision} | ({"decoder": decoder.model_dump()} if decoder else {})
 
     def encode_image(self, images: Tensor, *, drop_path_indices: Tensor | None = None) -> Tensor:
         """Unit-norm CLIP embedding [B, E], float32. Raises ValueError for a tokenizer without a text tower."""
@@ -172,7 +221,10 @@ class VisualTokenizer(Tokenizer):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the official layout; equal weights give equal bytes."""
-        save_tokenizer(Path(folder), self.config, self.state_dict())
+        self.save(Path(folder), self.state_dict())
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        save_tokenizer(folder, self.config, weights)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

@@ -15,7 +15,9 @@ from vtp.layers.block import FfnName, ffn_width
 from vtp.layers.drop_path import computed_samples
 from vtp.layers.flops import FROZEN, TRAINING, forward_flops
 from vtp.losses.perceptual import AnyPerceptualConfig, perceptual_shapes
+from vtp.models.base import Encoding
 from vtp.models.decoder import DecoderConfig
+from vtp.models.diffusers_vae import ConvolutionalConfig, DiffusersVae
 from vtp.models.heads import DinoHeadConfig
 from vtp.models.text import TextConfig
 from vtp.models.tokenizer import TokenizerConfig
@@ -37,23 +39,83 @@ class Item(NamedTuple):
 
 
 def pretrain_cost(
-    tokenizer: TokenizerConfig, data: PretrainDataConfig, objective: PretrainObjectiveConfig, active: ActiveBatch
+    tokenizer: TokenizerConfig | ConvolutionalConfig,
+    data: PretrainDataConfig,
+    objective: PretrainObjectiveConfig,
+    active: ActiveBatch,
 ) -> StepCost:
-    """A global step's FLOPs, samples and encoder tokens."""
+    """A global step's FLOPs, samples and encoder tokens (of convolutions: latents)."""
+    flops = sum(item.training for item in items(tokenizer, data, objective, active))
+    if isinstance(tokenizer, ConvolutionalConfig):
+        _, height, width = tokenizer.latent_shape
+        return StepCost(flops, active._asdict(), active.reconstruction * height * width)
     vision, views = tokenizer.vision, data.ssl_views
     clip, whole = _tokens(vision, data.clip_view.size), _tokens(vision, tokenizer.image_size)
     if data.reconstruction_view.name == "shared":
         whole = clip
     of_views = 4 * _tokens(vision, views.global_size) + views.local_views * _tokens(vision, views.local_size)
     tokens = active.clip * clip + active.ssl * of_views + active.reconstruction * whole
-    flops = sum(item.training for item in items(tokenizer, data, objective, active))
     return StepCost(flops, active._asdict(), tokens)
 
 
 def items(
-    tokenizer: TokenizerConfig, data: PretrainDataConfig, objective: PretrainObjectiveConfig, active: ActiveBatch
+    tokenizer: TokenizerConfig | ConvolutionalConfig,
+    data: PretrainDataConfig,
+    objective: PretrainObjectiveConfig,
+    active: ActiveBatch,
 ) -> list[Item]:
     """The parts of a global step, those of absent objectives left out."""
+    # A shared view has the size of the tokenizer when there is one.
+    size, count = tokenizer.image_size, active.reconstruction
+    items = (
+        [_convolutional_encoder(tokenizer, count)]
+        if isinstance(tokenizer, ConvolutionalConfig)
+        else _vit_items(tokenizer, data, objective, active)
+    )
+    if not count:
+        return items
+    decoding = count * decoding_flops(tokenizer)
+    items.append(Item("reconstruction: decoder", decoding, TRAINING * decoding))
+    network = count * perceptual_flops(objective.reconstruction.perceptual, size)
+    # Of the two images only the reconstruction passes a gradient on.
+    items.append(Item("reconstruction: perceptual network", 2 * network, (1 + FROZEN) * network))
+    return items
+
+
+def encoding_flops(tokenizer: TokenizerConfig | ConvolutionalConfig) -> float:
+    """Forward FLOPs of the latents of one image."""
+    if isinstance(tokenizer, ConvolutionalConfig):
+        return forward_flops(Encoding(_shapes(tokenizer)), _image(tokenizer))
+    return encoder_flops(tokenizer.vision, tokenizer.image_size, bottleneck=True)
+
+
+def decoding_flops(tokenizer: TokenizerConfig | ConvolutionalConfig) -> float:
+    """Forward FLOPs of one image by the decoder as training has it; 0 without one."""
+    if isinstance(tokenizer, ConvolutionalConfig):
+        return forward_flops(_shapes(tokenizer).pixel_decoder, torch.empty(1, *tokenizer.latent_shape, device="meta"))
+    return decoder_flops(tokenizer.decoder, tokenizer.vision, tokenizer.image_size)
+
+
+def _convolutional_encoder(tokenizer: ConvolutionalConfig, count: int) -> Item:
+    forward, shapes = encoding_flops(tokenizer), _shapes(tokenizer)
+    first = forward_flops(shapes.encoder.conv_in, _image(tokenizer))
+    training = TRAINING * forward - (TRAINING - FIRST_LAYER) * first
+    return Item("reconstruction: encoder", count * forward, count * training)
+
+
+def _shapes(tokenizer: ConvolutionalConfig) -> DiffusersVae:
+    with torch.device("meta"):
+        return DiffusersVae(tokenizer.autoencoder, image_size=tokenizer.image_size)
+
+
+def _image(tokenizer: ConvolutionalConfig) -> torch.Tensor:
+    return torch.empty(1, 3, tokenizer.image_size, tokenizer.image_size, device="meta")
+
+
+def _vit_items(
+    tokenizer: TokenizerConfig, data: PretrainDataConfig, objective: PretrainObjectiveConfig, active: ActiveBatch
+) -> list[Item]:
+    """All but decoder and perceptual network."""
     vision, rates = tokenizer.vision, objective.drop_path
     items: list[Item] = []
 
@@ -79,14 +141,8 @@ def items(
         items.append(_ssl_heads(vision, data, objective.ssl, count))
     if not active.reconstruction:
         return items
-    shared = data.reconstruction_view.name == "shared"
-    size, count = data.clip_view.size if shared else tokenizer.image_size, active.reconstruction
+    size, count = tokenizer.image_size, active.reconstruction
     items.append(student("reconstruction: encoder", rates.reconstruction, size, count, bottleneck=True))
-    decoding = count * decoder_flops(tokenizer.decoder, vision, size)
-    items.append(Item("reconstruction: decoder", decoding, TRAINING * decoding))
-    network = count * perceptual_flops(objective.reconstruction.perceptual, size)
-    # Of the two images only the reconstruction passes a gradient on.
-    items.append(Item("reconstruction: perceptual network", 2 * network, (1 + FROZEN) * network))
     return items
 
 
@@ -137,8 +193,15 @@ def perceptual_flops(config: AnyPerceptualConfig, image_size: int) -> float:
 
 
 def paper_flops(parameters: int) -> float:
-    """FLOPs as table 1 of the paper counts them for a 256-pixel image."""
+    """FLOPs as table 1 of the paper counts those of a ViT for a 256-pixel image."""
     return 2.0 * parameters * PAPER_TOKENS
+
+
+def convolution_flops(tokenizer: ConvolutionalConfig) -> float:
+    """Forward FLOPs of an image through encoder and decoder as table 1 counts them: without attention's scores."""
+    shapes, latents = _shapes(tokenizer), torch.empty(1, *tokenizer.latent_shape, device="meta")
+    encoding = forward_flops(Encoding(shapes), _image(tokenizer), attention=False)
+    return encoding + forward_flops(shapes.pixel_decoder, latents, attention=False)
 
 
 def _encoder(name: str, config: VisionConfig, image_size: int, count: int, computed: int, *, bottleneck: bool) -> Item:

@@ -1,10 +1,12 @@
 """The joint pre-training objective: CLIP, self-supervision and reconstruction on one encoder (paper 3.3 to 3.6).
 
-    L = w_clip L_clip + w_ssl (L_dino + L_ibot + koleo) + w_rec (L1 + perceptual)
+    L = w_clip L_clip + w_ssl (L_dino + L_ibot + koleo) + w_rec (L1 + perceptual + kl)
 
 Each objective sees its own share of the batch and is back-propagated before the next begins, so the step's memory is
 that of the largest and not of the sum. A term is this rank's part of the loss of the global batch. Such a step as one
 would first write it, with one sum and one backward pass, is `PlainStep` in `benchmarks/_plain.py`.
+
+A convolutional tokenizer learns by reconstruction alone; `kl` is of its posterior, and 0 for a ViT, which has none.
 """
 
 import math
@@ -19,12 +21,14 @@ from vtp.config import Config
 from vtp.data.pretrain_batches import PretrainBatch
 from vtp.distributed import ranks
 from vtp.draws import torch_draws
-from vtp.layers.block import Block
 from vtp.layers.drop_path import drop_path_indices
 from vtp.layers.images import normalise
 from vtp.losses.clip import ContrastConfig, clip_loss, siglip_loss
+from vtp.losses.kl import kl_divergence
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
 from vtp.losses.reconstruction import reconstruction_distance
+from vtp.models.base import TrainableTokenizer
+from vtp.models.diffusers_vae import DiffusersVae, Posterior
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.adversary import DISCRIMINATOR, Adversary, ReconstructionStep
 from vtp.objectives.gradient_cache import GradientCache
@@ -58,11 +62,16 @@ class WeightsConfig(Config):
 
 
 class ReconstructionConfig(Config):
-    """L1 and a perceptual distance (paper eq. 1: 1 and 1)."""
+    """L1 and a perceptual distance (paper eq. 1: 1 and 1), and the divergence of a posterior."""
 
     l1_space: Literal["normalised", "unit"] = Field(description="ImageNet-normalised pixels, or pixels in [-1, 1]")
     perceptual: PerceptualConfig
     perceptual_weight: float = Field(ge=0, description="weight of the perceptual distance beside L1")
+    kl: float = Field(
+        ge=0,
+        description="weight beside L1 of the divergence from N(0, 1), a mean over latent numbers, of a convolutional "
+        "tokenizer's posterior, which the decoder then sees samples of; 0: it sees means",
+    )
 
 
 class DropPathConfig(Config):
@@ -100,7 +109,7 @@ class PretrainObjective(nn.Module):
 
     def __init__(
         self,
-        tokenizer: VisualTokenizer,
+        tokenizer: TrainableTokenizer,
         config: PretrainObjectiveConfig,
         rates: RatesConfig,
         *,
@@ -115,9 +124,15 @@ class PretrainObjective(nn.Module):
         self.tokenizer = tokenizer
         self.adversary = adversary  # the paper has none: it keeps adversarial gradients out of pre-training
         self._perceptual = [perceptual]  # in a list: frozen, so no part of the state
-        self.ssl = SelfDistillation(tokenizer, config.ssl) if config.weights.ssl else None
+        self.ssl = SelfDistillation(self.vit, config.ssl) if config.weights.ssl else None
         if not config.weights.reconstruction:
             tokenizer.pixel_decoder.requires_grad_(False)
+
+    @property
+    def vit(self) -> VisualTokenizer:
+        """The tokenizer where features and captions take part."""
+        assert isinstance(self.tokenizer, VisualTokenizer)
+        return self.tokenizer
 
     def phases(self) -> dict[str, Sequence[ParameterGroup]]:
         model = list(groups(self.tokenizer, self.ssl and self.ssl.heads, self.rates))
@@ -126,28 +141,23 @@ class PretrainObjective(nn.Module):
 
     def shared_parameters(self) -> Sequence[nn.Parameter]:
         """The parameters that all objectives share, whose gradients are compared."""
-        return list(self.tokenizer.trunk.blocks.parameters())
+        return [parameter for block in self.tokenizer.encoder_layers().blocks for parameter in block.parameters()]
 
     def sharded_units(self) -> Iterator[Sequence[nn.Module]]:
         """What FSDP gathers together, parts first; the rest is small and stays replicated."""
-        trunks = [self.tokenizer.trunk, *([self.ssl.teacher.trunk] if self.ssl else [])]
-        for model in (*trunks, self.tokenizer.pixel_decoder):
-            yield [*model.blocks, model]
-        if self.tokenizer.config.text is not None:
-            text: Any = self.tokenizer.text  # open_clip's
-            yield [*text.transformer.resblocks, text]
+        yield from self.tokenizer.sharded_units()
+        if self.ssl is not None:
+            yield [*self.ssl.teacher.trunk.blocks, self.ssl.teacher.trunk]
 
     def compiled_units(self) -> Iterator[nn.Module]:
         """What is compiled, one by one."""
-        yield from (module for module in self.modules() if isinstance(module, Block))
+        yield from self.tokenizer.blocks()
+        if self.ssl is not None:
+            yield from self.ssl.teacher.trunk.blocks
 
     def recompute(self) -> None:
         """Keep no activations inside of blocks; the backward pass computes them again."""
-        for model in (self.tokenizer.trunk, self.tokenizer.pixel_decoder):
-            model.blocks.recompute = True
-        if self.tokenizer.config.text is not None:
-            text: Any = self.tokenizer.text  # open_clip's
-            text.set_grad_checkpointing(True)
+        self.tokenizer.recompute()
 
     def terms(self, phase: str, micro_batches: Sequence[PretrainBatch], context: StepContext) -> Iterator[Term]:
         """The joint loss of a step. No line adds it up: the loop back-propagates every term before it asks for the next."""
@@ -163,7 +173,7 @@ class PretrainObjective(nn.Module):
                 for number, batch in enumerate(micro_batches)
             ]
             weight = self.config.weights.ssl
-            yield from self.ssl.terms(self.tokenizer, micro_batches, indices, context, weight=weight)
+            yield from self.ssl.terms(self.vit, micro_batches, indices, context, weight=weight)
         if self.adversary is not None:
             step = self._reconstruction_step(micro_batches, context)
             yield from self.adversary.terms("reconstruction", step, context, apart=context.log_step)
@@ -177,10 +187,10 @@ class PretrainObjective(nn.Module):
         """Move the teacher; clamp the logit scale."""
         logs: dict[str, Tensor | float] = {}
         if self.config.weights.clip:
-            self.tokenizer.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-            logs["logit_scale"] = self.tokenizer.logit_scale.exp()
+            self.vit.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            logs["logit_scale"] = self.vit.logit_scale.exp()
         if self.ssl is not None:
-            self.ssl.after_step(self.tokenizer, context.progress)
+            self.ssl.after_step(self.vit, context.progress)
             logs["teacher_temperature"] = self.ssl.teacher_temperature(context.progress)
             logs["teacher_momentum"] = self.ssl.momentum(context.progress)
             logs[f"dino_loss{UNINFORMED}"] = math.log(self.config.ssl.head.prototypes)
@@ -189,7 +199,7 @@ class PretrainObjective(nn.Module):
         return logs
 
     def _clip(self, micro_batches: Sequence[PretrainBatch], context: StepContext) -> Iterator[Term]:
-        tokenizer = self.tokenizer
+        tokenizer = self.vit
 
         def represent(batch: PretrainBatch, number: int) -> Sequence[Tensor]:
             images, place = normalise(batch.clip_images), (number, len(micro_batches), context.step)
@@ -211,25 +221,45 @@ class PretrainObjective(nn.Module):
 
     def _reconstruction(self, micro_batches: Sequence[PretrainBatch], context: StepContext) -> Iterator[Term]:
         for number, batch in enumerate(micro_batches):
-            images = normalise(batch.rec_images)
-            reconstructions = self._reconstruct(batch, images, number, len(micro_batches), context.step)
+            images, place = normalise(batch.rec_images), (number, len(micro_batches), context.step)
+            if self.config.reconstruction.kl:
+                reconstructions, posterior = self._reconstruct_a_sample(images, *place)
+            else:
+                reconstructions, posterior = self._reconstruct(batch, images, *place), None
             loss, logs = self._reconstruction_loss(batch, images, reconstructions, len(micro_batches))
+            if posterior is not None:
+                divergence = kl_divergence(*posterior) / (len(micro_batches) * ranks().size)
+                loss = loss + self.config.weights.reconstruction * self.config.reconstruction.kl * divergence
+                logs = {**logs, "kl": divergence.detach()}
             yield Term("reconstruction", loss, logs, (reconstructions,))
 
     def _reconstruction_step(self, micro_batches: Sequence[PretrainBatch], context: StepContext) -> ReconstructionStep:
         """The same as the adversary needs it: piece by piece."""
         images, count = [normalise(batch.rec_images) for batch in micro_batches], len(micro_batches)
+        last_layer: Any = self.tokenizer.last_layer
         return ReconstructionStep(
             count,
             images.__getitem__,
             lambda number: self._reconstruct(micro_batches[number], images[number], number, count, context.step),
             lambda number, pixels: self._reconstruction_loss(micro_batches[number], images[number], pixels, count),
-            self.tokenizer.pixel_decoder.proj_out.weight,
+            last_layer.weight,
         )
 
     def _reconstruct(self, batch: PretrainBatch, images: Tensor, number: int, count: int, step: int) -> Tensor:
         indices = self._drop_path_indices("reconstruction", batch, len(images), number, count, step)
-        return self.tokenizer.decode(self.tokenizer.encode(images, grad=True, drop_path_indices=indices), grad=True)
+        if indices is None:
+            return self.tokenizer.decode(self.tokenizer.encode(images, grad=True), grad=True)
+        return self.vit.decode(self.vit.encode(images, grad=True, drop_path_indices=indices), grad=True)
+
+    def _reconstruct_a_sample(self, images: Tensor, number: int, count: int, step: int) -> tuple[Tensor, Posterior]:
+        """What the decoder makes of latents drawn from the posterior; what is drawn belongs to the place in the batch."""
+        assert isinstance(self.tokenizer, DiffusersVae)
+        posterior = self.tokenizer.posterior(images, grad=True)
+        first, shape = (ranks().rank * count + number) * len(images), posterior.mean.shape[1:]
+        draws = [torch_draws(self.seed, "posterior", step, first + index) for index in range(len(images))]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in draws]).to(posterior.mean)
+        latents = posterior.mean + (posterior.log_variance / 2).exp() * noise
+        return self.tokenizer.decode(latents, grad=True), posterior
 
     def _reconstruction_loss(
         self, batch: PretrainBatch, images: Tensor, reconstructions: Tensor, count: int
@@ -258,7 +288,7 @@ class PretrainObjective(nn.Module):
             crops=crops,
             blocks=range(first, first + blocks),
             group=self.config.drop_path.blocks,
-            depth=self.tokenizer.config.vision.depth,
+            depth=self.tokenizer.num_blocks,
             draws=lambda group: torch_draws(self.seed, f"drop_path/{objective}", step, part, group),
         )
-        return None if indices is None else indices.to(self.tokenizer.trunk.cls_token.device, non_blocking=True)
+        return None if indices is None else indices.to(batch.rec_images.device, non_blocking=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, whole_folder, write_json
 from vtp.distributed import ranks, whole
-from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer, official_config, save_tokenizer
+from vtp.models.base import TrainableTokenizer
 from vtp.objectives.pretrain import PretrainObjective
 from vtp.objectives.self_distillation import SelfDistillation
 
@@ -30,7 +30,7 @@ def save_pretrain_state(objective: PretrainObjective, optimizer: Mapping[str, Te
     if not ranks().first:
         return
     with whole_folder(folder) as temporary:
-        description = official_config(objective.tokenizer.config)
+        description = objective.tokenizer.architecture()
         write_json(
             temporary / "config.json", {"kind": KIND, "state_format_version": FORMAT_VERSION, "tokenizer": description}
         )
@@ -45,7 +45,7 @@ def export_tokenizer(objective: PretrainObjective, folder: Path, *, weights: str
         of_teacher = {name: whole(tensor) for name, tensor in objective.ssl.teacher.state_dict().items()}
         state |= {name: tensor for name, tensor in of_teacher.items() if name in state}
     if ranks().first:
-        save_tokenizer(folder, objective.tokenizer.config, state)
+        objective.tokenizer.save(folder, state)
 
 
 def load_pretrain_state(objective: PretrainObjective, folder: Path) -> dict[str, Tensor]:
@@ -68,26 +68,24 @@ def load_pretrain_state(objective: PretrainObjective, folder: Path) -> dict[str,
 
 
 def _load_tokenizer(objective: PretrainObjective, folder: Path) -> None:
-    theirs = VisualTokenizer.from_pretrained(folder)
-    _require_equal(objective.tokenizer.config, theirs.config, folder)
+    theirs = objective.tokenizer.from_pretrained(folder)
+    _require_equal(objective.tokenizer, theirs, folder)
     weights = {f"tokenizer.{name}": tensor for name, tensor in theirs.state_dict().items()}
     _load_parts(objective, weights, folder)
     if objective.ssl is not None:
         heads = objective.ssl.heads
-        objective.ssl = SelfDistillation(objective.tokenizer, objective.config.ssl)
+        objective.ssl = SelfDistillation(objective.vit, objective.config.ssl)
         objective.ssl.heads.load_state_dict(heads.state_dict())
         objective.ssl.teacher.heads.load_state_dict(heads.state_dict())
 
 
-def _require_equal(ours: TokenizerConfig, theirs: TokenizerConfig, folder: Path) -> None:
-    """Other widths show as shapes; other meanings of equal shapes do not."""
-    for part, one, other in (("vision", ours.vision, theirs.vision), ("decoder", ours.decoder, theirs.decoder)):
-        if one is None or other is None:  # ours begins afresh
-            continue
-        for name, value in one.model_dump().items():
-            if value != other.model_dump()[name] and name not in ("bottleneck_ae_only", "clip_feat"):
-                there = other.model_dump()[name]
-                raise ArtefactError(f"{folder}: {part}.{name} is {there!r} there, tokenizer.{part}.{name} is {value!r}")
+def _require_equal(ours: TrainableTokenizer, theirs: TrainableTokenizer, folder: Path) -> None:
+    """Other widths show as shapes; other meanings of equal shapes do not. A part that they lack begins afresh."""
+    there = theirs.settings()
+    for part, settings in ours.settings().items():
+        for name, value in settings.items():
+            if part in there and (other := there[part][name]) != value:
+                raise ArtefactError(f"{folder}: {part}.{name} is {other!r} there, tokenizer.{part}.{name} is {value!r}")
 
 
 def _load_parts(objective: PretrainObjective, tensors: Mapping[str, Tensor], folder: Path) -> None:

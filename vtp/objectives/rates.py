@@ -6,9 +6,9 @@ from pydantic import Field
 from torch import nn
 
 from vtp.config import Config
+from vtp.models.base import EncoderLayers, TrainableTokenizer
 from vtp.models.heads import DinoHead
 from vtp.models.tokenizer import VisualTokenizer
-from vtp.models.vit import VisionTransformer
 from vtp.step import ParameterGroup
 
 
@@ -22,20 +22,22 @@ class ModuleRates(Config):
 class RatesConfig(Config):
     """Factors on `optim.lr` and `optim.weight_decay`."""
 
-    encoder: ModuleRates = Field(description="rates of trunk and bottleneck")
+    encoder: ModuleRates = Field(description="rates of the encoder: trunk and bottleneck, or convolutions")
     decoder: ModuleRates = Field(description="rates of the pixel decoder")
     text: ModuleRates = Field(description="rates of text tower, CLIP's projection, logit scale and bias")
     heads: ModuleRates = Field(description="rates of the heads of self-supervision")
     layer_decay: float = Field(gt=0, le=1, description="factor on the rate per block below the top of the encoder")
-    patch_embed: float = Field(ge=0, description="further factor on the rate of the patch embedding (DINOv2: 0.2)")
+    patch_embed: float = Field(
+        ge=0, description="further factor on the rate of the layer that reads the pixels (DINOv2: 0.2)"
+    )
     frozen_prototypes: float = Field(ge=0, le=1, description="share of the run in which prototypes do not learn")
 
 
-def groups(tokenizer: VisualTokenizer, heads: nn.Module | None, config: RatesConfig) -> Iterator[ParameterGroup]:
+def groups(tokenizer: TrainableTokenizer, heads: nn.Module | None, config: RatesConfig) -> Iterator[ParameterGroup]:
     """Every trainable parameter, in exactly one group."""
-    yield from _encoder(tokenizer.trunk, config)
+    yield from _encoder(tokenizer.encoder_layers(), config)
     yield _group(tokenizer.pixel_decoder, config.decoder)
-    if tokenizer.config.text is not None:
+    if isinstance(tokenizer, VisualTokenizer) and tokenizer.config.text is not None:
         modules = nn.ModuleList([tokenizer.text, tokenizer.visual_proj])
         scalars = [p for name, p in tokenizer.named_parameters(recurse=False) if name.startswith("logit_")]
         group = _group(modules, config.text)
@@ -48,15 +50,15 @@ def groups(tokenizer: VisualTokenizer, heads: nn.Module | None, config: RatesCon
         yield ParameterGroup(prototypes, rates.lr, rates.weight_decay, config.frozen_prototypes)
 
 
-def _encoder(trunk: VisionTransformer, config: RatesConfig) -> Iterator[ParameterGroup]:
-    rates, depth = config.encoder, len(trunk.blocks)
-    top = nn.ModuleList([trunk.norm, trunk.feature_bottleneck])
-    yield _group(top, rates)
-    for index, block in enumerate(trunk.blocks):
+def _encoder(layers: EncoderLayers, config: RatesConfig) -> Iterator[ParameterGroup]:
+    rates, depth = config.encoder, len(layers.blocks)
+    yield _group(layers.top, rates)
+    for index, block in enumerate(layers.blocks):
         yield _group(block, rates, config.layer_decay ** (depth - index))
     bottom = config.layer_decay ** (depth + 1)
-    yield _group(trunk.patch_embed, rates, bottom * config.patch_embed)
-    yield ParameterGroup([trunk.cls_token, trunk.mask_token], rates.lr * bottom, rates.weight_decay)
+    yield _group(layers.embed, rates, bottom * config.patch_embed)
+    if layers.tokens:
+        yield ParameterGroup(layers.tokens, rates.lr * bottom, rates.weight_decay)
 
 
 def _group(module: nn.Module, rates: ModuleRates, factor: float = 1.0) -> ParameterGroup:
