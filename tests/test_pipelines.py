@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -108,9 +109,12 @@ def test_a_comparison_has_the_paper_s_size(tmp_path, study):
         text = params.read_text()
     else:
         text = (study / "params.yaml").read_text().replace("comparison.yaml", "comparison_paper.yaml")
-    (tmp_path / "params.yaml").write_text(text.replace("../overlays", str(OVERLAYS)))
-    text = derived(tmp_path, ROOT)
-    checked = check(tmp_path / "params.yaml", Pipeline.of_text(text, tmp_path)._replace(tracked=[]))
+    folder = tmp_path / study.name
+    folder.mkdir()
+    shutil.copy(ROOT / "pipelines/published.csv", tmp_path)
+    (folder / "params.yaml").write_text(text.replace("../overlays", str(OVERLAYS)))
+    text = derived(folder, ROOT)
+    checked = check(folder / "params.yaml", Pipeline.of_text(text, folder)._replace(tracked=[]))
     assert "prepare_data" not in checked.shared
     assert "work/shards" not in text
     assert "--shards data/captioned --tokenizer" in text
