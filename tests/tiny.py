@@ -51,7 +51,7 @@ SMALL: dict[str, Any] = {
     "cache_latents": {"batch_size": 16, "shard_size": 20, "horizontal_flips": True, "statistics": {"images": 40}},
     "train_generator": {
         "batch_size": 8,
-        "model": {"size": {"name": "own", "hidden_size": 16, "depth": 1, "num_heads": 2}},
+        "model": {"size": {"name": "own", "hidden_size": 16, "depth": 1, "num_heads": 2}, "patch_size": 1},
         "training": {"length": {"name": "samples", "samples": 96}, "log_every": 2},
         "monitor": {
             "evaluations": 2,
