@@ -109,7 +109,6 @@ def run(  # noqa: PLR0913 - one flag per path
     host: Host,
 ) -> None:
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
-    known = Reference.load(reference)
     if given is not None and (tokenizer or decoder or samples or latents):
         raise ConfigError("--given is scored as it is: leave --tokenizer, --decoder, --samples and --latents out")
     if given is not None:
@@ -118,11 +117,13 @@ def run(  # noqa: PLR0913 - one flag per path
     elif tokenizer is None or samples is None:
         raise ConfigError("give the command --tokenizer and --samples, or --given with pictures made elsewhere")
     else:
-        drawn, model = Samples(samples), load_tokenizer(tokenizer, decoder).to(host.device)
+        model = load_tokenizer(tokenizer, decoder).to(host.device)
         model.require_decoder(tokenizer)
+        drawn = Samples(samples)
         drawn.require_encoder(model.encoder_digest(), tokenizer)
         side, scored = model.image_size, _drawn(drawn, model, host)
         scored += _floor(config, latents, model, tokenizer, host)
+    known = Reference.load(reference)
     known.require_size(side)
     learnt = known.of(config.split)
     _check(config, known, learnt, scored, drawn)

@@ -196,7 +196,7 @@ def test_generator_loads_beside_what_was_kept_on_its_way(results):
 def test_report_stands_alone(results):
     root, *_ = results
     page = (root / "work/report" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 12
+    assert page.count("data:image/png;base64,") == 13
     assert "http" not in page
     assert "gfid_efficientnet-lite0-64_24_cfg2_balanced" in page
     parts = ['<h2 id="what-was-run">', 'class="figures"', "Contents", "What the names mean", "Pre-training</h2>"]
