@@ -1,8 +1,9 @@
 """Compare runs: a table, figures in the layout of the paper's beside its points, and what may be claimed.
 
 The input holds `<run>/<seed>/<point>/*.json`, what was measured of the tokenizer at a milestone, named by training FLOPs,
-its share of the run or `end`, and `<run>/<seed>/*.json`, what was measured of the whole run, which counts at its end. A run without points was not
-trained here. Means and 95 % intervals are over seeds; of one seed there is no interval, and nothing is claimed.
+its share of the run or `end`, and `<run>/<seed>/*.json`, what was measured of the whole run, which counts at its end. A run
+without points was not trained here. Means and 95 % intervals are over seeds; of one seed there is no interval, and nothing
+is claimed.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from stages.figures.claims import BetterClaim, Claim, CorrelatesClaim, ClaimResult, better_way, conclusion, judge
+from stages.figures.claims import BetterClaim, Claim, ClaimResult, CorrelatesClaim, better_way, conclusion, judge
 from stages.figures.legend import NEITHER
 from stages.figures.panels import BarsConfig, PanelConfig, draw_panels, labels, named_runs
 from stages.figures.points import FLOPS, OF_TRAINING, StudyPoints, meaning, read_points

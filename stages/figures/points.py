@@ -145,9 +145,10 @@ def _training(folder: Path, point: str, flops: float, samples: float) -> dict[st
         reached = float(point)
     except ValueError:
         raise ArtefactError(
-            f"{folder}: {point!r} is no point; expected training FLOPs as 5.800e+12, or {END}"
+            f"{folder}: {point!r} is no point; expected training FLOPs as 5.800e+12, a share of the run as 0.25, or {END}"
         ) from None
-    return {FLOPS: reached, SAMPLES: reached / flops * samples}
+    share = reached if reached < 1 else reached / flops
+    return {FLOPS: share * flops if reached < 1 else reached, SAMPLES: share * samples}
 
 
 def _figures(folder: Path) -> dict[str, float]:
