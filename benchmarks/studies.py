@@ -44,8 +44,8 @@ def build(folder: Path, runs: int, points: int) -> Study:
     """`scaling` with runs that differ in their seeds, and milestones at even distances."""
     milestones = [*(float(f"{(number + 1) * 5e7:.3e}") for number in range(points - 1)), "end"]
     metrics = {"base": None, "PSNR": "reconstruction.validation_centre16.tuned.psnr"}
-    figure = [{"name": "curves", "x": "flops", "y": ["PSNR"], "published": None}]
-    summary = {"metrics": metrics, "figure": figure, "claims": []}
+    figure = {"base": None, "all": {"name": "curves", "x": "flops", "y": ["PSNR"], "published": None}}
+    summary = {"metrics": metrics, "figure": figure, "claims": {"base": None}}
     monitor = {"milestones": milestones}
     study = Study(Clone(folder), "scaling", pretrain={"monitor": monitor}, summary=summary)
     names = [f"seed-{number}" for number in range(runs)]

@@ -19,8 +19,8 @@ METRICS = {
 }
 SUMMARY = {
     "metrics": {"base": None, **METRICS},
-    "figure": [{"name": "curves", "x": "flops", "y": list(METRICS), "published": None}],
-    "claims": [],
+    "figure": {"base": None, "all": {"name": "curves", "x": "flops", "y": list(METRICS), "published": None}},
+    "claims": {"base": None},
 }
 # Of one length; the second has an adversary from the start.
 RUNS = {
@@ -49,7 +49,8 @@ def study(finished):
     """`scaling` with runs and points of this test, finished."""
     study = Study(finished, "scaling", **COMPARED)
     study.values |= {"runs": RUNS, "points": ["1.000e+08", "end"]}
-    study.values["summary"]["claims"] = [{"name": "better", "metric": "gFID", "run": "plain", "than": "gan"}]
+    claim = {"name": "better", "metric": "gFID", "run": "plain", "than": "gan"}
+    study.values["summary"]["claims"] = {"base": None, "level": claim}
     study.write({})
     study.first = study.dvc("repro")
     finished.commit("study")
