@@ -46,8 +46,8 @@ def build(folder: Path, runs: int, seeds: int, points: int) -> Study:
     """`objectives` with runs that differ in their seeds, and milestones at even distances."""
     milestones = [*(round((number + 1) / points, 3) for number in range(points - 1)), "end"]
     metrics = {"base": None, "PSNR": "reconstruction.validation_centre16.tuned.psnr"}
-    figure = [{"name": "curves", "x": "flops", "y": ["PSNR"], "published": None}]
-    summary = {"metrics": metrics, "figure": figure, "claims": []}
+    figure = {"base": None, "all": {"name": "curves", "x": "flops", "y": ["PSNR"], "published": None}}
+    summary = {"metrics": metrics, "figure": figure, "claims": {"base": None}}
     monitor = {"milestones": milestones}
     study = Study(Clone(folder), "objectives", pretrain={"monitor": monitor}, summary=summary)
     names = [f"run-{number}" for number in range(runs)]

@@ -42,10 +42,10 @@ class Summary(Config):
     metrics: dict[Annotated[str, Field(min_length=1)], str] = Field(
         min_length=1, description="names joined by dots, as in the tables of the report, by what they are called here"
     )
-    figure: list[PanelConfig] = Field(
-        min_length=1, description="panels, and the published figures that stand below them"
+    figure: dict[str, PanelConfig] = Field(
+        min_length=1, description="panels by any name, in their order, and the published figures that stand below them"
     )
-    claims: list[Claim] = Field(description="what the paper claims, each with its test")
+    claims: dict[str, Claim] = Field(description="what the paper claims, by any name, each with its test")
     noise: dict[str, Annotated[list[str], Distinct, Field(min_length=2)]] = Field(
         description="runs that differ in the seed of one stage, by the name of the stage: what difference is noise"
     )
@@ -57,32 +57,32 @@ class Summary(Config):
         for place, label in self._labels():
             if label not in self.metrics:
                 raise ValueError(f"{place}: no {label!r} among metrics{did_you_mean(label, self.metrics)}")
-        for number_, claim in enumerate(self.claims):
+        for place, claim in self.claims.items():
             for label in _compared(claim):
                 if better_way(label, self.metrics) == NEITHER:
-                    raise ValueError(f"claims.{number_}: {label!r} has no better direction in the legend of metrics")
+                    raise ValueError(f"claims.{place}: {label!r} has no better direction in the legend of metrics")
         return self
 
     def _labels(self) -> Iterator[tuple[str, str]]:
         """Every label that is named, and where."""
-        for place, panel in enumerate(self.figure):
+        for place, panel in self.figure.items():
             yield from ((f"figure.{place}", label) for label in labels(panel))
-        for place, claim in enumerate(self.claims):
+        for place, claim in self.claims.items():
             against = getattr(claim, "against", FLOPS)
             named = [*_compared(claim), *([against] if against not in OF_TRAINING else [])]
             yield from ((f"claims.{place}", label) for label in named)
 
     def require_published(self, others: Published) -> None:
         """Raises ArtefactError for a panel's figure that is not there, or has none of the metrics."""
-        for panel in self.figure:
+        for panel in self.figure.values():
             if panel.published is not None:
                 others.require(panel.published, panel.y)
 
     def named_runs(self) -> Iterator[tuple[str, str]]:
         """Every run that is named, and where."""
-        for place, panel in enumerate(self.figure):
+        for place, panel in self.figure.items():
             yield from ((f"figure.{place}", run) for run in named_runs(panel))
-        for place, claim in enumerate(self.claims):
+        for place, claim in self.claims.items():
             yield from ((f"claims.{place}", run) for run in _runs(claim))
         for stage, runs in self.noise.items():
             yield from ((f"noise.{stage}", run) for run in runs)
@@ -108,12 +108,12 @@ def run(
         if name not in measured.runs:
             hint = did_you_mean(name, measured.runs)
             raise ArtefactError(f"summary.{place} names {name!r}; {points} holds {', '.join(measured.runs)}{hint}")
-    verdicts, noise = judge(config.claims, measured), _noise(config, measured)
+    verdicts, noise = judge(list(config.claims.values()), measured), _noise(config, measured)
     summary.mkdir()
     tables = [_table(measured), _legend(config), _comparison(config, measured, others), _noise_table(noise, measured)]
     (summary / "table.md").write_text("\n".join(filter(None, tables)), encoding="utf-8")
     (summary / "claims.md").write_text(_claims(verdicts), encoding="utf-8")
-    draw_panels(config.figure, measured, others, title=config.title, path=summary / "curves.png")
+    draw_panels(list(config.figure.values()), measured, others, title=config.title, path=summary / "curves.png")
     if plots is not None:
         draw_side_by_side(plots, summary / "side_by_side.png")
     if watched := convergence_of(points):
@@ -167,7 +167,7 @@ def _legend(config: Summary) -> str:
 def _comparison(config: Summary, measured: StudyPoints, others: Published) -> str:
     """The published points of all panels; beside those of a category or series that is called like a run its last point."""
     rows: dict[tuple[str, ...], None] = {}
-    for panel in config.figure:
+    for panel in config.figure.values():
         for point in (point for label in panel.y for point in others.of(panel.published, label)):
             run_name = point.x if point.x_unit == CATEGORY else point.series
             ours = math.nan

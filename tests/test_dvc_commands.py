@@ -19,8 +19,8 @@ METRICS = {
 }
 SUMMARY = {
     "metrics": {"base": None, **METRICS},
-    "figure": [{"name": "curves", "x": "flops", "y": list(METRICS), "published": None}],
-    "claims": [],
+    "figure": {"base": None, "all": {"name": "curves", "x": "flops", "y": list(METRICS), "published": None}},
+    "claims": {"base": None},
 }
 COMPARED = {"pretrain": {"monitor": {"milestones": [0.5, "end"]}}, "summary": SUMMARY}
 
@@ -45,7 +45,10 @@ def study(finished):
     study = Study(finished, "objectives", **COMPARED)
     runs = {name: study.values["runs"][name] for name in ("ae", "joint")}
     study.values |= {"runs": runs, "seeds": [1], "points": ["0.5", "end"]}
-    study.values["summary"]["claims"] = [{"name": "better", "metric": "gFID", "run": "joint", "than": "ae"}]
+    study.values["summary"]["claims"] = {
+        "base": None,
+        "level": {"name": "better", "metric": "gFID", "run": "joint", "than": "ae"},
+    }
     study.write({})
     study.first = study.dvc("repro")
     finished.commit("study")

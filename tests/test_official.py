@@ -31,7 +31,7 @@ def study(tmp_path_factory):
         reference={"image_size": SIZE, "splits": splits},
         evaluate_understanding={"probes": {"resize": SIZE, "size": 48, "blocks": [1, 3]}},
         prepare_data={"samples_per_shard": 30},
-        summary={"metrics": METRICS, "figure": [{"name": "bars", "y": list(METRICS), "published": "README"}]},
+        summary={"metrics": METRICS, "figure": {"all": {"name": "bars", "y": list(METRICS), "published": "README"}}},
     )
     write_imagenet(study.folder / "data/imagenet", train=12, validation=4)
     for size, golden in SIZES.items():

@@ -225,11 +225,11 @@ def test_the_official_study_prints_the_authors_figures():
     study = ROOT / "pipelines/official_vtp"
     small, paper = (read_parameters(study / name).values for name in ("params.yaml", "params.paper.yaml"))
     assert small.keys() == paper.keys()
-    assert small["summary"]["figure"][0]["published"] is None
+    assert small["summary"]["figure"]["all"]["published"] is None
     assert paper["generate"]["labels"] == "random"
     assert paper["reference"]["splits"]["train"]["kept"] == 10000  # of ADM's batch
     published = Published.read(ROOT / "pipelines/published.csv")
-    (panel,) = paper["summary"]["figure"]
+    panel = paper["summary"]["figure"]["all"]
     figures = {label: {p.x: p.value for p in published.of(panel["published"], label)} for label in panel["y"]}
     assert figures == {
         "zero-shot": {"Small": 0.667, "Base": 0.732, "Large": 0.782},

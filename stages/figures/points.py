@@ -147,7 +147,7 @@ def _training(folder: Path, point: str, flops: float, samples: float) -> dict[st
         reached = milestone_flops(float(point), flops)
     except ValueError:
         raise ArtefactError(
-            f"{folder}: {point!r} is no point; expected training FLOPs as 5.800e+12, a share of the run, or {END}"
+            f"{folder}: {point!r} is no point; expected training FLOPs as 5.800e+12, a share of the run as 0.25, or {END}"
         ) from None
     return {FLOPS: reached, SAMPLES: reached / flops * samples}
 

@@ -398,7 +398,7 @@ def test_an_error_names_the_file_of_the_chain_in_which_it_stands(study, tmp_path
 
 
 def test_sections_of_other_stages_may_stand_in_a_base_alone(study, tmp_path):
-    values = tiny_params() | {"summary": {"title": "T", "metrics": {"a": "b"}, "figure": [], "claims": [], "noise": {}}}
+    values = tiny_params() | {"summary": {"title": "T", "metrics": {"a": "b"}, "figure": {}, "claims": {}, "noise": {}}}
     write_params(values, tmp_path / "root.yaml")
     assert study("") == ""
     assert study("summary: {title: Mine}") == "params.yaml: no stage reads section 'summary'"
@@ -553,8 +553,8 @@ runs: {one: {}, two: {}}
 summary:
   title: T
   metrics: {gFID: generation.gfid_x}
-  figure: [{name: curves, x: flops, y: [gFID], published: PUBLISHED}]
-  claims: [{name: better, metric: gFID, run: one, than: THAN}]
+  figure: {all: {name: curves, x: flops, y: [gFID], published: PUBLISHED}}
+  claims: {level: {name: better, metric: gFID, run: one, than: THAN}}
   noise: {pretrain: [one, NOISE]}
 """
 
@@ -570,7 +570,7 @@ def test_a_summary_speaks_of_runs_and_figures_that_there_are(study):
 
     assert said("Figure 4", "two", "two") == []
     assert said("null", "tow", "three") == [
-        "params.yaml:summary.claims.0: no such run: 'tow'; did you mean 'two'?",
+        "params.yaml:summary.claims.level: no such run: 'tow'; did you mean 'two'?",
         "params.yaml:summary.noise.pretrain: no such run: 'three'",
     ]
     (wrong,) = said("Figure 44", "two", "two")

@@ -22,6 +22,13 @@ IMPROVES = {"name": "improves", "metric": "gFID", "runs": ["vtp"], "against": "f
 SMALL = {"title": "T", "metrics": METRICS, "figure": [CURVES], "claims": [], "noise": {}}
 
 
+def parsed(changes):
+    """A list of panels or claims becomes a mapping: they are called by their numbers."""
+    values = SMALL | changes
+    named = {key: {str(place): each for place, each in enumerate(values[key])} for key in ("figure", "claims")}
+    return Summary.parse(values | named, where="params.yaml:summary")
+
+
 def write_point(folder, place, probe, gfid):
     """One tokenizer; None: without the metric."""
     path = folder / "points" / place
@@ -55,7 +62,7 @@ def study(folder, *, seeds=3, noise=0.3, better=20.0, slope=-10.0, seed=0):
 
 def summarise(folder, name="summary", **changes):
     """Table and claims as lines, and the headline."""
-    config = Summary.parse(SMALL | changes, where="params.yaml:summary")
+    config = parsed(changes)
     host = LocalHost(folder / "scratch" / name, folder, Runtime())
     paths = {"summary": folder / name, "headline": folder / f"{name}.json"}
     run(config, points=folder / "points", published=PUBLISHED, **paths, host=host)
@@ -65,8 +72,8 @@ def summarise(folder, name="summary", **changes):
 
 def claimed(folder, claims):
     """The conclusion, the sentence of every claim, and the verdicts."""
-    config = Summary.parse(SMALL | {"claims": claims}, where="params.yaml:summary")
-    verdicts = judge(config.claims, read_points(folder / "points", METRICS, first=[]))
+    config = parsed({"claims": claims})
+    verdicts = judge(list(config.claims.values()), read_points(folder / "points", METRICS, first=[]))
     return conclusion(verdicts), [verdict.sentence for verdict in verdicts], verdicts
 
 
