@@ -7,6 +7,7 @@ import torch
 from tiny import ROOT, merged, tiny_params, write_params
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from stages import check
 from stages.plans import estimate, reference, train_generator, tune_decoder
 from stages.plans.adversary import discriminator_of
 from stages.pretrain import Pretrain, step_cost
@@ -59,6 +60,27 @@ def test_every_stage_has_a_plan(monkeypatch, capsys, small, stage):
     assert "at 40% of 6.7e+13 FLOP/s" in plan["GPU hours"].text
     assert "on 2 GPUs" in plan["wall clock"].text
     assert plan["wall clock"].value == pytest.approx(plan["GPU hours"].value * 3600 / 2)
+
+
+def test_a_comparison_costs_what_its_stages_do(small, tmp_path):
+    """Of every run, seed and point, and what all share once; the data need no device."""
+    summary = {"title": "T", "metrics": ["a"], "published": {}}
+    milestones = {"monitor": {"milestones": [0.5, "end"]}}
+    runs = {"one": {"pretrain": milestones}, "two": {"pretrain": milestones, "generate": {"samples": 48}}}
+    study = {"base": "params.yaml", "report": None, "summary": summary, "runs": runs}
+    write_params(study | {"seeds": [0, 4, 5], "points": ["0.5", "end"]}, tmp_path / "study.yaml")
+    plan = check.plan(tmp_path / "study.yaml", ["--peak", "1e12"])
+    alone = {stage: plan_of(stage, f"{small}:{stage}")["run"].value for stage in STAGES_WITH_A_PLAN}
+    one, two, whole = plan.sections.values()
+    once = {"pretrain": alone.pop("pretrain"), "reference": alone.pop("reference")}
+    assert one["pretrain"].value == once["pretrain"]
+    assert {stage: one[stage].value for stage in alone} == {stage: 2 * flops for stage, flops in alone.items()}
+    assert one["all"].value == pytest.approx(once["pretrain"] + 2 * sum(alone.values()))
+    assert two["generate"].value == 2 * one["generate"].value
+    assert whole["all"].value == pytest.approx(once["reference"] + 3 * (one["all"].value + two["all"].value))
+    assert whole["all"].text.endswith(f"{estimate.rounded(whole['all'].value / (0.4e12 * 3600))} GPU hours")
+    with pytest.raises(ConfigError, match=r"compares no runs; the stages of its dvc\.yaml have a --plan each"):
+        check.plan(small, [])
 
 
 def test_the_plan_of_a_filter_is_that_of_its_scores(tmp_path, small):
