@@ -58,7 +58,9 @@ def plan_study(
             of_run += cost
         section["all"] = of_run.figure
         whole += of_run.times(seeds)
-    once = [planner.cost(use, shared | next(iter(runs.values()))) for use in uses if not use.of_runs and _planned(use)]
+    once = [
+        planner.cost(use, {**shared, **next(iter(runs.values()))}) for use in uses if not use.of_runs and _planned(use)
+    ]
     whole = sum(once, start=whole)
     estimate.section(f"the study: {len(runs)} runs, {seeds} seeds, {points} points")["all"] = whole.figure
     return estimate
