@@ -58,16 +58,12 @@ def plan_study(
             of_run += cost
         section["all"] = of_run.figure
         whole += of_run.times(seeds)
-    once = [
-        planner.cost(use, {**shared, **next(iter(runs.values()))}) for use in uses if not use.of_runs and _planned(use)
-    ]
-    whole = sum(once, start=whole)
+    any_run = {**shared, **next(iter(runs.values()))}
+    for use in uses:
+        if not use.of_runs and use.module not in UNPLANNED:
+            whole += planner.cost(use, any_run)
     estimate.section(f"the study: {len(runs)} runs, {seeds} seeds, {points} points")["all"] = whole.figure
     return estimate
-
-
-def _planned(use: Use) -> bool:
-    return use.module not in UNPLANNED
 
 
 class _Planner:
