@@ -324,24 +324,26 @@ def _write(checked: Checked, *, code: Path | None, runs: Path | None, resolved: 
 def plan(params: Path, arguments: list[str]) -> Estimate:
     """What a comparison takes with these parameters. Raises ConfigError."""
     text = derived(params.resolve().parent, params=params.name)
-    if text is None:
+    if text is None or not (parameters := read_parameters(params)).runs:
         raise ConfigError(f"{params}: compares no {RUNS}; the stages of its dvc.yaml have a --plan each")
     pipeline = Pipeline.of_text(text, params.parent)
-    checked = check(params, pipeline)
-    points = len(read_parameters(params).values[POINTS])
+    checked, points = check(params, pipeline), len(parameters.values[POINTS])
     return plan_study(pipeline.uses, checked.shared, checked.runs, arguments, seeds=len(checked.seeds), points=points)
 
 
 def _outdated(folder: Path) -> list[str]:
-    """Whether a derived dvc.yaml is that of other parameters."""
+    """Whether the derived dvc.yaml of a study is that of other parameters, which is what may be wrong with them."""
+    dvc_file = folder / "dvc.yaml"
+    if folder.resolve().parent != HERE / "pipelines" or not dvc_file.is_file():
+        return []
     try:
         text = derived(folder.resolve())
     except ConfigError:  # said already
         return []
-    if text is None or text == (folder / "dvc.yaml").read_text(encoding="utf-8"):
+    if text is None or text == dvc_file.read_text(encoding="utf-8"):
         return []
     return [
-        f"{folder / 'dvc.yaml'}: is that of other parameters; from the root: python -m stages.runner.project --replace "
+        f"{dvc_file}: is that of other parameters; from the root: python -m stages.runner.project --replace "
         f"{folder.resolve().relative_to(HERE)}"
     ]
 

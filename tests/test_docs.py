@@ -44,14 +44,14 @@ def test_the_study_of_the_readme_is_that_of_its_folder():
 
 
 def test_the_new_study_is_valid(tmp_path):
-    """As it stands in the gallery: ten lines and no more."""
+    """As it stands in the gallery: twelve lines and no more."""
     (shown,) = (block for block in blocks(ROOT / "pipelines/README.md") if "runs:" in block)
     (tmp_path / "params.yaml").write_text(shown.replace("../overlays", str(ROOT / "pipelines/overlays")))
     pipeline = Pipeline.of(ROOT / "pipelines/comparison.dvc.yaml")._replace(tracked=[])
     runs = check(tmp_path / "params.yaml", pipeline).runs
     weights = {name: run["pretrain"]["objective"]["weights"]["reconstruction"] for name, run in runs.items()}
     assert weights == {"light": 0.1, "heavy": 1.0}
-    assert len(shown.splitlines()) <= 10
+    assert len(shown.splitlines()) <= 12
 
 
 def test_sources_of_the_documents_are_valid():

@@ -58,14 +58,12 @@ def plan_study(
             of_run += cost
         section["all"] = of_run.figure
         whole += of_run.times(seeds)
-    once = [planner.cost(use, shared | next(iter(runs.values()))) for use in uses if not use.of_runs and _planned(use)]
-    whole = sum(once, start=whole)
+    any_run = {**shared, **next(iter(runs.values()))}
+    for use in uses:
+        if not use.of_runs and use.module not in UNPLANNED:
+            whole += planner.cost(use, any_run)
     estimate.section(f"the study: {len(runs)} runs, {seeds} seeds, {points} points")["all"] = whole.figure
     return estimate
-
-
-def _planned(use: Use) -> bool:
-    return use.module not in UNPLANNED
 
 
 class _Planner:
@@ -77,7 +75,7 @@ class _Planner:
 
     def cost(self, use: Use, sections: Mapping[str, Any]) -> Cost:
         """Of one stage with these parameters."""
-        key = f"{use.module} {use.section} {json.dumps(sections)}"
+        key = f"{use.module} {use.section} {json.dumps(_decisive(use, sections))}"
         if key not in self._known:
             plan = import_module(f"stages.plans.{use.module}").plan
             with TemporaryDirectory() as folder:
@@ -85,3 +83,13 @@ class _Planner:
                 found: Estimate = plan([f"{path}:{use.section}", *self._arguments])
             self._known[key] = Cost(found[FLOPS].value, found[HOURS].value)
         return self._known[key]
+
+
+def _decisive(use: Use, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """What the cost of a stage depends on: on no seed, and behind pre-training on the tokenizer and its objectives."""
+    parts = {name: {key: value for key, value in of.items() if key != "seed"} for name, of in sections.items()}
+    if use.module != "pretrain" and "pretrain" in parts:
+        weights = parts["pretrain"]["objective"]["weights"]
+        trained = [name for name, weight in weights.items() if weight]
+        parts["pretrain"] = {"tokenizer": parts["pretrain"]["tokenizer"], "objectives": trained}
+    return parts

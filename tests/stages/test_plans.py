@@ -7,9 +7,12 @@ import torch
 from tiny import ROOT, merged, tiny_params, write_params
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from stages import check
 from stages.plans import estimate, reference, train_generator, tune_decoder
 from stages.plans.adversary import discriminator_of
+from stages.plans.study import plan_study
 from stages.pretrain import Pretrain, step_cost
+from stages.runner.pipeline import Use
 from stages.runner.run import main
 from stages.train_generator import TrainGenerator
 from vtp.config import ConfigError
@@ -60,6 +63,28 @@ def test_every_stage_has_a_plan(monkeypatch, capsys, small, stage):
     assert "at 40% of 6.7e+13 FLOP/s" in plan["GPU hours"].text
     assert "on 2 GPUs" in plan["wall clock"].text
     assert plan["wall clock"].value == pytest.approx(plan["GPU hours"].value * 3600 / 2)
+
+
+def test_a_comparison_costs_what_its_stages_do(small):
+    """Of every run, seed and point, and what all share once; the data need no device."""
+    uses = [Use("cache_latents", "cache_latents", True), Use("generate", "generate", True, at_points=True)]
+    uses += [Use("reference", "reference", False), Use("prepare_data", "prepare_data", False)]
+    sections = tiny_params()
+    shared = {name: sections.pop(name) for name in ("reference", "prepare_data")}
+    other = sections | {"generate": sections["generate"] | {"samples": 48, "seed": 3}}
+    study = plan_study(uses, shared, {"one": sections, "two": other}, ["--peak", "1e12"], seeds=3, points=2)
+    latents, drawn, real = (plan_of(use.module, f"{small}:{use.section}")["run"].value for use in uses[:3])
+    one, two, whole = study.sections.values()
+    assert (one["cache_latents"].value, one["generate"].value) == (latents, 2 * drawn)
+    assert (two["cache_latents"].value, two["generate"].value) == (latents, 4 * drawn)
+    flops = real + 3 * (2 * latents + 6 * drawn)
+    assert whole["all"].value == pytest.approx(flops)
+    assert whole["all"].text.endswith(f" {estimate.rounded(flops / (0.4e12 * 3600))} GPU hours")
+
+
+def test_what_compares_no_runs_has_no_plan_of_runs(small):
+    with pytest.raises(ConfigError, match=r"compares no runs; the stages of its dvc\.yaml have a --plan each"):
+        check.plan(small, [])
 
 
 def test_the_plan_of_a_filter_is_that_of_its_scores(tmp_path, small):
