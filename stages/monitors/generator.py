@@ -141,7 +141,7 @@ class GeneratorMonitor:
         reached = {number_name(each): epochs_to_reach(each, points) for each in self._config.fid.reach}
         told = {x: {key: v for key, v in of._asdict().items() if v is not None} for x, of in reached.items() if of}
         return {
-            name: {f"{EPOCHS}{number_name(done)}": value for done, value in points.items()},
+            name: {f"{EPOCHS}{number_name(round(done, 4))}": value for done, value in points.items()},
             "epochs_to_reach": told,
         }
 
