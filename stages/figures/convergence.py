@@ -7,8 +7,8 @@ from pathlib import Path
 
 from stages.figures.drawing import axes
 from stages.figures.tables import flatten
-from stages.monitors.generator import EPOCHS
 from vtp.artefact import read_json
+from vtp.evaluation.convergence import EPOCHS
 from vtp.inference.lettering import drawable
 
 AT_EPOCHS = re.compile(rf"train_generator\.(?P<name>.+)\.{EPOCHS}(?P<epochs>[\d.e+-]+)")

@@ -14,7 +14,7 @@ from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config, Distinct, number_name
 from vtp.data.latents import LatentDataset
 from vtp.distributed import gather_rows, own_rows, ranks
-from vtp.evaluation.convergence import epochs_to_reach
+from vtp.evaluation.convergence import EPOCHS, epochs_to_reach
 from vtp.evaluation.features import FeatureExtractor, count_name
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
 from vtp.flow import SamplerConfig, draw_noise, flow_matching_loss, sample
@@ -24,8 +24,6 @@ from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
 from vtp.objectives.generation import GenerationObjective
 from vtp.step import Logs, StepContext
-
-EPOCHS = "epochs_"  # of the name of a distance along a training
 
 
 class OnlineFidConfig(Config):
@@ -143,7 +141,7 @@ class GeneratorMonitor:
         reached = {number_name(each): epochs_to_reach(each, points) for each in self._config.fid.reach}
         told = {x: {key: v for key, v in of._asdict().items() if v is not None} for x, of in reached.items() if of}
         return {
-            name: {f"{EPOCHS}{number_name(done)}": value for done, value in points.items()},
+            name: {f"{EPOCHS}{number_name(round(done, 4))}": value for done, value in points.items()},
             "epochs_to_reach": told,
         }
 

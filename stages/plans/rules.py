@@ -22,7 +22,7 @@ from stages.train_generator import TrainGenerator
 from stages.tune_decoder import TuneDecoder
 from vtp.config import Config, number_name
 from vtp.curation.ingest.compose import EmbeddedConfig
-from vtp.evaluation.convergence import Reached
+from vtp.evaluation.convergence import EpochsToReach
 from vtp.evaluation.features import AnyFeaturesConfig
 from vtp.flow import SamplerConfig
 from vtp.losses.perceptual import AnyPerceptualConfig
@@ -352,7 +352,7 @@ def _online_distances_have_a_reference(recipe: Recipe) -> Iterator[str]:
 def _distances_to_reach_are_asked_for(recipe: Recipe) -> Iterator[str]:
     for own, summary, name, training in recipe.pairs(Summary, TrainGenerator):
         asked = training.monitor.fid.reach if training.monitor.fid else []
-        known = [f"{EPOCHS_TO_REACH}{number_name(each)}.{key}" for each in asked for key in Reached._fields]
+        known = [f"{EPOCHS_TO_REACH}{number_name(each)}.{key}" for each in asked for key in EpochsToReach._fields]
         for metric in summary.metrics.values():
             if metric.startswith(EPOCHS_TO_REACH) and metric not in known:
                 yield (

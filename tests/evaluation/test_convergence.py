@@ -2,7 +2,7 @@
 
 import pytest
 
-from vtp.evaluation.convergence import Reached, epochs_to_reach
+from vtp.evaluation.convergence import EpochsToReach, epochs_to_reach
 
 CURVE = {8.0: 5.0, 2.0: 40.0, 4.0: 20.0, 6.0: 10.0}  # in no order
 
@@ -10,12 +10,12 @@ CURVE = {8.0: 5.0, 2.0: 40.0, 4.0: 20.0, 6.0: 10.0}  # in no order
 @pytest.mark.parametrize(
     ("distance", "reached"),
     [
-        (20.0, Reached(4.0, 4.0)),
-        (15.0, Reached(6.0, 5.0)),
-        (12.5, Reached(6.0, 5.5)),
-        (5.0, Reached(8.0, 8.0)),
-        (40.0, Reached(2.0, None)),  # nothing is known of what was before the first evaluation
-        (50.0, Reached(2.0, None)),
+        (20.0, EpochsToReach(4.0, 4.0)),
+        (15.0, EpochsToReach(6.0, 5.0)),
+        (12.5, EpochsToReach(6.0, 5.5)),
+        (5.0, EpochsToReach(8.0, 8.0)),
+        (40.0, EpochsToReach(2.0, None)),  # nothing is known of what was before the first evaluation
+        (50.0, EpochsToReach(2.0, None)),
         (4.9, None),
     ],
 )
@@ -24,6 +24,6 @@ def test_the_first_evaluation_at_or_below_and_the_line_that_leads_to_it(distance
 
 
 def test_a_later_rise_takes_nothing_back():
-    assert epochs_to_reach(10.0, {1.0: 30.0, 2.0: 10.0, 3.0: 12.0, 4.0: 9.0}) == Reached(2.0, 2.0)
-    assert epochs_to_reach(10.0, {1.0: 12.0, 2.0: 30.0, 3.0: 10.0}) == Reached(3.0, 3.0)
+    assert epochs_to_reach(10.0, {1.0: 30.0, 2.0: 10.0, 3.0: 12.0, 4.0: 9.0}) == EpochsToReach(2.0, 2.0)
+    assert epochs_to_reach(10.0, {1.0: 12.0, 2.0: 30.0, 3.0: 10.0}) == EpochsToReach(3.0, 3.0)
     assert epochs_to_reach(10.0, {}) is None

@@ -106,7 +106,7 @@ def test_evaluations_go_through_the_decoder_that_is_given(inputs, reference, tmp
     curve = [float(row[DISTANCE]) for row in rows(own) if row[DISTANCE]]
     assert list(told[DISTANCE]) == ["epochs_1", "epochs_2"]
     assert list(told[DISTANCE].values()) == pytest.approx(curve, rel=1e-5)
-    assert told["epochs_to_reach"] == {"1000000000": {"evaluated": 1.0}}  # and none for what was never reached
+    assert told["epochs_to_reach"] == {"1e+09": {"evaluated": 1.0}}  # and none for what was never reached
     for before, after in zip(rows(own), rows(tuned), strict=True):
         assert {name for name in before if before[name] != after[name]} == ({DISTANCE} if before[DISTANCE] else set())
 

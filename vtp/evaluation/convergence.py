@@ -4,15 +4,17 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+EPOCHS = "epochs_"  # of the name of a distance along a training
 
-class Reached(NamedTuple):
+
+class EpochsToReach(NamedTuple):
     """Epochs until a distance was reached."""
 
     evaluated: float  # of the first evaluation at or below it
     interpolated: float | None  # on the line from the evaluation before; None where the first of all was below
 
 
-def epochs_to_reach(distance: float, points: Mapping[float, float]) -> Reached | None:
+def epochs_to_reach(distance: float, points: Mapping[float, float]) -> EpochsToReach | None:
     """The epochs at which `points`, distances by epochs, first come to `distance` or below; None when they never do.
 
     After EP_FID@k of RAEv2 (arXiv 2605.18324), which names no interpolation. What lies between evaluations is not seen: both
@@ -23,6 +25,6 @@ def epochs_to_reach(distance: float, points: Mapping[float, float]) -> Reached |
         if value <= distance:
             earlier, above = before
             share = (above - distance) / (above - value)
-            return Reached(epochs, None if math.isnan(share) else earlier + share * (epochs - earlier))
+            return EpochsToReach(epochs, None if math.isnan(share) else earlier + share * (epochs - earlier))
         before = epochs, value
     return None
