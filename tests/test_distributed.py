@@ -74,7 +74,9 @@ def test_gradients_and_weights_are_those_of_one_process(request, one, case, layo
         together = results[(case, *layout)]
         assert together["gradients"].keys() == alone["gradients"].keys()
         for name, gradient in alone["gradients"].items():
-            error = (together["gradients"][name] - gradient).norm() / (gradient.norm() + 1e-8)
+            # Zero by algebra, but for rounding: of a bias of attention's keys, or before a norm of single channels.
+            floor = 1e-8 if gradient.norm() > 1e-8 else 1e-3
+            error = (together["gradients"][name] - gradient).norm() / (gradient.norm() + floor)
             assert error < 1e-5, f"{name} on rank {rank}: {error}"
         for name, weight in alone["weights"].items():
             error = (together["weights"][name] - weight).abs().max()
