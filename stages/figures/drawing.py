@@ -33,8 +33,9 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
 
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # titles and names are texts: a dollar begins no formula
-    matplotlib.rcParams["font.family"] = _families()  # what the first does not cover the others may
+    matplotlib.rcParams["font.family"] = _families()[:1]
     from matplotlib import pyplot
+    from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter
 
     columns = min(columns, count)
@@ -50,6 +51,9 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
     for scale in (scale for axis in every[:count] for scale in (axis.xaxis, axis.yaxis) if scale.get_scale() == "log"):
         for use in (scale.set_major_formatter, scale.set_minor_formatter):
             use(LogFormatter(minor_thresholds=(2, 0.5)))  # in plain digits: formulas are off
+    for text in figure.findobj(Text):
+        if not text.get_text().isascii():  # what the first font does not cover others may; to ask all of them takes long
+            text.set_fontfamily(_families())
     figure.tight_layout()
     figure.savefig(path, dpi=dpi, metadata={"Software": None})
     pyplot.close(figure)
