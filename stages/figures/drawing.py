@@ -52,7 +52,9 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
         for use in (scale.set_major_formatter, scale.set_minor_formatter):
             use(LogFormatter(minor_thresholds=(2, 0.5)))  # in plain digits: formulas are off
     for text in figure.findobj(Text):
-        if not text.get_text().isascii():  # what the first font does not cover others may; to ask all of them takes long
+        if (
+            not text.get_text().isascii()
+        ):  # what the first font does not cover others may; to ask all of them takes long
             text.set_fontfamily(_families())
     figure.tight_layout()
     figure.savefig(path, dpi=dpi, metadata={"Software": None})

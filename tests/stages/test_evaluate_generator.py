@@ -269,6 +269,7 @@ def test_pictured_samples_are_of_their_class(made, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])
+@pytest.mark.slow
 def test_two_ranks_are_one_process(made, tmp_path, batch_size):
     """Two real ones, by the command line. 31 samples in batches of 64: the first has nothing to do, and writes."""
     files = {"metrics": "metrics.json", "curves": "curves.csv", "pictures": "pictures", "export": "export"}
