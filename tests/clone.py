@@ -72,7 +72,7 @@ class Clone:
             start_new_session=True,
         )
 
-    def dvc(self, *arguments, cwd=None, seconds=600, **settings):
+    def dvc(self, *arguments, cwd=None, seconds=1800, **settings):
         """Output of a dvc command and its status."""
         process = self.start(*arguments, cwd=cwd, **settings)
         output, _ = process.communicate(timeout=seconds)
@@ -87,7 +87,7 @@ class Clone:
     def run_queue(self, name, cwd=None):
         """Run what is queued, which is the experiment `name`."""
         self.asked("queue", "start", cwd=cwd)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while True:
             rows = [line.split() for line in self.asked("queue", "status", cwd=cwd).splitlines() if line]
             states = {row[1]: row[-1] for row in rows}
@@ -136,7 +136,7 @@ class Study:
     def write(self, changes):
         write_params(merged(self.values, changes, new=True), self.folder / "params.yaml")
 
-    def dvc(self, *arguments, status=0, seconds=600):
+    def dvc(self, *arguments, status=0, seconds=1800):
         output, ended = self.clone.dvc(*arguments, cwd=self.folder, seconds=seconds)
         assert ended == status, output
         return output

@@ -7,6 +7,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: a long one that starts last would leave the other process idle.
+
+    xdist's own order, by the number of tests, starts the longest pipelines last (`--no-loadscope-reorder`).
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """As the ranks have that a module starts."""

@@ -21,7 +21,7 @@ def on_two_ranks(
     own = {"VTP_RANKS": "2", "VTP_DEVICE": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": ""}
     environment = {name: value for name, value in (os.environ | own | settings).items() if value}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
     assert list(folder.glob(f".scratch/{stage}/*/job.json"))  # ranks were started

@@ -41,7 +41,13 @@ CASES["everything"] = {
 CASES["convolutional"] = CONVOLUTIONAL  # a posterior that is sampled: what is drawn does not depend on ranks
 OPEN_CLIP = Path(__file__).parent / "golden" / "openclip-losses"
 CONTRASTS = {"clip": (clip_loss, 14.2857), "siglip": (siglip_loss, 10.0, -10.0)}  # first scale, first bias
+JOINT = ("clip+ssl+ae", "everything")
 LAYOUTS = [(parallel, micro_batches) for parallel in ("ddp", "fsdp") for micro_batches in (1, 2)]
+
+
+def cases_on(size):
+    """Two ranks have every objective by itself as well; more of them only those that are trained at once."""
+    return list(CASES) if size == 2 else list(JOINT)
 
 
 def config_for(case):
@@ -200,10 +206,11 @@ def checkpointed(case, folder, start, stop, parallel="ddp"):
 
 
 def main(folder):
-    with process_group("cpu", timeout=120):
+    with process_group("cpu", timeout=600):
         rank, size = ranks()
         results = {
-            (case, *layout): gradients_and_weights(case, *layout) for case, layout in itertools.product(CASES, LAYOUTS)
+            (case, *layout): gradients_and_weights(case, *layout)
+            for case, layout in itertools.product(cases_on(size), LAYOUTS)
         }
         results["reductions"] = reductions()
         results["contrasts"] = contrasts()

@@ -170,6 +170,14 @@ def test_configs_load_without_heavy_libraries():
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("stage", ["prepare_data", "download", "summary", "report"])
+def test_what_computes_nothing_loads_no_torch(stage):
+    """It would take most of their time; the runner, which all have in common, does not ask for it either."""
+    code = f"import sys, stages.{stage}; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
 def test_public_names():
     import vtp
 

@@ -15,6 +15,7 @@ from ranks import (
     LR,
     OPEN_CLIP,
     STEPS,
+    cases_on,
     checkpointed,
     gradients_and_weights,
     reductions,
@@ -65,9 +66,8 @@ def ranks_of(request, size):
     return request.getfixturevalue({2: "two", 4: "four"}[size])
 
 
-@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}-{layout[1]}-micro")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "size"), [(case, size) for size in (2, 4) for case in cases_on(size)])
 def test_gradients_and_weights_are_those_of_one_process(request, one, case, layout, size):
     alone = one[case]
     for rank, results in enumerate(ranks_of(request, size)):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from clone import WEIGHTS, Clone, Study, kill, ran
@@ -52,10 +51,9 @@ def test_whole_pipeline_and_plots(clone, finished):
 
 
 def test_second_run_does_nothing(clone, finished):
-    start = time.monotonic()
     output = clone.repro()
     assert "Data and pipelines are up to date" in output
-    assert time.monotonic() - start < 20  # 5 s on an idle machine
+    assert ran(output) == []
 
 
 def test_a_comment_runs_nothing_but_check(clone, finished):
@@ -127,37 +125,32 @@ def test_autoencoder_experiment(clone, finished):
     assert clone.weights("pretrain") == finished["pretrain"]
 
 
-@pytest.mark.parametrize(
-    ("section", "key", "value", "said"),
-    [
-        ("pretrain", "sed", 1, "params.yaml:pretrain.sed: unknown key"),
-        (
-            "generate",
-            "samples",
-            "many",
-            "params.yaml:generate.samples: Input should be a valid integer (given: 'many')",
-        ),
-        ("report", None, None, "section 'report' is missing"),
-        (
-            "prepare_data",
-            "samples_per_shard",
-            0,
-            "prepare_data.samples_per_shard: Input should be greater than or equal to 1",
-        ),
-        ("cache_latents", "dtype", "float8", "Input should be 'float32', 'bfloat16' or 'float16' (given: 'float8')"),
-    ],
-)
-def test_typos_stop_everything_and_lose_nothing(clone, finished, section, key, value, said):
+TYPOS = {
+    ("pretrain", "sed"): 1,
+    ("generate", "samples"): "many",
+    ("prepare_data", "samples_per_shard"): 0,
+    ("cache_latents", "dtype"): "float8",
+}
+SAID = [
+    "params.yaml:pretrain.sed: unknown key",
+    "params.yaml:generate.samples: Input should be a valid integer (given: 'many')",
+    "section 'report' is missing",
+    "prepare_data.samples_per_shard: Input should be greater than or equal to 1",
+    "Input should be 'float32', 'bfloat16' or 'float16' (given: 'float8')",
+]
+
+
+def test_typos_stop_everything_and_lose_nothing(clone, finished):
+    """All are named at once."""
     values = json.loads(json.dumps(clone.params))
-    if key is None:
-        del values[section]
-    else:
+    for (section, key), value in TYPOS.items():
         values[section][key] = value
+    del values["report"]
     before = {path: digest(path) for path in clone.folder.glob("work/*") if path.name != "check"}
     write_params(values, clone.folder / "params.yaml")
     output, status = clone.dvc("repro")
     assert status != 0
-    assert said in output
+    assert [said for said in SAID if said not in output] == []
     assert ran(output) == ["check"]
     assert {path: digest(path) for path in before} == before
     clone.write({})
@@ -202,11 +195,9 @@ def test_killed_between_the_end_and_the_lock(clone, finished):
     del recorded["stages"]["train_generator"]
     with lock.open("w") as file:
         YAML().dump(recorded, file)
-    start = time.monotonic()
     output = clone.repro("-s", "train_generator")
     assert "this run is finished" in output
     assert "resumed" not in output
-    assert time.monotonic() - start < 30
     assert clone.weights("train_generator") == finished["train_generator"]
 
 
@@ -237,7 +228,7 @@ def test_terminated_stage_saves_and_says_so(clone, finished):
     )
     wait_for(lambda: (folder := scratch(clone, "tune_decoder")) and (folder / "folder/curves.csv").exists(), process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=600)
     if process.returncode == 0:
         pytest.fail("the stage ended before the signal; make it longer")
     assert process.returncode == 130, said
@@ -280,7 +271,7 @@ def test_edited_parameters_wait_for_the_next_run(clone, finished):
     process = clone.start("repro", "-f", "-s", "train_generator")
     wait_for(lambda: checkpoints(clone, "train_generator"), process)
     clone.write({"train_generator": {"seed": 1}})
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert clone.weights("train_generator") == before
     assert ran(clone.repro("train_generator")) == ["check", "train_generator"]

@@ -136,7 +136,7 @@ def trained(name: str, rank_slice: RankSlice) -> dict[str, object]:
 
 
 def main(folder: Path) -> None:
-    with process_group("cpu", timeout=120):
+    with process_group("cpu", timeout=600):
         rank, size = ranks()
         results = {
             f"{case} {micro_batches}": trained(case, RankSlice(rank, size, micro_batches))

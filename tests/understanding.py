@@ -47,7 +47,7 @@ def evaluate(folder, params, *, chunk, seconds=0.0, **inputs):
 def main():
     given = json.loads(sys.argv[1])
     paths = {name: Path(given.pop(name)) for name in ("folder", "shards", "tokenizer")}
-    with process_group("cpu", timeout=120):
+    with process_group("cpu", timeout=600):
         evaluate(paths.pop("folder"), given.pop("params"), **given, **paths)
 
 

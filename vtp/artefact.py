@@ -32,6 +32,10 @@ PARTS_LEFT_OUT = 4  # a model may be built with so many times the parameters tha
 remembered: dict[str, str] = {}  # digests of large files of this process by `_identity`
 
 
+class StateError(RuntimeError):
+    """A saved state cannot be read, now or ever."""
+
+
 class ArtefactError(ValueError):
     """A file or folder is missing, damaged or of another kind; the message names it and the remedy."""
 

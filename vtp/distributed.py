@@ -18,14 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vtp.artefact import StateError
+
 BUCKET = 1 << 26  # bytes that one reduction carries
 T = TypeVar("T")
 _of_checkpoints: list[dist.ProcessGroup] = []
 _stores: list[dist.Store] = []
-
-
-class StateError(RuntimeError):
-    """A saved state cannot be read, now or ever."""
 
 
 class StateMismatchError(StateError):

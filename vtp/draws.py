@@ -5,9 +5,12 @@ resumes at step k therefore needs no stored random state: it asks for the genera
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def address(seed: int, purpose: str, *indices: int) -> int:
@@ -16,8 +19,10 @@ def address(seed: int, purpose: str, *indices: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def torch_draws(seed: int, purpose: str, *indices: int) -> torch.Generator:
+def torch_draws(seed: int, purpose: str, *indices: int) -> "torch.Generator":
     """A CPU torch generator for the address."""
+    import torch  # here: whoever composes pictures does without it
+
     return torch.Generator().manual_seed(address(seed, purpose, *indices))
 
 

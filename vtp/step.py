@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field
-from torch import Tensor, nn
 
 from vtp.config import Config
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 UNINFORMED = "_uninformed"  # ends the name of a scalar with what a model that knows nothing would score
 
-Logs = Mapping[str, Tensor | float]
+Logs = Mapping[str, "Tensor | float"]
 
 
 class StepContext(NamedTuple):
@@ -35,15 +37,15 @@ class Term(NamedTuple):
     """
 
     name: str  # of the objective that it belongs to
-    loss: Tensor | None  # None: scalars alone
+    loss: "Tensor | None"  # None: scalars alone
     parts: Logs = MappingProxyType({})
-    own: Sequence[Tensor] = ()
+    own: "Sequence[Tensor]" = ()
 
 
 class ParameterGroup(NamedTuple):
     """Parameters with factors on the optimiser's numbers."""
 
-    parameters: Sequence[nn.Parameter]
+    parameters: "Sequence[nn.Parameter]"
     lr: float = 1.0
     weight_decay: float = 1.0
     frozen_until: float = 0.0  # share of the run in which the learning rate is 0

@@ -33,8 +33,9 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
 
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # titles and names are texts: a dollar begins no formula
-    matplotlib.rcParams["font.family"] = _families()  # what the first does not cover the others may
+    matplotlib.rcParams["font.family"] = _families()[:1]
     from matplotlib import pyplot
+    from matplotlib.text import Text
 
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -50,6 +51,11 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
         for scale, ends in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
             if scale.get_scale() == "log":
                 _name_powers(scale, *ends)
+    for text in figure.findobj(Text):
+        if (
+            not text.get_text().isascii()
+        ):  # what the first font does not cover others may; to ask all of them takes long
+            text.set_fontfamily(_families())
     figure.tight_layout()
     figure.savefig(path, dpi=dpi, metadata={"Software": None})
     pyplot.close(figure)

@@ -22,7 +22,6 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from vtp.artefact import write_json
 from vtp.config import Config, ConfigError
-from vtp.distributed import ranks
 from vtp.host import ProgressBar
 from vtp.texts import message, shown
 
@@ -188,6 +187,15 @@ def _cache_of_machine(root: Path) -> Path:
     return folder
 
 
+def _ranks() -> tuple[int, int]:
+    """This process among all. Only torchrun starts several; without it torch, which takes seconds to load, is not asked."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    from vtp.distributed import ranks
+
+    return ranks()
+
+
 class LocalHost:
     """`vtp.host.Host` on this machine: the scratch folder of a run, and what its environment says."""
 
@@ -225,7 +233,7 @@ class LocalHost:
 
     @property
     def rank_processes(self) -> int:
-        share = self.processes // (self.runtime.local_ranks if ranks().size > 1 else 1)
+        share = self.processes // (self.runtime.local_ranks if _ranks()[1] > 1 else 1)
         return max(share, min(1, self.processes))
 
     @property
@@ -268,7 +276,7 @@ class LocalHost:
 
     @property
     def stop_requested(self) -> bool:
-        return self.signalled or (ranks().first and (self.folder.parent / STOP).exists())
+        return self.signalled or (_ranks()[0] == 0 and (self.folder.parent / STOP).exists())
 
     @property
     def stop_seen(self) -> bool:
@@ -279,7 +287,7 @@ class LocalHost:
 
     def record(self, **facts: float | str) -> None:
         self.facts |= facts
-        if ranks().first:
+        if _ranks()[0] == 0:
             write_json(self.folder.parent / "facts.json", self.facts)
 
     def recorded(self) -> dict[str, Any]:
@@ -298,7 +306,7 @@ class LocalHost:
             initial=done,
             mininterval=interval,
             maxinterval=interval,
-            disable=not ranks().first,
+            disable=_ranks()[0] > 0,
         )
 
 

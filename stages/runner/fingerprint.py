@@ -9,8 +9,9 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vtp.artefact import ArtefactError, digest, read_json, remembered, write_json
 from vtp.data.shards import Manifest
@@ -55,7 +56,7 @@ def code_digest(module: str) -> str:
     """SHA-256 over the meaning of every file that `module` can import within our packages."""
     state = hashlib.sha256()
     for name, path in sorted(closure(module).items()):
-        state.update(f"{name}\n{meaning(path.read_text(encoding='utf-8'))}\n".encode())
+        state.update(f"{name}\n{_read(path).meaning}\n".encode())
     return state.hexdigest()
 
 
@@ -68,7 +69,7 @@ def closure(module: str) -> dict[str, Path]:
         if name in modules or _is_left_out(name) or (path := _file(name)) is None:
             continue
         modules[name] = path
-        queue += _imports(ast.parse(path.read_text(encoding="utf-8")))
+        queue += _read(path).imports
     return modules
 
 
@@ -78,11 +79,29 @@ def _is_left_out(name: str) -> bool:
 
 def meaning(source: str) -> str:
     """The syntax tree as text, without what cannot change a result."""
-    return _dump(_Meaning().visit(ast.parse(source)))
+    return _understand(source).meaning
+
+
+class _Source(NamedTuple):
+    """What a file is to a digest."""
+
+    imports: list[str]
+    meaning: str
+
+
+def _read(path: Path) -> _Source:
+    return _understand(path.read_text(encoding="utf-8"))
+
+
+@cache  # by the text: stages share most files, and a run asks once more at its end
+def _understand(source: str) -> _Source:
+    tree = ast.parse(source)
+    imports = list(_imports(tree))
+    return _Source(imports, _dump(_Meaning().visit(tree)))
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(_AtRuntime().visit(tree)):
+    for node in _at_runtime(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -96,19 +115,19 @@ def _imports(tree: ast.Module) -> Iterator[str]:
                 yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
+def _at_runtime(block: ast.AST) -> Iterator[ast.AST]:
+    """All statements below, but for what only type checkers see."""
+    for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for node in getattr(block, part, ()):
+            if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+                yield node
+                yield from _at_runtime(node)
+
+
 def _file(name: str) -> Path | None:
     """The file of a module, or None when the name is a value in one."""
     path = ROOT.joinpath(*name.split("."))
     return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.exists()), None)
-
-
-class _AtRuntime(ast.NodeTransformer):
-    """Drops what only type checkers see."""
-
-    def visit_If(self, node: ast.If) -> ast.AST:
-        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return ast.Pass()
-        return self.generic_visit(node)
 
 
 class _Meaning(ast.NodeTransformer):

@@ -26,9 +26,8 @@ from stages.runner.fingerprint import DIGESTS, code_digest, fingerprint_of, inpu
 from stages.runner.launch import RankJob, run_ranks, several
 from stages.runner.scratch import Scratch, prune
 from stages.runner.starts import Start, Starts, device_here
-from vtp.artefact import remove, write_json
+from vtp.artefact import StateError, remove, write_json
 from vtp.config import Config
-from vtp.distributed import StateError
 from vtp.params import load
 from vtp.texts import escape_tracebacks, message
 

@@ -115,15 +115,16 @@ class Scratch:
 
 def prune(stage_folder: Path, keep: Path, lock_file: Path) -> None:
     """Delete finished runs of a stage whose outputs stand in dvc.lock, except `keep`."""
-    if not stage_folder.is_dir() or not lock_file.exists():
+    others = [folder for folder in stage_folder.iterdir() if folder != keep] if stage_folder.is_dir() else []
+    if not others or not lock_file.exists():  # reading it takes a moment
         return
     try:
         stages = read_yaml(lock_file)["stages"]
         known = {(out["path"], out["md5"]) for stage in stages.values() for out in stage.get("outs", [])}
     except (ConfigError, KeyError, TypeError, AttributeError):  # cut by a kill: DVC will say so
         return
-    for folder in stage_folder.iterdir():
-        if folder != keep and _recorded(folder / "finished.json") <= known:
+    for folder in others:
+        if _recorded(folder / "finished.json") <= known:
             shutil.rmtree(folder)
 
 

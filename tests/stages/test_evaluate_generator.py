@@ -295,6 +295,7 @@ def test_pictured_samples_are_of_their_class(made, monkeypatch, tmp_path):
         assert (row.int() - pixels[label::CLASSES][:4].int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "networks"), [(5, [EFFICIENTNET, VGG]), (64, [VGG])])
 def test_two_ranks_are_one_process(made, tmp_path, batch_size, networks):
     """Two real ones, by the command line. 31 samples in batches of 64: the first has nothing to do, and writes."""

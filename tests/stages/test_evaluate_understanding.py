@@ -111,6 +111,7 @@ def test_names_say_variant_protocol_and_selection(plain, augmented):
 
 
 @pytest.mark.parametrize("changes", [{}, AUGMENTED], ids=["plain", "augmented"])
+@pytest.mark.slow
 def test_two_ranks_are_one_process(made, plain, augmented, tmp_path, changes):
     """Two real ones. They share whole chunks, so that bytes are equal."""
     whole(start(made, tmp_path, ranks=2, **changes))

@@ -152,6 +152,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.slow
 def test_ranks_train_the_same_generator(inputs, reference, tmp_path, layout):
     """Two real ones, by the command line, with looks and a distance along the run."""
     changes = KEPT | MONITORED

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from vtp.artefact import whole_file
 from vtp.inference.lettering import draw_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 LETTERS, SMALL = 13, 10  # pixels of the letters of names, and of notes
 NOTE_LINE = 15  # pixels of a line of notes
@@ -30,7 +30,7 @@ def height_of(rows: int, side: int) -> int:
 
 
 def grid(
-    rows: Sequence[Tensor],
+    rows: "Sequence[Tensor]",
     names: Sequence[str],
     path: Path,
     *,

@@ -77,7 +77,7 @@ def test_a_second_process_waits(tmp_path):
         )
         assert other.stderr.readline() == f"waiting for process {os.getpid()}, which works on the same run\n"
         assert other.poll() is None
-    assert other.communicate(timeout=30)[0] == "in\n"
+    assert other.communicate(timeout=600)[0] == "in\n"
     assert other.returncode == 0
 
 
