@@ -202,13 +202,13 @@ def test_report_stands_alone(results):
     parts = ['<h2 id="what-was-run">', 'class="figures"', "Contents", "What the names mean", "Pre-training</h2>"]
     assert sorted(parts, key=page.index) == parts
     assert "Pre-trained on: openmoji (train): 64 pictures of 6 classes, 16 px." in page
-    assert page.count("<b>") == 6
+    assert page.count("<b>") == 10
     assert "not described" not in page
     assert "not measured" not in page
     for anchor in re.findall(r'href="#([^"]+)"', page):
         assert f'id="{anchor}"' in page
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    assert len(set(captions)) == 12
+    assert len(set(captions)) == 13
     assert all(len(caption.split()) > 5 for caption in captions), captions
     assert "guided: samples, a row per class (euler, 2 steps, guidance scale 2)" in captions
 
