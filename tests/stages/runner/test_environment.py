@@ -83,7 +83,7 @@ def test_other_values_are_said_with_what_is_given(tmp_path):
 )
 def test_ranks_share_the_cores_of_their_machine(monkeypatch, size, local, processes, share):
     """A stage of one process has all, also where several ranks would run."""
-    monkeypatch.setattr("stages.runner.environment.ranks", lambda: Ranks(0, size))
+    monkeypatch.setattr("stages.runner.environment._ranks", lambda: Ranks(0, size))
     host = LocalHost(Path(), Path(), Runtime(device="cpu", ranks=local, processes=processes))
     assert host.processes == processes
     assert host.rank_processes == share
