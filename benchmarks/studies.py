@@ -47,12 +47,12 @@ def build(folder: Path, runs: int, seeds: int, points: int) -> Study:
     milestones = [*(round((number + 1) / points, 3) for number in range(points - 1)), "end"]
     metrics = {"base": None, "PSNR": "reconstruction.validation_centre16.tuned.psnr"}
     figure = {"base": None, "all": {"name": "curves", "x": "flops", "y": ["PSNR"], "published": None}}
-    summary = {"metrics": metrics, "figure": figure, "claims": {"base": None}}
+    summary = {"title": "Runs", "metrics": metrics, "figure": figure, "claims": {"base": None}}
     monitor = {"milestones": milestones}
-    study = Study(Clone(folder), "objectives", pretrain={"monitor": monitor}, summary=summary)
+    study = Study(Clone(folder), "objectives", pretrain={"monitor": monitor})
     names = [f"run-{number}" for number in range(runs)]
     points_of = [milestone_name(milestone) for milestone in milestones]
-    study.values |= {"runs": {names[0]: {}}, "seeds": [0], "points": points_of}
+    study.values |= {"runs": {names[0]: {}}, "seeds": [0], "points": points_of, "summary": summary}
     study.write({})
     study.dvc("repro", seconds=3600)
     for parent in (study.folder / name for name in ("work", "work/points", "plots")):

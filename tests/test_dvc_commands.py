@@ -18,11 +18,12 @@ METRICS = {
     "gFID": "generation.unguided.gfid_efficientnet-lite0-64_24_unguided_balanced",
 }
 SUMMARY = {
+    "title": "Two objectives",
     "metrics": {"base": None, **METRICS},
     "figure": {"base": None, "all": {"name": "curves", "x": "flops", "y": list(METRICS), "published": None}},
-    "claims": {"base": None},
+    "claims": {"base": None, "level": {"name": "better", "metric": "gFID", "run": "joint", "than": "ae"}},
 }
-COMPARED = {"pretrain": {"monitor": {"milestones": [0.5, "end"]}}, "summary": SUMMARY}
+COMPARED = {"pretrain": {"monitor": {"milestones": [0.5, "end"]}}}
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +45,7 @@ def study(finished):
     """`objectives` with two of its runs, at a seed and two points, finished."""
     study = Study(finished, "objectives", **COMPARED)
     runs = {name: study.values["runs"][name] for name in ("ae", "joint")}
-    study.values |= {"runs": runs, "seeds": [1], "points": ["0.5", "end"]}
-    study.values["summary"]["claims"] = {
-        "base": None,
-        "level": {"name": "better", "metric": "gFID", "run": "joint", "than": "ae"},
-    }
+    study.values |= {"runs": runs, "seeds": [1], "points": ["0.5", "end"], "summary": SUMMARY}
     study.write({})
     study.first = study.dvc("repro")
     finished.commit("study")
