@@ -32,7 +32,8 @@ from vtp.evaluation.features import FeatureExtractor, build_extractors, count_na
 from vtp.evaluation.generation import ComparisonConfig, Distance, Judge, Ratio, RealImages
 from vtp.evaluation.image_sets import DecodedSamples, ImageSet, Reconstructions, open_given
 from vtp.evaluation.reference import Reference, SplitReference
-from vtp.evaluation.samples import BEST, REAL, RECONSTRUCTED, Samples
+from vtp.evaluation.samples import Samples
+from vtp.evaluation.settings import BEST, REAL, RECONSTRUCTED
 from vtp.host import Host
 from vtp.inference.grid import grid
 from vtp.models.base import Tokenizer

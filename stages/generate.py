@@ -20,7 +20,8 @@ from vtp.config import Config, ConfigError, Distinct, Keys, number_name
 from vtp.data.latents import LatentDataset
 from vtp.data.shared_files import SharedFiles
 from vtp.distributed import ranks
-from vtp.evaluation.samples import FORMAT_VERSION, NOISE, RESERVED, Labels, SamplesArtefact, SettingName, draw_labels
+from vtp.evaluation.samples import FORMAT_VERSION, Labels, SamplesArtefact, SettingName, draw_labels
+from vtp.evaluation.settings import NOISE, RESERVED
 from vtp.finite import require_finite
 from vtp.flow import SamplerConfig, draw_noise, sample
 from vtp.flow.sampler import Interval

@@ -33,7 +33,7 @@ from stages.runner.run import Input, Inputs, Output, main
 from stages.runner.starts import Start, starts_of
 from vtp.artefact import ArtefactError, read_json, require_no_pipe, write_json
 from vtp.config import Config
-from vtp.evaluation.samples import BEST, RECONSTRUCTED
+from vtp.evaluation.settings import BEST, RECONSTRUCTED
 from vtp.host import Host
 from vtp.inference.grid import height_of
 

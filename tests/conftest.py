@@ -1,5 +1,6 @@
 """Two processes share the test files (`-n 2` in pyproject.toml), so each computes with one thread."""
 
+import logging
 import os
 
 import pytest
@@ -14,6 +15,15 @@ def pytest_collection_modifyitems(items):
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def no_log_into_closed_files():
+    """What a test before this one left: its error stream is closed by now."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if getattr(getattr(handler, "stream", None), "closed", False):
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,8 @@ def test_the_new_study_is_valid(tmp_path):
     """As it stands in the gallery: twelve lines and no more."""
     (shown,) = (block for block in blocks(ROOT / "pipelines/README.md") if "runs:" in block)
     (tmp_path / "params.yaml").write_text(shown.replace("../overlays", str(ROOT / "pipelines/overlays")))
-    pipeline = Pipeline.of(ROOT / "pipelines/comparison.dvc.yaml")._replace(tracked=[])
+    pipeline = Pipeline.of(ROOT / "pipelines/comparison.dvc.yaml")
+    pipeline = pipeline._replace(tracked=[], published=ROOT / "pipelines/published.csv")
     runs = check(tmp_path / "params.yaml", pipeline).runs
     weights = {name: run["pretrain"]["objective"]["weights"]["reconstruction"] for name, run in runs.items()}
     assert weights == {"light": 0.1, "heavy": 1.0}

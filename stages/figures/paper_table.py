@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vtp.evaluation.samples import BEST, RECONSTRUCTED
+from vtp.evaluation.settings import RECONSTRUCTED
 
 RFID = re.compile(r"rfid_(?P<features>.+)_(?P<number>\d+k?)")
 FIGURE = re.compile(r"gfid_(?P<end>(?P<features>.+)_(?P<count>\d+)(?P<thousand>k?)_(?P<guidance>[^_]+)_[^_]+)")
@@ -53,8 +53,6 @@ TABLE_2: list[tuple[str | float | None, ...]] = [
 
 OWN_HEAD = ("column of the table", "in this run", "value", "what differs from the table")
 GENERATION = {"gfid": "gFID", "is": "IS", "precision": "precision", "recall": "recall"}  # columns by kinds of figures
-BESIDE = ("kid", "class_accuracy")  # kinds that the table lacks
-GUIDANCE = ("guidance_scale", "timestep_shift")  # of the best setting
 SIDE, IMAGES, TRAIN_IMAGES = 256, "50k", 1_281_167  # pixels, images of a Fréchet distance, ImageNet's training images
 REAL_IMAGES = "10k"  # those of ADM's batch, which precision and recall look at
 NOT_IMAGENET = "not on ImageNet"
@@ -120,17 +118,20 @@ class ColumnFigure(NamedTuple):
 
 
 def headline_figures(run: RunFigures) -> dict[str, float]:
-    """The columns of the paper's tables under their full names: each says what was measured."""
+    """The columns of the paper's tables under their full names, each of which says what was measured; beside them how many
+    samples show their class, and the decoder's floor.
+    """
     accuracies = ("zero_shot_top1_squash", "linear_probe_bottleneck", "linear_probe_multi")
     figures = {name: run.understanding[name] for name in accuracies if name in run.understanding}
     figures |= {name: v for name, v in run.reconstruction.items() if name == "psnr" or name.startswith("rfid_")}
     for sampled in filter(None, run.best):
         own = run.generation[sampled.setting]
         figures |= {name: own[name] for name in _names(own, sampled.end).values()}
-        figures |= {name: own[name] for kind in BESIDE if (name := f"{kind}_{sampled.end}") in own}
-        figures |= floor(run, sampled)
-    best = run.generation.get(BEST, {})
-    return figures | {name: best[name] for name in GUIDANCE if name in best}
+    if (last := next(filter(None, reversed(run.best)), None)) is not None:  # guided, where a setting is
+        beside = {**run.generation[last.setting], **floor(run, last)}
+        names = f"class_accuracy_{last.end}", floor_names(last)[0]
+        figures |= {name: beside[name] for name in names if name in beside}
+    return figures
 
 
 def floor(run: RunFigures, sampled: Sampled) -> dict[str, float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.figures.drawing import Panel, panels
+from stages.figures.side_by_side import PAIRS
 from vtp.artefact import whole_file
 from vtp.data.dataset import ShardDataset
 from vtp.distributed import own_rows
@@ -18,7 +19,6 @@ from vtp.models.base import Tokenizer
 from vtp.texts import write_csv
 
 ORIGINAL = "original"
-PAIRS = "pairs.png"  # the first images over the last decoder's, pixel by pixel and without words
 
 
 class Comparison:

@@ -3,15 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from stages.figures.reconstructions import PAIRS
 from vtp.artefact import ArtefactError
-from vtp.evaluation.reconstruction import psnr
 from vtp.inference.grid import grid
 from vtp.layers.decode import read_rgb
 from vtp.params import END
+
+PAIRS = "pairs.png"  # the first images over a decoder's, pixel by pixel and without words
 
 
 def draw_side_by_side(plots: Path, path: Path) -> None:
@@ -20,18 +18,18 @@ def draw_side_by_side(plots: Path, path: Path) -> None:
     `plots` holds `<run>/.../<point>/reconstructions`, as `evaluate_reconstruction` writes them; of several trainings of a
     run the first counts. Nothing is written where there are none. Raises ArtefactError when runs reconstruct other pictures.
     """
-    rows: dict[str, Tensor] = {}
+    rows: dict[str, np.ndarray] = {}
     notes: list[list[str]] = []
     for run in sorted(folder for folder in plots.iterdir() if folder.is_dir()):
         if not (pairs := sorted(run.rglob(f"reconstructions/{PAIRS}"), key=_order)):
             continue
         originals, written = _read(pairs[0])
-        if not torch.equal(rows.setdefault("original", originals), originals):
+        if not np.array_equal(rows.setdefault("original", originals), originals):
             raise ArtefactError(
                 f"{pairs[0]}: other pictures than those of the runs before; evaluate all on the same data"
             )
         rows[run.name] = written
-        notes.append([f"{value:.2f} dB" for value in psnr(originals / 255, written / 255).tolist()])
+        notes.append([f"{value:.2f} dB" for value in _psnr(originals, written)])
     if rows:
         notes = [[""] * len(rows["original"]), *notes]
         grid(
@@ -49,9 +47,16 @@ def _order(pairs: Path) -> tuple[str, float]:
     return "/".join(of_run), -float("inf" if point == END else point)
 
 
-def _read(path: Path) -> tuple[Tensor, Tensor]:
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Uint8 images [n, 3, S, S] of the upper and of the lower row."""
-    pixels = torch.from_numpy(np.array(read_rgb(path)))
+    pixels = np.array(read_rgb(path))
     side = len(pixels) // 2
-    upper, lower = (row.unflatten(1, (-1, side)).permute(1, 3, 0, 2) for row in pixels.split(side))
+    upper, lower = (row.reshape(side, -1, side, 3).transpose(1, 3, 0, 2) for row in (pixels[:side], pixels[side:]))
     return upper, lower
+
+
+def _psnr(originals: np.ndarray, written: np.ndarray) -> np.ndarray:
+    """10 log10(255^2 / mean squared error) of each pair, in dB."""
+    error = np.square(originals.astype(np.float64) - written).mean((1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255**2 / error)

@@ -617,8 +617,8 @@ def test_a_convolutional_tokenizer_overfits_one_batch():
     optim = config.optim.model_copy(update={"lr": 2e-2, "warmup": 0.0, "schedule": "constant"})
     update = Update("model", build_optimizer(objective.phases()["model"], optim), optim, objective.shared_parameters())
     losses = []
-    for step in range(40):
-        context = StepContext(step, 40, log_step=False)
+    for step in range(80):
+        context = StepContext(step, 80, log_step=False)
         losses.append(float(update.apply(objective.terms("model", [batch], context), context).logs["l1"]))
     assert losses[-1] < 0.4 * losses[0]
 

@@ -34,7 +34,8 @@ from vtp.evaluation.inception_score import inception_score
 from vtp.evaluation.kernel_distance import kernel_distance
 from vtp.evaluation.manifold import precision_recall
 from vtp.evaluation.reference import Reference
-from vtp.evaluation.samples import FORMAT_VERSION, NOISE, Samples, SamplesArtefact
+from vtp.evaluation.samples import FORMAT_VERSION, Samples, SamplesArtefact
+from vtp.evaluation.settings import NOISE
 from vtp.flow import SamplerConfig
 from vtp.layers.images import normalise, to_uint8
 from vtp.models.loading import load_tokenizer

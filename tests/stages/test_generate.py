@@ -14,7 +14,8 @@ from vtp import LightningDiT
 from vtp.artefact import ArtefactError, digest, load_tensors, read_json, save_tensors, write_json
 from vtp.config import ConfigError
 from vtp.data.latents import LatentDataset
-from vtp.evaluation.samples import NOISE, Samples, draw_labels
+from vtp.evaluation.samples import Samples, draw_labels
+from vtp.evaluation.settings import NOISE
 from vtp.finite import NotFiniteError
 from vtp.flow import draw_noise
 

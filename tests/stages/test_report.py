@@ -340,8 +340,7 @@ def test_the_first_network_leads_and_the_papers_takes_its_column():
     assert [sampled.features for sampled in run.best] == ["a-64", "a-64"]
     assert cells(run)["guided: gFID"] == 9.0
     assert {row[1] for row in own_names(run)} >= {"gfid_a-64_50k_cfg4_random", "gfid_a-64_50k_unguided_random"}
-    found = headline_figures(run)
-    assert (found["guidance_scale"], found["timestep_shift"]) == (4.0, 0.3)
+    assert headline_figures(run)["gfid_a-64_50k_cfg4_random"] == generation["strong"]["gfid_a-64_50k_cfg4_random"]
 
 
 def test_floor_ceiling_and_class_accuracy_stand_in_the_headline():
@@ -354,9 +353,7 @@ def test_floor_ceiling_and_class_accuracy_stand_in_the_headline():
     added = headline_figures(run).items() - headline_figures(RUN).items()
     assert dict(added) == {
         "rfid_inception_50k_reconstructed": 0.3,
-        "class_accuracy_inception_50k_reconstructed": 0.9,
         "class_accuracy_inception_50k_cfg1p2_random": 0.5,
-        "kid_inception_50k_cfg1p2_random": 7.0,
     }
     figures = {figure.label: figure for figure in _headline(run, {"tuned": {}})}
     assert figures["The decoder's floor of gFID"].value == 0.3

@@ -18,15 +18,12 @@ from vtp.artefact import ArtefactError, digest, load_tensors, read_json, verify_
 from vtp.config import Config, ConfigError
 from vtp.data.latents import LatentShard, plan_shards, require_labels
 from vtp.draws import torch_draws
+from vtp.evaluation.settings import NOISE
 from vtp.finite import require_finite
 from vtp.flow import SamplerConfig
 
 FORMAT_VERSION = 3
 REMEDY = "fetch the folder again (dvc checkout), or run the stage generate again"
-NOISE = "noise"
-# Rows of figures beside those of settings: the decoder's floor, real images, and the best setting again.
-RECONSTRUCTED, REAL, BEST = "reconstructed", "real", "best"
-RESERVED = (NOISE, RECONSTRUCTED, REAL, BEST)  # names that no setting may have
 SettingName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files
 Labels = Literal["balanced", "random"]
 

@@ -30,7 +30,7 @@ def height_of(rows: int, side: int) -> int:
 
 
 def grid(
-    rows: "Sequence[Tensor]",
+    rows: "Sequence[Tensor | np.ndarray]",
     names: Sequence[str],
     path: Path,
     *,
@@ -55,7 +55,7 @@ def grid(
     top = margin + line
     for number, (row, name) in enumerate(zip(rows, lettered, strict=True)):
         canvas.paste(name, (margin, top + (tile - name.height) // 2), name)
-        for column, pixels in enumerate(row.permute(0, 2, 3, 1).cpu().numpy()):
+        for column, pixels in enumerate(_pixels(row)):
             image = Image.fromarray(np.ascontiguousarray(pixels)).resize((tile, tile), Image.Resampling.NEAREST)
             at = left + column * (tile + gap)
             canvas.paste(image, (at, top))
@@ -79,3 +79,8 @@ def _cut(text: str, width: int) -> "Image":
         tried = draw_text(f"..{text[-kept:]}", SMALL, "dimgrey")
         short, long, cut = (kept, long, tried) if tried.width <= width else (short, kept, cut)
     return cut
+
+
+def _pixels(images: "Tensor | np.ndarray") -> np.ndarray:
+    """[n, H, W, 3] of images [n, 3, H, W], wherever they are."""
+    return np.moveaxis(images if isinstance(images, np.ndarray) else images.cpu().numpy(), 1, 3)

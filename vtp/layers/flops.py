@@ -24,5 +24,5 @@ def forward_flops(module: nn.Module, *inputs: Tensor, attention: bool = True) ->
     shadow = copy.deepcopy(module).to("meta").eval()
     with FlopCounterMode(display=False) as counter:
         shadow(*(value.to("meta") for value in inputs))
-    counts = counter.get_flop_counts()["Global"]
+    counts = counter.get_flop_counts().get("Global", {})  # absent where nothing counts
     return float(sum(flops for operation, flops in counts.items() if attention or operation not in _OF_FEATURES))

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from stages.figures.convergence import convergence_of, draw_convergence
-from stages.figures.reconstructions import PAIRS, write_pairs
-from stages.figures.side_by_side import draw_side_by_side
+from stages.figures.reconstructions import write_pairs
+from stages.figures.side_by_side import PAIRS, draw_side_by_side
 from vtp.artefact import ArtefactError, write_json
 from vtp.inference.grid import tile_of
 

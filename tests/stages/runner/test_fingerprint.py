@@ -67,7 +67,7 @@ def test_closures_are_narrow():
     assert "vtp.models.lightningdit" not in pretrain
     tune = closure("stages.tune_decoder")
     assert not {"vtp.objectives.pretrain", "vtp.objectives.self_distillation", "stages.figures.drawing"} & tune.keys()
-    assert len(closure("stages.summary")) < 25
+    assert len(closure("stages.summary")) < 30
 
 
 def test_function_level_imports_count():
