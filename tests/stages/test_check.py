@@ -618,7 +618,7 @@ def test_epochs_are_shown_to_distances_that_are_asked_for(study):
     pipeline = Pipeline([Use("train_generator", "train_generator", True, watch), Use("summary", "summary", False)], [])
     text = (
         "runs: {one: {}}\nsummary: {title: T, metrics: {epochs: train_generator.epochs_to_reach.2.5.evaluated}, "
-        "figure: {}, claims: {}, noise: {}}"
+        "figure: {all: {name: bars, y: [epochs], published: null}}, claims: {}, noise: {}}"
     )
     fid = "\ntrain_generator: {monitor: {fid: {samples: 8, reach: [2.5, 30.0]}}}"
     assert study(text + fid, pipeline) == ""
