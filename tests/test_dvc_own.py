@@ -257,8 +257,8 @@ def test_a_study_of_the_gallery_begins_with_own_data(whole, tmp_path):
         (
             "pipelines/compute_scaling",
             ["summary.title=Mine", "+pretrain.seed=1"],
-            ["summary: {title: More compute for the tokenizer}"],
-            ["summary: {title: Mine}", "pretrain:", "  seed: 1"],
+            ["  title: More compute for the tokenizer"],
+            ["  title: Mine", "pretrain:", "  seed: 1"],
         ),
     ],
 )
