@@ -51,8 +51,12 @@ class StudyPoints:
 
     def points(self, run: str) -> list[str]:
         """In the order of training: of a run that failed in one seed all that the others reached."""
-        names = {name for points in self._points[run].values() for name in points}
-        return sorted(names, key=lambda name: math.inf if name == END else float(name))
+
+        def reached(name: str) -> float:
+            known = self.values(run, name, FLOPS)
+            return math.inf if name == END else known[0] if known else float(name)
+
+        return sorted({name for points in self._points[run].values() for name in points}, key=reached)
 
     def last(self, run: str) -> str:
         """The last of its points."""

@@ -227,6 +227,14 @@ def test_runs_along_their_training(tmp_path):
     assert said == ["This study claims nothing."]
 
 
+def test_shares_and_flops_are_in_the_order_of_training(tmp_path):
+    for point, gfid in (("0.9", 2.0), ("1.000e+12", 3.0), ("end", 1.0)):
+        write_point(tmp_path, f"vtp/0/{point}", 0.5, gfid)
+    write_run(tmp_path, "vtp/0")
+    table, *_ = summarise(tmp_path)
+    assert [line.split(" | ")[1] for line in table[2:5]] == ["1e+12", "3.6e+12", "4e+12"]
+
+
 def test_what_is_noise(tmp_path):
     """Runs that differ in the seed of one stage."""
     for name, gfid in (("base", 10.0), ("pretrain_1", 14.0), ("pretrain_2", 12.0), ("generate_1", 10.5)):
