@@ -317,9 +317,8 @@ def signals(project: Project, folder: Path, draws: Random) -> Tried:
 
     result = ended(stage, folder, seconds=STOPPING * stage.ranks, during=interrupt)
     case = f"{stage.name} on {stage.ranks}, {number.name} after {delay:.2f} s, ends with {result.status}"
-    told = (
-        "Traceback" in result.said and number is not signal.SIGKILL
-    )  # then it is torchrun that reports its parent's end
+    # Of a process that was killed at once it is torchrun that speaks, of its parent's end.
+    told = "Traceback" in result.said and number is not signal.SIGKILL
     problem = "hung" if result.status is None else result.said[-400:] if told else None
     return f"{case} after {result.seconds:.2f} s", problem or _whole(stage, whole, folder)
 

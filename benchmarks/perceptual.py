@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from stages import prepare_data, pretrain
@@ -30,6 +29,7 @@ from stages.runner.environment import LocalHost, Runtime
 from vtp.data.dataset import ShardDataset
 from vtp.evaluation.features import EfficientNetFeaturesConfig, RandomVggFeaturesConfig, build_features
 from vtp.evaluation.frechet import GaussianStatistics, frechet_distance
+from vtp.evaluation.intervals import mean_interval
 from vtp.evaluation.reconstruction import quality
 from vtp.inference.grid import grid
 from vtp.layers.images import normalise, to_uint8
@@ -132,8 +132,8 @@ def _line(name: str, runs: Sequence[dict[str, float]], beside: Sequence[dict[str
         value = f"{statistics.mean(figures[key] for figures in runs):.4g}"
         if runs is not beside and len(runs) > 1:
             differences = [ours[key] - theirs[key] for ours, theirs in zip(runs, beside, strict=True)]
-            half = student.ppf(0.975, len(runs) - 1) * statistics.stdev(differences) / math.sqrt(len(runs))
-            value += f" ({statistics.mean(differences):+.3g} +- {half:.2g})"
+            of = mean_interval(differences)
+            value += f" ({of.estimate:+.3g} +- {(of.high - of.low) / 2:.2g})"
         cells.append(f"{key} [{value}]" if key in FLATTERED[name] else f"{key} {value}")
     return f"{name:13} {'  '.join(cells)}"
 

@@ -90,9 +90,8 @@ def run(
     (report / "report.html").write_text(
         page(config.title, opening, _headline(figures, decoders), sections), encoding="utf-8"
     )
-    sampled = next(filter(None, reversed(figures.best)), None)  # guided, where a setting is
     parts: list[tuple[Path, int | None]] = [(plots / "reconstructions" / "first.png", None)]
-    if sampled is not None:
+    if (sampled := figures.shown) is not None:
         classes = height_of(OVERVIEW, figures.conditions.image_size)
         parts.append((plots / "samples" / f"{sampled.setting}.png", classes))
     stack(parts, report / "overview.png")
@@ -240,7 +239,7 @@ def _headline(run: RunFigures, decoders: Mapping[str, Mapping[str, float]]) -> l
     for label, sampled in (("Generation: gFID", plain), ("Generation, guided: gFID", guided)):
         name, own = (f"gfid_{sampled.end}", run.generation[sampled.setting]) if sampled else ("", {})
         figures.append(_figure(label, name, own, "noise through the decoder", baseline))
-    if (sampled := guided or plain) is not None:
+    if (sampled := run.shown) is not None:
         own = {**run.generation[sampled.setting], **floor(run, sampled)}
         rfid, accuracy = floor_names(sampled)
         figures.append(_figure("The decoder's floor of gFID", rfid, own, "", None))

@@ -15,6 +15,16 @@ from vtp.params import write_yaml
 
 ROOT = Path(__file__).parents[1]
 
+# The record of a convolutional tokenizer.
+CONVOLUTIONAL: dict[str, Any] = {
+    "name": "convolutional",
+    "image_size": 16,
+    "channels": [4, 8, 8],
+    "residual_blocks": 1,
+    "attention_levels": 1,
+    "norm_groups": 4,
+    "latent_channels": 3,
+}
 SMALL: dict[str, Any] = {
     "prepare_data": {
         "source": {"image_size": 16, "classes": 6, "train_samples": 64, "validation_samples": 32},

@@ -51,10 +51,9 @@ def axes(count: int, path: Path, *, columns: int, size: tuple[float, float], dpi
         for scale, ends in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
             if scale.get_scale() == "log":
                 _name_powers(scale, *ends)
+    # What the first font does not cover others may; to ask all of them takes long.
     for text in figure.findobj(Text):
-        if (
-            not text.get_text().isascii()
-        ):  # what the first font does not cover others may; to ask all of them takes long
+        if not text.get_text().isascii():
             text.set_fontfamily(_families())
     figure.tight_layout()
     figure.savefig(path, dpi=dpi, metadata={"Software": None})

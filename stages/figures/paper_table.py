@@ -107,6 +107,12 @@ class RunFigures(NamedTuple):
         plain = min((s for s in every if s.guidance == "unguided"), key=lambda s: s.gfid, default=None)
         return plain, min((s for s in every if s.guidance != "unguided"), key=lambda s: s.gfid, default=None)
 
+    @property
+    def shown(self) -> "Sampled | None":
+        """The setting that a run is shown by: the best guided one, where one is."""
+        plain, guided = self.best
+        return guided or plain
+
 
 class ColumnFigure(NamedTuple):
     """A figure of the run beside a column of the table."""
@@ -127,9 +133,9 @@ def headline_figures(run: RunFigures) -> dict[str, float]:
     for sampled in filter(None, run.best):
         own = run.generation[sampled.setting]
         figures |= {name: own[name] for name in _names(own, sampled.end).values()}
-    if (last := next(filter(None, reversed(run.best)), None)) is not None:  # guided, where a setting is
-        beside = {**run.generation[last.setting], **floor(run, last)}
-        names = f"class_accuracy_{last.end}", floor_names(last)[0]
+    if (shown := run.shown) is not None:
+        beside = {**run.generation[shown.setting], **floor(run, shown)}
+        names = f"class_accuracy_{shown.end}", floor_names(shown)[0]
         figures |= {name: beside[name] for name in names if name in beside}
     return figures
 

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from tiny import CONVOLUTIONAL
 
 from vtp import load_tokenizer
 from vtp.config import Config, ConfigError
@@ -13,23 +14,13 @@ from vtp.models.loading import load_decoder, save_decoder
 from vtp.models.trainable import AnyTokenizerConfig, build_tokenizer
 from vtp.objectives.cost import convolution_flops, decoding_flops, encoding_flops
 
-TINY = {
-    "name": "convolutional",
-    "image_size": 16,
-    "channels": [4, 8, 8],
-    "residual_blocks": 1,
-    "attention_levels": 1,
-    "norm_groups": 4,
-    "latent_channels": 3,
-}
-
 
 class Holder(Config):
     tokenizer: AnyTokenizerConfig
 
 
 def record(**changes):
-    return Holder.parse({"tokenizer": TINY | changes}, where="test").tokenizer
+    return Holder.parse({"tokenizer": CONVOLUTIONAL | changes}, where="test").tokenizer
 
 
 def test_the_papers_has_its_parameters_and_flops():

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from tiny import merged, tiny_params
@@ -39,15 +40,7 @@ COMBINATIONS = {
     "clip+ssl+ae": {"clip": 0.5, "ssl": 2.0},
 }
 CONVOLUTIONAL: dict[str, Any] = {
-    "tokenizer": {
-        "name": "convolutional",
-        "image_size": 16,
-        "channels": [4, 8, 8],
-        "residual_blocks": 1,
-        "attention_levels": 1,
-        "norm_groups": 4,
-        "latent_channels": 3,
-    },
+    "tokenizer": tiny.CONVOLUTIONAL,
     "objective": {"weights": {"clip": 0.0, "ssl": 0.0}, "reconstruction": {"kl": 0.1}},
     "monitor": {"probe": None},
 }
