@@ -145,7 +145,7 @@ class PlainTraining:
         drawn = norm.rvs(loc=mu, scale=sigma, size=len(latents))
         t = torch.tensor(1 / (1 + np.exp(-drawn)), dtype=torch.float32, device=self.device)
         noise = torch.randn_like(latents)
-        dropped = torch.rand(len(labels), device=self.device) < self.config.objective.label_dropout
+        dropped = torch.rand(len(labels), device=self.device) < self.config.objective.condition_dropout
         labels = torch.where(dropped, self.model.null_label, labels)
         wide = t[:, None, None, None]
         predicted = self.model(wide * latents + (1 - wide) * noise, t, labels)

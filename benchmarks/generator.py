@@ -44,6 +44,7 @@ from benchmarks._reference_generator import (
 from stages.runner.environment import LocalHost, Runtime, keep_freed_memory
 from stages.train_generator import GeneratorConfig, TrainGenerator
 from vtp.data.batches import LatentBatch, LatentBatches, RankSlice, count_micro_batches
+from vtp.data.conditions import ClassConditions
 from vtp.data.latents import LatentDataset
 from vtp.data.loader import load_batches
 from vtp.models.generator_folder import SIZES
@@ -76,7 +77,7 @@ class Bench(NamedTuple):
         """The generator with its first weights."""
         torch.manual_seed(0)
         data = LatentDataset(self.caches.ours)
-        return LightningDiT(self.config.model.architecture(data.shape, len(data.classes)))
+        return LightningDiT(self.config.model.architecture(data.shape, classes=len(data.classes), text=None))
 
 
 class Measured(NamedTuple):
@@ -194,9 +195,7 @@ def ours(bench: Bench) -> Round:
     update = Update("model", optimizer, config.optim, objective.shared_parameters())
     largest = host.micro_batch or config.batch_size
     rank_slice = RankSlice(0, 1, count_micro_batches(config.batch_size, 1, largest, named="batch_size"))
-    batches = LatentBatches(
-        LatentDataset(bench.caches.ours), batch_size=config.batch_size, seed=0, rank_slice=rank_slice
-    )
+    batches = batches_of(LatentDataset(bench.caches.ours), config.batch_size, rank_slice)
     numbers = count()
 
     def step(micro_batches: list[LatentBatch]) -> None:
@@ -255,12 +254,15 @@ def _clocked(batches: Iterator, step: Callable, steps: int, device: str) -> floa
     return time.perf_counter() - start
 
 
+def batches_of(data: LatentDataset, size: int, rank_slice: RankSlice) -> LatentBatches:
+    """Micro-batches of latents with their classes."""
+    return LatentBatches(data, ClassConditions(data.labels), batch_size=size, seed=0, rank_slice=rank_slice)
+
+
 def _print_head(bench: Bench) -> float:
     """What is measured; returns the FLOPs of a step."""
     host, batch, model = bench.host, bench.config.batch_size, bench.model()
-    batches = LatentBatches(
-        LatentDataset(bench.caches.ours), batch_size=batch, seed=0, rank_slice=RankSlice(0, 1, batch)
-    )
+    batches = batches_of(LatentDataset(bench.caches.ours), batch, RankSlice(0, 1, batch))
     cost = GenerationObjective(model, bench.config.objective).step_cost(batches[0], batch_size=batch)
     device = torch.cuda.get_device_name() if host.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -1,5 +1,5 @@
-"""Encode once the images that a generator learns, those with a class: sharded latents, of horizontal flips too, and their
-statistics per channel (paper 4.1).
+"""Encode once the images that a generator learns, those with a class or those with a caption: sharded latents, of
+horizontal flips too, and their statistics per channel (paper 4.1, 5).
 
 Each picture is decoded once, by worker processes, and flipped on the device. A file is written while the next is
 encoded; ranks share whole files, and a killed run goes on with those that are missing.
@@ -21,6 +21,7 @@ from vtp.config import Config
 from vtp.data.dataset import LabelledSamples, ShardDataset
 from vtp.data.latents import LatentShard, finish_cache, plan_shards, write_latent_shard
 from vtp.data.remote import ShardCache
+from vtp.data.shards import WHOLE_SET
 from vtp.data.shared_files import SharedFiles, row_count
 from vtp.distributed import ranks
 from vtp.finite import require_finite
@@ -42,6 +43,9 @@ class StatisticsConfig(Config):
 class CacheLatents(Config):
     """The section `cache_latents`."""
 
+    of: Literal["classes", "captions"] = Field(
+        description="the pictures that are encoded: those with a class, or those with a caption"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="floating-point type of the stored latents")
     precision: Literal["float32", "bfloat16"] = Field(description="precision of the encoder's forward pass")
     horizontal_flips: bool = Field(description="store the latents of horizontally flipped images as well")
@@ -55,14 +59,15 @@ def run(
     config: CacheLatents,
     *,
     shards: Annotated[
-        Input, "folder of prepare_data, whose pictures with a class are encoded; or all, without classes"
+        Input,
+        "folder of prepare_data, whose pictures with a class or a caption are encoded; without classes all",
     ],
     tokenizer: Annotated[Input, "folder of the tokenizer"],
     latents: Annotated[Output, "folder for the latents"],
     host: Host,
 ) -> None:
     model = load_tokenizer(tokenizer).to(host.device)
-    splits = {name: _SplitImages.of(ShardDataset(shards, name, cache=ShardCache.of(host))) for name in SPLITS}
+    splits = {name: _SplitImages.of(ShardDataset(shards, name, cache=ShardCache.of(host)), config) for name in SPLITS}
     files = plan_shards({name: len(split.singles.rows) for name, split in splits.items()}, config.shard_size)
     shared = SharedFiles(host.folder / "latents", files)
     total = shared.done + row_count(shared.own)
@@ -83,7 +88,7 @@ def run(
         return
     description = {
         "dtype": config.dtype,
-        "classes": splits["train"].images.manifest.learnt_classes,
+        "classes": splits["train"].images.manifest.learnt_classes if config.of == "classes" else [WHOLE_SET],
         "image_size": model.image_size,
         "encoder": model.encoder_digest(),
     }
@@ -93,14 +98,14 @@ def run(
 
 
 class _SplitImages(NamedTuple):
-    """The samples of a split that a generator learns; scenes have no class."""
+    """The samples of a split that a generator learns; scenes have no class, and other pictures no caption."""
 
     images: ShardDataset
     singles: LabelledSamples
 
     @classmethod
-    def of(cls, images: ShardDataset) -> "_SplitImages":
-        return cls(images, images.learnt())
+    def of(cls, images: ShardDataset, config: CacheLatents) -> "_SplitImages":
+        return cls(images, images.learnt() if config.of == "classes" else images.captioned())
 
 
 class _FileBatch(NamedTuple):

@@ -1,4 +1,4 @@
-"""Draw latent samples, with and without guidance; `evaluate_generator` decodes them.
+"""Draw latent samples of classes or prompts, with and without guidance; `evaluate_generator` decodes them.
 
 A sample is a function of (seed, index): its noise and its label do not depend on ranks, batches or order. Files of
 samples are shared by ranks, and a killed run goes on with those that are missing. (dopri5 chooses its steps for a whole
@@ -8,6 +8,7 @@ batch, so its samples agree within its tolerance only.) Classes without a traini
 import logging
 from contextlib import AbstractContextManager
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
@@ -26,6 +27,7 @@ from vtp.finite import require_finite
 from vtp.flow import SamplerConfig, draw_noise, sample
 from vtp.flow.sampler import Interval
 from vtp.host import Host
+from vtp.inference.asked import Asked, PromptPlaces, Prompts, prompts_of
 from vtp.layers.latent_space import LatentSpace
 from vtp.models.lightningdit import LightningDiT
 from vtp.texts import listed, shown
@@ -61,7 +63,8 @@ class Generate(Config):
 
     seed: int = Field(description="seed of noise and random labels")
     samples: int = Field(ge=1, description="number of samples per setting")
-    labels: Labels = Field(description="balanced: classes in turn; random: each by chance")
+    labels: Labels = Field(description="balanced: classes, or prompts, in turn; random: each by chance")
+    prompts: Prompts | None = Field(description="what a generator is asked for that is told captions; null: classes")
     batch_size: int = Field(ge=1, description="samples of every forward pass; a short batch is filled up")
     shard_size: int = Field(ge=1, description="samples per file")
     precision: Literal["float32", "bfloat16"] = Field(description="precision of the generator; states are float32")
@@ -90,7 +93,7 @@ class Generate(Config):
 
 
 @torch.no_grad()
-def run(
+def run(  # noqa: PLR0913 - one flag per path
     config: Generate,
     *,
     generator: Annotated[Input, "folder of train_generator, or one in the official layout"],
@@ -98,22 +101,30 @@ def run(
         OptionalInput, "folder of a weaker generator, for settings with guide: generator; default: none"
     ] = None,
     latents: Annotated[
-        OptionalInput, "folder of cache_latents, for a generator that does not say whose latents it learnt"
+        OptionalInput,
+        "folder of cache_latents, for a generator that does not say whose latents it learnt, and for held-out prompts",
     ] = None,
+    prompts: Annotated[OptionalInput, "file of prompts, where prompts is {name: file}"] = None,
+    captions: Annotated[OptionalInput, "folder of cache_captions, with the features of all prompts"] = None,
+    text_encoder: Annotated[OptionalInput, "folder of the text encoder, where no --captions are given"] = None,
     samples: Annotated[Output, "folder for the samples"],
     host: Host,
 ) -> None:
     """`latents` are those that a generator from elsewhere learnt, whose folder does not say what they mean."""
     model = _load(generator, host)
-    space = _space(model, generator, latents)
+    prompted = model.config.text is not None
+    space = _space(model, generator, None if prompted else latents)
+    asked = _asked(config, model, space, generator, PromptPlaces(latents, prompts, captions, text_encoder), host)
     if space.untrained and ranks().first:
         names = listed([shown(space.classes[label]) for label in space.untrained])
         logging.warning("%d classes had no training picture and are not drawn: %s", len(space.untrained), names)
-    drawing = _Drawing(config, config.all_settings, space, model, _guide(config, guide, space, host), host.device)
+    guided = _guide(config, guide, space, host)
+    drawing = _Drawing(config, config.all_settings, space, asked, model, guided, host.device)
     artefact = SamplesArtefact(
         format_version=FORMAT_VERSION,
         encoder=space.encoder,
-        classes=space.classes,
+        classes=asked.names,
+        prompted=prompted,
         samples=config.samples,
         shard_size=config.shard_size,
         labels=config.labels,
@@ -127,7 +138,7 @@ def run(
                 rows = range(first, min(first + config.batch_size, shard.rows.stop))
                 parts.append(drawing.draw(shard.split, rows))
                 bar.update(len(rows) * ranks().size)
-            labels = draw_labels(config.labels, config.seed, shard.rows, space.labels)
+            labels = draw_labels(config.labels, config.seed, shard.rows, asked.labels)
             save_tensors(shard.path(shared.folder), {"latents": torch.cat(parts), "labels": labels})
             if host.stop_seen:
                 break
@@ -135,7 +146,7 @@ def run(
     if ranks().first:
         artefact.write(shared.folder)
         shared.folder.rename(samples)
-        host.record(samples=shared.total, classes=len(space.labels), classes_without_training=len(space.untrained))
+        host.record(samples=shared.total, classes=len(asked.labels), classes_without_training=len(space.untrained))
 
 
 class _Drawing(NamedTuple):
@@ -144,6 +155,7 @@ class _Drawing(NamedTuple):
     config: Generate
     settings: dict[str, SamplerConfig]
     space: LatentSpace
+    asked: Asked
     model: LightningDiT
     guide: LightningDiT | None
     device: str
@@ -153,16 +165,17 @@ class _Drawing(NamedTuple):
         noise = draw_noise(self.config.seed, rows, self.model.latent_shape)
         if setting == NOISE:
             return self.space.statistics.denormalise(noise)
-        labels = draw_labels(self.config.labels, self.config.seed, rows, self.space.labels)
+        labels = draw_labels(self.config.labels, self.config.seed, rows, self.asked.labels)
         # Always full batches: nothing is compiled for a second size, and a sample is computed alike in all of them.
         filled = torch.arange(self.config.batch_size) % len(rows)
         sampler = self.settings[setting]
         guide = self.guide if sampler.guide == "generator" else None
+        condition = self.asked.conditions.of(labels[filled].numpy(), self.device)
         with self._precision():
             drawn = sample(
                 self.model,
                 noise[filled].to(self.device),
-                labels[filled].to(self.device),
+                condition,
                 guide_model=guide,
                 **sampler.arguments(),
             )
@@ -197,6 +210,23 @@ def _space(model: LightningDiT, folder: Input, latents: OptionalInput) -> Latent
     if latents is not None:
         raise ConfigError(f"--latents {latents}: {folder} says itself which latents it learnt; leave --latents out")
     return model.space
+
+
+def _asked(
+    config: Generate, model: LightningDiT, space: LatentSpace, generator: Path, given: PromptPlaces, host: Host
+) -> Asked:
+    """Raises ConfigError when a generator of classes is given prompts, or one that is told captions is given none."""
+    if model.config.text is None:
+        others = given._replace(latents=None)
+        if config.prompts is not None or any(others):
+            raise ConfigError(
+                f"{generator} is told classes: set generate.prompts to null, and leave --prompts, --captions and "
+                "--text-encoder out"
+            )
+        return Asked.of_classes(space.classes, space.labels)
+    if config.prompts is None:
+        raise ConfigError(f"{generator} is told captions: set generate.prompts, such as {{name: held_out, most: null}}")
+    return prompts_of(model, generator, config.prompts, given, weights=host.weights, device=host.device)
 
 
 def _guide(config: Generate, folder: OptionalInput, space: LatentSpace, host: Host) -> LightningDiT | None:

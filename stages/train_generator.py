@@ -1,4 +1,4 @@
-"""Train a LightningDiT on cached latents by flow matching (paper 4.1)."""
+"""Train a LightningDiT on cached latents by flow matching, told classes or captions (paper 4.1, 5)."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -17,9 +17,11 @@ from vtp.draws import address
 from vtp.evaluation.features import build_features
 from vtp.evaluation.reference import Reference
 from vtp.host import Host
+from vtp.models.captions import TextCondition
 from vtp.models.generator_folder import SIZES, GeneratorSize, LightningDiTConfig, save_generator
 from vtp.models.lightningdit import LightningDiT
 from vtp.models.loading import load_tokenizer
+from vtp.objectives.conditioning import AnyCondition, build_conditioning
 from vtp.objectives.generation import GenerationObjective, GenerationObjectiveConfig
 from vtp.step import OptimConfig
 from vtp.training.fit import Run, TrainingConfig, fit, run_length
@@ -44,6 +46,7 @@ class OwnSize(Config):
 class GeneratorConfig(Config):
     """LightningDiT; latent size, channels and classes come from the latents."""
 
+    condition: AnyCondition
     size: Annotated[NamedSize | OwnSize, Field(discriminator="name")]
     mlp_ratio: float = Field(ge=0.1, le=100, description="hidden width of the feed-forward layers over the width")
     patch_size: int = Field(ge=1, description="side of a token in latents")
@@ -55,16 +58,19 @@ class GeneratorConfig(Config):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        self.architecture((1, self.patch_size, self.patch_size), classes=1)
+        self.architecture((1, self.patch_size, self.patch_size), classes=1, text=None)
         return self
 
-    def architecture(self, shape: tuple[int, int, int], classes: int) -> LightningDiTConfig:
-        """For latents (d, h, w) of so many classes."""
+    def architecture(
+        self, shape: tuple[int, int, int], *, classes: int, text: TextCondition | None
+    ) -> LightningDiTConfig:
+        """For latents (d, h, w), told one of so many classes, or captions."""
         channels, side, _ = shape
         own = self.size
         size = GeneratorSize(own.depth, own.hidden_size, own.num_heads) if isinstance(own, OwnSize) else SIZES[own.name]
-        options = self.model_dump(exclude={"size"}) | size._asdict()
-        return LightningDiTConfig(input_size=side, in_channels=channels, num_classes=classes, **options)
+        options = self.model_dump(exclude={"size", "condition"}) | size._asdict()
+        known = {"num_classes": 0 if text else classes, "text": text}
+        return LightningDiTConfig(input_size=side, in_channels=channels, **known, **options)
 
 
 class TrainGenerator(Config):
@@ -83,6 +89,10 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     config: TrainGenerator,
     *,
     latents: Annotated[Input, "folder of cache_latents, which the generator learns"],
+    captions: Annotated[OptionalInput, "folder of cache_captions, for a generator that is told captions"] = None,
+    text_encoder: Annotated[
+        OptionalInput, "folder of the text encoder, where condition.features is `encoded`; see cache_captions"
+    ] = None,
     tokenizer: Annotated[Input, "folder of the tokenizer of these latents"],
     decoder: Annotated[
         OptionalInput, "folder of a tuned decoder, through which monitors look; default: the tokenizer's own"
@@ -103,10 +113,11 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     pixels = load_tokenizer(tokenizer, decoder).to(host.device)
     pixels.require_decoder(tokenizer)
     data.require_encoder(pixels.encoder_digest(), str(tokenizer))
-    batches = LatentBatches(data, batch_size=config.batch_size, seed=config.seed, rank_slice=rank_slice)
+    told = build_conditioning(config.model.condition, captions=captions, text_encoder=text_encoder, host=host)
+    batches = LatentBatches(data, told.of(data), batch_size=config.batch_size, seed=config.seed, rank_slice=rank_slice)
 
     torch.manual_seed(address(config.seed, "weights"))
-    model = LightningDiT(config.model.architecture(data.shape, len(data.classes)))
+    model = LightningDiT(config.model.architecture(data.shape, classes=len(data.classes), text=told.text))
     objective = GenerationObjective(model, config.objective)
     cost = objective.step_cost(batches[0], batch_size=config.batch_size)
     parallelize(objective, host)
@@ -118,7 +129,8 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
         validation,
         pixels,
         config.monitor,
-        labels=data.space.labels,
+        conditions=told.of(validation),
+        drawn=told.drawn(data, validation, host.device),
         seed=config.seed,
         precision=config.training.precision,
         reference=_reference(config, reference, pixels.image_size, host),
@@ -135,7 +147,10 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     result = states.pop(averages[0])
     sampler = config.monitor.sampler.model_dump(mode="json")
     others = states | milestones.saved()
-    save_generator(generator, model.config, result, space=data.space, sampler=sampler, others=others)
+    space = data.space if told.record is None else data.space._replace(classes=[], untrained=[])
+    save_generator(
+        generator, model.config, result, space=space, sampler=sampler, text_encoder=told.record, others=others
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     epochs = length.samples / len(data)
     figures = {"parameters": parameters, "epochs": epochs} | monitor.convergence(steps=length.steps, epochs=epochs)

@@ -1,6 +1,7 @@
 """Finished artefacts from the command line; `python -m vtp COMMAND --help` says what each takes.
 
 python -m vtp sample work/generator --class frog "snow-capped mountain" --count 8
+python -m vtp sample work/generator --prompt "a frog left of a dog"
 python -m vtp reconstruct photo.jpg --tokenizer work/tokenizer --decoder work/decoder
 python -m vtp encode photo.jpg --tokenizer work/tokenizer --out photo.safetensors
 python -m vtp decode photo.safetensors --tokenizer work/tokenizer --decoder work/decoder --out photo.png
@@ -57,12 +58,15 @@ def _sample(given: argparse.Namespace) -> str:
     return sample(
         given.generator,
         given.classes,
+        given.prompt,
+        given.prompts,
         count=given.count,
         seed=given.seed,
         steps=given.steps,
         guidance=given.guidance,
         tokenizer=given.tokenizer,
         decoder=given.decoder,
+        text_encoder=given.text_encoder,
         device=given.device,
         out=given.out,
     )
@@ -104,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    sample = command("sample", _sample, "draw pictures of classes, as one PNG")
+    sample = command("sample", _sample, "draw pictures of classes or prompts, as one PNG")
     sample.add_argument("generator", type=Path, help="folder of train_generator, such as work/generator")
     sample.add_argument(
         "--class",
@@ -113,12 +117,17 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         help="names or labels; default: the first 8",
     )
-    sample.add_argument("--count", type=int, default=8, help="pictures of every class; default: 8")
+    sample.add_argument("--prompt", metavar="TEXT", nargs="+", help="of a generator that is told captions")
+    sample.add_argument("--prompts", type=Path, metavar="FILE", help="the same, a prompt a line")
+    sample.add_argument("--count", type=int, default=8, help="pictures of every class or prompt; default: 8")
     sample.add_argument("--seed", type=int, default=0, help="of the noise; default: 0")
     sample.add_argument("--steps", type=int, help="of the sampler; default: those of its sampler.json")
     sample.add_argument("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1 is none")
     sample.add_argument("--tokenizer", type=Path, help="folder; default: `tokenizer` beside the generator")
     sample.add_argument("--decoder", type=Path, help="folder of a tuned decoder; default: `decoder` beside it, if any")
+    sample.add_argument(
+        "--text-encoder", type=Path, help="folder; default: `text_encoder` beside it, or its tokenizer's"
+    )
     sample.add_argument("--out", type=Path, default=Path("samples.png"), help="PNG to write; default: samples.png")
 
     prepared = (

@@ -12,6 +12,7 @@ from torch import Tensor
 from stages.monitors.snapshots import SnapshotStore
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config, Distinct, number_name
+from vtp.data.conditions import Conditions
 from vtp.data.latents import LatentDataset
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.convergence import EPOCHS, epochs_to_reach
@@ -22,6 +23,7 @@ from vtp.host import Host
 from vtp.inference.grid import grid
 from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
+from vtp.objectives.conditioning import Drawn
 from vtp.objectives.generation import GenerationObjective
 from vtp.step import Logs, StepContext
 
@@ -73,7 +75,10 @@ class FidReference(NamedTuple):
 
 
 class GeneratorMonitor:
-    """Evaluations at even intervals; every rank does its share. `labels` are those that are drawn, in turn."""
+    """Evaluations at even intervals; every rank does its share.
+
+    `conditions` are those of the validation latents; samples are told what `drawn` says of their numbers.
+    """
 
     def __init__(  # noqa: PLR0913 - what is evaluated, and by what
         self,
@@ -82,7 +87,8 @@ class GeneratorMonitor:
         tokenizer: Tokenizer,
         config: GeneratorMonitorConfig,
         *,
-        labels: Sequence[int],
+        conditions: Conditions,
+        drawn: Drawn,
         seed: int,
         precision: str,
         reference: FidReference | None,
@@ -92,7 +98,8 @@ class GeneratorMonitor:
         self._validation = validation
         self._tokenizer = tokenizer
         self._config = config
-        self._labels = labels
+        self._conditions = conditions
+        self._drawn = drawn
         self._seed = seed
         self._snapshots = SnapshotStore(host.folder / "snapshots", config.evaluations)
         self._device = host.device
@@ -159,19 +166,18 @@ class GeneratorMonitor:
             latents = self._validation.statistics.normalise(self._validation.rows(rows)).to(self._device)
             noise = self._noise("validation", indices)
             t = torch.from_numpy((rows + 0.5) / count).float().to(self._device)
-            labels = self._validation.labels[torch.from_numpy(rows)].to(self._device)
+            condition = self._conditions.of(rows, self._device)
             with self._reduced():
-                loss = flow_matching_loss(self._model, latents, labels, t=t, noise=noise)
+                loss = flow_matching_loss(self._model, latents, condition, t=t, noise=noise)
             losses.append(loss.mse[:kept].cpu())
         return float(gather_rows(torch.cat(losses)).double().mean())
 
     def _sample(self, count: int) -> Iterator[Tensor]:
-        """This rank's share of `count` samples as uint8 pictures, in batches; labels go through the classes in turn."""
+        """This rank's share of `count` samples as uint8 pictures, in batches."""
         for indices, kept in _even(count, self._config.batch_size):
-            labels = torch.tensor([self._labels[index % len(self._labels)] for index in indices], device=self._device)
             noise = self._noise("samples", indices)
             with self._reduced():
-                drawn = sample(self._model, noise, labels, **self._config.sampler.arguments())
+                drawn = sample(self._model, noise, self._drawn(indices), **self._config.sampler.arguments())
             yield to_uint8(self._tokenizer.decode(self._validation.statistics.denormalise(drawn)))[:kept]
 
     def _reduced(self) -> torch.autocast:

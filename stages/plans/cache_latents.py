@@ -8,6 +8,7 @@ from stages.plans.estimate import (
     LABEL,
     Estimate,
     Figure,
+    SplitSize,
     add_input_options,
     add_time,
     inputs_of,
@@ -22,14 +23,16 @@ def plan(arguments: list[str]) -> Estimate:
     add_input_options(parser)
     options = parser.parse_args(arguments)
     config, inputs = load(options.address, CacheLatents), inputs_of(options)
-    counts = {name: split.labelled for name, split in inputs.splits.items()}
+    counts = {name: learnt(config, split) for name, split in inputs.splits.items()}
     flips = config.horizontal_flips
     images, passes = sum(counts.values()), 2 if flips else 1
     size = inputs.latent_numbers * getattr(torch, config.dtype).itemsize
     flops = inputs.encoder_flops * passes * images
     estimate = Estimate()
 
-    latents = estimate.section(f"latents {list(inputs.latent_shape)} of {images:,} labelled images, {config.dtype}")
+    latents = estimate.section(
+        f"latents {list(inputs.latent_shape)} of {images:,} images with {config.of}, {config.dtype}"
+    )
     note = ", and as much of its horizontal flip" if flips else ""
     latents["of an image"] = Figure(size, f"{size / 1e3:,.1f} kB{note}")
     work = estimate.section("FLOPs")
@@ -47,3 +50,8 @@ def plan(arguments: list[str]) -> Estimate:
     note = "the tables of keys and captions are not counted"
     time["labels"] = Figure(labels, f"{labels / GIGA:.3g} GB; {note}")
     return estimate
+
+
+def learnt(config: CacheLatents, split: SplitSize) -> int:
+    """Pictures of a split that a generator learns."""
+    return split.labelled if config.of == "classes" else split.samples

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.cache_latents import CacheLatents
+from stages.plans.cache_latents import learnt
 from stages.plans.estimate import (
     FLOAT,
     GIGA,
@@ -27,11 +28,17 @@ from stages.plans.estimate import (
     per_gpu,
 )
 from stages.train_generator import TrainGenerator
-from vtp.config import number_name
+from vtp.config import ConfigError, number_name
 from vtp.flow import SamplerConfig, flow_matching_loss
 from vtp.flow.sampler import time_grid
+from vtp.layers.captions import Captions, Condition
 from vtp.layers.flops import TRAINING, forward_flops
+from vtp.models.captions import TextCondition
+from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.lightningdit import LightningDiT
+from vtp.models.text_encoder import OpenClipText, TransformersText
+from vtp.models.tokenizer import TokenizerConfig
+from vtp.objectives.conditioning import CaptionCondition, ClassCondition
 from vtp.params import load
 from vtp.training.fit import run_length
 
@@ -64,7 +71,7 @@ def plan(arguments: list[str]) -> Estimate:
     config, inputs = load(options.address, TrainGenerator), inputs_of(options)
     cache = load(beside(options, "cache_latents"), CacheLatents)
     model = generator_of(config, inputs)
-    forward, count, images = generator_flops(model, inputs), count_of(model), inputs.split("train").labelled
+    forward, count, images = generator_flops(model, inputs), count_of(model), learnt(cache, inputs.split("train"))
     per_step = TRAINING * forward * config.batch_size
     length = run_length(config.training.length, samples=config.batch_size, flops=per_step)
     estimate = Estimate()
@@ -108,13 +115,52 @@ def plan(arguments: list[str]) -> Estimate:
 
 def generator_of(config: TrainGenerator, inputs: PlannedInputs) -> LightningDiT:
     """Without contents."""
+    text = text_of(config.model.condition, inputs.tokenizer)
     with torch.device("meta"):
-        return LightningDiT(config.model.architecture(inputs.latent_shape, inputs.labels))
+        return LightningDiT(config.model.architecture(inputs.latent_shape, classes=inputs.labels, text=text))
 
 
 def generator_flops(model: LightningDiT, inputs: PlannedInputs) -> float:
     """Of one forward pass of one latent."""
-    return forward_flops(model, torch.zeros(1, *inputs.latent_shape), torch.zeros(1), torch.zeros(1).long())
+    return forward_flops(model, torch.zeros(1, *inputs.latent_shape), torch.zeros(1), _condition(model, 1))
+
+
+def text_of(
+    condition: ClassCondition | CaptionCondition, tokenizer: TokenizerConfig | ConvolutionalConfig
+) -> TextCondition | None:
+    """The features that a generator reads, without loading what makes them; None for classes.
+
+    A tower of a tokenizer is taken to be as long and wide as that of `tokenizer`. Raises ConfigError where nothing says it.
+    """
+    if isinstance(condition, ClassCondition):
+        return None
+    encoder = condition.encoder
+    if isinstance(encoder, OpenClipText):
+        from open_clip import get_model_config
+
+        known = (get_model_config(encoder.architecture) or {}).get("text_cfg")
+        if known is None:
+            raise ConfigError(f"open_clip has no architecture {encoder.architecture!r}")
+        length, width = known["context_length"], known["width"]
+    elif isinstance(encoder, TransformersText):
+        length, width = encoder.length, encoder.width
+    else:
+        text = tokenizer.text if isinstance(tokenizer, TokenizerConfig) else None
+        if text is None:
+            raise ConfigError(
+                "a plan takes the text tower of this tokenizer's size, and it has none; set pretrain's text"
+            )
+        length, width = text.context_length, text.embed_dim
+    return TextCondition(width=width, length=length, reading=condition.reading)
+
+
+def _condition(model: LightningDiT, count: int) -> Condition:
+    """Of so many latents, zeros."""
+    text = model.config.text
+    if text is None:
+        return torch.zeros(count, dtype=torch.long)
+    mask = torch.ones(count, text.length, dtype=torch.bool)
+    return Captions(torch.zeros(count, text.length, text.width), mask)
 
 
 def activations(config: TrainGenerator, model: LightningDiT, inputs: PlannedInputs) -> float:
@@ -125,8 +171,8 @@ def activations(config: TrainGenerator, model: LightningDiT, inputs: PlannedInpu
         model = model.to_empty(device="cpu")
 
         def forward(count: int) -> list[Tensor]:
-            latents, labels = torch.empty(count, *inputs.latent_shape), torch.zeros(count, dtype=torch.long)
-            loss = flow_matching_loss(model, latents, labels, t=torch.empty(count), noise=torch.empty_like(latents))
+            latents, told = torch.empty(count, *inputs.latent_shape), _condition(model, count)
+            loss = flow_matching_loss(model, latents, told, t=torch.empty(count), noise=torch.empty_like(latents))
             return [loss.mse.mean() + config.objective.cosine_weight * loss.cosine.mean()]
 
         return kept_per_sample(forward)

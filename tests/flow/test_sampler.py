@@ -47,6 +47,9 @@ class Recorder:
 
     null_label = 9
 
+    def without(self, condition):
+        return torch.full_like(condition, self.null_label)
+
     def __init__(self, strong=1.0, weak=0.0):
         self.strong, self.weak, self.batches = strong, weak, []
 

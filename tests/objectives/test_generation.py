@@ -19,7 +19,7 @@ NOW = StepContext(0, 100, log_step=False)
 
 
 def objective_of(**changes):
-    config = merged(tiny_params()["train_generator"]["objective"], {"label_dropout": 0.0} | changes)
+    config = merged(tiny_params()["train_generator"]["objective"], {"condition_dropout": 0.0} | changes)
     model = LightningDiT.from_pretrained(GOLDEN).train()
     return GenerationObjective(model, GenerationObjectiveConfig.parse(config, where="test"))
 
@@ -29,7 +29,8 @@ def batch_of(rows=slice(None), uniform=0.5):
     count = len(io["loss.x1"])
     normal = (torch.logit(io["loss.t"]) + 0.5) / 1.25  # that the times are the official ones
     draws = torch.full((count, 2), uniform)
-    batch = LatentBatch(io["loss.x1"], io["y"], io["loss.x0"], normal, draws)
+    of_labels = torch.empty(count, 0, dtype=torch.bool)
+    batch = LatentBatch(io["loss.x1"], io["y"], of_labels, io["loss.x0"], normal, draws)
     return LatentBatch(*(tensor[rows] for tensor in batch))
 
 
@@ -60,12 +61,12 @@ def test_dropped_labels_train_the_null_class():
             seen.append(labels)
             return super().forward(x, t, labels)
 
-    objective = objective_of(label_dropout=0.25)
+    objective = objective_of(condition_dropout=0.25)
     objective.model.__class__ = Recorder
     batch = batch_of()._replace(uniform=torch.tensor([[0.9, 0.1], [0.9, 0.3], [0.1, 0.24], [0.1, 0.26]]))
     list(objective.terms("model", [batch], NOW))
     null = objective.model.null_label
-    assert torch.equal(seen[0], torch.where(torch.tensor([True, False, True, False]), null, batch.labels))
+    assert torch.equal(seen[0], torch.where(torch.tensor([True, False, True, False]), null, batch.condition))
 
 
 def test_averages_follow_at_their_own_pace():

@@ -1,10 +1,13 @@
-"""`sample`: pictures of a generator."""
+"""`sample`: pictures of a generator, of classes or of prompts."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from vtp.commands.places import device_of, require_file
-from vtp.inference.generator import load_generator
+from vtp.inference.asked import read_lines
+from vtp.inference.generator import PictureGenerator, load_generator
 from vtp.inference.grid import grid
 
 MOST_CLASSES = 8  # that are drawn when none is named
@@ -13,6 +16,8 @@ MOST_CLASSES = 8  # that are drawn when none is named
 def sample(  # noqa: PLR0913 - flags of the command
     folder: Path,
     classes: Sequence[str] | None,
+    prompts: Sequence[str] | None,
+    prompt_file: Path | None,
     *,
     count: int,
     seed: int,
@@ -20,19 +25,34 @@ def sample(  # noqa: PLR0913 - flags of the command
     guidance: float | None,
     tokenizer: Path | None,
     decoder: Path | None,
+    text_encoder: Path | None,
     device: str | None,
     out: Path,
 ) -> str:
-    """Draw `count` pictures of every class into one PNG; where it is. Raises ValueError or OSError."""
+    """Draw `count` pictures of every class or prompt into one PNG; where it is. Raises ValueError or OSError."""
     if count < 1:
         raise ValueError(f"--count {count}: at least 1")
     require_file(out, ".png", "PNG")
-    generator = load_generator(folder, tokenizer, decoder, device=device_of(device))
+    texts = [*(prompts or []), *(read_lines(prompt_file) if prompt_file else [])]
+    generator = load_generator(folder, tokenizer, decoder, text_encoder, device=device_of(device))
+    names = _asked(generator, classes, texts)
     given = {"steps": steps, "guidance_scale": guidance}
     changes = {name: value for name, value in given.items() if value is not None}
-    labels = [generator.label(name) for name in classes or generator.space.labels[:MOST_CLASSES]]
-    pixels = generator.draw(labels, count, seed=seed, **changes)
+    with tqdm(total=count * len(names), desc="sampling", unit="picture", leave=False) as bar:
+        pixels = generator.draw(names, count, seed=seed, progress=bar.update, **changes)
     sampler = generator.sampler.model_copy(update=changes)
     title = f"{folder}, {sampler.solver}, {sampler.steps} steps, {sampler.guidance}, seed {seed}"
-    grid(list(pixels.split(count)), [generator.classes[label] for label in labels], out, title=title)
+    shown = [name if isinstance(name, str) else generator.classes[name] for name in names]
+    grid(list(pixels.split(count)), shown, out, title=title)
     return str(out.resolve())
+
+
+def _asked(generator: PictureGenerator, classes: Sequence[str] | None, prompts: Sequence[str]) -> Sequence[str | int]:
+    """Prompts, or labels. Raises ValueError for what this generator is not told."""
+    if generator.text_encoder is not None:
+        if classes or not prompts:
+            raise ValueError("this generator is told captions: ask by --prompt TEXT or --prompts FILE, without --class")
+        return prompts
+    if prompts:
+        raise ValueError("this generator is told classes: ask by --class, without --prompt and --prompts")
+    return [generator.label(name) for name in classes or generator.space.labels[:MOST_CLASSES]]

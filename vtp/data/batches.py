@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vtp.data.conditions import Conditions, Told
 from vtp.data.latents import LatentDataset
 from vtp.data.order import sample_indices
 from vtp.data.stream import Stream
 from vtp.data.views import CentreCropView, RandomCropView, least_size, reconstruction_batch, reconstruction_crop
 from vtp.draws import torch_draws
+from vtp.layers.captions import Condition
 from vtp.layers.decode import finish, upright_size
 
 if TYPE_CHECKING:
@@ -34,10 +36,16 @@ class LatentBatch(NamedTuple):
     """A micro-batch of a rank: latents, normalised per channel, with the draws that each sample is trained with."""
 
     latents: Tensor  # [B, d, h, w]
-    labels: Tensor  # [B] int64
+    told: Tensor  # [B] int64 labels, or of captions the features [B, L, w]
+    mask: Tensor  # [B, L] bool, true for tokens; [B, 0] of labels
     noise: Tensor  # [B, d, h, w], standard normal
     normal: Tensor  # [B], standard normal, for the time
-    uniform: Tensor  # [B, 2] in [0, 1), for the time and for the label
+    uniform: Tensor  # [B, 2] in [0, 1), for the time and for dropping the condition
+
+    @property
+    def condition(self) -> Condition:
+        """What the model is told."""
+        return Told(self.told, self.mask).condition
 
 
 class RankSlice(NamedTuple):
@@ -129,8 +137,11 @@ class ImageBatches(Dataset[ImageBatch]):
 class LatentBatches(Dataset[LatentBatch]):
     """Micro-batches of this rank. What is drawn for a sample belongs to its place in the stream, and to nothing else."""
 
-    def __init__(self, latents: LatentDataset, *, batch_size: int, seed: int, rank_slice: RankSlice) -> None:
+    def __init__(
+        self, latents: LatentDataset, conditions: Conditions, *, batch_size: int, seed: int, rank_slice: RankSlice
+    ) -> None:
         self.latents = latents
+        self.conditions = conditions
         self.batch_size = batch_size
         self.seed = seed
         self.rank_slice = rank_slice
@@ -143,7 +154,12 @@ class LatentBatches(Dataset[LatentBatch]):
         noise, normal, uniform = (torch.stack(values) for values in zip(*samples, strict=True))
         flipped = (uniform[:, 2] < 0.5).numpy() if self.latents.has_flipped else None
         latents = self.latents.statistics.normalise(self.latents.rows(drawn, flipped))
-        return LatentBatch(latents, self.latents.labels[torch.from_numpy(drawn)], noise, normal, uniform[:, :2])
+        return LatentBatch(latents, *self.conditions.rows(drawn), noise, normal, uniform[:, :2])
+
+    def finish(self, batch: LatentBatch) -> LatentBatch:
+        """On the device."""
+        told = self.conditions.finish(Told(batch.told, batch.mask))
+        return batch._replace(told=told.values, mask=told.mask)
 
     def _draw(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
         """Noise, a normal and three uniform draws of a position of the stream."""

@@ -5,7 +5,7 @@ longest ago are closed. So it does not matter how many shards there are.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from os import pread
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar
@@ -108,6 +108,27 @@ class ShardDataset:
         """The samples of `singles`, with the labels that a generator learns: their classes, or the categories of those."""
         rows, labels = self.singles(most)
         return LabelledSamples(rows, self.manifest.learnt_labels(labels))
+
+    def captioned(self) -> "LabelledSamples":
+        """The samples that have a caption, of no class but the one of all. Raises ArtefactError where none has one."""
+        rows = [first + np.flatnonzero([bool(text.strip()) for text in texts]) for first, texts in self._by_shard()]
+        found = np.concatenate(rows)
+        if not len(found):
+            raise ArtefactError(
+                f"{self.folder}: none of the {len(self)} samples of split {self.name_of_split!r} has a caption; give the "
+                "source captions, or train a generator on classes"
+            )
+        return LabelledSamples(found, np.zeros_like(found))
+
+    def captions(self) -> Iterator[list[str]]:
+        """Of all samples, shard by shard; empty where there is none, or one that is not UTF-8."""
+        return (texts for _, texts in self._by_shard())
+
+    def _by_shard(self) -> Iterator[tuple[int, list[str]]]:
+        """The number of its first sample and its captions, of every shard."""
+        for shard, first in zip(self.shards, self._first[:-1].tolist(), strict=True):
+            column = _read_beside(self.folder, shard, ["caption"])["caption"].cast("binary")
+            yield first, [_text(content.as_py()) for content in column]
 
     def key(self, index: int) -> str:
         """Name of a sample in its tar."""
@@ -254,6 +275,14 @@ class LruCache(Generic[T]):
         """Let go of all others."""
         for number in self._held.keys() - set(numbers):
             self._size -= self._held.pop(number)[1]
+
+
+def _text(content: bytes) -> str:
+    """Empty where it is not UTF-8."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return ""
 
 
 def _beside(folder: Path, shard: Shard) -> Path:

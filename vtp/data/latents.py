@@ -9,6 +9,7 @@ Shards are memory-mapped once; a random minibatch touches only its own rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -161,7 +162,7 @@ class LatentDataset:
     """A split of a folder of cached latents. Raises ArtefactError when a file is not the one that was written."""
 
     def __init__(self, folder: Path, split: str = "train") -> None:
-        self.folder = folder
+        self.folder, self.split = folder, split
         self.config = read_latents_config(folder)
         if split not in self.config.splits:
             raise ArtefactError(f"{folder}: no split {split!r}; it has {', '.join(self.config.splits)}")
@@ -194,6 +195,16 @@ class LatentDataset:
     def classes(self) -> list[str]:
         """Names of the classes, in the order of the labels."""
         return self.config.classes
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Of every sample; empty: none."""
+        import pyarrow.parquet as pq
+
+        entry = self.config.splits[self.split]
+        tables = [(self.folder / name).with_suffix(".parquet") for name in entry.shards]
+        verify_files(self.folder, {path.name: self.config.files[path.name] for path in tables}, remedy=REMEDY)
+        return [text for path in tables for text in pq.read_table(path, columns=["caption"])["caption"].to_pylist()]
 
     @property
     def has_flipped(self) -> bool:

@@ -3,6 +3,8 @@
     config.json                    encoder of the latents, classes, how each setting was drawn, digests of all files
     <setting>-00000.safetensors    latents [n, d, h, w] in the tokenizer's own scale, labels [n]
 
+Of a generator that is told captions, the classes are the prompts.
+
 The setting `noise` is where all others begin: Gaussian noise with the latents' own statistics, a baseline.
 """
 
@@ -22,7 +24,7 @@ from vtp.evaluation.settings import NOISE
 from vtp.finite import require_finite
 from vtp.flow import SamplerConfig
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 REMEDY = "fetch the folder again (dvc checkout), or run the stage generate again"
 SettingName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names files
 Labels = Literal["balanced", "random"]
@@ -31,9 +33,10 @@ Labels = Literal["balanced", "random"]
 class SamplesArtefact(Config):
     """`config.json` of a folder of samples."""
 
-    format_version: Literal[3]
+    format_version: Literal[4]
     encoder: str  # digest of that whose latents these are
-    classes: list[str]
+    classes: list[str]  # names in the order of the labels; or prompts
+    prompted: bool  # whether they are prompts
     samples: int = Field(ge=1)  # per setting
     shard_size: int = Field(ge=1)
     labels: Labels

@@ -5,7 +5,7 @@ t = 0 is noise, t = 1 is data;  x_t = t x_1 + (1 - t) x_0;  v = x_1 - x_0
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from vtp.config import Config
+from vtp.layers.captions import Condition
 
 # A prediction below this length has no direction yet. With the usual 1e-8 the cosine's gradient is 1e8 at the zero that
 # adaLN-zero begins with; unless it is clipped, Adam's second moment of the last layer needs hundreds of steps to forget.
 SHORTEST = 0.1
 AUTO_ELEMENTS = 4096  # numbers of a latent at which `Auto` has mu 0
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, condition) -> v
+Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # (x, t, condition) -> v
 
 
 class LogitNormal(Config):
@@ -100,7 +101,7 @@ def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def flow_matching_loss(
     model: Velocity,
     latents: Tensor,
-    condition: Tensor,
+    condition: Condition,
     *,
     t: Tensor | None = None,
     noise: Tensor | None = None,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtp.config import Config, number_name
 from vtp.flow.path import Velocity
+from vtp.layers.captions import Captions, Condition
 
 
 def _pair(value: object) -> object:
@@ -70,7 +71,7 @@ def time_grid(steps: int, shift: float) -> Tensor:
 def sample(  # noqa: PLR0913 - the sampler's own degrees of freedom
     model: Velocity,
     noise: Tensor,
-    condition: Tensor,
+    condition: Condition,
     *,
     solver: Solver,
     steps: int,
@@ -79,7 +80,7 @@ def sample(  # noqa: PLR0913 - the sampler's own degrees of freedom
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_channels: Channels | None = "all",
     guide_model: Velocity | None = None,
-    null_condition: Tensor | None = None,
+    null_condition: Condition | None = None,
     atol: float = 1e-6,
     rtol: float = 1e-3,
     progress: Callable[[float], None] | None = None,
@@ -87,14 +88,14 @@ def sample(  # noqa: PLR0913 - the sampler's own degrees of freedom
     """Samples [B, C, H, W] from `noise` of that shape, in its precision.
 
     Guidance replaces v by v_0 + w (v - v_0) while t lies in the interval, ends included (Ho and Salimans 2022;
-    Kynkäänniemi et al. 2024). v_0 is the velocity under `null_condition` (by default the model's null label), or that
-    of a weaker `guide_model` under the same condition (autoguidance, Karras et al. 2024). Outside the interval v_0 is
+    Kynkäänniemi et al. 2024). v_0 is the velocity under `null_condition` (by default that of the
+    model's `without`), or that of a weaker `guide_model` under the same condition (autoguidance, Karras et al. 2024). Outside the interval v_0 is
     not computed. `atol` and `rtol` are dopri5's; the other solvers call `progress` with the
     timestep that every step reaches.
     Raises ValueError when guidance lacks a null condition or asks for more channels than there are.
     """
     if guide_model is None and null_condition is None and guidance_scale != 1:
-        null_condition = _null_like(condition, model)
+        null_condition = _null_of(condition, model)
     channels = guidance_channels if isinstance(guidance_channels, int) else noise.shape[1]
     if channels > noise.shape[1]:
         raise ValueError(f"guidance_channels is {channels}, the latents have {noise.shape[1]}")
@@ -109,7 +110,7 @@ def sample(  # noqa: PLR0913 - the sampler's own degrees of freedom
             strong, weak = model(x, timesteps, condition).to(x), guide_model(x, timesteps, condition).to(x)
         else:
             assert null_condition is not None
-            both = model(torch.cat([x, x]), timesteps.repeat(2), torch.cat([condition, null_condition]))
+            both = model(torch.cat([x, x]), timesteps.repeat(2), _joined(condition, null_condition))
             strong, weak = both.to(x).chunk(2)
         guided = weak + guidance_scale * (strong - weak)
         return torch.cat([guided[:, :channels], strong[:, channels:]], dim=1)
@@ -142,8 +143,15 @@ def _dopri5(velocity: Derivative, x: Tensor, *, atol: float, rtol: float) -> Ten
     return path[-1]
 
 
-def _null_like(condition: Tensor, model: Velocity) -> Tensor:
-    null_label = getattr(model, "null_label", None)
-    if null_label is None:
-        raise ValueError(f"{type(model).__name__} has no null_label: give null_condition, or a guide_model")
-    return torch.full_like(condition, null_label)
+def _joined(first: Condition, second: Condition) -> Condition:
+    """Along the batch."""
+    if isinstance(first, Captions) and isinstance(second, Captions):
+        return Captions(*map(torch.cat, zip(first, second, strict=True)))
+    return torch.cat([first, second])  # pyright: ignore[reportArgumentType, reportCallIssue] - both labels
+
+
+def _null_of(condition: Condition, model: Velocity) -> Condition:
+    without = getattr(model, "without", None)
+    if without is None:
+        raise ValueError(f"{type(model).__name__} has no `without`: give null_condition, or a guide_model")
+    return without(condition)

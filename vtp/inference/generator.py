@@ -1,27 +1,31 @@
 """A generator and the tokenizer of its latents, as one thing that draws pictures.
 
 generator = vtp.load_generator("work/generator")
-pictures = generator.sample("frog", count=8)
+pictures = generator.sample("frog", count=8)  # one that is told captions: generator.sample("a frog left of a dog")
 pictures[0].save("frog.png")
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vtp.artefact import ArtefactError
 from vtp.config import did_you_mean
 from vtp.flow import SamplerConfig, draw_noise, sample
+from vtp.inference.asked import Asked, record_of, text_encoder_beside
+from vtp.layers.captions import Condition
 from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
 from vtp.models.generator_folder import SAMPLER_FILE
 from vtp.models.lightningdit import LightningDiT
 from vtp.models.loading import load_tokenizer
+from vtp.models.text_encoder import TextEncoder, load_text_encoder, require_record
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,13 +36,21 @@ SHOWN = 40  # names of classes that a message lists
 
 
 def load_generator(
-    folder: str | Path, tokenizer: str | Path | None = None, decoder: str | Path | None = None, *, device: str = "cpu"
+    folder: str | Path,
+    tokenizer: str | Path | None = None,
+    decoder: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    weights: str | Path = "weights",
 ) -> "PictureGenerator":
     """What the stage train_generator wrote, with the tokenizer whose latents it learnt.
 
     Without `tokenizer` these are the folders `tokenizer` and, if there is one, `decoder` beside the generator's or one
-    level above. A tokenizer that is given decodes with its own decoder, unless one is given too. Raises ArtefactError when
-    a folder is missing, or when the generator learnt the latents of another encoder.
+    level above. A tokenizer that is given decodes with its own decoder, unless one is given too. A generator that is told
+    captions needs their encoder: `text_encoder`, or the folder of that name beside it, or its tokenizer's own text tower;
+    one of open_clip is a file in the folder `weights`. Raises ArtefactError when a folder is missing, or when the generator
+    learnt the latents, or the features, of another encoder.
     """
     folder = Path(folder)
     model = LightningDiT.from_pretrained(folder)
@@ -58,70 +70,104 @@ def load_generator(
     if model.sampler is None:
         raise ArtefactError(f"{folder}: no {SAMPLER_FILE} says how to draw from it; train_generator writes one")
     sampler = SamplerConfig.parse(model.sampler, where=str(folder / SAMPLER_FILE))
-    return PictureGenerator(model.to(device), pixels.to(device).eval(), sampler)
+    encoder = None
+    if model.config.text is not None:
+        record = record_of(model, folder)
+        path = None if text_encoder is None else Path(text_encoder)
+        if path is None:
+            places = [place for place in (_beside(folder, "text_encoder"), given) if place is not None]
+            path = text_encoder_beside(folder, record, places)
+        encoder = load_text_encoder(record.encoder, path, weights=Path(weights)).to(device)
+        require_record(encoder, record, str(folder), path)
+    return PictureGenerator(model.to(device), pixels.to(device).eval(), sampler, encoder)
 
 
 class PictureGenerator:
-    """Draws pictures of classes. `sampler` says how, unless a call says otherwise."""
+    """Draws pictures of classes, or of prompts with a text encoder. `sampler` says how, unless a call says otherwise."""
 
-    def __init__(self, model: LightningDiT, tokenizer: Tokenizer, sampler: SamplerConfig) -> None:
+    def __init__(
+        self,
+        model: LightningDiT,
+        tokenizer: Tokenizer,
+        sampler: SamplerConfig,
+        text_encoder: TextEncoder | None = None,
+    ) -> None:
         assert model.space is not None
         self.model = model
         self.tokenizer = tokenizer
         self.sampler = sampler
+        self.text_encoder = text_encoder
         self.space = model.space
 
     @property
     def classes(self) -> list[str]:
-        """Names, in the order of the labels."""
+        """Names, in the order of the labels; none of a generator that is told captions."""
         return self.space.classes
 
     def sample(
         self,
-        classes: "Class | Iterable[Class]",
+        asked: "Class | Iterable[Class]",
         count: int = 1,
         *,
         seed: int = 0,
         batch_size: int = 16,
+        progress: "Callable[[int], object] | None" = None,
         **changes: Any,  # noqa: ANN401 - of the record
     ) -> "list[Image]":
-        """`count` pictures of every class, class by class; a class is a name or a label, an integer of any library.
+        """`count` pictures of every class or prompt, one after the other.
 
-        Picture n of every class begins with the noise of index n, which is that of the stage generate with this seed.
-        `changes` are those of the sampler, such as `guidance_scale=2.0`. Raises ValueError for a class that there is not,
-        ConfigError for a sampler that cannot be.
+        A class is a name or a label, an integer of any library; a prompt any text. Picture n of each begins with the noise
+        of index n, which is that of the stage generate with this seed. `progress` is told how many more are done. `changes`
+        are those of the sampler, such as `guidance_scale=2.0`. Raises ValueError for a class that there is not, and for an
+        empty prompt, ConfigError for a sampler that cannot be.
         """
         from PIL import Image
 
-        pixels = self.draw(classes, count, seed=seed, batch_size=batch_size, **changes)
+        pixels = self.draw(asked, count, seed=seed, batch_size=batch_size, progress=progress, **changes)
         return [Image.fromarray(picture.numpy()) for picture in pixels.permute(0, 2, 3, 1)]
 
     def draw(
         self,
-        classes: "Class | Iterable[Class]",
+        asked: "Class | Iterable[Class]",
         count: int = 1,
         *,
         seed: int = 0,
         batch_size: int = 16,
+        progress: "Callable[[int], object] | None" = None,
         **changes: Any,  # noqa: ANN401 - of the record
     ) -> Tensor:
-        """What `sample` makes pictures of: uint8 [classes * count, 3, H, W], on the CPU."""
-        several = isinstance(classes, Iterable) and not isinstance(classes, str) and getattr(classes, "ndim", 1) > 0
-        given: list[Any] = list(classes) if several else [classes]  # pyright: ignore[reportArgumentType]
+        """What `sample` makes pictures of: uint8 [asked * count, 3, H, W], on the CPU."""
+        several = isinstance(asked, Iterable) and not isinstance(asked, str) and getattr(asked, "ndim", 1) > 0
+        given: list[Any] = list(asked) if several else [asked]  # pyright: ignore[reportArgumentType]
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; draw one picture at a time at least")
         if count < 1 or not given:
             raise ValueError(f"{count} pictures of {len(given)} classes are none; ask for one at least")
-        labels = torch.tensor([self.label(name) for name in given]).repeat_interleave(count)
-        indices = list(range(count)) * len(given)
+        known, places = self._asked(given)
+        labels, indices = np.repeat(places, count), list(range(count)) * len(given)
         sampler = SamplerConfig.parse(self.sampler.model_dump() | changes, where="sampler")
         if sampler.guide == "generator":
             raise ValueError("guide: generator needs a weaker one beside this; the stage generate takes it by --guide")
-        parts = [
-            self._draw(labels[first : first + batch_size], indices[first : first + batch_size], seed, sampler)
-            for first in range(0, len(labels), batch_size)
-        ]
+        parts = []
+        for first in range(0, len(labels), batch_size):
+            part = slice(first, first + batch_size)
+            condition = known.conditions.of(labels[part], self._device)
+            parts.append(self._draw(condition, indices[part], seed, sampler))
+            if progress is not None:
+                progress(len(parts[-1]))
         return torch.cat(parts)
+
+    def _asked(self, given: list[Any]) -> tuple[Asked, list[int]]:
+        """What there is to be asked for, and where that which is given stands in it."""
+        if self.text_encoder is None:
+            return Asked.of_classes(self.classes, self.space.labels), [self.label(name) for name in given]
+        if wrong := [text for text in given if not isinstance(text, str) or not text.strip()]:
+            raise ValueError(f"no prompt {wrong[0]!r}; a prompt is a text that says something")
+        return Asked.of_prompts(given, self.text_encoder), list(range(len(given)))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.pos_embed.device
 
     def label(self, name: "Class") -> int:
         """That of a class. Raises ValueError for one that there is not, that was not trained, or whose name several have."""
@@ -146,11 +192,10 @@ class PictureGenerator:
         return label
 
     @torch.no_grad()
-    def _draw(self, labels: Tensor, indices: Sequence[int], seed: int, sampler: SamplerConfig) -> Tensor:
+    def _draw(self, condition: Condition, indices: Sequence[int], seed: int, sampler: SamplerConfig) -> Tensor:
         """uint8 [n, 3, H, W] on the CPU."""
-        device = self.model.pos_embed.device
         noise = draw_noise(seed, indices, self.model.latent_shape)
-        drawn = sample(self.model, noise.to(device), labels.to(device), **sampler.arguments())
+        drawn = sample(self.model, noise.to(self._device), condition, **sampler.arguments())
         return to_uint8(self.tokenizer.decode(self.space.statistics.denormalise(drawn))).cpu()
 
 

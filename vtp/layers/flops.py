@@ -7,8 +7,10 @@ backward pass through weights and inputs costs twice the forward pass, through i
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from vtp.layers.captions import Captions, Condition
 
 TRAINING = 3  # forward, and backward through weights and inputs
 FROZEN = 2  # forward, and backward through inputs alone
@@ -16,13 +18,19 @@ _OF_FEATURES = {torch.ops.aten.bmm, torch.ops.aten.baddbmm}  # what attention is
 
 
 @torch.no_grad()
-def forward_flops(module: nn.Module, *inputs: Tensor, attention: bool = True) -> float:
+def forward_flops(module: nn.Module, *inputs: Condition, attention: bool = True) -> float:
     """FLOPs of `module(*inputs)`; only the shapes of the inputs matter.
 
     `attention` False leaves out products of features with features, such as attention's scores: a count by weights.
     """
     shadow = copy.deepcopy(module).to("meta").eval()
     with FlopCounterMode(display=False) as counter:
-        shadow(*(value.to("meta") for value in inputs))
+        shadow(*(_shape(value) for value in inputs))
     counts = counter.get_flop_counts().get("Global", {})  # absent where nothing counts
     return float(sum(flops for operation, flops in counts.items() if attention or operation not in _OF_FEATURES))
+
+
+def _shape(value: Condition) -> Condition:
+    if isinstance(value, Captions):
+        return Captions(*(each.to("meta") for each in value))
+    return value.to("meta")

@@ -188,13 +188,7 @@ class Tokenizer(nn.Module, ABC):
 
     def encoder_digest(self) -> str:
         """SHA-256 of `encoder_state`: equal digests, equal latents. A decoder fits latents of its own digest alone."""
-        settings, tensors = self.encoder_state()
-        state = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for name in sorted(tensors):
-            values = tensors[name].detach().cpu().contiguous()
-            state.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
-            state.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return state.hexdigest()
+        return state_digest(*self.encoder_state())
 
 
 class EncoderLayers(NamedTuple):
@@ -248,6 +242,16 @@ class TrainableTokenizer(Tokenizer):
     @abstractmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read what `save` wrote. Raises ArtefactError naming what is missing or does not fit."""
+
+
+def state_digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of settings and of tensors by name."""
+    state = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous()
+        state.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
+        state.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def gradients(grad: bool) -> torch.set_grad_enabled:

@@ -12,9 +12,10 @@ from torch import Tensor
 from vtp.artefact import ArtefactError, load_tensors, read_json, save_tensors, whole_folder, write_json
 from vtp.config import Config
 from vtp.layers.latent_space import LatentSpace, LatentStatistics
+from vtp.models.captions import TextCondition
 
 FORMAT_VERSION = 2
-STATISTICS_FILE, SAMPLER_FILE = "statistics.safetensors", "sampler.json"
+STATISTICS_FILE, SAMPLER_FILE, TEXT_FILE = "statistics.safetensors", "sampler.json", "text_encoder.json"
 
 
 class LightningDiTConfig(Config):
@@ -27,12 +28,13 @@ class LightningDiTConfig(Config):
     depth: int = Field(ge=1, description="number of blocks")
     num_heads: int = Field(ge=1, description="attention heads")
     mlp_ratio: float = Field(ge=0.1, le=100, description="hidden width of the feed-forward layers over the width")
-    num_classes: int = Field(ge=1, description="classes; one more entry stands for no class")
+    num_classes: int = Field(ge=0, description="classes; one more entry stands for no class; 0 with text")
     use_qknorm: bool = Field(description="normalise queries and keys per head; steadies training")
     use_swiglu: bool = Field(description="SwiGLU, else GELU feed-forward layers")
     use_rope: bool = Field(description="rotary positions beside the fixed sine table")
     use_rmsnorm: bool = Field(description="RMSNorm with weights, else LayerNorm without")
     wo_shift: bool = Field(description="leave the shifts out of adaLN")
+    text: TextCondition | None = Field(None, description="captions in place of classes")
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
@@ -42,6 +44,8 @@ class LightningDiTConfig(Config):
             raise ValueError(f"hidden_size {self.hidden_size} must be divisible by 4 and by num_heads {self.num_heads}")
         if self.use_rope and self.hidden_size // self.num_heads % 4:
             raise ValueError(f"use_rope needs heads of a width divisible by 4, got {self.hidden_size}/{self.num_heads}")
+        if (self.num_classes == 0) != (self.text is not None):
+            raise ValueError(f"num_classes {self.num_classes}: a generator is told classes, or captions as text has it")
         return self
 
 
@@ -99,6 +103,7 @@ class StoredGenerator(NamedTuple):
     where: Path  # the weights are
     space: LatentSpace | None  # of its latents; None: it does not say
     sampler: dict[str, Any] | None  # how to draw from it; None: it does not say
+    text_encoder: dict[str, Any] | None  # whose captions it reads; None: it reads none, or does not say
 
 
 def read_generator(source: Path) -> StoredGenerator:
@@ -115,8 +120,10 @@ def read_generator(source: Path) -> StoredGenerator:
         weights = checkpoints[0]
     config, space = _read_config(folder)
     tensors = _official_checkpoint(weights) if weights.suffix == ".pt" else load_tensors(weights)
-    sampler = read_json(folder / SAMPLER_FILE) if (folder / SAMPLER_FILE).exists() else None
-    return StoredGenerator(config, tensors, weights, space, sampler)
+    sampler, text = (
+        read_json(folder / name) if (folder / name).exists() else None for name in (SAMPLER_FILE, TEXT_FILE)
+    )
+    return StoredGenerator(config, tensors, weights, space, sampler, text)
 
 
 def save_generator(
@@ -126,6 +133,7 @@ def save_generator(
     *,
     space: LatentSpace | None,
     sampler: Mapping[str, Any] | None = None,
+    text_encoder: Mapping[str, Any] | None = None,
     others: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write a generator, given by its state dict: a folder that says all that drawing pictures from it takes.
@@ -134,6 +142,7 @@ def save_generator(
     model.safetensors         the weights
     statistics.safetensors    what normalised its latents
     sampler.json              how to draw, unless one says otherwise; a record of vtp.flow.SamplerConfig
+    text_encoder.json         of one that reads captions: whose features; a record of vtp.models.text_encoder
 
     `others`, such as slower averages, become folders inside of it with the same files.
     """
@@ -144,12 +153,15 @@ def save_generator(
     with whole_folder(folder) as temporary:
         for place, state in {".": weights, **(others or {})}.items():
             (temporary / place).mkdir(exist_ok=True)
-            write_json(temporary / place / "config.json", config.model_dump() | {"vtp_pipeline": pipeline})
+            # Official files know no captions.
+            values = config.model_dump(exclude={"text"} if config.text is None else set())
+            write_json(temporary / place / "config.json", values | {"vtp_pipeline": pipeline})
             save_tensors(temporary / place / "model.safetensors", state)
             if space is not None:
                 space.statistics.save(temporary / place / STATISTICS_FILE)
-            if sampler is not None:
-                write_json(temporary / place / SAMPLER_FILE, sampler)
+            for name, record in ((SAMPLER_FILE, sampler), (TEXT_FILE, text_encoder)):
+                if record is not None:
+                    write_json(temporary / place / name, record)
 
 
 def _read_config(folder: Path) -> tuple[LightningDiTConfig, LatentSpace | None]:
@@ -179,7 +191,7 @@ def _read_config(folder: Path) -> tuple[LightningDiTConfig, LatentSpace | None]:
             f"{folder}: {len(space.classes)} names and statistics of shape {channels}, config.json "
             f"has {config.num_classes} classes and {config.in_channels} channels; fetch the folder again"
         )
-    if not space.labels:
+    if space.classes and not space.labels:
         raise ArtefactError(f"{path}: no class had a training picture; fetch the folder again")
     return config, space
 

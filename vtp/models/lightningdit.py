@@ -1,7 +1,9 @@
 """LightningDiT: a diffusion transformer with rotary positions, RMSNorm and SwiGLU, conditioned by adaLN-zero.
 
-Yao et al. 2025, as the paper uses it (4.1). Argument names and state-dict keys are the official ones, so checkpoints go
-both ways. The forward pass is pure: whoever trains replaces dropped labels by `null_label`.
+Yao et al. 2025, as the paper uses it (4.1), told a class; or a caption (paper 5), which every block reads by an attention
+of its own behind that of the picture (Chen et al. 2024, PixArt), or as more tokens beside those of the picture. Argument
+names and state-dict keys are the official ones, so checkpoints go both ways. The forward pass is pure: whoever trains
+replaces dropped conditions by those of `without`.
 """
 
 import math
@@ -15,21 +17,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtp.artefact import load_module
+from vtp.layers.captions import Captions, Condition
 from vtp.layers.latent_space import LatentSpace
 from vtp.layers.norm import RMSNorm
+from vtp.models.captions import CaptionEmbed, CrossAttention
 from vtp.models.generator_folder import LightningDiTConfig, read_generator, save_generator
 
 FREQUENCIES = 256  # width of the sinusoidal time embedding
 
 
 class LightningDiT(nn.Module):
-    """Velocity of noisy latents: (x [B, C, H, W], t [B] in [0, 1], labels [B]) -> [B, C, H, W]."""
+    """Velocity of noisy latents: (x [B, C, H, W], t [B] in [0, 1], condition) -> [B, C, H, W].
+
+    The condition is labels [B], or the captions of a model with `config.text`.
+    """
 
     pos_embed: nn.Parameter
     space: LatentSpace | None = None  # of its latents; None: the folder does not say, as published ones do not
     sampler: Mapping[str, Any] | None = (
         None  # how to draw, unless one says otherwise; a record of vtp.flow.SamplerConfig
     )
+    text_encoder: Mapping[str, Any] | None = None  # whose captions it reads; a record of vtp.models.text_encoder
     recompute = False  # whether blocks compute their activations again in the backward pass instead of keeping them
 
     def __init__(self, config: LightningDiTConfig) -> None:
@@ -38,7 +46,9 @@ class LightningDiT(nn.Module):
         side, dim = config.input_size // config.patch_size, config.hidden_size
         self.x_embedder = LatentEmbed(config.in_channels, dim, config.patch_size)
         self.t_embedder = TimeEmbed(dim)
-        self.y_embedder = LabelEmbed(config.num_classes, dim)
+        self.y_embedder = (
+            LabelEmbed(config.num_classes, dim) if config.text is None else CaptionEmbed(config.text.width, dim)
+        )
         self.pos_embed = nn.Parameter(sine_table(side, dim)[None], requires_grad=False)
         self.feat_rope = GridRope(side, dim // config.num_heads) if config.use_rope else None
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
@@ -50,6 +60,14 @@ class LightningDiT(nn.Module):
         """The label that stands for no class."""
         return self.config.num_classes
 
+    def without(self, condition: Condition, dropped: Tensor | None = None) -> Condition:
+        """The condition with that of nothing where `dropped` [B] says so, or everywhere."""
+        if isinstance(condition, Captions):
+            gone = torch.ones_like(condition.mask[:, 0]) if dropped is None else dropped
+            return Captions(condition.features, condition.mask & ~gone[:, None])
+        null = torch.full_like(condition, self.null_label)
+        return null if dropped is None else torch.where(dropped, null, condition)
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
@@ -60,23 +78,36 @@ class LightningDiT(nn.Module):
         """What torch.compile takes one by one, so that equal blocks are compiled once."""
         return [*self.blocks, self.final_layer]
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         side = x.shape[-1] // self.config.patch_size
         x = self.x_embedder(x) + self.pos_embed  # [B, N, D]
-        condition = self.t_embedder(t) + self.y_embedder(labels)  # [B, D]
+        tokens, time, said = x.shape[1], self.t_embedder(t), self.y_embedder(condition)
+        modulation = time if self.config.text else time + said  # [B, D]
+        text = said if self.config.text else None
+        if self.config.text and self.config.text.reading == "joint":
+            x = torch.cat([x, said.features.to(x.dtype)], dim=1)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, self.feat_rope, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    block, x, modulation, self.feat_rope, text, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = block(x, condition, self.feat_rope)
-        x = self.final_layer(x, condition)  # [B, N, p * p * C]
+                x = block(x, modulation, self.feat_rope, text)
+        x = self.final_layer(x[:, :tokens], modulation)  # [B, N, p * p * C]
         p = self.config.patch_size
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # [B, h, w, p, p, C]
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder as `save_generator` does; equal weights give equal bytes."""
-        save_generator(Path(folder), self.config, self.state_dict(), space=self.space, sampler=self.sampler)
+        save_generator(
+            Path(folder),
+            self.config,
+            self.state_dict(),
+            space=self.space,
+            sampler=self.sampler,
+            text_encoder=self.text_encoder,
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
@@ -86,7 +117,7 @@ class LightningDiT(nn.Module):
         """
         stored = read_generator(Path(source))
         model = load_module(lambda: cls(stored.config), stored.weights, where=stored.where)
-        model.space, model.sampler = stored.space, stored.sampler
+        model.space, model.sampler, model.text_encoder = stored.space, stored.sampler, stored.text_encoder
         return model.eval()
 
     def _initialise(self) -> None:
@@ -96,12 +127,13 @@ class LightningDiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)  # pyright: ignore[reportArgumentType] - the convolution has one
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        if isinstance(self.y_embedder, LabelEmbed):
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         # adaLN-zero: every block starts as the identity, and the whole model as zero.
         for name, parameter in self.named_parameters():
             if name.startswith("t_embedder") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
-            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            if "adaLN_modulation" in name or "cross_attn.proj" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
 
 
@@ -159,10 +191,12 @@ class GridRope(nn.Module):
         self.register_buffer("freqs_sin", grid.sin())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn neighbouring pairs of x [B, heads, N, head_dim]."""
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        """Turn neighbouring pairs of the first N tokens of x [B, heads, tokens, head_dim]; those of a text stay."""
+        grid, rest = x[:, :, : len(self.freqs_cos)], x[:, :, len(self.freqs_cos) :]
+        even, odd = grid.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-        return (x * self.freqs_cos + turned * self.freqs_sin).to(x.dtype)
+        turned = (grid * self.freqs_cos + turned * self.freqs_sin).to(x.dtype)
+        return torch.cat([turned, rest], dim=2) if rest.shape[2] else turned
 
 
 class DiTAttention(nn.Module):
@@ -176,12 +210,14 @@ class DiTAttention(nn.Module):
         self.k_norm = _head_norm(config)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: nn.Module | None) -> Tensor:
+    def forward(self, x: Tensor, rope: nn.Module | None, mask: Tensor | None = None) -> Tensor:
+        """`mask` [B, tokens] bool: which are looked at; None: all."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope(q), rope(k)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        keys = None if mask is None else mask[:, None, None, :]
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2))
 
 
 class DiTSwiGLU(nn.Module):
@@ -211,7 +247,7 @@ class DiTMlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention and feed-forward, each scaled, shifted and gated by the condition."""
+    """Attention and feed-forward, each scaled, shifted and gated by time and class; between them, the caption is read."""
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
@@ -221,14 +257,27 @@ class DiTBlock(nn.Module):
         self.attn = DiTAttention(config)
         self.mlp = DiTSwiGLU(dim, hidden_dim) if config.use_swiglu else DiTMlp(dim, hidden_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if self.shifted else 4) * dim))
+        self.joint = config.text is not None and config.text.reading == "joint"
+        if config.text is not None and not self.joint:
+            # Normalised, as what the other layers read is: the residual stream grows with depth.
+            self.norm_cross = _norm(config)
+            self.cross_attn = CrossAttention(
+                dim, config.num_heads, q_norm=_head_norm(config), k_norm=_head_norm(config)
+            )
 
-    def forward(self, x: Tensor, condition: Tensor, rope: nn.Module | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, rope: nn.Module | None, captions: Captions | None = None) -> Tensor:
         parts = self.adaLN_modulation(condition)[:, None].chunk(6 if self.shifted else 4, dim=-1)
         if self.shifted:
             attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = parts
         else:
             (attn_scale, attn_gate, mlp_scale, mlp_gate), attn_shift, mlp_shift = parts, 0.0, 0.0
-        x = x + attn_gate * self.attn(self.norm1(x) * (1 + attn_scale) + attn_shift, rope)
+        mask = None
+        if captions is not None and self.joint:
+            picture = captions.mask.new_ones(x.shape[0], x.shape[1] - captions.mask.shape[1])
+            mask = torch.cat([picture, captions.mask], dim=1)
+        x = x + attn_gate * self.attn(self.norm1(x) * (1 + attn_scale) + attn_shift, rope, mask)
+        if captions is not None and not self.joint:
+            x = x + self.cross_attn(self.norm_cross(x), captions)
         return x + mlp_gate * self.mlp(self.norm2(x) * (1 + mlp_scale) + mlp_shift)
 
 

@@ -1,4 +1,4 @@
-"""Flow matching on cached latents with class conditions (paper 4.1, LightningDiT)."""
+"""Flow matching on latents under classes or captions (paper 4.1, 5; LightningDiT)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vtp.config import Config, Distinct
 from vtp.data.batches import LatentBatch
+from vtp.data.conditions import Told
 from vtp.distributed import ranks, whole
 from vtp.flow import TimestepSamplingConfig, flow_matching_loss, timesteps_of
 from vtp.layers.average import frozen_copy, update_average, warm_momentum
@@ -23,7 +24,9 @@ class GenerationObjectiveConfig(Config):
     timesteps: TimestepSamplingConfig
     uniform_from: float = Field(ge=0, le=1, description="share of the run after which timesteps are uniform; 1: never")
     cosine_weight: float = Field(ge=0, description="weight of the cosine between velocities, beside the squared error")
-    label_dropout: float = Field(ge=0, lt=1, description="share of samples that train the null class")
+    condition_dropout: float = Field(
+        ge=0, lt=1, description="share of samples that are told nothing, for guidance"
+    )
     ema: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Distinct] = Field(
         min_length=1, description="momenta of averaged weights; the first is the result, the others lie beside it"
     )
@@ -67,9 +70,9 @@ class GenerationObjective(nn.Module):
         parts = len(micro_batches) * ranks().size
         for batch in micro_batches:
             t = self._timesteps(batch, context)
-            dropped = batch.uniform[:, 1] < self.config.label_dropout
-            labels = torch.where(dropped, self.model.null_label, batch.labels)
-            loss = flow_matching_loss(self.model, batch.latents, labels, t=t, noise=batch.noise)
+            dropped = batch.uniform[:, 1] < self.config.condition_dropout
+            condition = self.model.without(batch.condition, dropped)
+            loss = flow_matching_loss(self.model, batch.latents, condition, t=t, noise=batch.noise)
             mse, cosine = loss.mse.mean() / parts, loss.cosine.mean() / parts
             logs = {"mse": mse.detach(), "cosine": cosine.detach()}
             yield Term("flow", mse + self.config.cosine_weight * cosine, logs, (loss.mse,))
@@ -77,7 +80,9 @@ class GenerationObjective(nn.Module):
     def step_cost(self, batch: LatentBatch, *, batch_size: int) -> StepCost:
         """Training FLOPs of a step of `batch_size` samples like those of `batch`."""
         latents = batch.latents[:1]
-        flops = TRAINING * forward_flops(self.model, latents, torch.zeros(1), batch.labels[:1])
+        flops = TRAINING * forward_flops(
+            self.model, latents, torch.zeros(1), Told(batch.told[:1], batch.mask[:1]).condition
+        )
         tokens = latents[0, 0].numel() // self.model.config.patch_size**2
         return StepCost(flops * batch_size, {"flow": batch_size}, batch_size * tokens)
 

@@ -1,0 +1,81 @@
+"""What a generator is told of the pictures whose latents it learns: their classes, or their captions."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtp.data.captions import CachedCaptions
+from vtp.layers.captions import Captions, Condition
+
+
+class Told(NamedTuple):
+    """The conditions of a batch, as workers prepare them and as a step reads them: labels, features, or ids to encode."""
+
+    values: Tensor  # [B] labels, [B, L, w] features or [B, L] ids
+    mask: Tensor  # [B, L] bool; [B, 0] of labels
+
+    @property
+    def condition(self) -> Condition:
+        """As a model takes it."""
+        return Captions(self.values, self.mask) if self.mask.shape[1] else self.values
+
+
+class Conditions(ABC):
+    """Of the samples of a split, by number."""
+
+    @abstractmethod
+    def rows(self, rows: np.ndarray) -> Told:
+        """Of some samples, on the CPU."""
+
+    def finish(self, told: Told) -> Told:
+        """What is left to do on the device."""
+        return told
+
+    def of(self, rows: np.ndarray, device: torch.device | str) -> Condition:
+        """As a model takes them, on the device."""
+        return self.finish(Told(*(each.to(device) for each in self.rows(rows)))).condition
+
+
+class ClassConditions(Conditions):
+    """Labels [N]."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self._labels = labels
+
+    def rows(self, rows: np.ndarray) -> Told:
+        labels = self._labels[torch.from_numpy(rows)]
+        return Told(labels, torch.empty(len(labels), 0, dtype=torch.bool))
+
+
+class CachedConditions(Conditions):
+    """Captions whose features are there already. Raises ArtefactError for one that has none."""
+
+    def __init__(self, cached: CachedCaptions, captions: Sequence[str]) -> None:
+        self._cached = cached
+        self._numbers = cached.numbers(captions)
+
+    def rows(self, rows: np.ndarray) -> Told:
+        return Told(*self._cached.rows(self._numbers[rows]))
+
+
+class EncodedConditions(Conditions):
+    """Captions that are encoded when they are asked for: ids by workers, features on the device."""
+
+    def __init__(
+        self, captions: Sequence[str], tokenize: Callable[[Sequence[str]], Any], encode: Callable[[Any], Captions]
+    ) -> None:
+        self._captions, self._tokenize, self._encode = captions, tokenize, encode
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_encode": None}  # workers have no device
+
+    def rows(self, rows: np.ndarray) -> Told:
+        captions = [self._captions[int(row)] for row in rows]
+        return Told(*self._tokenize(captions))
+
+    def finish(self, told: Told) -> Told:
+        return Told(*self._encode(told))
