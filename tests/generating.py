@@ -1,5 +1,6 @@
 """What the tests of latents and generators share: cached latents of a tiny tokenizer, and stages run in this process."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,12 @@ def draw(
     generator: Path,
     root: Path,
     *,
-    guide: Path | None = None,
-    latents: Path | None = None,
+    given: Mapping[str, Path] | None = None,
     stop_after: int | None = None,
     **changes: Any,
 ) -> Path:
-    """Samples of a generator."""
+    """Samples of a generator, with what else the command is `given`."""
     config = Generate.parse(merged(tiny_params()["generate"], changes), where="test")
-    paths = {"generator": generator, "guide": guide, "latents": latents, "samples": root / "samples"}
+    paths = {"generator": generator, **(given or {}), "samples": root / "samples"}
     generate(config, **paths, host=work_in(root, stop_after=stop_after))
     return root / "samples"

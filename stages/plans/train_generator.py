@@ -31,7 +31,6 @@ from stages.train_generator import TrainGenerator
 from vtp.config import ConfigError, number_name
 from vtp.flow import SamplerConfig, flow_matching_loss
 from vtp.flow.sampler import time_grid
-from vtp.layers.captions import Captions, Condition
 from vtp.layers.flops import TRAINING, forward_flops
 from vtp.models.captions import TextCondition
 from vtp.models.diffusers_vae import ConvolutionalConfig
@@ -122,7 +121,7 @@ def generator_of(config: TrainGenerator, inputs: PlannedInputs) -> LightningDiT:
 
 def generator_flops(model: LightningDiT, inputs: PlannedInputs) -> float:
     """Of one forward pass of one latent."""
-    return forward_flops(model, torch.zeros(1, *inputs.latent_shape), torch.zeros(1), _condition(model, 1))
+    return forward_flops(model, torch.zeros(1, *inputs.latent_shape), torch.zeros(1), model.shape_of_condition(1))
 
 
 def text_of(
@@ -154,15 +153,6 @@ def text_of(
     return TextCondition(width=width, length=length, reading=condition.reading)
 
 
-def _condition(model: LightningDiT, count: int) -> Condition:
-    """Of so many latents, zeros."""
-    text = model.config.text
-    if text is None:
-        return torch.zeros(count, dtype=torch.long)
-    mask = torch.ones(count, text.length, dtype=torch.bool)
-    return Captions(torch.zeros(count, text.length, text.width), mask)
-
-
 def activations(config: TrainGenerator, model: LightningDiT, inputs: PlannedInputs) -> float:
     """Bytes that autograd keeps per latent, without recomputing and compiling."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -171,7 +161,7 @@ def activations(config: TrainGenerator, model: LightningDiT, inputs: PlannedInpu
         model = model.to_empty(device="cpu")
 
         def forward(count: int) -> list[Tensor]:
-            latents, told = torch.empty(count, *inputs.latent_shape), _condition(model, count)
+            latents, told = torch.empty(count, *inputs.latent_shape), model.shape_of_condition(count)
             loss = flow_matching_loss(model, latents, told, t=torch.empty(count), noise=torch.empty_like(latents))
             return [loss.mse.mean() + config.objective.cosine_weight * loss.cosine.mean()]
 

@@ -111,11 +111,11 @@ def test_guided_by_an_earlier_generator(inputs, drawn, tmp_path):
     """Scale 1 is the generator itself, scale 0 the other one."""
     settings = {"unguided": SETTINGS["unguided"], "guided": {"guide": "generator", "guidance_interval": [0.0, 1.0]}}
     early = inputs / "generator" / "at-0.2"
-    samples = Samples(draw(inputs / "generator", tmp_path, guide=early, settings=settings))
+    samples = Samples(draw(inputs / "generator", tmp_path, given={"guide": early}, settings=settings))
     assert samples.guidance("guided") == "auto2"
     assert not torch.allclose(latents(samples, "guided"), latents(drawn, "guided"), atol=1e-3)
     settings["guided"]["guidance_scale"] = 0.0
-    weak = Samples(draw(inputs / "generator", tmp_path / "weak", guide=early, settings=settings))
+    weak = Samples(draw(inputs / "generator", tmp_path / "weak", given={"guide": early}, settings=settings))
     plain = Samples(draw(early, tmp_path / "alone", settings={"unguided": {"solver": "euler"}}))
     torch.testing.assert_close(latents(weak, "guided"), latents(plain, "unguided"), atol=1e-5, rtol=1e-5)
 
@@ -178,7 +178,7 @@ def test_mistakes_are_told(inputs, tmp_path, changes, message):
 
 def test_a_guide_that_nothing_asks_for(inputs, tmp_path):
     with pytest.raises(ConfigError, match="no setting has `guide: generator`"):
-        draw(inputs / "generator", tmp_path, guide=inputs / "generator")
+        draw(inputs / "generator", tmp_path, given={"guide": inputs / "generator"})
 
 
 def test_the_baseline_keeps_its_name():
@@ -195,10 +195,10 @@ def test_a_generator_from_elsewhere_needs_its_latents(inputs, drawn, tmp_path):
     other.save_pretrained(tmp_path / "generator")
     with pytest.raises(ConfigError, match=r"a generator from elsewhere, .* give them by --latents FOLDER"):
         draw(tmp_path / "generator", tmp_path)
-    samples = draw(tmp_path / "generator", tmp_path, latents=inputs / "latents", settings=SETTINGS)
+    samples = draw(tmp_path / "generator", tmp_path, given={"latents": inputs / "latents"}, settings=SETTINGS)
     assert digest(samples) == digest(drawn.folder)
     with pytest.raises(ConfigError, match=r"--latents .*generator says itself which latents it learnt"):
-        draw(inputs / "generator", tmp_path, latents=inputs / "latents")
+        draw(inputs / "generator", tmp_path, given={"latents": inputs / "latents"})
 
 
 def test_a_guide_of_other_latents(inputs, tmp_path):
@@ -207,7 +207,7 @@ def test_a_guide_of_other_latents(inputs, tmp_path):
     other.save_pretrained(tmp_path / "other")
     settings = {"guided": {"guide": "generator"}}
     with pytest.raises(ArtefactError, match=r"--guide .*other learnt the latents of another encoder"):
-        draw(inputs / "generator", tmp_path, guide=tmp_path / "other", settings=settings)
+        draw(inputs / "generator", tmp_path, given={"guide": tmp_path / "other"}, settings=settings)
 
 
 def test_what_is_not_finite_is_not_written(inputs, tmp_path):

@@ -88,10 +88,10 @@ def sample(  # noqa: PLR0913 - the sampler's own degrees of freedom
     """Samples [B, C, H, W] from `noise` of that shape, in its precision.
 
     Guidance replaces v by v_0 + w (v - v_0) while t lies in the interval, ends included (Ho and Salimans 2022;
-    Kynkäänniemi et al. 2024). v_0 is the velocity under `null_condition` (by default that of the
-    model's `without`), or that of a weaker `guide_model` under the same condition (autoguidance, Karras et al. 2024). Outside the interval v_0 is
-    not computed. `atol` and `rtol` are dopri5's; the other solvers call `progress` with the
-    timestep that every step reaches.
+    Kynkäänniemi et al. 2024). v_0 is the velocity under `null_condition` (by default that of the model's `without`), or
+    that of a weaker `guide_model` under the same condition (autoguidance, Karras et al. 2024). Outside the interval v_0 is
+    not computed. `atol` and `rtol` are dopri5's; the other solvers call `progress` with the timestep that every step
+    reaches.
     Raises ValueError when guidance lacks a null condition or asks for more channels than there are.
     """
     if guide_model is None and null_condition is None and guidance_scale != 1:

@@ -68,6 +68,13 @@ class LightningDiT(nn.Module):
         null = torch.full_like(condition, self.null_label)
         return null if dropped is None else torch.where(dropped, null, condition)
 
+    def shape_of_condition(self, count: int) -> Condition:
+        """What so many samples are told, as far as shapes go: zeros."""
+        text = self.config.text
+        if text is None:
+            return torch.zeros(count, dtype=torch.long)
+        return Captions(torch.zeros(count, text.length, text.width), torch.ones(count, text.length, dtype=torch.bool))
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from vtp.config import Config, Distinct
 from vtp.data.batches import LatentBatch
-from vtp.data.conditions import Told
 from vtp.distributed import ranks, whole
 from vtp.flow import TimestepSamplingConfig, flow_matching_loss, timesteps_of
 from vtp.layers.average import frozen_copy, update_average, warm_momentum
@@ -24,9 +23,7 @@ class GenerationObjectiveConfig(Config):
     timesteps: TimestepSamplingConfig
     uniform_from: float = Field(ge=0, le=1, description="share of the run after which timesteps are uniform; 1: never")
     cosine_weight: float = Field(ge=0, description="weight of the cosine between velocities, beside the squared error")
-    condition_dropout: float = Field(
-        ge=0, lt=1, description="share of samples that are told nothing, for guidance"
-    )
+    condition_dropout: float = Field(ge=0, lt=1, description="share of samples that are told nothing, for guidance")
     ema: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Distinct] = Field(
         min_length=1, description="momenta of averaged weights; the first is the result, the others lie beside it"
     )
@@ -80,9 +77,8 @@ class GenerationObjective(nn.Module):
     def step_cost(self, batch: LatentBatch, *, batch_size: int) -> StepCost:
         """Training FLOPs of a step of `batch_size` samples like those of `batch`."""
         latents = batch.latents[:1]
-        flops = TRAINING * forward_flops(
-            self.model, latents, torch.zeros(1), Told(batch.told[:1], batch.mask[:1]).condition
-        )
+        told = self.model.shape_of_condition(1)  # ids are not encoded yet
+        flops = TRAINING * forward_flops(self.model, latents, torch.zeros(1), told)
         tokens = latents[0, 0].numel() // self.model.config.patch_size**2
         return StepCost(flops * batch_size, {"flow": batch_size}, batch_size * tokens)
 
