@@ -221,7 +221,12 @@ def _open_clip(config: OpenClipText, weights: Path) -> TextEncoder:
 def _language_model(config: TransformersText, folder: Path) -> TextEncoder:
     """Of files alone: no code from the folder, no pickle, nothing from a hub."""
     try:
-        from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
+        from transformers import (  # pyright: ignore[reportMissingImports] - the extra `text`
+            AutoConfig,
+            AutoModel,
+            AutoTokenizer,
+            T5EncoderModel,
+        )
     except ImportError:
         raise ConfigError(
             "text encoder 'transformers': the package is not installed; pip install -e '.[text]'"
