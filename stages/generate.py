@@ -112,8 +112,7 @@ def run(  # noqa: PLR0913 - one flag per path
 ) -> None:
     """`latents` are those that a generator from elsewhere learnt, whose folder does not say what they mean."""
     model = _load(generator, host)
-    prompted = model.config.text is not None
-    space = _space(model, generator, None if prompted else latents)
+    space = _space(model, generator, latents if model.config.text is None else None)
     asked = _asked(config, model, space, generator, PromptPlaces(latents, prompts, captions, text_encoder), host)
     if space.untrained and ranks().first:
         names = listed([shown(space.classes[label]) for label in space.untrained])
@@ -124,7 +123,7 @@ def run(  # noqa: PLR0913 - one flag per path
         format_version=FORMAT_VERSION,
         encoder=space.encoder,
         classes=asked.names,
-        prompted=prompted,
+        text_encoder=None if model.text_encoder is None else dict(model.text_encoder),
         samples=config.samples,
         shard_size=config.shard_size,
         labels=config.labels,

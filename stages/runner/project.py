@@ -10,7 +10,8 @@ experiment in a temporary copy runs its own.
 Derived are `imagenet`, `own_data` and `vtp`, whose stages are the root's with another source, and every folder whose
 params.yaml compares runs, whose stages are those of `pipelines/comparison.dvc.yaml`. A comparison whose parameters prepare
 no data reads shards that lie there: captioned ones for pre-training, labelled ones for all else. Where runs say
-`import_tokenizer`, each takes its tokenizer in from elsewhere, and none is pre-trained.
+`import_tokenizer`, each takes its tokenizer in from elsewhere, and none is pre-trained. With a section `cache_captions`
+generators are told captions, in the features of one text encoder for all: the tower of the run `clip` and the first seed.
 """
 
 import re
@@ -51,6 +52,34 @@ IMPORT = """\
     outs: ["{milestones}/end", "{provenance}/import_tokenizer.json"]
 
 """
+TEXT_ENCODER = "work/clip/${seeds[0]}/tokenizer"
+CAPTIONS = f"""\
+  cache_captions:
+    desc: features of all captions, by one text encoder for all runs
+    cmd: >-
+      python -m stages.cache_captions work/check/params.yaml:cache_captions
+      --shards work/shards --text-encoder {TEXT_ENCODER}
+      --captions work/captions --provenance work/provenance/cache_captions.json
+    params: [work/check/params.yaml: [cache_captions]]
+    deps: [work/check/code/cache_captions.txt, work/shards, "{TEXT_ENCODER}"]
+    outs: [work/captions, work/provenance/cache_captions.json]
+
+  train_detector:
+    desc: learn to read composed scenes, by which samples of their captions are judged
+    cmd: >-
+      python -m stages.train_detector work/check/params.yaml:train_detector
+      --detector work/detector --metrics work/points/detector.json --provenance work/provenance/train_detector.json
+    params: [work/check/params.yaml: [train_detector]]
+    deps: [work/check/code/train_detector.txt]
+    outs: [work/detector, work/points/detector.json, work/provenance/train_detector.json]
+
+"""
+# What stages behind take with captions: flags on the command, and deps.
+TOLD = {
+    "train_generator": {"captions": "work/captions"},
+    "generate": {"captions": "work/captions", "latents": "work/${item.run}/${item.seed}/${item.at}/latents"},
+    "evaluate_generator": {"shards": "work/shards", "clip": TEXT_ENCODER, "detector": "work/detector"},
+}
 SOURCES = {"imagenet": "data/imagenet", "own_data": '"${pictures}"'}  # which DVC reads in params.yaml
 
 
@@ -89,7 +118,12 @@ def derived(folder: Path, root: Path = HERE, params: str = "params.yaml") -> str
     if (runs := read_yaml(folder / params).get(RUNS)) is None:
         return None
     text = (root / "pipelines/comparison.dvc.yaml").read_text(encoding="utf-8")
-    if "prepare_data" not in read_parameters(folder / params).values:
+    sections = read_parameters(folder / params).values
+    if "cache_captions" in sections:
+        if "clip" not in runs:
+            raise ConfigError(f"{folder / params}: no run `clip`, whose text tower reads the captions of all; add it")
+        text = _told_captions(text)
+    if "prepare_data" not in sections:
         text = _on_given_shards(text)
     return _importing(text) if any("import_tokenizer" in (changes or ()) for changes in runs.values()) else text
 
@@ -110,6 +144,19 @@ def _importing(text: str) -> str:
             f"comparison.dvc.yaml: its stage pretrain has no {missing[0]}; bring stages/runner/project.py up to date with it"
         )
     return before + IMPORT.format(**{name: match[1] for name, match in found.items() if match}) + separator + rest
+
+
+def _told_captions(text: str) -> str:
+    """The same stages for generators that are told captions."""
+    for stage, given in TOLD.items():
+        before, separator, rest = text.partition(f"  {stage}:\n")
+        own, following, rest = rest.partition("\n\n")
+        flags = "".join(f"      --{name} {path}\n" for name, path in given.items())
+        deps = "".join(f'      - "{path}"\n' for path in given.values())
+        code = f"      - work/check/code/{stage}.txt\n"
+        own = _replaced(_replaced(own, "      --provenance", f"{flags}      --provenance"), code, code + deps)
+        text = before + separator + own + following + rest
+    return _replaced(text, "  cache_latents:\n", f"{CAPTIONS}  cache_latents:\n")
 
 
 def _from_root(study: str, text: str) -> str:

@@ -137,7 +137,7 @@ def test_samples_are_those_of_their_prompts(inputs, trained, tmp_path):
     cached = Samples(draw(trained / "generator", tmp_path / "a", given=given, **PROMPTS))
     texts = LatentDataset(inputs / "latents", "validation").captions
     assert cached.config.classes == list(dict.fromkeys(texts))[:5]
-    assert cached.config.prompted
+    assert cached.config.text_encoder == json.loads((inputs / "captions/config.json").read_text())["text_encoder"]
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(cached.config.classes))
     given = {"prompts": file, "text_encoder": inputs / "tokenizer"}

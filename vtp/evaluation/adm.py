@@ -39,6 +39,7 @@ class SampleBatch:
     """A sample batch. Raises ArtefactError for a file that is none, before anything large is read."""
 
     needed: tuple[str, ...] = (IMAGES,)
+    prompts = None  # nobody says
 
     def __init__(self, path: Path) -> None:
         self.path = path

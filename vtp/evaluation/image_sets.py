@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtp.artefact import ArtefactError
+from vtp.data.dataset import ShardDataset
 from vtp.data.latents import LatentDataset
 from vtp.evaluation.adm import SampleBatch
 from vtp.evaluation.samples import SettingSamples
@@ -26,6 +27,11 @@ class ImageSet(Protocol):
     @property
     def labels(self) -> Tensor | None:
         """Classes [N] int64 that the images should show; None where nobody says."""
+        ...
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """What each image was asked to show; None where nobody says."""
         ...
 
     def __len__(self) -> int:
@@ -46,6 +52,10 @@ class DecodedSamples:
     @property
     def labels(self) -> Tensor:
         return self._samples.labels
+
+    @property
+    def prompts(self) -> list[str] | None:
+        return self._samples.prompts
 
     def __len__(self) -> int:
         return len(self._samples.labels)
@@ -71,6 +81,10 @@ class Reconstructions:
     def labels(self) -> Tensor:
         return self._latents.labels[: self._count]
 
+    @property
+    def prompts(self) -> list[str]:
+        return self._latents.captions[: self._count]
+
     def __len__(self) -> int:
         return self._count
 
@@ -81,10 +95,30 @@ class Reconstructions:
             yield to_uint8(images, f"reconstructions from number {number * size} on")
 
 
+class CaptionedPictures:
+    """The first pictures of a split that have a caption, centre-cropped: what no sample of their captions can surpass."""
+
+    labels = None
+
+    def __init__(self, images: ShardDataset, count: int, *, size: int) -> None:
+        self._images, self._rows, self._size = images, images.captioned().rows[:count], size
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self._images.caption(int(row)) for row in self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batches(self, size: int, numbers: Iterable[int]) -> Iterator[Tensor]:
+        for number in numbers:
+            yield self._images.images(self._rows[number * size : (number + 1) * size], self._size)
+
+
 class PictureFolder:
     """Pictures in a folder, in the order of their names. Raises ArtefactError when there are none."""
 
-    labels = None
+    labels = prompts = None
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -10,7 +10,7 @@ The setting `noise` is where all others begin: Gaussian noise with the latents' 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -36,7 +36,7 @@ class SamplesArtefact(Config):
     format_version: Literal[4]
     encoder: str  # digest of that whose latents these are
     classes: list[str]  # names in the order of the labels; or prompts
-    prompted: bool  # whether they are prompts
+    text_encoder: dict[str, Any] | None  # whose captions the generator reads, and classes are prompts; None: classes
     samples: int = Field(ge=1)  # per setting
     shard_size: int = Field(ge=1)
     labels: Labels
@@ -115,6 +115,12 @@ class SettingSamples:
         self._latents = [each["latents"] for each in tensors]
         self.labels = torch.cat([each["labels"] for each in tensors])  # [N]
         self._shard_size = samples.config.shard_size
+        self._prompts = samples.config.classes if samples.config.text_encoder is not None else None
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """What each was asked to show [N]; None for classes."""
+        return None if self._prompts is None else [self._prompts[label] for label in self.labels.tolist()]
 
     def latents(self, first: int, count: int) -> Tensor:
         """[count, d, h, w] float32, those from `first` on. Raises NotFiniteError for NaN and infinity."""
