@@ -7,6 +7,9 @@ names. Pictures made elsewhere are scored alike. Pixels stream: decoded, looked 
 of how many samples, how guided and with which labels, as `gfid_inception_50k_cfg1p5_balanced`; those that end in `_adm`
 compare with a reference batch of ADM's evaluation. Precision and recall depend on the number of real features too:
 `precision_inception_50k_vs10k_...`.
+
+Samples of prompts are also held against what they were asked (`prompts`), as are reconstructions and real pictures of
+held-out captions, which are the ceiling.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +60,8 @@ class EvaluateGenerator(ComparisonConfig):
     batch_size: int = Field(ge=1, description="images of a forward pass")
     export: ExportConfig = Field(description="form of the decoded samples, where --export asks for them")
     pictures_per_class: int = Field(ge=1, description="samples that are shown of every class")
-    pictured_classes: int = Field(ge=1, description="classes that are shown, the first so many")
+    pictured_classes: int = Field(ge=1, description="classes, or prompts, that are shown, the first so many")
+    prompts: PromptFollowing | None = Field(description="how far samples show what their prompts say; or null")
 
     @model_validator(mode="after")
     def _counts_suffice(self) -> Self:
@@ -98,6 +102,11 @@ def run(  # noqa: PLR0913 - one flag per path
         OptionalInput, "pictures made elsewhere, in place of samples: a folder, or ADM's npz; default: none"
     ] = None,
     reference: Annotated[Input, "folder of the stage reference, with the features of real images"],
+    shards: Annotated[
+        OptionalInput, "folder of prepare_data, whose captioned validation pictures are the ceiling of prompts"
+    ] = None,
+    clip: Annotated[OptionalInput, "folder of the tokenizer whose CLIP prompts.clip_scores may name"] = None,
+    detector: Annotated[OptionalInput, "folder of train_detector, which reads composed scenes"] = None,
     adm: Annotated[
         OptionalInput, "ADM's file of reference statistics (.npz), to compare with besides; default: none"
     ] = None,
@@ -132,22 +141,24 @@ def run(  # noqa: PLR0913 - one flag per path
     extractors = build_extractors(known.features, weights=host.weights, device=host.device)
     official = None if adm is None else _official(adm, known, extractors, config.batch_size, host)
     judges = {name: _judge(config, extractor, learnt, official) for name, extractor in extractors.items()}
+    following = _following(config, drawn, Places(shards, clip, detector), side, host)
     if ranks().first:
         pictures.mkdir()
-    table = {REAL: _of_real(judges, ratio)}
+    table = {REAL: _of_real(judges, ratio) | following.of_real(config.batch_size)}
     images = sum(len(each.images) for each in scored)
     with host.progress(total=images, description="decoding", unit="image") as bar:
         for each in scored:
             viewing, writer = _Viewing(each.images, config, side=side), None
             if export is not None and each.distance == "gfid":
                 writer = build_writer(config.export, export, each.name, image_size=side, scratch=host.folder)
-            sets = viewing.features(extractors, writer, bar.update)
+            sets = viewing.features(extractors, writer, following.of(each.images), bar.update)
+            asked = following.figures(each.images)
             shown = viewing.shown()
             if ranks().first:
                 names = [_class_name(label, each.images, known) for label in viewing.pictured]
                 what = "Reconstructions" if each.name == RECONSTRUCTED else "Samples"
                 grid(shown, names, pictures / f"{each.name}.png", title=f"{what} by class: {each.name}")
-                table[each.name] = _figures(each, sets, judges, ratio)
+                table[each.name] = _figures(each, sets, judges, ratio) | asked
     if ranks().first:
         table |= _best(drawn, table, next(iter(judges)), max(config.counts))
         write_json(metrics, {"generation": {name: figures for name, figures in table.items() if figures}})
