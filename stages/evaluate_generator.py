@@ -25,6 +25,7 @@ from stages.runner.run import Input, OptionalInput, OptionalOutput, Output, main
 from vtp.artefact import whole_file, write_json
 from vtp.config import ConfigError, Distinct
 from vtp.data.latents import LatentDataset
+from vtp.data.prompt_files import Prompt
 from vtp.data.shards import NO_LABEL
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.adm import AdmReference
@@ -32,8 +33,10 @@ from vtp.evaluation.class_probe import ClassProbe
 from vtp.evaluation.export import ExportConfig, SampleWriter, build_writer
 from vtp.evaluation.feature_set import FeatureSets
 from vtp.evaluation.features import FeatureExtractor, build_extractors, count_name, extract
+from vtp.evaluation.following import JudgePlaces, build_following
 from vtp.evaluation.generation import ComparisonConfig, Distance, Judge, Ratio, RealImages
 from vtp.evaluation.image_sets import DecodedSamples, ImageSet, Reconstructions, open_given
+from vtp.evaluation.prompt_measures import PromptFollowing, PromptMeasure
 from vtp.evaluation.reference import Reference, SplitReference
 from vtp.evaluation.samples import Samples
 from vtp.evaluation.settings import BEST, REAL, RECONSTRUCTED
@@ -84,6 +87,8 @@ class _Scored(NamedTuple):
     images: ImageSet
     distance: Distance
     drawn: str  # the end of the names of figures
+    names: list[str]  # of its labels
+    asked: list[Prompt] | None = None  # the prompt of each sample
 
 
 @torch.inference_mode()
@@ -121,9 +126,10 @@ def run(  # noqa: PLR0913 - one flag per path
     torch.backends.cudnn.allow_tf32 = False  # figures are those of float32 convolutions
     if given is not None and (tokenizer or decoder or samples or latents):
         raise ConfigError("--given is scored as it is: leave --tokenizer, --decoder, --samples and --latents out")
+    known = Reference.load(reference)
     if given is not None:
         opened = open_given(given)
-        drawn, side, scored = None, opened.image_size, [_Scored(GIVEN, opened, "gfid", GIVEN)]
+        drawn, side, scored = None, opened.image_size, [_Scored(GIVEN, opened, "gfid", GIVEN, known.classes)]
     elif tokenizer is None or samples is None:
         raise ConfigError("give the command --tokenizer and --samples, or --given with pictures made elsewhere")
     else:
@@ -132,8 +138,7 @@ def run(  # noqa: PLR0913 - one flag per path
         drawn = Samples(samples)
         drawn.require_encoder(model.encoder_digest(), tokenizer)
         side, scored = model.image_size, _drawn(drawn, model, host)
-        scored += _floor(config, latents, model, tokenizer, host)
-    known = Reference.load(reference)
+        scored += _floor(config, latents, drawn, model, tokenizer, host)
     known.require_size(side)
     learnt = known.of(config.split)
     _check(config, known, learnt, scored, drawn)
@@ -141,7 +146,15 @@ def run(  # noqa: PLR0913 - one flag per path
     extractors = build_extractors(known.features, weights=host.weights, device=host.device)
     official = None if adm is None else _official(adm, known, extractors, config.batch_size, host)
     judges = {name: _judge(config, extractor, learnt, official) for name, extractor in extractors.items()}
-    following = _following(config, drawn, Places(shards, clip, detector), side, host)
+    following = build_following(
+        config.prompts,
+        drawn,
+        [each.images for each in scored],
+        JudgePlaces(shards, clip, detector),
+        count=max(config.counts),
+        side=side,
+        host=host,
+    )
     if ranks().first:
         pictures.mkdir()
     table = {REAL: _of_real(judges, ratio) | following.of_real(config.batch_size)}
@@ -150,12 +163,14 @@ def run(  # noqa: PLR0913 - one flag per path
         for each in scored:
             viewing, writer = _Viewing(each.images, config, side=side), None
             if export is not None and each.distance == "gfid":
-                writer = build_writer(config.export, export, each.name, image_size=side, scratch=host.folder)
+                writer = build_writer(
+                    config.export, export, each.name, image_size=side, scratch=host.folder, prompts=each.asked
+                )
             sets = viewing.features(extractors, writer, following.of(each.images), bar.update)
             asked = following.figures(each.images)
             shown = viewing.shown()
             if ranks().first:
-                names = [_class_name(label, each.images, known) for label in viewing.pictured]
+                names = [_name(label, each) for label in viewing.pictured]
                 what = "Reconstructions" if each.name == RECONSTRUCTED else "Samples"
                 grid(shown, names, pictures / f"{each.name}.png", title=f"{what} by class: {each.name}")
                 table[each.name] = _figures(each, sets, judges, ratio) | asked
@@ -170,21 +185,26 @@ def _drawn(samples: Samples, model: Tokenizer, host: Host) -> list[_Scored]:
     """Every setting, the baseline among them."""
     scored = []
     for name in samples.settings:
-        images = DecodedSamples(samples.of(name), model, host.device)
-        scored.append(_Scored(name, images, "gfid", f"{samples.guidance(name)}_{samples.config.labels}"))
+        own = samples.of(name)
+        images = DecodedSamples(own, model, host.device)
+        drawn = f"{samples.guidance(name)}_{samples.config.labels}"
+        scored.append(_Scored(name, images, "gfid", drawn, samples.config.names, own.asked))
     return scored
 
 
 def _floor(
-    config: EvaluateGenerator, folder: Path | None, model: Tokenizer, tokenizer: Path, host: Host
+    config: EvaluateGenerator, folder: Path | None, drawn: Samples, model: Tokenizer, tokenizer: Path, host: Host
 ) -> list[_Scored]:
-    """The first of the images that the generator learnt, as the decoder shows them; nothing without their latents."""
+    """The first of the images that the generator learnt, as the decoder shows them; nothing without their latents.
+
+    Where samples are of prompts, they are the first of the held-out images.
+    """
     if folder is None:
         return []
-    latents = LatentDataset(folder)
+    latents = LatentDataset(folder, "train" if drawn.config.prompts is None else "validation")
     latents.require_encoder(model.encoder_digest(), str(tokenizer))
     images = Reconstructions(latents, max(config.counts), model, host.device)
-    return [_Scored(RECONSTRUCTED, images, "rfid", RECONSTRUCTED)]
+    return [_Scored(RECONSTRUCTED, images, "rfid", RECONSTRUCTED, latents.classes)]
 
 
 def _figures(
@@ -220,11 +240,11 @@ def _best(
     return {BEST: figures | guidance}
 
 
-def _class_name(label: int, images: ImageSet, known: Reference) -> str:
+def _name(label: int, scored: _Scored) -> str:
     """Of a row of pictures; those made elsewhere may have no labels, or others than the real images."""
-    if images.labels is None:
+    if scored.images.labels is None:
         return GIVEN
-    return known.classes[label] if 0 <= label < len(known.classes) else f"class {label}"
+    return scored.names[label] if 0 <= label < len(scored.names) else f"class {label}"
 
 
 class _Viewing:
@@ -245,11 +265,15 @@ class _Viewing:
         self,
         extractors: Mapping[str, FeatureExtractor],
         writer: SampleWriter | None,
+        measures: Sequence[PromptMeasure],
         report: Callable[[int], object],
     ) -> list[FeatureSets]:
-        """Of the first samples, one set per count, on every rank; pixels go to `writer` and to the pictures on their way."""
+        """Of the first samples, one set per count, on every rank.
+
+        Pixels go to `writer`, to `measures` with what they were asked, and to the pictures on their way.
+        """
         sets, reported, size = [FeatureSets.of(extractors) for _ in self._config.counts], 0, self._config.batch_size
-        numbers = own_rows(-(-len(self._labels) // size))
+        numbers, prompts = own_rows(-(-len(self._labels) // size)), self._images.prompts or []
         for number, images in zip(numbers, self._images.batches(size, numbers), strict=True):
             first = number * size
             extracted = extract(extractors, images)
@@ -259,6 +283,8 @@ class _Viewing:
                     features.add(part, keep=count - first)
             if writer is not None:
                 writer.add(first, images)
+            for measure in measures:
+                measure.add(images, prompts[first : first + len(images)])
             indices = torch.arange(first, first + len(images))
             here = torch.isin(indices, self._pictured)
             self._seen.append((indices[here], images.cpu()[here]))

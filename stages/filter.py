@@ -19,7 +19,7 @@ from vtp.curation.filter.engine import FilterEngine
 from vtp.curation.filter.hash_list import prepare
 from vtp.curation.filter.measure_images import ImageMeasurement
 from vtp.curation.filter.row_rules import prepared_list
-from vtp.curation.filter.rules import ClipScore, Downloaded, HashList, ImageRule, Rule, TokenizerModel, needs
+from vtp.curation.filter.rules import ClipScore, Downloaded, HashList, ImageRule, Rule, needs
 from vtp.curation.filter.spill import begin_process
 from vtp.curation.places import REMEDY, leads_out
 from vtp.distributed import ranks
@@ -101,8 +101,6 @@ def _check_inputs(config: Filter, rows: Path, tokenizer: Path | None, lists: Pat
         if isinstance(rule, HashList) and lists is None:
             raise ConfigError(f"rule hash_list reads {rule.file}: give the command --lists FOLDER")
         if isinstance(rule, ClipScore):
-            if isinstance(rule.model, TokenizerModel) and tokenizer is None:
-                raise ConfigError("rule clip_score scores with a tokenizer: give the command --tokenizer FOLDER")
             check_model(rule.model, weights=host.weights, tokenizer=tokenizer)
 
 

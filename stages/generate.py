@@ -123,6 +123,7 @@ def run(  # noqa: PLR0913 - one flag per path
         format_version=FORMAT_VERSION,
         encoder=space.encoder,
         classes=asked.names,
+        prompts=asked.prompts,
         text_encoder=None if model.text_encoder is None else dict(model.text_encoder),
         samples=config.samples,
         shard_size=config.shard_size,

@@ -39,7 +39,7 @@ LAYERS = [
 # The same of `stages/`: the body of a stage may use what stands before it, plans and `check` read bodies.
 STAGES = [{"runner"}, {"figures"}, {"monitors"}, {"a stage"}, {"plans"}, {"check"}]
 HEAVY = ("timm", "open_clip", "torchvision", "lpips", "matplotlib", "torch_fidelity", "pyarrow", "diffusers")
-HEAVY += ("huggingface_hub",)
+HEAVY += ("huggingface_hub", "onnxruntime", "rapidocr")
 
 
 def imports(path: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """CLIP scores of pools, by open_clip and by a tokenizer of ours, against both models asked directly."""
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -10,21 +9,15 @@ import torch.nn.functional as F
 from foreign import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file
+from scoring import ARCHITECTURE, open_clip_model, write_open_clip, write_tokenizer
 from sifting import removed, section, selected, sift, write_pool
-from tiny import tiny_params
 
 from vtp.artefact import ArtefactError, digest, save_tensors
 from vtp.config import ConfigError
 from vtp.evaluation.clip_score import ClipScorer, build_scorer
 from vtp.layers.decode import decode_rgb
-from vtp.models.tokenizer import TokenizerConfig, VisualTokenizer
+from vtp.models.tokenizer import VisualTokenizer
 
-ARCHITECTURE = "vtp-test-tiny"
-TINY = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 CAPTIONS = ["a red square", "a noisy picture of the sea", None, "a dog", "", "something else", "blue", "last"]
 
 
@@ -42,28 +35,16 @@ def pool(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A tiny model of open_clip with random weights, in a file."""
-    import open_clip
-
     folder = tmp_path_factory.mktemp("weights")
-    (folder / f"{ARCHITECTURE}.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(folder / f"{ARCHITECTURE}.json")
-    torch.manual_seed(0)
-    save_tensors(folder / "tiny.safetensors", open_clip.create_model(ARCHITECTURE, load_weights=False).state_dict())
+    write_open_clip(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    torch.manual_seed(1)
-    config = TokenizerConfig.parse(tiny_params()["pretrain"]["tokenizer"], where="tokenizer")
-    VisualTokenizer(config).save_pretrained(tmp_path_factory.mktemp("tokenizer"))
-    return next(tmp_path_factory.getbasetemp().glob("tokenizer*"))
-
-
-def open_clip_model(folder, /, **changes):
-    values = {"architecture": ARCHITECTURE, "weights": "tiny.safetensors"}
-    return {"name": "open_clip", **values, "sha256": digest(folder / "tiny.safetensors")} | changes
+    folder = tmp_path_factory.mktemp("models") / "tokenizer"
+    write_tokenizer(folder)
+    return folder
 
 
 def direct(pool, model, preprocess, tokenize):
@@ -189,8 +170,7 @@ def test_our_model_needs_its_folder_and_a_text_tower(pool, tmp_path, monkeypatch
     values = rule({"name": "tokenizer"}, {"name": "min", "value": 0.0})
     with pytest.raises(ConfigError, match="give the command --tokenizer"):
         sifted(values, pool, tmp_path, monkeypatch)
-    config = TokenizerConfig.parse(tiny_params()["pretrain"]["tokenizer"] | {"text": None}, where="tokenizer")
-    VisualTokenizer(config).save_pretrained(tmp_path / "mute")
+    write_tokenizer(tmp_path / "mute", text=None)
     with pytest.raises(ConfigError, match="mute: this tokenizer has no text tower"):
         sifted(values, pool, tmp_path / "b", monkeypatch, tokenizer=tmp_path / "mute")
     unpooled = GOLDEN / "official-ffn/mlp-pooledbottleneck"

@@ -121,6 +121,8 @@ def write_samples(folder, drawn, encoder, classes):
         format_version=FORMAT_VERSION,
         encoder=encoder,
         classes=classes,
+        prompts=None,
+        text_encoder=None,
         samples=len(next(iter(drawn.values()))),
         shard_size=SHARD,
         labels="balanced",
@@ -481,6 +483,7 @@ def test_the_best_setting_is_that_of_the_first_network_and_of_most_samples():
     """Where two networks, two numbers or the baseline would choose otherwise."""
     settings = {"low": SAMPLERS["unguided"], "high": SAMPLERS["guided"]}
     artefact = {"format_version": FORMAT_VERSION, "encoder": "e", "classes": ["a"], "samples": 9, "shard_size": 9}
+    artefact |= {"prompts": None, "text_encoder": None}
     drawn = SimpleNamespace(config=SamplesArtefact(**artefact, labels="random", settings=settings))
     table = {
         "low": {"gfid_a_5_unguided_random": 1.0, "gfid_a_9_unguided_random": 3.0, "gfid_b_9_unguided_random": 1.0},

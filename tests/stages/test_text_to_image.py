@@ -7,11 +7,15 @@ import pytest
 import torch
 from generating import cache, draw, train, work_in, write_inputs
 from safetensors.torch import load_file
-from tiny import merged
+from tiny import merged, tiny_params
 
 import vtp
 from stages.cache_captions import CacheCaptions
 from stages.cache_captions import run as cache_captions
+from stages.evaluate_generator import EvaluateGenerator
+from stages.evaluate_generator import run as evaluate_generator
+from stages.reference import ReferenceStatistics
+from stages.reference import run as reference
 from stages.runner.environment import Interrupted
 from vtp.__main__ import main
 from vtp.artefact import ArtefactError
@@ -136,10 +140,10 @@ def test_samples_are_those_of_their_prompts(inputs, trained, tmp_path):
     given = {"latents": inputs / "latents", "captions": inputs / "captions"}
     cached = Samples(draw(trained / "generator", tmp_path / "a", given=given, **PROMPTS))
     texts = LatentDataset(inputs / "latents", "validation").captions
-    assert cached.config.classes == list(dict.fromkeys(texts))[:5]
+    assert cached.config.names == list(dict.fromkeys(texts))[:5]
     assert cached.config.text_encoder == json.loads((inputs / "captions/config.json").read_text())["text_encoder"]
     file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(cached.config.classes))
+    file.write_text("\n".join(cached.config.names))
     given = {"prompts": file, "text_encoder": inputs / "tokenizer"}
     of_file = {"prompts": {"name": "file", "form": "lines"}, "batch_size": 7}
     encoded = Samples(draw(trained / "generator", tmp_path / "b", given=given, **of_file))
@@ -182,3 +186,45 @@ def test_another_encoder_is_refused(inputs, trained, tmp_path):
         draw(trained / "generator", tmp_path, given=given, **PROMPTS)
     with pytest.raises(ConfigError, match="set generate.prompts"):
         draw(trained / "generator", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def judged(inputs, trained, tmp_path_factory):
+    """What `evaluate_generator` says of samples of held-out prompts."""
+    root = tmp_path_factory.mktemp("judged")
+    given = {"latents": inputs / "latents", "captions": inputs / "captions"}
+    draw(trained / "generator", root, given=given, prompts={"name": "held_out", "most": None})
+    return judge(inputs, root, root)
+
+
+CLIP = {"clip_scores": [{"name": "tokenizer"}], "retrieval": {"among": 6, "seed": 0}, "ocr": None, "scenes": False}
+
+
+def judge(inputs, samples, root, **changes):
+    splits = {"validation": {"samples": None, "labelled": False, "kept": 20}, "train": None}
+    values = tiny_params()
+    config = ReferenceStatistics.parse(
+        values["reference"] | {"splits": {"validation": splits["validation"]}}, where="test"
+    )
+    reference(config, shards=inputs / "shards", reference=root / "reference", host=work_in(root))
+    values = values["evaluate_generator"] | {"split": "validation", "ratio_to": None, "class_probe": None}
+    values |= {"counts": [20], "kernel": {"subsets": 3, "subset_size": 12, "seed": 0}, "prompts": CLIP} | changes
+    outputs = {"metrics": "generation.json", "curves": "generation.csv", "pictures": "pictures"}
+    folders = {"tokenizer": inputs / "tokenizer", "samples": samples / "samples", "latents": inputs / "latents"}
+    folders |= {"shards": inputs / "shards", "clip": inputs / "tokenizer", "reference": root / "reference"}
+    evaluate_generator(
+        EvaluateGenerator.parse(values, where="test"),
+        **folders,
+        **{name: root / file for name, file in outputs.items()},
+        host=work_in(root),
+    )
+    return json.loads((root / "generation.json").read_text())["generation"]
+
+
+def test_samples_are_held_against_their_prompts(judged):
+    """So are reconstructions and real pictures; the tower that conditioned is no judge, and its figures say so."""
+    names = ["clip_score_tokenizer_own", "retrieval_r1_of6_tokenizer_own", "retrieval_r5_of6_tokenizer_own"]
+    for row in ("unguided", "guided", "reconstructed", "real"):
+        assert judged[row].keys() >= set(names), row
+        assert 0 <= judged[row][names[1]] <= judged[row][names[2]] <= 1
+    assert judged["real"][names[0]] != judged["unguided"][names[0]]

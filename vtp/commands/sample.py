@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vtp.commands.places import device_of, require_file
-from vtp.inference.asked import read_lines
+from vtp.data.prompt_files import read_prompts
 from vtp.inference.generator import PictureGenerator, load_generator
 from vtp.inference.grid import grid
 
@@ -33,7 +33,7 @@ def sample(  # noqa: PLR0913 - flags of the command
     if count < 1:
         raise ValueError(f"--count {count}: at least 1")
     require_file(out, ".png", "PNG")
-    texts = [*(prompts or []), *(read_lines(prompt_file) if prompt_file else [])]
+    texts = [*(prompts or []), *(prompt.text for prompt in (read_prompts(prompt_file, "lines") if prompt_file else []))]
     generator = load_generator(folder, tokenizer, decoder, text_encoder, device=device_of(device))
     names = _asked(generator, classes, texts)
     given = {"steps": steps, "guidance_scale": guidance}

@@ -1,5 +1,6 @@
 """CLIP score: the cosine between the embeddings of an image and of its caption (Hessel et al. 2021, without its factor)."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtp.artefact import ArtefactError, verified_weights
+from vtp.artefact import ArtefactError, digest, verified_weights
 from vtp.config import ConfigError
 from vtp.curation.filter.rules import OpenClipModel, TokenizerModel
 from vtp.layers.decode import middle
@@ -42,22 +43,48 @@ class ClipScorer:
         self.prepare, self.tokenize = prepare, tokenize
 
     @torch.inference_mode()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit vectors [B, E] float32 of images [B, 3, S, S] uint8, on the device."""
+        pixels = self._normalise(images.to(self._device))
+        return F.normalize(self._model.encode_image(pixels).float(), dim=-1)  # pyright: ignore[reportCallIssue]
+
+    @torch.inference_mode()
+    def embed_captions(self, tokens: Tensor) -> Tensor:
+        """Unit vectors [B, E] float32 of the tokens [B, L] of captions, on the device."""
+        ids = tokens.to(self._device)
+        return F.normalize(self._model.encode_text(ids).float(), dim=-1)  # pyright: ignore[reportCallIssue]
+
     def score(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Cosines [B] float64 of images [B, 3, S, S] uint8 and the tokens [B, L] of their captions, on the device."""
-        pixels = self._normalise(images.to(self._device))
-        of_image = F.normalize(self._model.encode_image(pixels).float(), dim=-1)  # pyright: ignore[reportCallIssue]
-        ids = tokens.to(self._device)
-        of_text = F.normalize(self._model.encode_text(ids).float(), dim=-1)  # pyright: ignore[reportCallIssue]
-        return (of_image * of_text).sum(1).double()
+        return (self.embed_images(images) * self.embed_captions(tokens)).sum(1).double()
 
 
-def check_model(model: OpenClipModel | TokenizerModel, *, weights: Path, tokenizer: Path | None) -> None:
-    """Raises ArtefactError or ConfigError for weights or an architecture that cannot be used, without loading them."""
+def model_name(model: OpenClipModel | TokenizerModel) -> str:
+    """A model's name in those of metrics."""
+    return model.name if isinstance(model, TokenizerModel) else re.sub("[_.]", "-", model.architecture.lower())
+
+
+def weights_digest(model: OpenClipModel | TokenizerModel, *, tokenizer: Path | None) -> str:
+    """SHA-256 of the file that holds the weights. Raises ArtefactError when that of a tokenizer is missing."""
+    if isinstance(model, OpenClipModel):
+        return model.sha256
+    assert tokenizer is not None
+    return digest(tokenizer / "model.safetensors")
+
+
+def check_model(
+    model: OpenClipModel | TokenizerModel, *, weights: Path, tokenizer: Path | None, user: str = "rule clip_score"
+) -> None:
+    """Raises ArtefactError or ConfigError for weights or an architecture that cannot be used, without loading them.
+
+    `user`: the parameter that asks for the model, for messages.
+    """
     if isinstance(model, TokenizerModel):
-        assert tokenizer is not None
+        if tokenizer is None:
+            raise ConfigError(f"{user} scores with a tokenizer: give the command --tokenizer FOLDER")
         if not read_config(tokenizer / "config.json").compares_captions:
             raise ConfigError(
-                f"{tokenizer}: this tokenizer has no text tower, or one that does not pool; rule clip_score needs one"
+                f"{tokenizer}: this tokenizer has no text tower, or one that does not pool; {user} needs one"
             )
         return
     from open_clip import get_model_config
@@ -75,7 +102,7 @@ def check_model(model: OpenClipModel | TokenizerModel, *, weights: Path, tokeniz
         weights / model.weights,
         model.sha256,
         f"weights of {model.architecture}",
-        instead="take the rule clip_score out of params.yaml",
+        instead=f"choose another model for {user}",
     )
 
 

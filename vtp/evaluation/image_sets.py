@@ -55,7 +55,8 @@ class DecodedSamples:
 
     @property
     def prompts(self) -> list[str] | None:
-        return self._samples.prompts
+        asked = self._samples.asked
+        return None if asked is None else [prompt.text for prompt in asked]
 
     def __len__(self) -> int:
         return len(self._samples.labels)

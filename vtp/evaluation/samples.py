@@ -3,7 +3,7 @@
     config.json                    encoder of the latents, classes, how each setting was drawn, digests of all files
     <setting>-00000.safetensors    latents [n, d, h, w] in the tokenizer's own scale, labels [n]
 
-Of a generator that is told captions, the classes are the prompts.
+A label is the place of a class, or of a prompt where the generator is told captions.
 
 The setting `noise` is where all others begin: Gaussian noise with the latents' own statistics, a baseline.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from vtp.artefact import ArtefactError, digest, load_tensors, read_json, verify_files, write_json
 from vtp.config import Config, ConfigError
 from vtp.data.latents import LatentShard, plan_shards, require_labels
+from vtp.data.prompt_files import Prompt
 from vtp.draws import torch_draws
 from vtp.evaluation.settings import NOISE
 from vtp.finite import require_finite
@@ -35,13 +36,19 @@ class SamplesArtefact(Config):
 
     format_version: Literal[4]
     encoder: str  # digest of that whose latents these are
-    classes: list[str]  # names in the order of the labels; or prompts
-    text_encoder: dict[str, Any] | None  # whose captions the generator reads, and classes are prompts; None: classes
+    classes: list[str]  # names; none of a generator that is told captions
+    prompts: list[Prompt] | None  # those of one that is
+    text_encoder: dict[str, Any] | None  # whose features it reads
     samples: int = Field(ge=1)  # per setting
     shard_size: int = Field(ge=1)
     labels: Labels
     settings: dict[SettingName, SamplerConfig]
     files: dict[str, str] = Field(default={})  # SHA-256 of every file of samples; `write` takes them
+
+    @property
+    def names(self) -> list[str]:
+        """Of the labels: classes or prompts."""
+        return self.classes if self.prompts is None else [prompt.text for prompt in self.prompts]
 
     @property
     def shards(self) -> list[LatentShard]:
@@ -111,15 +118,15 @@ class SettingSamples:
         for shard, each in zip(shards, tensors, strict=True):
             if {len(each.get(name, ())) for name in ("latents", "labels")} != {len(shard.rows)}:
                 raise ArtefactError(f"{shard.path(self.folder)}: not {len(shard.rows)} latents and labels; {REMEDY}")
-            require_labels(each["labels"], len(samples.config.classes), shard.path(self.folder))
+            require_labels(each["labels"], len(samples.config.names), shard.path(self.folder))
         self._latents = [each["latents"] for each in tensors]
         self.labels = torch.cat([each["labels"] for each in tensors])  # [N]
         self._shard_size = samples.config.shard_size
-        self._prompts = samples.config.classes if samples.config.text_encoder is not None else None
+        self._prompts = samples.config.prompts
 
     @property
-    def prompts(self) -> list[str] | None:
-        """What each was asked to show [N]; None for classes."""
+    def asked(self) -> list[Prompt] | None:
+        """The prompt of each [N]; None for classes."""
         return None if self._prompts is None else [self._prompts[label] for label in self.labels.tolist()]
 
     def latents(self, first: int, count: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What samples are drawn for: the classes of a generator, or prompts for one that is told captions."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from vtp.config import Config, ConfigError
 from vtp.data.captions import CachedCaptions
 from vtp.data.conditions import CachedConditions, ClassConditions, Conditions, EncodedConditions
 from vtp.data.latents import LatentDataset
+from vtp.data.prompt_files import Prompt, PromptForm, read_prompts
 from vtp.layers.captions import Captions
 from vtp.models.lightningdit import LightningDiT
 from vtp.models.text_encoder import (
@@ -35,7 +37,9 @@ class PromptFile(Config):
     """The file --prompts."""
 
     name: Literal["file"]
-    form: Literal["lines"] = Field(description="lines: a prompt a line, UTF-8")
+    form: PromptForm = Field(
+        description="lines: a prompt a line, UTF-8; geneval: GenEval's JSON lines; dpg: DPG-Bench's CSV file or folder"
+    )
 
 
 Prompts = Annotated[HeldOutPrompts | PromptFile, Field(discriminator="name")]
@@ -51,11 +55,12 @@ class PromptPlaces(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What there is to be asked for. A label is a place in `names`."""
+    """What there is to be asked for. A label is a place in `names`, or in `prompts`."""
 
-    names: list[str]  # of classes, or prompts
+    names: list[str]  # of classes
     labels: list[int]  # those that are drawn
     conditions: Conditions  # by label
+    prompts: list[Prompt] | None = None
 
     @classmethod
     def of_classes(cls, names: list[str], labels: list[int]) -> "Asked":
@@ -63,13 +68,14 @@ class Asked(NamedTuple):
         return cls(names, labels, ClassConditions(torch.arange(len(names))))
 
     @classmethod
-    def of_prompts(cls, prompts: list[str], encoder: TextEncoder) -> "Asked":
+    def of_prompts(cls, prompts: list[Prompt], encoder: TextEncoder) -> "Asked":
         """Prompts, encoded as they are asked for."""
+        texts = [prompt.text for prompt in prompts]
 
         def encode(tokens: tuple[torch.Tensor, torch.Tensor]) -> Captions:
             return encoder(CaptionTokens(*tokens))
 
-        return cls(prompts, list(range(len(prompts))), EncodedConditions(prompts, encoder.tokenize, encode))
+        return cls([], list(range(len(texts))), EncodedConditions(texts, encoder.tokenize, encode), prompts)
 
 
 def prompts_of(
@@ -85,7 +91,8 @@ def prompts_of(
 
     Raises ConfigError where the command lacks what they need, ArtefactError for features of another encoder.
     """
-    texts = _texts(prompts, given)
+    asked = _prompts(prompts, given)
+    texts = [prompt.text for prompt in asked]
     record = record_of(model, who)
     if given.captions is not None:
         if given.text_encoder is not None:
@@ -94,10 +101,10 @@ def prompts_of(
         found = TextEncoderRecord.parse(cached.config.text_encoder, where=str(given.captions / "config.json"))
         if found.digest != record.digest:
             raise ArtefactError(f"{who} reads the features of another text encoder than that of {given.captions}")
-        return Asked(texts, list(range(len(texts))), CachedConditions(cached, texts))
+        return Asked([], list(range(len(texts))), CachedConditions(cached, texts), asked)
     encoder = load_text_encoder(record.encoder, given.text_encoder, weights=weights).to(device)
     require_record(encoder, record, str(who), given.text_encoder)
-    return Asked.of_prompts(texts, encoder)
+    return Asked.of_prompts(asked, encoder)
 
 
 def record_of(model: LightningDiT, who: Path) -> TextEncoderRecord:
@@ -120,22 +127,19 @@ def text_encoder_beside(folder: Path, record: TextEncoderRecord, places: list[Pa
     return towers[0]
 
 
-def read_lines(path: Path) -> list[str]:
-    """A prompt a line; empty lines are none. Raises ArtefactError for a file that is no such text."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ArtefactError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise ArtefactError(f"{path}: no prompts; write one a line")
-    return prompts
+def plain_prompts(texts: Iterable[str]) -> list[Prompt]:
+    """Prompts of nobody's benchmark. Raises ValueError for an empty one."""
+    given = list(texts)
+    if wrong := [text for text in given if not isinstance(text, str) or not text.strip()]:
+        raise ValueError(f"no prompt {wrong[0]!r}; a prompt is a text that says something")
+    return [Prompt(text=text, name=str(number), metadata={}) for number, text in enumerate(given)]
 
 
-def _texts(prompts: HeldOutPrompts | PromptFile, given: PromptPlaces) -> list[str]:
+def _prompts(prompts: HeldOutPrompts | PromptFile, given: PromptPlaces) -> list[Prompt]:
     if isinstance(prompts, PromptFile):
         if given.prompts is None:
             raise ConfigError("prompts is {name: file}: give the file by --prompts FILE, and under the deps")
-        return read_lines(given.prompts)
+        return read_prompts(given.prompts, prompts.form)
     if given.prompts is not None:
         raise ConfigError(f"--prompts {given.prompts}: prompts is not {{name: file}}; choose that, or leave it out")
     if given.latents is None:
@@ -143,4 +147,4 @@ def _texts(prompts: HeldOutPrompts | PromptFile, given: PromptPlaces) -> list[st
     captions = list(dict.fromkeys(text for text in LatentDataset(given.latents, "validation").captions if text.strip()))
     if not captions:
         raise ArtefactError(f"{given.latents}: no validation picture has a caption; give a file of prompts")
-    return captions[: prompts.most]
+    return plain_prompts(captions[: prompts.most])

@@ -18,7 +18,7 @@ from torch import Tensor
 from vtp.artefact import ArtefactError
 from vtp.config import did_you_mean
 from vtp.flow import SamplerConfig, draw_noise, sample
-from vtp.inference.asked import Asked, record_of, text_encoder_beside
+from vtp.inference.asked import Asked, plain_prompts, record_of, text_encoder_beside
 from vtp.layers.captions import Condition
 from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
@@ -161,9 +161,7 @@ class PictureGenerator:
         """What there is to be asked for, and where that which is given stands in it."""
         if self.text_encoder is None:
             return Asked.of_classes(self.classes, self.space.labels), [self.label(name) for name in given]
-        if wrong := [text for text in given if not isinstance(text, str) or not text.strip()]:
-            raise ValueError(f"no prompt {wrong[0]!r}; a prompt is a text that says something")
-        return Asked.of_prompts(given, self.text_encoder), list(range(len(given)))
+        return Asked.of_prompts(plain_prompts(given), self.text_encoder), list(range(len(given)))
 
     @property
     def _device(self) -> torch.device:
