@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages.figures.guidance import Guided, draw_guidance
+from stages.figures.prompted import FOLDER, write_strip
 from stages.runner.run import Input, OptionalInput, OptionalOutput, Output, main
 from vtp.artefact import whole_file, write_json
 from vtp.config import ConfigError, Distinct
@@ -172,7 +173,10 @@ def run(  # noqa: PLR0913 - one flag per path
             if ranks().first:
                 names = [_name(label, each) for label in viewing.pictured]
                 what = "Reconstructions" if each.name == RECONSTRUCTED else "Samples"
-                grid(shown, names, pictures / f"{each.name}.png", title=f"{what} by class: {each.name}")
+                kind = "class" if each.asked is None else "prompt"
+                grid(shown, names, pictures / f"{each.name}.png", title=f"{what} by {kind}: {each.name}")
+                if each.asked is not None:
+                    write_strip(shown, names, pictures / FOLDER / each.name)
                 table[each.name] = _figures(each, sets, judges, ratio) | asked
     if ranks().first:
         table |= _best(drawn, table, next(iter(judges)), max(config.counts))

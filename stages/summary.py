@@ -17,6 +17,7 @@ from stages.figures.convergence import convergence_of, draw_convergence
 from stages.figures.legend import NEITHER
 from stages.figures.panels import BarsConfig, PanelConfig, draw_panels, labels, named_runs
 from stages.figures.points import FLOPS, OF_TRAINING, StudyPoints, meaning, read_points
+from stages.figures.prompted import draw_prompted, settings_of
 from stages.figures.published import CATEGORY, Published
 from stages.figures.side_by_side import draw_side_by_side
 from stages.figures.tables import markdown, number
@@ -116,6 +117,8 @@ def run(
     draw_panels(list(config.figure.values()), measured, others, title=config.title, path=summary / "curves.png")
     if plots is not None:
         draw_side_by_side(plots, summary / "side_by_side.png")
+        for setting in settings_of(plots):
+            draw_prompted(plots, setting, summary / f"prompts_{setting}.png")
     if watched := convergence_of(points):
         draw_convergence(watched, summary / "convergence.png")
     write_json(headline, _headline(measured, verdicts, noise))

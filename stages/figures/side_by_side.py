@@ -20,15 +20,11 @@ def draw_side_by_side(plots: Path, path: Path) -> None:
     """
     rows: dict[str, np.ndarray] = {}
     notes: list[list[str]] = []
-    for run in sorted(folder for folder in plots.iterdir() if folder.is_dir()):
-        if not (pairs := sorted(run.rglob(f"reconstructions/{PAIRS}"), key=_order)):
-            continue
-        originals, written = _read(pairs[0])
+    for name, pairs in last_point(plots, f"reconstructions/{PAIRS}").items():
+        originals, written = _read(pairs)
         if not np.array_equal(rows.setdefault("original", originals), originals):
-            raise ArtefactError(
-                f"{pairs[0]}: other pictures than those of the runs before; evaluate all on the same data"
-            )
-        rows[run.name] = written
+            raise ArtefactError(f"{pairs}: other pictures than those of the runs before; evaluate all on the same data")
+        rows[name] = written
         notes.append([f"{value:.2f} dB" for value in _psnr(originals, written)])
     if rows:
         notes = [[""] * len(rows["original"]), *notes]
@@ -41,9 +37,19 @@ def draw_side_by_side(plots: Path, path: Path) -> None:
         )
 
 
-def _order(pairs: Path) -> tuple[str, float]:
-    """The first training of a run, and of that the last point."""
-    *of_run, point = pairs.parts[:-2]
+def last_point(plots: Path, file: str) -> dict[str, Path]:
+    """A file in the folder of a point, by run: of its first training that has it the last point."""
+    found: dict[str, Path] = {}
+    for run in sorted(folder for folder in plots.iterdir() if folder.is_dir()):
+        points = {path.relative_to(plots): path for path in run.rglob(file)}
+        if points:
+            found[run.name] = points[min(points, key=lambda path: _order(path, len(Path(file).parts)))]
+    return found
+
+
+def _order(path: Path, below: int) -> tuple[str, float]:
+    """The first training of a run, and of that the last point; `below` parts of the path are within a point."""
+    *of_run, point = path.parts[:-below]
     return "/".join(of_run), -float("inf" if point == END else point)
 
 
