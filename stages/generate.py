@@ -1,7 +1,7 @@
 """Draw latent samples of classes or prompts, with and without guidance; `evaluate_generator` decodes them.
 
-A sample is a function of (seed, index): its noise and its label do not depend on ranks, batches or order. Files of
-samples are shared by ranks, and a killed run goes on with those that are missing. (dopri5 chooses its steps for a whole
+A sample is a function of (seed, index): its noise and its label do not depend on ranks, batches or order. Batches are
+shared by ranks, and a killed run goes on with those that are missing. (dopri5 chooses its steps for a whole
 batch, so its samples agree within its tolerance only.) Classes without a training picture are not drawn.
 """
 
@@ -16,10 +16,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages.runner.run import Input, OptionalInput, Output, main
-from vtp.artefact import ArtefactError, save_tensors
+from vtp.artefact import ArtefactError
 from vtp.config import Config, ConfigError, Distinct, Keys, number_name
-from vtp.data.latents import LatentDataset
-from vtp.data.shared_files import SharedFiles
+from vtp.data.latents import LatentDataset, LatentShard
+from vtp.data.shared_parts import SharedParts
 from vtp.distributed import ranks
 from vtp.evaluation.samples import FORMAT_VERSION, Labels, SamplesArtefact, SettingName, draw_labels
 from vtp.evaluation.settings import NOISE, RESERVED
@@ -130,19 +130,19 @@ def run(  # noqa: PLR0913 - one flag per path
         labels=config.labels,
         settings=drawing.settings,
     )
-    shared = SharedFiles(host.folder / "samples", artefact.shards)
+    shared = SharedParts(host.folder / "samples", artefact.shards, config.batch_size)
     with host.progress(total=shared.total, description="sampling", unit="sample", done=shared.done) as bar:
-        for shard in shared.own:
-            parts = []
-            for first in range(shard.rows.start, shard.rows.stop, config.batch_size):
-                rows = range(first, min(first + config.batch_size, shard.rows.stop))
-                parts.append(drawing.draw(shard.split, rows))
-                bar.update(len(rows) * ranks().size)
-            labels = draw_labels(config.labels, config.seed, shard.rows, asked.labels)
-            save_tensors(shard.path(shared.folder), {"latents": torch.cat(parts), "labels": labels})
+        for part in shared.own:
+            shared.write(part, drawing.draw(part.shard.split, part.rows))
+            bar.update(len(part.rows) * ranks().size)
             if host.stop_seen:
                 break
-    shared.end(host)
+
+    def finish(shard: LatentShard, latents: Tensor) -> dict[str, Tensor]:
+        labels = draw_labels(config.labels, config.seed, shard.rows, asked.labels)
+        return {"latents": latents, "labels": labels}
+
+    shared.end(host, finish)
     if ranks().first:
         artefact.write(shared.folder)
         shared.folder.rename(samples)

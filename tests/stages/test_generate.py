@@ -1,11 +1,15 @@
 """Sampling: what a sample depends on, files that resume, ranks, guidance by another generator, and what is told."""
 
 import json
+import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
 from generating import cache, draw, train, write_inputs
-from launching import on_two_ranks
+from launching import on_two_ranks, ranks_of
 from tiny import damage_file, merged, tiny_params
 
 from stages.generate import Generate
@@ -14,12 +18,14 @@ from vtp import LightningDiT
 from vtp.artefact import ArtefactError, digest, load_tensors, read_json, save_tensors, write_json
 from vtp.config import ConfigError
 from vtp.data.latents import LatentDataset
+from vtp.data.shared_parts import SharedParts
 from vtp.evaluation.samples import Samples, draw_labels
 from vtp.evaluation.settings import NOISE
 from vtp.finite import NotFiniteError
 from vtp.flow import draw_noise
 
 COUNT = 24
+PATIENCE = 6  # seconds that a collective may take
 SETTINGS = {"unguided": {"solver": "heun"}, "guided": {}}
 
 
@@ -88,14 +94,50 @@ def test_labels_by_chance():
     assert not torch.equal(drawn, draw_labels("random", 1, range(3000), range(6)))
 
 
-def test_a_stopped_run_goes_on_with_the_files_that_are_missing(inputs, drawn, tmp_path):
+def test_a_stopped_run_goes_on_with_the_batches_that_are_missing(inputs, drawn, tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         draw(inputs / "generator", tmp_path, settings=SETTINGS, stop_after=1)
-    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "scratch/folder/samples").iterdir()}
-    assert set(done) == {"unguided-00000.safetensors"}
+    done = [path.name for path in (tmp_path / "scratch/folder/samples.parts").glob("*.safetensors")]
+    assert done == ["unguided-000000000.safetensors"]
+    drawn_now = []
+    write = SharedParts.write
+    monkeypatch.setattr(
+        SharedParts, "write", lambda own, part, rows: (drawn_now.append(part.name), write(own, part, rows))
+    )
     samples = draw(inputs / "generator", tmp_path, settings=SETTINGS)
-    assert {name: (samples / name).stat().st_mtime_ns for name in done} == done
+    assert done[0] not in drawn_now
+    assert len(drawn_now) == 3 * 3 - 1  # of three settings 10, 10 and 4 samples
     assert digest(samples) == digest(drawn.folder)
+    assert not (tmp_path / "scratch/folder/samples.parts").exists()
+
+
+def test_ranks_share_the_batches_of_one_file_and_wait_longer_than_a_collective_may(inputs, tmp_path):
+    """One of two stands still for twice as long as a collective may take; the other has nothing left to draw then."""
+    settings = {"samples": 40, "batch_size": 5, "shard_size": 1000, "settings": SETTINGS}
+    alone = draw(inputs / "generator", tmp_path / "alone", **settings)
+    (tmp_path / "ranks").mkdir()
+    stalled = []
+
+    def stall():
+        while len(found := ranks_of(tmp_path / "ranks")) < 2 or not parts():
+            time.sleep(0.05)
+        os.kill(found[1], signal.SIGSTOP)
+        stalled.append(parts())
+        time.sleep(2 * PATIENCE)
+        stalled.append(parts())
+        os.kill(found[1], signal.SIGCONT)
+
+    def parts():
+        return len(list((tmp_path / "ranks").glob(".scratch/generate/*/*/samples.parts/*.safetensors")))
+
+    thread = threading.Thread(target=stall)
+    thread.start()
+    params = merged(tiny_params()["generate"], settings)
+    paths = {"generator": inputs / "generator", "samples": "samples"}
+    on_two_ranks(tmp_path / "ranks", "generate", params, paths, VTP_TIMEOUT_SECONDS=str(PATIENCE))
+    thread.join()
+    assert stalled[0] < stalled[1] < 3 * 8  # the other went on, and waited
+    assert digest(tmp_path / "ranks/samples") == digest(alone)
 
 
 def test_ranks_draw_the_same_bytes(inputs, drawn, tmp_path):
@@ -268,7 +310,7 @@ def test_a_folder_that_is_not_whole(drawn, tmp_path):
     ):
         Samples(tmp_path / "samples").of("guided")
     write_json(tmp_path / "samples/config.json", values | {"format_version": 1})
-    with pytest.raises(ArtefactError, match="samples of format 1, this code reads 3"):
+    with pytest.raises(ArtefactError, match="samples of format 1, this code reads 4"):
         Samples(tmp_path / "samples")
     with pytest.raises(ArtefactError, match="latent space of another encoder"):
         drawn.require_encoder("another", tmp_path)
