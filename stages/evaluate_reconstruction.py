@@ -94,7 +94,7 @@ def run(  # noqa: PLR0913 - one flag per output
     size = models["pretrained"].image_size
     statistics.require(data, size)
     real = statistics.of(config.split)
-    comparison = Comparison(data, real.rows, models, batch_size=config.batch_size, device=host.device)
+    comparison = Comparison(data, real.rows, models, batch_size=config.batch_size, host=host)
     extractors = build_extractors(statistics.features, weights=host.weights, device=host.device)
     perceptual = build_perceptual(config.perceptual, weights=host.weights).to(host.device)
 
@@ -151,8 +151,7 @@ def _measure(
     values = [torch.empty(0, len(comparison.models), len(Quality._fields), dtype=torch.float64)]
     batches = comparison.own_batches()
     with host.progress(total=sum(map(len, batches)), description="reconstructing", unit="image") as bar:
-        for rows in batches:
-            originals = comparison.originals(rows)
+        for rows, originals in comparison.all_originals(batches):
             encoded = comparison.encode(originals)
             latents.update(encoded)
             of_decoders = []
@@ -176,8 +175,7 @@ def _noise_curves(
     values = [torch.empty(0, len(comparison.models), len(config.levels), dtype=torch.float64)]
     batches = comparison.own_batches(config.samples)
     with host.progress(total=sum(map(len, batches)), description="noise on latents", unit="image") as bar:
-        for rows in batches:
-            originals = comparison.originals(rows)
+        for rows, originals in comparison.all_originals(batches):
             encoded = comparison.encode(originals)
             drawn = noise.of(rows.tolist(), encoded)
             of_levels = []

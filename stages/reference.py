@@ -6,6 +6,8 @@ share whole batches: what an image is computed with, and so its rounding, depend
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -16,6 +18,7 @@ from pydantic import AfterValidator, Field
 from stages.runner.run import Input, Output, main
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config
+from vtp.data.crops import cropped
 from vtp.data.dataset import ShardDataset
 from vtp.data.imagenet import is_imagenet
 from vtp.data.remote import ShardCache
@@ -94,25 +97,26 @@ def _grow(
         -(-split.networks.count // config.batch_size) :
     ]
     at_once = BATCHES * ranks().size
-    for start in range(0, len(batches), at_once):
-        chunk = batches[start : start + at_once]
-        first = split.networks.count + int(sum(map(len, chunk[: own_rows(len(chunk)).start])))
-        part, reported = FeatureSets.of(extractors), 0
-        for number in own_rows(len(chunk)):
-            pixels = split.chosen.images.images(chunk[number], config.image_size)
-            part.add(extract(extractors, pixels), keep=split.chosen.kept - first)
-            first += len(pixels)
-            report(len(pixels) * ranks().size)
-            reported += len(pixels) * ranks().size
-        report(sum(map(len, chunk)) - reported)
-        split.networks.merge(part.over_ranks())
-        stop = bool(total(torch.tensor(int(host.stop_requested))))
-        over = split.networks.count == len(rows)
-        if ranks().first and (stop or over or time.monotonic() - saved > host.checkpoint_seconds):
-            save_tensors(split.state, split.networks.tensors())
-            saved = time.monotonic()
-        if stop:
-            host.stop()
+    chunks = [batches[start : start + at_once] for start in range(0, len(batches), at_once)]
+    own = [chunk[number] for chunk in chunks for number in own_rows(len(chunk))]
+    with closing(cropped(split.chosen.images, own, config.image_size, host)) as stream:
+        for chunk in chunks:
+            first = split.networks.count + int(sum(map(len, chunk[: own_rows(len(chunk)).start])))
+            part, reported = FeatureSets.of(extractors), 0
+            for pixels in islice(stream, len(own_rows(len(chunk)))):
+                part.add(extract(extractors, pixels), keep=split.chosen.kept - first)
+                first += len(pixels)
+                report(len(pixels) * ranks().size)
+                reported += len(pixels) * ranks().size
+            report(sum(map(len, chunk)) - reported)
+            split.networks.merge(part.over_ranks())
+            stop = bool(total(torch.tensor(int(host.stop_requested))))
+            over = split.networks.count == len(rows)
+            if ranks().first and (stop or over or time.monotonic() - saved > host.checkpoint_seconds):
+                save_tensors(split.state, split.networks.tensors())
+                saved = time.monotonic()
+            if stop:
+                host.stop()
 
 
 if __name__ == "__main__":

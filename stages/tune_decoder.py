@@ -7,6 +7,7 @@ every rank, under VTP_PARALLEL=fsdp too: the adaptive weight needs one layer's g
 from pathlib import Path
 from typing import Annotated, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -16,6 +17,7 @@ from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import write_json
 from vtp.config import Config
 from vtp.data.batches import ImageBatches, RankSlice, count_micro_batches
+from vtp.data.crops import cropped
 from vtp.data.dataset import ShardDataset
 from vtp.data.remote import ShardCache
 from vtp.data.stream import Stream, StreamConfig
@@ -122,7 +124,7 @@ def build_objective(
     perceptual = build_perceptual(config.objective.perceptual, weights=host.weights).to(host.device)
     noise, std = config.objective.noise, None
     if noise.std:
-        std = channel_std(model, train, noise.samples, config.batch_size, host.device)
+        std = channel_std(model, train, noise.samples, config.batch_size, host)
         host.record(latent_std=" ".join(f"{value:.6g}" for value in std.tolist()))
     return DecoderObjective(
         model, adversary, config.objective, perceptual=perceptual, channel_std=std, seed=config.seed
@@ -130,14 +132,15 @@ def build_objective(
 
 
 @torch.no_grad()
-def channel_std(model: Tokenizer, images: ShardDataset, samples: int, batch_size: int, device: str) -> Tensor:
+def channel_std(model: Tokenizer, images: ShardDataset, samples: int, batch_size: int, host: Host) -> Tensor:
     """Standard deviation [d] of the latents' channels over the first training images; ranks share them."""
     own = own_rows(min(samples, len(images)))
     sums = torch.zeros(2, model.latent_shape[0], dtype=torch.float64)
     count = torch.zeros((), dtype=torch.float64)
-    for first in range(own.start, own.stop, batch_size):
-        rows = range(first, min(first + batch_size, own.stop))
-        latents = model.encode(normalise(images.images(rows, model.image_size).to(device))).cpu().double()
+    rows = np.arange(own.start, own.stop)
+    batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    for pixels in cropped(images, batches, model.image_size, host):
+        latents = model.encode(normalise(pixels)).cpu().double()
         values = latents.transpose(0, 1).flatten(1)  # [d, B h w]
         sums += torch.stack([values.sum(1), values.square().sum(1)])
         count += values.shape[1]

@@ -1,6 +1,7 @@
 """Images beside what decoders make of their latents, and what `evaluate_reconstruction` writes down of that."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from torch import Tensor
 from stages.figures.drawing import Panel, panels
 from stages.figures.side_by_side import PAIRS
 from vtp.artefact import whole_file
+from vtp.data.crops import cropped
 from vtp.data.dataset import ShardDataset
 from vtp.distributed import own_rows
 from vtp.evaluation.latents import LatentDiagnostics
+from vtp.host import Host
 from vtp.inference.grid import grid
 from vtp.layers.images import normalise, to_uint8
 from vtp.models.base import Tokenizer
@@ -25,14 +28,14 @@ class Comparison:
     """The images `rows` of a split, and tokenizers that share an encoder by the name of their decoder."""
 
     def __init__(
-        self, data: ShardDataset, rows: np.ndarray, models: Mapping[str, Tokenizer], *, batch_size: int, device: str
+        self, data: ShardDataset, rows: np.ndarray, models: Mapping[str, Tokenizer], *, batch_size: int, host: Host
     ) -> None:
         self.data = data
         self.rows = rows
         self.models = models
         self._first = next(iter(models.values()))
         self._batch_size = batch_size
-        self._device = device
+        self._host = host
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -48,9 +51,14 @@ class Comparison:
         batches = np.split(rows, range(self._batch_size, len(rows), self._batch_size))
         return [batches[index] for index in own_rows(len(batches))]
 
+    def all_originals(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Rows and their images of batches, decoded by worker processes."""
+        with closing(cropped(self.data, batches, self._first.image_size, self._host)) as stream:
+            yield from zip(batches, stream, strict=True)
+
     def originals(self, rows: np.ndarray) -> Tensor:
         """Centre-cropped images [B, 3, S, S] uint8."""
-        return self.data.images(rows, self._first.image_size).to(self._device)
+        return self.data.images(rows, self._first.image_size).to(self._host.device)
 
     def encode(self, originals: Tensor) -> Tensor:
         """Latents [B, d, h, w] of uint8 images."""

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from generating import QuietHost
+from generating import QuietHost, work_in
 from objectives.test_pretrain import FEATURES_ALONE
 from tiny import ROOT, merged, tiny_params, write_params, write_shards
 from tuning import FEATURES, tokenizer_of
@@ -153,14 +153,14 @@ def test_a_frozen_encoder_gets_its_decoder_here(inputs, tmp_path):
     assert float(last["validation_psnr"]) > float(last["validation_psnr_uninformed"]) + 0.5
 
 
-def test_noise_is_measured_on_the_latents(inputs):
+def test_noise_is_measured_on_the_latents(inputs, tmp_path):
     """Over positions and images, whatever the batch."""
     tokenizer, train = load_tokenizer(inputs / "tokenizer"), ShardDataset(inputs / "shards", "train")
     with torch.no_grad():
         latents = tokenizer.encode(normalise(train.images(range(20), tokenizer.image_size)))
     expected = latents.std((0, 2, 3), correction=0)
     for batch_size in (3, 20):
-        found = channel_std(tokenizer, train, 20, batch_size, "cpu")
+        found = channel_std(tokenizer, train, 20, batch_size, work_in(tmp_path))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
