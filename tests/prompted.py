@@ -1,4 +1,4 @@
-"""Measures of prompts over a CLIP and an engine that are given, and what ranks do with them: `torchrun tests/prompted.py FOLDER`."""
+"""Measures of prompts by a CLIP and an engine that are given, on ranks that `torchrun tests/prompted.py FOLDER` starts."""
 
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ def numbered(numbers, side=1):
 
 
 class Misreader:
-    """Reads the word of every other picture, and of the others its letters but the first, and a line of something else."""
+    """Reads the word of two pictures of three, and of the third its letters but the first, below another line."""
 
     name = "misreader1p0"
 
@@ -56,7 +56,7 @@ def work(folder):
     """Figures of pictures that ranks share in whole batches, and the files of `folder`."""
     draws = torch.Generator().manual_seed(0)
     images, captions = (F.normalize(torch.randn(SAMPLES, 8, generator=draws), dim=1) for _ in range(2))
-    scorer = given_scorer(images + captions[torch.arange(SAMPLES) % 20], captions)
+    scorer = given_scorer(images + captions[torch.arange(SAMPLES) % 20] / 2, captions)
     clip = ClipMeasure("given", scorer, map(str, range(20)), RetrievalConfig(among=12, seed=3))
     text = TextMeasure(Misreader())
     prompts = samples_of([f"{number % 6:05d}" for number in range(SAMPLES)])  # in turn, so that ranks share each
@@ -77,7 +77,7 @@ def work(folder):
 
 
 if __name__ == "__main__":
-    with process_group("cpu", timeout=60):
+    with process_group("cpu", timeout=300):
         assert ranks().size == 2
         place = Path(sys.argv[1])
         torch.save(work(place), place / f"figures-{ranks().rank}.pt")

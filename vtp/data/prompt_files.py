@@ -90,7 +90,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 raise ArtefactError(f"{path}, line {reader.line_num}: not as many cells as the first line; {REMEDY}")
             yield reader.line_num, row
     except csv.Error as error:
-        raise ArtefactError(f"{path}, line {reader.line_num}: not valid CSV ({error}); {REMEDY}") from None
+        raise ArtefactError(f"{path}, line {reader.reader.line_num}: not valid CSV ({error}); {REMEDY}") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -105,7 +105,7 @@ def retrieval(images: Tensor, captions: Tensor, asked: Tensor, config: Retrieval
         cosines = torch.einsum("ne,nce->nc", some, captions[chosen].double()).float()
         own, others = cosines[:, :1], cosines[:, 1:]
         before, alike = (others > own).sum(1), (others == own).sum(1) + 1
-        hits.append(torch.stack([((k - before) / alike).double().clamp(0, 1) for k in KS], 1))
+        hits.append(torch.stack([((k - before).double() / alike).clamp(0, 1) for k in KS], 1))
     return torch.cat(hits)
 
 
