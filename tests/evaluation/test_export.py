@@ -10,8 +10,8 @@ from PIL import Image
 from prompted import SAMPLES, SIDE, numbered, samples_of, work
 
 from vtp.config import ConfigError
+from vtp.data.prompt_files import Prompt
 from vtp.evaluation.export import DpgExport, GenevalExport, PngExport, build_writer
-from vtp.evaluation.prompt_files import Prompt
 
 
 def value(path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vtp.artefact import ArtefactError
-from vtp.evaluation.prompt_files import read_prompts
+from vtp.data.prompt_files import read_prompts
 
 OBJECTS = [
     {"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}]},
