@@ -12,35 +12,35 @@ Samples of prompts are also held against what they were asked (`prompts`), as ar
 held-out captions, which are the ceiling.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from stages.figures.guidance import Guided, draw_guidance
 from stages.figures.prompted import FOLDER, write_strip
 from stages.runner.run import Input, OptionalInput, OptionalOutput, Output, main
 from vtp.artefact import whole_file, write_json
-from vtp.config import ConfigError, Distinct
+from vtp.config import ConfigError
 from vtp.data.latents import LatentDataset
 from vtp.data.prompt_files import Prompt
 from vtp.data.shards import NO_LABEL
-from vtp.distributed import gather_rows, own_rows, ranks
+from vtp.distributed import own_rows, ranks
 from vtp.evaluation.adm import AdmReference
 from vtp.evaluation.class_probe import ClassProbe
-from vtp.evaluation.export import ExportConfig, SampleWriter, build_writer
+from vtp.evaluation.export import ExportConfig, build_writer
 from vtp.evaluation.feature_set import FeatureSets
 from vtp.evaluation.features import FeatureExtractor, build_extractors, count_name, extract
 from vtp.evaluation.following import JudgePlaces, build_following
 from vtp.evaluation.generation import ComparisonConfig, Distance, Judge, Ratio, RealImages
 from vtp.evaluation.image_sets import DecodedSamples, ImageSet, Reconstructions, open_given
-from vtp.evaluation.prompt_measures import PromptFollowing, PromptMeasure
+from vtp.evaluation.prompt_measures import PromptFollowing
 from vtp.evaluation.reference import Reference, SplitReference
 from vtp.evaluation.samples import Samples
 from vtp.evaluation.settings import BEST, REAL, RECONSTRUCTED
+from vtp.evaluation.viewing import Viewing, ViewingConfig
 from vtp.host import Host
 from vtp.inference.grid import grid
 from vtp.models.base import Tokenizer
@@ -50,7 +50,7 @@ from vtp.texts import write_csv
 GIVEN = "given"
 
 
-class EvaluateGenerator(ComparisonConfig):
+class EvaluateGenerator(ComparisonConfig, ViewingConfig):
     """The section `evaluate_generator`."""
 
     split: str = Field(min_length=1, description="split of the reference that the generator learnt")
@@ -58,13 +58,7 @@ class EvaluateGenerator(ComparisonConfig):
         description="split of the reference, held out, whose distances count as 1 in the mean ratio over networks (FDr); "
         "null leaves it out"
     )
-    counts: Annotated[list[Annotated[int, Field(ge=2)]], Distinct] = Field(
-        min_length=1, description="how many of the samples are compared, the first so many; published: 10000, 50000"
-    )
-    batch_size: int = Field(ge=1, description="images of a forward pass")
     export: ExportConfig = Field(description="form of the decoded samples, where --export asks for them")
-    pictures_per_class: int = Field(ge=1, description="samples that are shown of every class")
-    pictured_classes: int = Field(ge=1, description="classes, or prompts, that are shown, the first so many")
     prompts: PromptFollowing | None = Field(description="how far samples show what their prompts say; or null")
 
     @model_validator(mode="after")
@@ -162,7 +156,7 @@ def run(  # noqa: PLR0913 - one flag per path
     images = sum(len(each.images) for each in scored)
     with host.progress(total=images, description="decoding", unit="image") as bar:
         for each in scored:
-            viewing, writer = _Viewing(each.images, config, side=side), None
+            viewing, writer = Viewing(each.images, config, side=side), None
             if export is not None and each.distance == "gfid":
                 writer = build_writer(
                     config.export, export, each.name, image_size=side, scratch=host.folder, prompts=each.asked
@@ -182,7 +176,7 @@ def run(  # noqa: PLR0913 - one flag per path
         table |= _best(drawn, table, next(iter(judges)), max(config.counts))
         write_json(metrics, {"generation": {name: figures for name, figures in table.items() if figures}})
         draw_guidance(_write_curves(curves, drawn, table), pictures / "guidance.png")
-    host.record(samples=images)
+    host.record(samples=images, **following.facts)
 
 
 def _drawn(samples: Samples, model: Tokenizer, host: Host) -> list[_Scored]:
@@ -249,60 +243,6 @@ def _name(label: int, scored: _Scored) -> str:
     if scored.images.labels is None:
         return GIVEN
     return scored.names[label] if 0 <= label < len(scored.names) else f"class {label}"
-
-
-class _Viewing:
-    """A pass over a set of images; ranks share whole batches, so that rounding does not depend on their number."""
-
-    def __init__(self, images: ImageSet, config: EvaluateGenerator, *, side: int) -> None:
-        self._images, self._config = images, config
-        labels = images.labels
-        if labels is None:
-            labels = torch.zeros(len(images), dtype=torch.long)
-        self._labels = labels  # [N]
-        self.pictured = labels.unique()[: config.pictured_classes].tolist()  # labels; not all need be drawn
-        self._wanted = [(labels == label).nonzero()[: config.pictures_per_class, 0] for label in self.pictured]
-        self._pictured = torch.cat(self._wanted)  # indices
-        self._seen = [(torch.empty(0, dtype=torch.long), torch.empty(0, 3, side, side, dtype=torch.uint8))]
-
-    def features(
-        self,
-        extractors: Mapping[str, FeatureExtractor],
-        writer: SampleWriter | None,
-        measures: Sequence[PromptMeasure],
-        report: Callable[[int], object],
-    ) -> list[FeatureSets]:
-        """Of the first samples, one set per count, on every rank.
-
-        Pixels go to `writer`, to `measures` with what they were asked, and to the pictures on their way.
-        """
-        sets, reported, size = [FeatureSets.of(extractors) for _ in self._config.counts], 0, self._config.batch_size
-        numbers, prompts = own_rows(-(-len(self._labels) // size)), self._images.prompts or []
-        for number, images in zip(numbers, self._images.batches(size, numbers), strict=True):
-            first = number * size
-            extracted = extract(extractors, images)
-            for features, count in zip(sets, self._config.counts, strict=True):
-                if first < count:
-                    part = {name: of.first(count - first) for name, of in extracted.items()}
-                    features.add(part, keep=count - first)
-            if writer is not None:
-                writer.add(first, images)
-            for measure in measures:
-                measure.add(images, prompts[first : first + len(images)])
-            indices = torch.arange(first, first + len(images))
-            here = torch.isin(indices, self._pictured)
-            self._seen.append((indices[here], images.cpu()[here]))
-            report(len(images) * ranks().size)
-            reported += len(images) * ranks().size
-        report(len(self._labels) - reported)
-        if writer is not None:
-            writer.finish(self._labels)
-        return [features.over_ranks() for features in sets]
-
-    def shown(self) -> list[Tensor]:
-        """The pictured samples [n, 3, S, S] uint8 of every pictured class."""
-        indices, images = (gather_rows(torch.cat(parts)) for parts in zip(*self._seen, strict=True))
-        return [images[torch.isin(indices, wanted)] for wanted in self._wanted]
 
 
 def _check(

@@ -12,7 +12,7 @@ from torch import Tensor
 from stages.monitors.snapshots import SnapshotStore
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config, Distinct, number_name
-from vtp.data.conditions import Conditions
+from vtp.data.conditions import SampleConditions
 from vtp.data.latents import LatentDataset
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.convergence import EPOCHS, epochs_to_reach
@@ -87,7 +87,7 @@ class GeneratorMonitor:
         tokenizer: Tokenizer,
         config: GeneratorMonitorConfig,
         *,
-        conditions: Conditions,
+        conditions: SampleConditions,
         drawn: Drawn,
         seed: int,
         precision: str,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vtp.data.conditions import Conditions, Told
+from vtp.data.conditions import SampleConditions, Told
 from vtp.data.latents import LatentDataset
 from vtp.data.order import sample_indices
 from vtp.data.stream import Stream
@@ -138,7 +138,7 @@ class LatentBatches(Dataset[LatentBatch]):
     """Micro-batches of this rank. What is drawn for a sample belongs to its place in the stream, and to nothing else."""
 
     def __init__(
-        self, latents: LatentDataset, conditions: Conditions, *, batch_size: int, seed: int, rank_slice: RankSlice
+        self, latents: LatentDataset, conditions: SampleConditions, *, batch_size: int, seed: int, rank_slice: RankSlice
     ) -> None:
         self.latents = latents
         self.conditions = conditions

@@ -24,7 +24,7 @@ class Told(NamedTuple):
         return Captions(self.values, self.mask) if self.mask.shape[1] else self.values
 
 
-class Conditions(ABC):
+class SampleConditions(ABC):
     """Of the samples of a split, by number."""
 
     @abstractmethod
@@ -40,7 +40,7 @@ class Conditions(ABC):
         return self.finish(Told(*(each.to(device) for each in self.rows(rows)))).condition
 
 
-class ClassConditions(Conditions):
+class ClassConditions(SampleConditions):
     """Labels [N]."""
 
     def __init__(self, labels: Tensor) -> None:
@@ -51,7 +51,7 @@ class ClassConditions(Conditions):
         return Told(labels, torch.empty(len(labels), 0, dtype=torch.bool))
 
 
-class CachedConditions(Conditions):
+class CachedConditions(SampleConditions):
     """Captions whose features are there already. Raises ArtefactError for one that has none."""
 
     def __init__(self, cached: CachedCaptions, captions: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ class CachedConditions(Conditions):
         return Told(*self._cached.rows(self._numbers[rows]))
 
 
-class EncodedConditions(Conditions):
+class EncodedConditions(SampleConditions):
     """Captions that are encoded when they are asked for: ids by workers, features on the device."""
 
     def __init__(

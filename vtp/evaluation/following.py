@@ -1,6 +1,6 @@
 """How far samples show what their prompts say, beside reconstructions and real pictures of held-out captions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from vtp.curation.filter.rules import OpenClipModel, TokenizerModel
 from vtp.data.dataset import ShardDataset
 from vtp.distributed import own_rows
 from vtp.evaluation.image_sets import CaptionedPictures, ImageSet
-from vtp.evaluation.prompt_measures import PromptFollowing, PromptMeasure, build_measures
+from vtp.evaluation.prompt_measures import PromptFollowing, PromptMeasure, build_measures, measure_facts
 from vtp.evaluation.samples import Samples
 from vtp.host import Host
 from vtp.models.text_encoder import OpenClipText, TextEncoderRecord, TokenizerText, load_text_encoder
@@ -30,12 +30,15 @@ class JudgePlaces(NamedTuple):
 class Following:
     """All measures, which are asked of one set of images after another."""
 
-    def __init__(self, measures: Sequence[PromptMeasure], real: CaptionedPictures | None) -> None:
+    def __init__(
+        self, measures: Sequence[PromptMeasure], real: CaptionedPictures | None, facts: Mapping[str, str]
+    ) -> None:
         self._measures, self._real = measures, real
+        self.facts = facts  # what measured, for provenance
 
     def of(self, images: ImageSet) -> Sequence[PromptMeasure]:
         """Those that images are shown to; none where nobody says what was asked."""
-        return self._measures if images.prompts is not None else ()
+        return self._measures if self._measures and images.prompts is not None else ()
 
     def figures(self, images: ImageSet) -> dict[str, float]:
         """Of the images that were shown since the last call; every rank must ask."""
@@ -71,7 +74,7 @@ def build_following(
     if config is None:
         if any(places):
             raise ConfigError("--shards, --clip and --detector are of evaluate_generator.prompts, which is null")
-        return Following((), None)
+        return Following((), None, {})
     if drawn is None or drawn.config.prompts is None:
         raise ConfigError(
             "evaluate_generator.prompts is for samples of prompts, and these are of classes; set it to null"
@@ -88,7 +91,7 @@ def build_following(
         own=lambda model: _conditions(model, drawn, places.clip),
         device=host.device,
     )
-    return Following(measures, real)
+    return Following(measures, real, measure_facts(config, tokenizer=places.clip))
 
 
 def _conditions(model: OpenClipModel | TokenizerModel, drawn: Samples, clip: Path | None) -> bool:

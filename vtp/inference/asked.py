@@ -10,7 +10,7 @@ from pydantic import Field
 from vtp.artefact import ArtefactError
 from vtp.config import Config, ConfigError
 from vtp.data.captions import CachedCaptions
-from vtp.data.conditions import CachedConditions, ClassConditions, Conditions, EncodedConditions
+from vtp.data.conditions import CachedConditions, ClassConditions, EncodedConditions, SampleConditions
 from vtp.data.latents import LatentDataset
 from vtp.data.prompt_files import Prompt, PromptForm, read_prompts
 from vtp.layers.captions import Captions
@@ -59,7 +59,7 @@ class Asked(NamedTuple):
 
     names: list[str]  # of classes
     labels: list[int]  # those that are drawn
-    conditions: Conditions  # by label
+    conditions: SampleConditions  # by label
     prompts: list[Prompt] | None = None
 
     @classmethod

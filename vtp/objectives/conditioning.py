@@ -11,7 +11,7 @@ from pydantic import Field
 
 from vtp.config import Config, ConfigError
 from vtp.data.captions import CachedCaptions
-from vtp.data.conditions import CachedConditions, ClassConditions, Conditions, EncodedConditions
+from vtp.data.conditions import CachedConditions, ClassConditions, EncodedConditions, SampleConditions
 from vtp.data.latents import LatentDataset
 from vtp.host import Host
 from vtp.layers.captions import Captions, Condition
@@ -56,7 +56,7 @@ class Conditioning(ABC):
     record: dict[str, Any] | None = None  # of the text encoder, for the generator's folder
 
     @abstractmethod
-    def of(self, latents: LatentDataset) -> Conditions:
+    def of(self, latents: LatentDataset) -> SampleConditions:
         """Of every sample of a split."""
 
     @abstractmethod
@@ -67,7 +67,7 @@ class Conditioning(ABC):
 class ByClass(Conditioning):
     """Labels. Samples go through the classes that had training pictures."""
 
-    def of(self, latents: LatentDataset) -> Conditions:
+    def of(self, latents: LatentDataset) -> SampleConditions:
         return ClassConditions(latents.labels)
 
     def drawn(self, training: LatentDataset, validation: LatentDataset, device: str) -> Drawn:
@@ -100,7 +100,7 @@ class ByCachedCaption(_ByCaption):
             )
         super().__init__(condition, values.text_encoder, length=values.length, width=values.width)
 
-    def of(self, latents: LatentDataset) -> Conditions:
+    def of(self, latents: LatentDataset) -> SampleConditions:
         return CachedConditions(self._cached, latents.captions)
 
 
@@ -112,7 +112,7 @@ class ByEncodedCaption(_ByCaption):
         record = encoder.record.model_dump(mode="json")
         super().__init__(condition, record, length=encoder.length, width=encoder.width)
 
-    def of(self, latents: LatentDataset) -> Conditions:
+    def of(self, latents: LatentDataset) -> SampleConditions:
         return EncodedConditions(latents.captions, self._encoder.tokenize, self._encode)
 
     def _encode(self, told: tuple[torch.Tensor, torch.Tensor]) -> Captions:
