@@ -108,7 +108,6 @@ def drawn(word, side):
 
 @pytest.fixture(scope="module")
 def reader():
-    torch.set_num_threads(1)
     return RapidOcr()
 
 

@@ -69,9 +69,7 @@ class ClipMeasure:
             first = sum(gather_objects(len(asked))[: ranks().rank])
             names += [f"retrieval_r{k}_of{self._retrieval.among}_{self._name}" for k in KS]
             values.append(retrieval(images, captions, asked, self._retrieval, first=first))
-        table = gather_rows(
-            torch.cat(values, 1)
-        )  # every picture of all ranks in order, so that rounding is that of one
+        table = gather_rows(torch.cat(values, 1))  # of all pictures in order, so that rounding is that of one rank
         if not len(table):
             raise ValueError("no pictures were held against their prompts; is the set empty?")
         return dict(zip(names, table.mean(0).tolist(), strict=True))
