@@ -251,8 +251,8 @@ def _batches_are_filled(recipe: Recipe) -> Iterator[str]:
         batches = [(f"{own}.data.batch", pretrain.active.pool) for own, pretrain in recipe.of(Pretrain)]
         batches += [(f"{own}.batch_size", tuning.batch_size) for own, tuning in recipe.of(TuneDecoder)]
         for place, size in batches:
-            if size > source.train_samples:
-                yield f"{place}: takes {size} samples, {name}.source.train_samples is {source.train_samples}"
+            if size > (there := source.samples["train"]):
+                yield f"{place}: takes {size} samples, {name}.source has {there} for training; raise train_samples"
 
 
 def _splits_are_written(recipe: Recipe) -> Iterator[str]:
