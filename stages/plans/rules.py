@@ -18,6 +18,7 @@ from stages.pretrain import Pretrain
 from stages.reference import ReferenceStatistics
 from stages.runner.pipeline import Use
 from stages.summary import Summary
+from stages.train_detector import TrainDetector
 from stages.train_generator import TrainGenerator
 from stages.tune_decoder import TuneDecoder
 from vtp.config import Config, number_name
@@ -262,6 +263,12 @@ def _splits_are_written(recipe: Recipe) -> Iterator[str]:
                 yield f"{own}.splits.{split}: {data.source.name} has train and validation; rename or remove it"
 
 
+def _detectors_know_the_pictures(recipe: Recipe) -> Iterator[str]:
+    for name, data, own, training in recipe.pairs(PrepareData, TrainDetector):
+        if any(getattr(data.source, key, None) != getattr(training.source, key) for key in ("classes", "image_size")):
+            yield f"{own}.source: has other classes or sizes than {name}.source; write `source: {{base: {name}.source}}`"
+
+
 def _generators_fit_the_latents(recipe: Recipe) -> Iterator[str]:
     for own, pretrain in recipe.of(Pretrain):
         grid = pretrain.tokenizer.latent_shape[1]
@@ -377,6 +384,7 @@ RULES = (
     _networks_do_not_score_what_they_trained,
     _batches_are_filled,
     _splits_are_written,
+    _detectors_know_the_pictures,
     _generators_fit_the_latents,
     _guided_channels_are_there,
     _images_have_patches,

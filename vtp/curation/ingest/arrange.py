@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from vtp.curation.ingest.scenes import (
+    DECIDED,
     INKS,
     LAYOUTS,
     NUMBERS,
@@ -16,7 +17,7 @@ from vtp.curation.ingest.scenes import (
     SceneKind,
     Thing,
     Word,
-    relations,
+    leanings,
 )
 from vtp.curation.ingest.words import LEAST_SIZE, SPAN, Lettering, Vocabulary, largest_size, width
 
@@ -28,6 +29,7 @@ AT_PLACES, COUNTED, RELATED, BESIDE_WORD = (0.42, 0.5), (0.3, 0.36), (0.36, 0.46
 # Heights of a picture and of the word beside it, by their relation, and of a word alone, in shares of the height.
 HEIGHTS = {"above": (0.3, 0.79), "below": (0.7, 0.21)}
 HEIGHT_ALONE = 0.5
+MARGIN = 0.15  # of a relation: how far it is from being undecided
 LEAST_OF_LARGEST = 0.85  # a word is written in a size between this share of the largest and the largest
 
 
@@ -150,13 +152,14 @@ def scattered(draws: np.random.Generator, canvas: Canvas, size: float, count: in
 
 
 def related(draws: np.random.Generator, canvas: Canvas, sizes: Sequence[float], relation: str) -> list[Centre]:
-    """Random centres of two squares inside of a canvas, without overlap, between which this relation holds alone."""
+    """Random centres of two squares inside of a canvas, without overlap, between which this relation alone holds clearly."""
     asked = np.array([each == relation for each in RELATIONS])
     while True:
         centres = _draw_centres(draws, canvas, sizes)
-        holds = (relations(centres[:, 0] - centres[:, 1], sum(sizes)) == asked).all(1)
+        leaning = leanings(centres[:, 0] - centres[:, 1], sum(sizes))
+        clear = np.where(asked, leaning > DECIDED + MARGIN, leaning < DECIDED - MARGIN).all(1)
         apart = _gaps(centres)[:, 0, 1] >= sum(sizes) / 2
-        if (chosen := np.flatnonzero(holds & apart)).size:
+        if (chosen := np.flatnonzero(clear & apart)).size:
             return list(map(tuple, centres[chosen[0]].tolist()))
 
 

@@ -107,8 +107,8 @@ PLURALS = {
     "y": "ies",
     "": "s",
 }
-SLACK = 0.1  # GenEval: what of an offset does not count, in shares of both sizes
-DECIDED = 0.5  # and the least share of it that lies in the direction
+SLACK = 0.1  # GenEval: what of an offset does not count, a share of both sizes
+DECIDED = 0.5  # and how much of its length a direction has for the relation to hold
 
 
 class Thing(NamedTuple):
@@ -146,15 +146,20 @@ class Scene(NamedTuple):
         return "single" if self.things[0].count is None else "counts"
 
 
-def relations(offset: np.ndarray, sizes: np.ndarray | float = 0.0) -> np.ndarray:
-    """Which of RELATIONS hold [..., 4] for offsets [..., 2] right and down, from the second centre to the first.
+def leanings(offset: np.ndarray, sizes: np.ndarray | float = 0.0) -> np.ndarray:
+    """How much offsets [..., 2] right and down, from the second centre to the first, are in each of RELATIONS [..., 4].
 
-    `sizes` [...] are the sizes of both together. The rule is GenEval's (Ghosh et al. 2023): what is left of the offset
-    beyond a tenth of the sizes lies mostly in the direction. Two hold along a diagonal, none when there is no offset.
+    `sizes` [...] are the sizes of both together. It is GenEval's (Ghosh et al. 2023): what an offset has beyond a tenth of
+    the sizes, along an axis, over its length.
     """
     beyond = np.sign(offset) * np.maximum(np.abs(offset) - SLACK * np.asarray(sizes)[..., None], 0)
     direction = beyond / np.maximum(np.linalg.norm(offset, axis=-1, keepdims=True), 1e-9)
-    return direction @ np.array(list(RELATIONS.values())).T > DECIDED
+    return direction @ np.array(list(RELATIONS.values())).T
+
+
+def relations(offset: np.ndarray, sizes: np.ndarray | float = 0.0) -> np.ndarray:
+    """Which of RELATIONS hold [..., 4] for `leanings`: two along a diagonal, none without an offset."""
+    return leanings(offset, sizes) > DECIDED
 
 
 def relations_of_place(place: str) -> np.ndarray:
