@@ -19,7 +19,7 @@ class PrepareData(IngestConfig):
 
     @property
     def side(self) -> int | None:
-        """Of all pictures in pixels, when it is known beforehand."""
+        """Short edge of all pictures in pixels, when it is known beforehand."""
         if isinstance(self.image, CentreCrop):
             return self.image.size
         return self.source.image_size if isinstance(self.source, EmbeddedConfig) else None

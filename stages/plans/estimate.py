@@ -150,7 +150,7 @@ def inputs_of(options: argparse.Namespace) -> PlannedInputs:
         if isinstance(source, EmbeddedConfig):
             train, validation = (
                 SplitSize(count, round(count * (1 - source.scene_fraction)))  # scenes have no class
-                for count in (source.train_samples, source.validation_samples)
+                for count in (source.samples["train"], source.samples["validation"])
             )
             classes = labels = source.classes
             if source.labels == "category":

@@ -18,6 +18,7 @@ from stages.pretrain import Pretrain
 from stages.reference import ReferenceStatistics
 from stages.runner.pipeline import Use
 from stages.summary import Summary
+from stages.train_detector import TrainDetector
 from stages.train_generator import TrainGenerator
 from stages.tune_decoder import TuneDecoder
 from vtp.config import Config, number_name
@@ -251,8 +252,8 @@ def _batches_are_filled(recipe: Recipe) -> Iterator[str]:
         batches = [(f"{own}.data.batch", pretrain.active.pool) for own, pretrain in recipe.of(Pretrain)]
         batches += [(f"{own}.batch_size", tuning.batch_size) for own, tuning in recipe.of(TuneDecoder)]
         for place, size in batches:
-            if size > source.train_samples:
-                yield f"{place}: takes {size} samples, {name}.source.train_samples is {source.train_samples}"
+            if size > (there := source.samples["train"]):
+                yield f"{place}: takes {size} samples, {name}.source has {there} for training; raise train_samples"
 
 
 def _splits_are_written(recipe: Recipe) -> Iterator[str]:
@@ -260,6 +261,12 @@ def _splits_are_written(recipe: Recipe) -> Iterator[str]:
         for split in reference.splits:
             if isinstance(data.source, EmbeddedConfig) and split not in ("train", "validation"):
                 yield f"{own}.splits.{split}: {data.source.name} has train and validation; rename or remove it"
+
+
+def _detectors_know_the_pictures(recipe: Recipe) -> Iterator[str]:
+    for name, data, own, training in recipe.pairs(PrepareData, TrainDetector):
+        if any(getattr(data.source, key, None) != getattr(training.source, key) for key in ("classes", "image_size")):
+            yield f"{own}.source: has other classes or sizes than {name}.source; write `source: {{base: {name}.source}}`"
 
 
 def _generators_fit_the_latents(recipe: Recipe) -> Iterator[str]:
@@ -377,6 +384,7 @@ RULES = (
     _networks_do_not_score_what_they_trained,
     _batches_are_filled,
     _splits_are_written,
+    _detectors_know_the_pictures,
     _generators_fit_the_latents,
     _guided_channels_are_there,
     _images_have_patches,

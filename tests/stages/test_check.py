@@ -263,7 +263,7 @@ def test_the_recipe_is_valid(tmp_path):
         ({"pretrain": {"tokenizer": {"text": {"vocab_size": 7}}}}, "vocab_size 7 is not 49408, open_clip's byte pairs"),
         (
             {"pretrain": {"data": {"batch": {"clip": 2000}}}},
-            "pretrain.data.batch: takes 2000 samples, prepare_data.source",
+            "pretrain.data.batch: takes 2000 samples, prepare_data.source has 64 for training",
         ),
         ({"pretrain": {"seed": 10**19}}, "pretrain.seed: 10000000000000000000 needs more than 64 bits"),
         ({"pretrain": {"optim": {"lr": 1e308}}}, "pretrain.optim.lr: 1e+308 is infinite in float32"),
@@ -274,7 +274,7 @@ def test_the_recipe_is_valid(tmp_path):
         ({"pretrain": {"monitor": {"probe": {"neighbours": 999}}}}, "neighbours 999 are more than train_samples"),
         (
             {"tune_decoder": {"batch_size": 2000}},
-            "tune_decoder.batch_size: takes 2000 samples, prepare_data.source.train_s",
+            "tune_decoder.batch_size: takes 2000 samples, prepare_data.source has 64 for training",
         ),
         ({"tune_decoder": {"adversary": {"discriminator": {"depth": 3}}}}, "depth: 3 layers that halve need 24 pixels"),
         (

@@ -18,6 +18,7 @@ from vtp.models.base import Tokenizer
 from vtp.models.frozen_backbone import FrozenBackbone
 from vtp.models.lightningdit import LightningDiT
 from vtp.models.loading import load_decoder, load_tokenizer
+from vtp.models.scene_detector import SceneDetector
 from vtp.objectives.pretrain_state import KIND as PRETRAIN_STATE
 
 Lines = dict[str, str]  # what is said, by its name
@@ -32,6 +33,7 @@ MAKERS = {  # stages by the kind of what they make, for provenance
     "samples": ("generate",),
     "shards": ("prepare_data",),
     "reference": ("reference",),
+    "detector": ("train_detector",),
 }
 
 
@@ -177,6 +179,13 @@ def _reference(folder: Path) -> Lines:
     return lines | _splits(said) | {"data": config.data}
 
 
+def _detector(folder: Path) -> Lines:
+    model = SceneDetector.from_pretrained(folder)
+    lines = {"model": f"detector of scenes, {model.config.width} wide, cells of {model.config.stride} pixels"}
+    lines["images"] = f"{model.image_size} pixels along the short edge"
+    return lines | {"parameters": _parameters(model), "classes": _classes(model.classes)}
+
+
 def _shards(folder: Path) -> Lines:
     manifest = Manifest.load(folder)
     for split in manifest.splits.values():
@@ -256,6 +265,7 @@ _BY_KEY: list[tuple[str, str, Callable[[Path], Lines]]] = [
     ("decoder", "decoder", _decoder),
     ("settings", "samples", _samples),
     ("crop", "reference", _reference),
+    ("detector", "detector", _detector),
     ("statistics_images", "latents", _latents),
     ("hidden_size", "generator", _generator),
     ("in_channels", "generator", _generator),

@@ -20,8 +20,8 @@ NEAR = {"name": "perceptual_duplicates", "max_distance": 6}
 SIZES = {"train_samples": 1, "validation_samples": 1, "image_size": 160}
 COMPOSER = Composer(
     EmbeddedConfig(
-        name="openmoji", seed=0, classes=24, labels="drawing", scene_fraction=0.5,
-        scale_min=0.7, scale_max=0.9, rotation=10.0, **SIZES
+        name="openmoji", seed=0, classes=24, labels="drawing", scene_fraction=0.5, scale_min=0.7, scale_max=0.9,
+        rotation=10.0, aspect_ratios=[1.0], captions=["full"], scenes=["places"], words=None, held_out=None, **SIZES
     )
 )  # fmt: skip
 

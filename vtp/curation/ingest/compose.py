@@ -1,18 +1,22 @@
 """Compose captioned pictures: single ones for class conditions, and scenes whose captions say what is where.
 
 Sample i of a split is a function of the parameters and (seed, split, i), so any number of samples is one parameter and
-validation holds compositions that training never sees.
+validation holds compositions that training never sees. Splits of other names have compositions of their own.
 """
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from vtp.config import Config
-from vtp.curation.ingest.openmoji import Picture, catalogue, render
+from vtp.config import Config, Distinct
+from vtp.curation.ingest.arrange import Arrangement, Arranger, Canvas
+from vtp.curation.ingest.held_out import HeldOutCombinations, HeldOutConfig
+from vtp.curation.ingest.openmoji import Picture, all_names, catalogue, render
+from vtp.curation.ingest.scenes import BACKGROUNDS, INKS, Captions, CaptionStyle, SceneKind
+from vtp.curation.ingest.words import LEAST_SIZE, Vocabulary, WordsConfig, write
 from vtp.data.shards import NO_LABEL
-from vtp.draws import numpy_draws
+from vtp.draws import address, numpy_draws
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,46 +24,40 @@ if TYPE_CHECKING:
 SampleKind = Literal["single", "scene"]
 OVERSAMPLING = 2  # pictures are drawn once at this multiple of the image size, then turned and shrunk
 
-BACKGROUNDS = {
-    "white": (255, 255, 255),
-    "light grey": (214, 217, 222),
-    "sky blue": (165, 212, 245),
-    "mint green": (178, 232, 200),
-    "pale yellow": (252, 240, 170),
-    "peach": (252, 211, 180),
-    "pink": (248, 190, 208),
-    "lavender": (212, 196, 240),
-}
-SINGLE_CAPTIONS = (
-    "a {name} on a {background} background",
-    "a picture of a {name} in front of {background}",
-    "{name}, {background} background",
-    "an emoji of a {name}",
-)
-# Names of places and their centres, in shares of the side.
-LAYOUTS = (
-    (("on the left", (0.26, 0.5)), ("on the right", (0.74, 0.5))),
-    (("at the top", (0.5, 0.26)), ("at the bottom", (0.5, 0.74))),
-    (("at the top left", (0.27, 0.27)), ("at the top right", (0.73, 0.27)), ("at the bottom", (0.5, 0.74))),
-)
-
 
 class EmbeddedConfig(Config):
     """The embedded data set: OpenMoji pictures on plain backgrounds."""
 
     name: Literal["openmoji"]
     seed: int = Field(description="seed of the compositions")
-    image_size: int = Field(ge=8, description="side in pixels")
+    image_size: int = Field(ge=8, description="short edge in pixels")
+    aspect_ratios: Annotated[list[Annotated[float, Field(ge=0.25, le=4)]], Distinct] = Field(
+        min_length=1, description="widths over heights, of which one is drawn for each picture"
+    )
     classes: int = Field(ge=3, description="number of pictures; each is a class, its emoji category a second label")
     labels: Literal["drawing", "category"] = Field(
         description="what generators are given as label, and samples are judged by: the class, or its category, which "
         "says less than captions do; probes and prompts ask for the class either way"
     )
+    captions: Annotated[list[CaptionStyle], Distinct] = Field(
+        min_length=1,
+        description="captions of every composition, each of which makes it a sample: full ones say all, short ones "
+        "leave out the colours",
+    )
     train_samples: int = Field(ge=1, description="number of training compositions")
     validation_samples: int = Field(ge=1, description="held-out compositions of the same classes")
-    scene_fraction: float = Field(ge=0, le=1, description="share of the samples that are scenes of several pictures")
-    scale_min: float = Field(gt=0, le=1, description="size of a single picture, in shares of the side")
-    scale_max: float = Field(gt=0, le=1, description="largest size of a single picture, in shares of the side")
+    held_out: HeldOutConfig | None = Field(
+        description="combinations that training never shows, and validation alone; null: both splits show all"
+    )
+    scene_fraction: float = Field(ge=0, le=1, description="share of the compositions that are scenes")
+    scenes: Annotated[list[SceneKind], Distinct] = Field(
+        min_length=1,
+        description="kinds of scenes, which come in turn: pictures at named places, one to four equal ones (counts), two "
+        "in a relation, written words",
+    )
+    words: WordsConfig | None = Field(description="words that scenes of words show; null: there are no such scenes")
+    scale_min: float = Field(gt=0, le=1, description="size of a single picture, in shares of the short edge")
+    scale_max: float = Field(gt=0, le=1, description="largest size of a single picture, in shares of the short edge")
     rotation: float = Field(ge=0, le=180, description="largest turn of a picture in degrees")
 
     @model_validator(mode="after")
@@ -68,14 +66,23 @@ class EmbeddedConfig(Config):
             raise ValueError(f"scale_min {self.scale_min} is above scale_max {self.scale_max}")
         return self
 
+    @model_validator(mode="after")
+    def _words_are_read(self) -> Self:
+        if (self.words is None) == ("words" in self.scenes):
+            said = "scenes have words, and words is null" if self.words is None else "words are given, scenes have none"
+            raise ValueError(f"{said}; set both or none")
+        if self.words is not None and self.image_size < self.words.least_side:
+            raise ValueError(
+                f"words.letters {self.words.letters}: so many letters of {LEAST_SIZE} pixels need an image_size of "
+                f"{self.words.least_side}, given {self.image_size}; raise it, or take shorter words"
+            )
+        return self
 
-class Place(NamedTuple):
-    """One picture in an image: centre and longest side in pixels, turn in degrees."""
-
-    label: int
-    centre: tuple[float, float]
-    size: float
-    turn: float
+    @property
+    def samples(self) -> dict[str, int]:
+        """Samples by split: every composition once for each of its captions."""
+        compositions = {"train": self.train_samples, "validation": self.validation_samples}
+        return {split: count * len(self.captions) for split, count in compositions.items()}
 
 
 class Sample(NamedTuple):
@@ -83,9 +90,8 @@ class Sample(NamedTuple):
 
     kind: SampleKind
     label: int  # NO_LABEL for scenes
-    background: str
-    places: tuple[Place, ...]
-    caption: str
+    arrangement: Arrangement
+    captions: tuple[str, ...]  # of each style
 
 
 class Composer:
@@ -95,22 +101,28 @@ class Composer:
         self.config = config
         self.pictures = catalogue(config.classes)
         self._drawings: dict[int, Image] = {}
+        self._captions = Captions([picture.name for picture in self.pictures])
+        vocabulary = None if config.words is None else Vocabulary(config.words, all_names())
+        self._arranger = Arranger(config.classes, config.rotation, vocabulary)
+        self._held_out = None
+        if config.held_out is not None:
+            self._held_out = HeldOutCombinations(config.held_out, seed=config.seed, classes=config.classes)
+            self._held_out.require_words([] if vocabulary is None else vocabulary.dictionary)
 
-    def plan(self, split: str, index: int) -> Sample:
-        """Sample `index` of a split; the labels of successive singles run through the classes."""
+    def plan(self, split: str, index: int, canvas: Canvas | None = None) -> Sample:
+        """Sample `index` of a split, or the same on another canvas; labels of successive singles run through the classes."""
         config = self.config
+        canvas = canvas or self.canvas(split, index)
         draws = numpy_draws(config.seed, f"compose/{split}", index)
-        background = list(BACKGROUNDS)[draws.integers(len(BACKGROUNDS))]
-        if is_scene(index, config.scene_fraction):
-            return self._scene(draws, background)
-        label = self.label(index)
-        side = config.image_size
-        size = side * draws.uniform(config.scale_min, config.scale_max)
-        centre = (draws.uniform(size / 2, side - size / 2), draws.uniform(size / 2, side - size / 2))
-        caption = SINGLE_CAPTIONS[draws.integers(len(SINGLE_CAPTIONS))]
-        caption = with_article(caption.format(name=self.pictures[label].name, background=background))
-        place = Place(label, centre, size, self._turn(draws))
-        return Sample("single", label, background, (place,), caption)
+        while True:
+            arrangement = self._arrange(draws, index, canvas)
+            if self._held_out is None or self._held_out.admits(split, arrangement.scene):
+                break
+        kind = "scene" if is_scene(index, config.scene_fraction) else "single"
+        captions = tuple(
+            self._captions.write(arrangement.scene, style, arrangement.variant) for style in config.captions
+        )
+        return Sample(kind, self.label(index), arrangement, captions)
 
     def label(self, index: int) -> int:
         """The class of sample `index` of any split: singles run through the classes, scenes have none."""
@@ -119,34 +131,36 @@ class Composer:
             return NO_LABEL
         return (index - int(index * fraction)) % self.config.classes
 
+    def canvas(self, split: str, index: int) -> Canvas:
+        """Width and height of sample `index` of a split in pixels."""
+        ratios, side = self.config.aspect_ratios, self.config.image_size
+        ratio = ratios[address(self.config.seed, f"compose/{split}/ratio", index) % len(ratios)]
+        return round(side * max(ratio, 1)), round(side / min(ratio, 1))
+
     def draw(self, sample: Sample) -> "Image":
         """The picture, RGB."""
         from PIL import Image
 
-        side = self.config.image_size
-        canvas = Image.new("RGB", (side, side), BACKGROUNDS[sample.background])
-        for place in sample.places:
+        arrangement = sample.arrangement
+        canvas = Image.new("RGB", arrangement.canvas, BACKGROUNDS[str(arrangement.scene.background)])
+        for place in arrangement.places:
             drawing = self._drawing(place.label).rotate(place.turn, Image.Resampling.BICUBIC)
             size = max(1, round(place.size))
             drawing = drawing.resize((size, size), Image.Resampling.LANCZOS)
             corner = (round(place.centre[0] - size / 2), round(place.centre[1] - size / 2))
             canvas.paste(drawing, corner, drawing)
+        if (lettering := arrangement.lettering) is not None:
+            write(canvas, lettering, INKS[lettering.ink])
         return canvas
 
-    def _scene(self, draws: np.random.Generator, background: str) -> Sample:
-        layout = LAYOUTS[draws.integers(len(LAYOUTS))]
-        labels = draws.permutation(self.config.classes)[: len(layout)].tolist()
-        side = self.config.image_size
-        places = tuple(
-            Place(label, (x * side, y * side), side * draws.uniform(0.42, 0.5), self._turn(draws))
-            for label, (_, (x, y)) in zip(labels, layout, strict=True)
-        )
-        parts = [f"a {self.pictures[label].name} {where}" for label, (where, _) in zip(labels, layout, strict=True)]
-        caption = f"{', '.join(parts[:-1])} and {parts[-1]}, on a {background} background"
-        return Sample("scene", NO_LABEL, background, places, with_article(caption))
-
-    def _turn(self, draws: np.random.Generator) -> float:
-        return draws.uniform(-self.config.rotation, self.config.rotation)
+    def _arrange(self, draws: np.random.Generator, index: int, canvas: Canvas) -> Arrangement:
+        config = self.config
+        background = list(BACKGROUNDS)[draws.integers(len(BACKGROUNDS))]
+        if is_scene(index, config.scene_fraction):
+            kind = config.scenes[int(index * config.scene_fraction) % len(config.scenes)]
+            return self._arranger.scene(kind, draws, canvas, background)
+        scale = (config.scale_min, config.scale_max)
+        return self._arranger.single(draws, canvas, background, self.label(index), scale)
 
     def _drawing(self, label: int) -> "Image":
         if label not in self._drawings:
@@ -157,16 +171,6 @@ class Composer:
 def is_scene(index: int, fraction: float) -> bool:
     """Whether sample `index` is a scene: `fraction` of any long run of indices, spread evenly."""
     return int((index + 1) * fraction) > int(index * fraction)
-
-
-def with_article(text: str) -> str:
-    """`an` before vowels."""
-    words = text.split(" ")
-    following = [*words[1:], ""]
-    return " ".join(
-        "an" if word == "a" and after[:1] in tuple("aeiou") else word
-        for word, after in zip(words, following, strict=True)
-    )
 
 
 def categories(pictures: list[Picture]) -> list[str]:

@@ -58,6 +58,11 @@ def catalogue(count: int) -> list[Picture]:
     return pictures[:count]
 
 
+def all_names() -> list[str]:
+    """Names of all pictures that have one."""
+    return [picture.name for _, picture in _pictures()]
+
+
 def render(picture: Picture, size: int) -> "Image":
     """The drawing, cut to its content and centred on a transparent square of `size` pixels, RGBA."""
     import resvg_py
