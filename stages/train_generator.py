@@ -17,7 +17,7 @@ from vtp.draws import address
 from vtp.evaluation.features import build_features
 from vtp.evaluation.reference import Reference
 from vtp.host import Host
-from vtp.models.generator_folder import SIZES, GeneratorSize, LightningDiTConfig, save_generator
+from vtp.models.generator_folder import SIZES, GeneratorSize, LightningDiTConfig, OtherSizes, save_generator
 from vtp.models.lightningdit import LightningDiT
 from vtp.models.loading import load_tokenizer
 from vtp.objectives.generation import GenerationObjective, GenerationObjectiveConfig
@@ -52,6 +52,9 @@ class GeneratorConfig(Config):
     use_rope: bool = Field(description="rotary positions beside the fixed sine table")
     use_rmsnorm: bool = Field(description="RMSNorm with weights, else LayerNorm without")
     wo_shift: bool = Field(description="leave the shifts out of adaLN")
+    other_sizes: OtherSizes = Field(
+        description="positions on grids of other sizes than the smallest square's: plain indices, or scaled to its span"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -15,12 +15,13 @@ from vtp.layers.latent_space import LatentSpace, LatentStatistics
 
 FORMAT_VERSION = 2
 STATISTICS_FILE, SAMPLER_FILE = "statistics.safetensors", "sampler.json"
+OtherSizes = Literal["extrapolate", "interpolate"]  # of positions, on grids of other sizes than the stored one
 
 
 class LightningDiTConfig(Config):
-    """Architecture, under the official argument names."""
+    """Architecture, under the official argument names; what those have no name for is `vtp_pipeline`'s in the file."""
 
-    input_size: int = Field(ge=1, description="side of the latent grid")
+    input_size: int = Field(ge=1, description="side of the latent grid whose positions are stored")
     patch_size: int = Field(ge=1, description="side of a token in latents")
     in_channels: int = Field(ge=1, description="latent channels")
     hidden_size: int = Field(ge=1, description="width")
@@ -33,6 +34,7 @@ class LightningDiTConfig(Config):
     use_rope: bool = Field(description="rotary positions beside the fixed sine table")
     use_rmsnorm: bool = Field(description="RMSNorm with weights, else LayerNorm without")
     wo_shift: bool = Field(description="leave the shifts out of adaLN")
+    other_sizes: OtherSizes = Field(description="positions on other grids: plain indices, or scaled to the stored span")
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
@@ -46,9 +48,10 @@ class LightningDiTConfig(Config):
 
 
 class GeneratorOrigin(Config):
-    """`vtp_pipeline` in `config.json`: of the latents that the generator learnt."""
+    """`vtp_pipeline` in `config.json`: of the latents that the generator learnt, and what has no official name."""
 
     format_version: int
+    other_sizes: OtherSizes = "extrapolate"
     encoder: str | None = None  # digest; None: the folder does not say
     classes: list[str] | None = None  # names
     untrained: list[int] = Field(default=[])  # labels of those without a training picture
@@ -137,14 +140,15 @@ def save_generator(
 
     `others`, such as slower averages, become folders inside of it with the same files.
     """
-    pipeline: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    pipeline: dict[str, Any] = {"format_version": FORMAT_VERSION, "other_sizes": config.other_sizes}
+    architecture = config.model_dump(exclude={"other_sizes"})
     if space is not None:
         pipeline |= {"encoder": space.encoder, "classes": space.classes}
         pipeline |= {"untrained": space.untrained} if space.untrained else {}
     with whole_folder(folder) as temporary:
         for place, state in {".": weights, **(others or {})}.items():
             (temporary / place).mkdir(exist_ok=True)
-            write_json(temporary / place / "config.json", config.model_dump() | {"vtp_pipeline": pipeline})
+            write_json(temporary / place / "config.json", architecture | {"vtp_pipeline": pipeline})
             save_tensors(temporary / place / "model.safetensors", state)
             if space is not None:
                 space.statistics.save(temporary / place / STATISTICS_FILE)
@@ -168,6 +172,7 @@ def _read_config(folder: Path) -> tuple[LightningDiTConfig, LatentSpace | None]:
         raise ArtefactError(f"{path}: learn_sigma is not supported; no LightningDiT was published with it")
     for key in _TRAINING_ONLY:
         values.pop(key, None)
+    values.setdefault("other_sizes", pipeline.other_sizes)
     config = LightningDiTConfig.parse(values, where=str(path))
     if pipeline.encoder is None or pipeline.classes is None:
         return config, None

@@ -15,15 +15,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtp.artefact import load_module
+from vtp.layers.grid_positions import GridPositions, GridRope, sine_table, turn
 from vtp.layers.latent_space import LatentSpace
 from vtp.layers.norm import RMSNorm
+from vtp.layers.rope import Rotation
 from vtp.models.generator_folder import LightningDiTConfig, read_generator, save_generator
 
 FREQUENCIES = 256  # width of the sinusoidal time embedding
 
 
 class LightningDiT(nn.Module):
-    """Velocity of noisy latents: (x [B, C, H, W], t [B] in [0, 1], labels [B]) -> [B, C, H, W]."""
+    """Velocity of noisy latents: (x [B, C, H, W], t [B] in [0, 1], labels [B]) -> [B, C, H, W].
+
+    H and W are any multiples of the patch. Positions of squares of `input_size` are stored, as the official ones are; what
+    those of other grids are is said by `other_sizes`.
+    """
 
     pos_embed: nn.Parameter
     space: LatentSpace | None = None  # of its latents; None: the folder does not say, as published ones do not
@@ -39,10 +45,11 @@ class LightningDiT(nn.Module):
         self.x_embedder = LatentEmbed(config.in_channels, dim, config.patch_size)
         self.t_embedder = TimeEmbed(dim)
         self.y_embedder = LabelEmbed(config.num_classes, dim)
-        self.pos_embed = nn.Parameter(sine_table(side, dim)[None], requires_grad=False)
+        self.pos_embed = nn.Parameter(sine_table(side, side, dim)[None], requires_grad=False)
         self.feat_rope = GridRope(side, dim // config.num_heads) if config.use_rope else None
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
+        self._other_grids: dict[tuple[object, ...], GridPositions] = {}  # by size and device; no state
         self._initialise()
 
     @property
@@ -52,7 +59,7 @@ class LightningDiT(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """(C, H, W) of the size whose positions are stored."""
         return self.config.in_channels, self.config.input_size, self.config.input_size
 
     @property
@@ -61,18 +68,37 @@ class LightningDiT(nn.Module):
         return [*self.blocks, self.final_layer]
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        side = x.shape[-1] // self.config.patch_size
-        x = self.x_embedder(x) + self.pos_embed  # [B, N, D]
+        """Raises ValueError when H or W is not a multiple of the patch size."""
+        p = self.config.patch_size
+        if x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(f"latents are {x.shape[2]}x{x.shape[3]}, no multiple of patch_size {p}")
+        grid = x.shape[2] // p, x.shape[3] // p
+        table, rotation = self._positions(*grid)
+        x = self.x_embedder(x) + table  # [B, N, D]
         condition = self.t_embedder(t) + self.y_embedder(labels)  # [B, D]
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, self.feat_rope, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, condition, rotation, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, condition, self.feat_rope)
+                x = block(x, condition, rotation)
         x = self.final_layer(x, condition)  # [B, N, p * p * C]
-        p = self.config.patch_size
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # [B, h, w, p, p, C]
+        x = x.unflatten(2, (p, p, -1)).unflatten(1, grid)  # [B, h, w, p, p, C]
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def _positions(self, height: int, width: int) -> GridPositions:
+        """Of a grid of tokens: stored ones, or others that are made once."""
+        base = self.config.input_size // self.config.patch_size
+        if height == width == base:
+            return GridPositions(self.pos_embed, None if self.feat_rope is None else self.feat_rope.rotation)
+        key = height, width, self.pos_embed.device, self.pos_embed.dtype
+        if key not in self._other_grids:
+            dim, heads = self.config.hidden_size, self.config.num_heads
+            head_dim = None if self.feat_rope is None else dim // heads
+            scale = base / math.sqrt(height * width) if self.config.other_sizes == "interpolate" else 1.0
+            with torch.inference_mode(False):  # a training may use them later
+                made = GridPositions.of(height, width, dim, head_dim, scale=scale, like=self.pos_embed)
+            self._other_grids[key] = made
+        return self._other_grids[key]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder as `save_generator` does; equal weights give equal bytes."""
@@ -141,30 +167,6 @@ class LabelEmbed(nn.Module):
         return self.embedding_table(labels)
 
 
-class GridRope(nn.Module):
-    """Rotary positions on a grid: the first half of a head turns with the row, the second with the column."""
-
-    freqs_cos: Tensor
-    freqs_sin: Tensor
-
-    def __init__(self, side: int, head_dim: int) -> None:
-        super().__init__()
-        per_axis = head_dim // 2
-        frequencies = 10000.0 ** (-torch.arange(0, per_axis, 2).float() / per_axis)
-        angles = (torch.arange(side).float()[:, None] * frequencies).repeat_interleave(2, dim=1)  # [side, per_axis]
-        rows = angles[:, None].expand(-1, side, -1)
-        columns = angles[None].expand(side, -1, -1)
-        grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [N, head_dim]
-        self.register_buffer("freqs_cos", grid.cos())
-        self.register_buffer("freqs_sin", grid.sin())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Turn neighbouring pairs of x [B, heads, N, head_dim]."""
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-        return (x * self.freqs_cos + turned * self.freqs_sin).to(x.dtype)
-
-
 class DiTAttention(nn.Module):
     """Self-attention with optional QK-norm, then rotation."""
 
@@ -176,11 +178,11 @@ class DiTAttention(nn.Module):
         self.k_norm = _head_norm(config)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: nn.Module | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rope(q), rope(k)
+        if rotation is not None:
+            q, k = turn(q, rotation), turn(k, rotation)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -222,13 +224,13 @@ class DiTBlock(nn.Module):
         self.mlp = DiTSwiGLU(dim, hidden_dim) if config.use_swiglu else DiTMlp(dim, hidden_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if self.shifted else 4) * dim))
 
-    def forward(self, x: Tensor, condition: Tensor, rope: nn.Module | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, rotation: Rotation | None) -> Tensor:
         parts = self.adaLN_modulation(condition)[:, None].chunk(6 if self.shifted else 4, dim=-1)
         if self.shifted:
             attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = parts
         else:
             (attn_scale, attn_gate, mlp_scale, mlp_gate), attn_shift, mlp_shift = parts, 0.0, 0.0
-        x = x + attn_gate * self.attn(self.norm1(x) * (1 + attn_scale) + attn_shift, rope)
+        x = x + attn_gate * self.attn(self.norm1(x) * (1 + attn_scale) + attn_shift, rotation)
         return x + mlp_gate * self.mlp(self.norm2(x) * (1 + mlp_scale) + mlp_shift)
 
 
@@ -245,16 +247,6 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
-
-
-def sine_table(side: int, dim: int) -> Tensor:
-    """Fixed positions [side * side, dim]: first half from the column, second from the row, sines then cosines (MAE)."""
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, dim / 2]
-    columns = waves[None].expand(side, -1, -1)
-    rows = waves[:, None].expand(-1, side, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()
 
 
 def _norm(config: LightningDiTConfig) -> nn.Module:
