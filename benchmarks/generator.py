@@ -258,10 +258,7 @@ def _clocked(batches: Iterator, step: Callable, steps: int, device: str) -> floa
 def _print_head(bench: Bench) -> float:
     """What is measured; returns the FLOPs of a step."""
     host, batch, model = bench.host, bench.config.batch_size, bench.model()
-    batches = LatentBatches(
-        LatentDataset(bench.caches.ours), batch_size=batch, seed=0, rank_slice=RankSlice(0, 1, batch)
-    )
-    cost = GenerationObjective(model, bench.config.objective).step_cost(batches[0], batch_size=batch)
+    cost = GenerationObjective(model, bench.config.objective).step_cost({model.latent_shape: 1.0}, batch_size=batch)
     device = torch.cuda.get_device_name() if host.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{device}, {host.workers} workers, torch {torch.__version__}, {bench.precision}", end=", ")

@@ -12,7 +12,7 @@ from torch import Tensor
 from stages.monitors.snapshots import SnapshotStore
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config, Distinct, number_name
-from vtp.data.latents import LatentDataset
+from vtp.data.latents import HeldLatents, LatentDataset
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.convergence import EPOCHS, epochs_to_reach
 from vtp.evaluation.features import FeatureExtractor, count_name
@@ -78,7 +78,7 @@ class GeneratorMonitor:
     def __init__(  # noqa: PLR0913 - what is evaluated, and by what
         self,
         objective: GenerationObjective,
-        validation: LatentDataset,
+        validation: LatentDataset | HeldLatents,
         tokenizer: Tokenizer,
         config: GeneratorMonitorConfig,
         *,

@@ -38,6 +38,27 @@ class LatentBatch(NamedTuple):
     noise: Tensor  # [B, d, h, w], standard normal
     normal: Tensor  # [B], standard normal, for the time
     uniform: Tensor  # [B, 2] in [0, 1), for the time and for the label
+    replaced: Tensor  # [B], true for a picture that stands in the place of one that cannot be used; none: of a cache
+
+
+class FlowDraws(NamedTuple):
+    """What latents are trained with: a function of their places in the stream, and of nothing else."""
+
+    noise: Tensor  # [B, d, h, w], standard normal
+    normal: Tensor  # [B], standard normal, for the time
+    uniform: Tensor  # [B, 3] in [0, 1), for the time, for the label, for mirroring
+
+    @classmethod
+    def of(cls, seed: int, places: range, shape: tuple[int, int, int]) -> "FlowDraws":
+        """For latents of one shape (d, h, w)."""
+        return cls(
+            *(torch.stack(values) for values in zip(*(_draw(seed, place, shape) for place in places), strict=True))
+        )
+
+
+def _draw(seed: int, place: int, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    draws = torch_draws(seed, "flow", place)
+    return torch.randn(shape, generator=draws), torch.randn((), generator=draws), torch.rand(3, generator=draws)
 
 
 class RankSlice(NamedTuple):
@@ -127,7 +148,7 @@ class ImageBatches(Dataset[ImageBatch]):
 
 
 class LatentBatches(Dataset[LatentBatch]):
-    """Micro-batches of this rank. What is drawn for a sample belongs to its place in the stream, and to nothing else."""
+    """Micro-batches of this rank, of latents of one size."""
 
     def __init__(self, latents: LatentDataset, *, batch_size: int, seed: int, rank_slice: RankSlice) -> None:
         self.latents = latents
@@ -139,14 +160,14 @@ class LatentBatches(Dataset[LatentBatch]):
         step, rows = self.rank_slice.of(self.batch_size, index)
         first = step * self.batch_size + rows.start
         drawn = sample_indices(first, len(rows), len(self.latents), self.seed)
-        samples = [self._draw(position) for position in range(first, first + len(rows))]
-        noise, normal, uniform = (torch.stack(values) for values in zip(*samples, strict=True))
-        flipped = (uniform[:, 2] < 0.5).numpy() if self.latents.has_flipped else None
-        latents = self.latents.statistics.normalise(self.latents.rows(drawn, flipped))
-        return LatentBatch(latents, self.latents.labels[torch.from_numpy(drawn)], noise, normal, uniform[:, :2])
+        draws = FlowDraws.of(self.seed, range(first, first + len(rows)), self.latents.shape)
+        return cached_batch(self.latents, drawn, draws)
 
-    def _draw(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise, a normal and three uniform draws of a position of the stream."""
-        draws = torch_draws(self.seed, "flow", position)
-        noise = torch.randn(self.latents.shape, generator=draws)
-        return noise, torch.randn((), generator=draws), torch.rand(3, generator=draws)
+
+def cached_batch(latents: LatentDataset, rows: np.ndarray, draws: FlowDraws) -> LatentBatch:
+    """These rows of a cache; half of them mirrored, where that holds mirrored ones."""
+    flipped = (draws.uniform[:, 2] < 0.5).numpy() if latents.has_flipped else None
+    normalised = latents.statistics.normalise(latents.rows(rows, flipped))
+    labels = latents.labels[torch.from_numpy(rows)]
+    none_replaced = torch.zeros(0, dtype=torch.bool)
+    return LatentBatch(normalised, labels, draws.noise, draws.normal, draws.uniform[:, :2], none_replaced)

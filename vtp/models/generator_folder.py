@@ -55,6 +55,7 @@ class GeneratorOrigin(Config):
     encoder: str | None = None  # digest; None: the folder does not say
     classes: list[str] | None = None  # names
     untrained: list[int] = Field(default=[])  # labels of those without a training picture
+    pixels_per_latent: int | None = Field(default=None, ge=1)  # along a side
 
 
 # Defaults of the official constructor, for published config files that leave keys out.
@@ -145,6 +146,7 @@ def save_generator(
     if space is not None:
         pipeline |= {"encoder": space.encoder, "classes": space.classes}
         pipeline |= {"untrained": space.untrained} if space.untrained else {}
+        pipeline |= {"pixels_per_latent": space.pixels_per_latent} if space.pixels_per_latent else {}
     with whole_folder(folder) as temporary:
         for place, state in {".": weights, **(others or {})}.items():
             (temporary / place).mkdir(exist_ok=True)
@@ -177,7 +179,7 @@ def _read_config(folder: Path) -> tuple[LightningDiTConfig, LatentSpace | None]:
     if pipeline.encoder is None or pipeline.classes is None:
         return config, None
     statistics = LatentStatistics.load(folder / STATISTICS_FILE)
-    space = LatentSpace(pipeline.encoder, pipeline.classes, statistics, pipeline.untrained)
+    space = LatentSpace(pipeline.encoder, pipeline.classes, statistics, pipeline.untrained, pipeline.pixels_per_latent)
     channels = list(space.statistics.mean.shape)
     if len(space.classes) != config.num_classes or channels != [1, config.in_channels, 1, 1]:
         raise ArtefactError(
