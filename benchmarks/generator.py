@@ -262,8 +262,7 @@ def batches_of(data: LatentDataset, size: int, rank_slice: RankSlice) -> LatentB
 def _print_head(bench: Bench) -> float:
     """What is measured; returns the FLOPs of a step."""
     host, batch, model = bench.host, bench.config.batch_size, bench.model()
-    batches = batches_of(LatentDataset(bench.caches.ours), batch, RankSlice(0, 1, batch))
-    cost = GenerationObjective(model, bench.config.objective).step_cost(batches[0], batch_size=batch)
+    cost = GenerationObjective(model, bench.config.objective).step_cost({model.latent_shape: 1.0}, batch_size=batch)
     device = torch.cuda.get_device_name() if host.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{device}, {host.workers} workers, torch {torch.__version__}, {bench.precision}", end=", ")

@@ -121,7 +121,7 @@ def _batch(
         told = Told(*Captions(features, torch.arange(text.length) < lengths))
     latents, noise = (torch.randn(count, *shape, generator=draws) for _ in range(2))
     normal, uniform = torch.randn(count, generator=draws), torch.rand(count, 2, generator=draws)
-    return LatentBatch(*(each.to(device) for each in (latents, *told, noise, normal, uniform)))
+    return LatentBatch(*(each.to(device) for each in (latents, *told, noise, normal, uniform, torch.zeros(0))))
 
 
 if __name__ == "__main__":

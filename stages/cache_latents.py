@@ -1,8 +1,9 @@
 """Encode once the images that a generator learns, those with a class or those with a caption: sharded latents, of
 horizontal flips too, and their statistics per channel (paper 4.1, 5).
 
-Each picture is decoded once, by worker processes, and flipped on the device. A file is written while the next is
-encoded; ranks share whole files, and a killed run goes on with those that are missing.
+Each picture is decoded once, by worker processes, and flipped on the device; of pictures of several sizes, once for every
+size at which it is stored. A file is written while the next is encoded; ranks share whole files, and a killed run goes on
+with those that are missing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from stages.runner.run import Input, Output, main
 from vtp.config import Config
+from vtp.data.buckets import ImageBuckets
 from vtp.data.dataset import LabelledSamples, ShardDataset
-from vtp.data.latents import LatentShard, finish_cache, plan_shards, write_latent_shard
+from vtp.data.latents import LatentShard, finish_cache, plan_shards, sized_split, write_latent_shard
 from vtp.data.remote import ShardCache
 from vtp.data.shards import WHOLE_SET
 from vtp.data.shared_files import SharedFiles, row_count
+from vtp.data.sizes import PictureSize, SizesConfig
 from vtp.distributed import ranks
 from vtp.finite import require_finite
 from vtp.host import Host
@@ -49,6 +52,9 @@ class CacheLatents(Config):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="floating-point type of the stored latents")
     precision: Literal["float32", "bfloat16"] = Field(description="precision of the encoder's forward pass")
     horizontal_flips: bool = Field(description="store the latents of horizontally flipped images as well")
+    sizes: SizesConfig | None = Field(
+        description="sizes of the training pictures, each at every short edge up to its own; null: the tokenizer's squares"
+    )
     batch_size: int = Field(ge=1, description="images per forward pass")
     shard_size: int = Field(ge=1, description="images per file")
     statistics: StatisticsConfig
@@ -67,7 +73,13 @@ def run(
     host: Host,
 ) -> None:
     model = load_tokenizer(tokenizer).to(host.device)
-    splits = {name: _SplitImages.of(ShardDataset(shards, name, cache=ShardCache.of(host)), config) for name in SPLITS}
+    train, validation = (ShardDataset(shards, name, cache=ShardCache.of(host)) for name in SPLITS)
+    square = config.sizes.square if config.sizes else PictureSize(model.image_size, model.image_size)
+    splits = {"train": _SplitImages(train, _learnt(train, config), square)}
+    if config.sizes is not None:
+        model.require_sizes(config.sizes.all)
+        splits = _by_size(train, config.sizes, _learnt(train, config))
+    splits["validation"] = _SplitImages(validation, _learnt(validation, config), square)
     files = plan_shards({name: len(split.singles.rows) for name, split in splits.items()}, config.shard_size)
     shared = SharedFiles(host.folder / "latents", files)
     total = shared.done + row_count(shared.own)
@@ -75,7 +87,7 @@ def run(
         host.progress(total=total, description="encoding", unit="image", done=shared.done) as bar,
         _LatentWriter(shared.folder, splits) as writer,
     ):
-        for shard, parts in _by_file(_batches(shared.own, splits, model.image_size, config.batch_size), host):
+        for shard, parts in _by_file(_batches(shared.own, splits, config.batch_size), host):
             encoded = []
             for pictures in parts:
                 encoded.append(_encode(model, pictures.to(host.device), config))
@@ -88,8 +100,9 @@ def run(
         return
     description = {
         "dtype": config.dtype,
-        "classes": splits["train"].images.manifest.learnt_classes if config.of == "classes" else [WHOLE_SET],
-        "image_size": model.image_size,
+        "classes": train.manifest.learnt_classes if config.of == "classes" else [WHOLE_SET],
+        "image_size": square.height,
+        "sizes": config.sizes,
         "encoder": model.encoder_digest(),
     }
     finish_cache(shared.folder, files, description, most=config.statistics.images, seed=config.statistics.seed)
@@ -98,14 +111,33 @@ def run(
 
 
 class _SplitImages(NamedTuple):
-    """The samples of a split that a generator learns; scenes have no class, and other pictures no caption."""
+    """The samples of a split that a generator learns, at one size; scenes have no class, other pictures no caption."""
 
     images: ShardDataset
     singles: LabelledSamples
+    size: PictureSize
 
-    @classmethod
-    def of(cls, images: ShardDataset, config: CacheLatents) -> "_SplitImages":
-        return cls(images, images.learnt() if config.of == "classes" else images.captioned())
+
+def _learnt(images: ShardDataset, config: CacheLatents) -> LabelledSamples:
+    return images.learnt() if config.of == "classes" else images.captioned()
+
+
+def _by_size(images: ShardDataset, sizes: SizesConfig, singles: LabelledSamples) -> dict[str, _SplitImages]:
+    """By the names of their splits: of every ratio those that are for the most edges come first."""
+    buckets = ImageBuckets(images, sizes, labelled=False)
+    found = np.concatenate([buckets.of_shard(shard) for shard in range(len(images.shards))])[singles.rows]
+    ratios, edges = np.divmod(found, len(sizes.short_edges))
+    splits = {}
+    for ratio, of_ratio in enumerate(sizes.sizes):
+        chosen = np.flatnonzero(ratios == ratio)
+        chosen = chosen[np.argsort(-edges[chosen], kind="stable")]
+        for edge, size in enumerate(of_ratio):
+            here = chosen[edges[chosen] >= edge]
+            if len(here):
+                splits[sized_split(size)] = _SplitImages(
+                    images, LabelledSamples(*(each[here] for each in singles)), size
+                )
+    return splits
 
 
 class _FileBatch(NamedTuple):
@@ -114,11 +146,11 @@ class _FileBatch(NamedTuple):
     shard: LatentShard
     images: ShardDataset
     rows: np.ndarray
-    size: int
+    size: PictureSize
 
 
 class _FileBatches(Dataset[Tensor]):
-    """Uint8 pictures [B, 3, S, S], decoded where they are asked for."""
+    """Uint8 pictures [B, 3, H, W], decoded where they are asked for."""
 
     def __init__(self, batches: Sequence[_FileBatch]) -> None:
         self.batches = batches
@@ -128,10 +160,10 @@ class _FileBatches(Dataset[Tensor]):
         return batch.images.images(batch.rows, batch.size)
 
 
-def _batches(own: Sequence[LatentShard], splits: Mapping[str, _SplitImages], size: int, count: int) -> _FileBatches:
+def _batches(own: Sequence[LatentShard], splits: Mapping[str, _SplitImages], count: int) -> _FileBatches:
     batches = []
     for shard in own:
-        images, singles = splits[shard.split]
+        images, singles, size = splits[shard.split]
         rows = singles.rows[shard.rows.start : shard.rows.stop]
         batches += [_FileBatch(shard, images, part, size) for part in np.split(rows, range(count, len(rows), count))]
     return _FileBatches(batches)
@@ -189,7 +221,7 @@ class _LatentWriter:
     def write(self, shard: LatentShard, latents: Mapping[str, Tensor]) -> None:
         """Begin to write a file."""
         self._wait()
-        images, singles = self._splits[shard.split]
+        images, singles, _ = self._splits[shard.split]
         chosen = slice(shard.rows.start, shard.rows.stop)
         tensors = {**latents, "labels": torch.from_numpy(singles.labels[chosen])}
         self._writing = self._thread.submit(

@@ -1,4 +1,9 @@
-"""Train a LightningDiT on cached latents by flow matching, told classes or captions (paper 4.1, 5)."""
+"""Train a LightningDiT by flow matching, told classes or captions (paper 4.1, 5): on cached latents, or on pictures that
+are encoded as they come.
+
+These may be of several sizes (paper 5): a batch is of one size, the same on all devices. Times of `auto` follow that size,
+and the FLOPs of a step, by which lengths may be given, are those that are expected over all sizes, encoding included.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -8,23 +13,25 @@ from pydantic import Field, model_validator
 
 from stages.monitors.generator import FidReference, GeneratorMilestones, GeneratorMonitor, GeneratorMonitorConfig
 from stages.runner.run import Input, OptionalInput, Output, main
-from vtp.artefact import write_json
+from vtp.artefact import ArtefactError, write_json
 from vtp.config import Config, ConfigError, number_name
-from vtp.data.batches import LatentBatches, RankSlice, count_micro_batches
-from vtp.data.latents import LatentDataset
+from vtp.data.batches import RankSlice, count_micro_batches
+from vtp.data.sized_batches import EncodedImagesConfig
 from vtp.distributed import ranks
 from vtp.draws import address
 from vtp.evaluation.features import build_features
 from vtp.evaluation.reference import Reference
 from vtp.host import Host
+from vtp.models.base import Tokenizer
 from vtp.models.captions import TextCondition
-from vtp.models.generator_folder import SIZES, GeneratorSize, LightningDiTConfig, save_generator
+from vtp.models.generator_folder import SIZES, GeneratorSize, LightningDiTConfig, OtherSizes, save_generator
 from vtp.models.lightningdit import LightningDiT
 from vtp.models.loading import load_tokenizer
-from vtp.objectives.conditioning import AnyCondition, build_conditioning
 from vtp.objectives.generation import GenerationObjective, GenerationObjectiveConfig
 from vtp.step import OptimConfig
+from vtp.training.conditioning import AnyCondition, Conditioning, build_conditioning
 from vtp.training.fit import Run, TrainingConfig, fit, run_length
+from vtp.training.latent_source import Batching, LatentSource, cached_source, encoded_source
 from vtp.training.parallelize import parallelize
 
 
@@ -55,6 +62,9 @@ class GeneratorConfig(Config):
     use_rope: bool = Field(description="rotary positions beside the fixed sine table")
     use_rmsnorm: bool = Field(description="RMSNorm with weights, else LayerNorm without")
     wo_shift: bool = Field(description="leave the shifts out of adaLN")
+    other_sizes: OtherSizes = Field(
+        description="positions on grids of other sizes than the smallest square's: plain indices, or scaled to its span"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -78,6 +88,9 @@ class TrainGenerator(Config):
 
     seed: int = Field(description="seed of weights, data, noise and timesteps")
     batch_size: int = Field(ge=1, description="latents of a step over all devices")
+    images: EncodedImagesConfig | None = Field(
+        description="pictures of the command's --shards that are encoded as they come; null: cached latents"
+    )
     model: GeneratorConfig
     objective: GenerationObjectiveConfig
     optim: OptimConfig
@@ -88,12 +101,18 @@ class TrainGenerator(Config):
 def run(  # noqa: PLR0913 - inputs and outputs of the stage
     config: TrainGenerator,
     *,
-    latents: Annotated[Input, "folder of cache_latents, which the generator learns"],
+    latents: Annotated[
+        OptionalInput,
+        "folder of cache_latents, which the generator learns, or whose statistics it takes; default: none",
+    ] = None,
+    shards: Annotated[
+        OptionalInput, "folder of prepare_data, whose pictures are encoded as they come; default: none"
+    ] = None,
     captions: Annotated[OptionalInput, "folder of cache_captions, for a generator that is told captions"] = None,
     text_encoder: Annotated[
         OptionalInput, "folder of the text encoder, where condition.features is `encoded`; see cache_captions"
     ] = None,
-    tokenizer: Annotated[Input, "folder of the tokenizer of these latents"],
+    tokenizer: Annotated[Input, "folder of the tokenizer of the latents"],
     decoder: Annotated[
         OptionalInput, "folder of a tuned decoder, through which monitors look; default: the tokenizer's own"
     ] = None,
@@ -109,36 +128,47 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     largest = host.micro_batch or config.batch_size
     named = "train_generator.batch_size"
     rank_slice = RankSlice(*ranks(), count_micro_batches(config.batch_size, ranks().size, largest, named=named))
-    data, validation = (LatentDataset(latents, split) for split in ("train", "validation"))
     pixels = load_tokenizer(tokenizer, decoder).to(host.device)
     pixels.require_decoder(tokenizer)
-    data.require_encoder(pixels.encoder_digest(), str(tokenizer))
+    batching = Batching(config.batch_size, config.seed, rank_slice)
     told = build_conditioning(config.model.condition, captions=captions, text_encoder=text_encoder, host=host)
-    batches = LatentBatches(data, told.of(data), batch_size=config.batch_size, seed=config.seed, rank_slice=rank_slice)
+    source = _source(config, told, batching, pixels, latents, shards, host)
+    if source.space.encoder != pixels.encoder_digest():
+        raise ArtefactError(
+            f"{latents} holds the latents of another encoder than that of {tokenizer}; run cache_latents again"
+        )
+    patch_size = config.model.patch_size
+    if uneven := [shape for shape in source.shapes if shape[1] % patch_size or shape[2] % patch_size]:
+        raise ConfigError(
+            f"train_generator.model.patch_size: {patch_size}, and some latents are {' x '.join(map(str, uneven[0]))}; set "
+            "cache_latents.sizes.multiple to a multiple of it times the pixels per latent"
+        )
 
     torch.manual_seed(address(config.seed, "weights"))
-    model = LightningDiT(config.model.architecture(data.shape, classes=len(data.classes), text=told.text))
+    classes = len(source.space.classes)
+    model = LightningDiT(config.model.architecture(source.square, classes=classes, text=told.text))
     objective = GenerationObjective(model, config.objective)
-    cost = objective.step_cost(batches[0], batch_size=config.batch_size)
-    parallelize(objective, host)
+    cost = objective.step_cost(source.shapes, batch_size=config.batch_size)
+    cost = cost._replace(flops=cost.flops + source.encoding_flops * config.batch_size)
+    parallelize(objective, host, shapes=len(source.shapes))
     length = run_length(config.training.length, samples=config.batch_size, flops=cost.flops)
     host.record(**length._asdict())
 
     monitor = GeneratorMonitor(
         objective,
-        validation,
+        source.validation,
         pixels,
         config.monitor,
-        conditions=told.of(validation),
-        drawn=told.drawn(data, validation, host.device),
+        conditions=told.of(source.validation),
+        drawn=told.drawn(source.space, source.validation, host.device),
         seed=config.seed,
         precision=config.training.precision,
-        reference=_reference(config, reference, pixels.image_size, host),
+        reference=_reference(config, reference, source.square[1] * pixels.pixels_per_latent, host),
         host=host,
     )
     milestones = GeneratorMilestones(objective, config.monitor.milestones, folder=host.folder / "milestones")
     training = Run(length.steps, config.training, {"model": config.optim}, cost, rank_slice.micro_batches)
-    fit(objective, batches, training, host=host, monitors=[monitor, milestones])
+    fit(objective, source.batches, training, host=host, monitors=[monitor, milestones])
 
     averages = [f"ema-{number_name(momentum)}" for momentum in config.objective.ema]
     states = {name: objective.averaged(number) for number, name in enumerate(averages)}
@@ -147,16 +177,47 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     result = states.pop(averages[0])
     sampler = config.monitor.sampler.model_dump(mode="json")
     others = states | milestones.saved()
-    space = data.space if told.record is None else data.space._replace(classes=[], untrained=[])
+    space = source.space if told.record is None else source.space._replace(classes=[], untrained=[])
     save_generator(
         generator, model.config, result, space=space, sampler=sampler, text_encoder=told.record, others=others
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    epochs = length.samples / len(data)
+    epochs = length.samples / source.samples
     figures = {"parameters": parameters, "epochs": epochs} | monitor.convergence(steps=length.steps, epochs=epochs)
     write_json(metrics, {"train_generator": length._asdict() | figures})
     curves.write_bytes((host.folder / "curves.csv").read_bytes())
     monitor.draw(picture, steps=length.steps)
+
+
+def _source(
+    config: TrainGenerator,
+    told: Conditioning,
+    batching: Batching,
+    tokenizer: Tokenizer,
+    latents: Path | None,
+    shards: Path | None,
+    host: Host,
+) -> LatentSource:
+    """Raises ConfigError when the command gives another kind of input than the parameters speak of."""
+    if config.images is None:
+        if latents is None or shards is not None:
+            raise ConfigError(
+                "train_generator.images is null: give the command --latents alone, or set it for the pictures of --shards"
+            )
+        return cached_source(latents, told, batching)
+    if shards is None:
+        raise ConfigError("train_generator.images needs --shards work/shards on the command, and under its deps")
+    return encoded_source(
+        shards,
+        latents,
+        tokenizer,
+        config.images,
+        told,
+        batching,
+        patch_size=config.model.patch_size,
+        held_out=config.monitor.validation,
+        host=host,
+    )
 
 
 def _reference(config: TrainGenerator, folder: Path | None, size: int, host: Host) -> FidReference | None:

@@ -13,7 +13,7 @@ from stages.monitors.snapshots import SnapshotStore
 from vtp.artefact import load_tensors, save_tensors
 from vtp.config import Config, Distinct, number_name
 from vtp.data.conditions import SampleConditions
-from vtp.data.latents import LatentDataset
+from vtp.data.latents import HeldLatents, LatentDataset
 from vtp.distributed import gather_rows, own_rows, ranks
 from vtp.evaluation.convergence import EPOCHS, epochs_to_reach
 from vtp.evaluation.features import FeatureExtractor, count_name
@@ -23,9 +23,9 @@ from vtp.host import Host
 from vtp.inference.grid import grid
 from vtp.layers.images import to_uint8
 from vtp.models.base import Tokenizer
-from vtp.objectives.conditioning import Drawn
 from vtp.objectives.generation import GenerationObjective
 from vtp.step import Logs, StepContext
+from vtp.training.conditioning import Drawn
 
 
 class OnlineFidConfig(Config):
@@ -83,7 +83,7 @@ class GeneratorMonitor:
     def __init__(  # noqa: PLR0913 - what is evaluated, and by what
         self,
         objective: GenerationObjective,
-        validation: LatentDataset,
+        validation: LatentDataset | HeldLatents,
         tokenizer: Tokenizer,
         config: GeneratorMonitorConfig,
         *,

@@ -37,8 +37,8 @@ from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.lightningdit import LightningDiT
 from vtp.models.text_encoder import OpenClipText, TransformersText
 from vtp.models.tokenizer import TokenizerConfig
-from vtp.objectives.conditioning import CaptionCondition, ClassCondition
 from vtp.params import load
+from vtp.training.conditioning import CaptionCondition, ClassCondition
 from vtp.training.fit import run_length
 
 

@@ -9,10 +9,12 @@ from PIL import Image
 from vtp.data.shards import FORMAT_VERSION, Manifest, SampleRecord, describe_split, write_shard
 
 
-def picture(number: int, side: int = 8, **how) -> bytes:
-    """A file whose first pixel tells `number`."""
-    pixels = np.full((side, side, 3), 128, dtype=np.uint8)
-    pixels[:, :] = (number % 256, number // 256, 7)
+def picture(number: int = 0, side: int | tuple[int, int] = 8, *, pixels: np.ndarray | None = None, **how) -> bytes:
+    """A file whose first pixel tells `number`, of a square or of a width and height; or of these `pixels`."""
+    if pixels is None:
+        width, height = (side, side) if isinstance(side, int) else side
+        pixels = np.full((height, width, 3), 128, dtype=np.uint8)
+        pixels[:, :] = (number % 256, number // 256, 7)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, **({"format": "PNG"} | how))
     return buffer.getvalue()

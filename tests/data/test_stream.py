@@ -194,7 +194,7 @@ def test_too_many_replaced_samples_end_the_run(tmp_path, caplog):
 
 def test_a_shard_without_any_usable_sample_is_an_error(tmp_path):
     folder = write_shards(tmp_path / "shards", [8], change=lambda number: {"image": b"nothing"})
-    with pytest.raises(DataError, match=r"not an image .*; 20 others of its shard cannot be used either"):
+    with pytest.raises(DataError, match=r"not an image .*; nor can any of 20 that were tried: fetch the shard again"):
         batches_of(stream_of(folder))[0]
 
 

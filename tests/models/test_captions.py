@@ -19,7 +19,7 @@ def config_of(reading="cross_attention", **changes):
     given = {"input_size": 4, "patch_size": 1, "in_channels": 3, "hidden_size": 16, "depth": 2, "num_heads": 2}
     given |= {"mlp_ratio": 2.0, "num_classes": 0 if text else 7, "text": text}
     flags = dict.fromkeys(("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm"), True)
-    return LightningDiTConfig(**given | flags | {"wo_shift": False} | changes)
+    return LightningDiTConfig(**given | flags | {"wo_shift": False, "other_sizes": "extrapolate"} | changes)
 
 
 def model_of(reading="cross_attention", **changes):

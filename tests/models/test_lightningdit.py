@@ -1,6 +1,8 @@
 """LightningDiT against the official implementation's numbers."""
 
+import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,13 +13,14 @@ from safetensors.torch import load_file
 from vtp import LightningDiT
 from vtp.artefact import ArtefactError
 from vtp.config import ConfigError
+from vtp.layers.grid_positions import turn
 from vtp.models.generator_folder import OFFICIAL_DEFAULTS, SIZES, LightningDiTConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
 
 
 def config(**values) -> LightningDiTConfig:
-    best = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
+    best = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "other_sizes": "extrapolate"}
     return LightningDiTConfig.parse(dict(OFFICIAL_DEFAULTS) | best | values, where="test")
 
 
@@ -154,6 +157,97 @@ def test_refuses_damaged_checkpoints(tmp_path):
 def test_refuses_impossible_sizes(values):
     with pytest.raises(ConfigError, match="test"):
         config(**SMALL | values)
+
+
+@pytest.mark.parametrize("side", [1, 5, 8])
+@pytest.mark.parametrize("options", [{}, {"use_rope": False}])
+def test_another_square_is_that_of_a_model_of_its_size(side, options):
+    """With plain indices."""
+    model, other = (opened(config(**SMALL | options | {"input_size": 2 * size})) for size in (2, side))
+    tables = {"pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"}
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if k not in tables}, strict=False)
+    x, t, labels = torch.randn(2, 3, 2 * side, 2 * side), torch.rand(2), torch.tensor([0, 1000])
+    with torch.no_grad():
+        assert torch.equal(model(x, t, labels), other(x, t, labels))
+    assert model.state_dict().keys() == LightningDiT(config(**SMALL | options)).state_dict().keys()
+
+
+@pytest.mark.parametrize("sizes", ["extrapolate", "interpolate"])
+def test_positions_of_a_rectangle_are_the_closed_form(sizes):
+    """Table and turned queries of every token by its row and column, in float64."""
+    height, width, base, dim, heads = 3, 5, 2, 32, 2
+    model = LightningDiT(config(**SMALL | {"other_sizes": sizes}))
+    table, rotation = model._positions(height, width)
+    scale = base / math.sqrt(height * width) if sizes == "interpolate" else 1.0
+    x = torch.randn(1, 1, height * width, dim // heads)
+    turned, complex_x = turn(x, rotation)[0, 0], torch.view_as_complex(x[0, 0].unflatten(-1, (-1, 2)).double())
+    for row, column in itertools.product(range(height), range(width)):
+        waves = []
+        for place in (column, row):
+            angles = [scale * place * 10000 ** (-k / (dim / 4)) for k in range(dim // 4)]
+            waves += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+        token = row * width + column
+        torch.testing.assert_close(table[token], torch.tensor(waves), atol=1e-6, rtol=0)
+        per_axis = dim // heads // 2
+        angles = [scale * place * 10000 ** (-k / per_axis) for place in (row, column) for k in range(0, per_axis, 2)]
+        expected = complex_x[token] * torch.polar(torch.ones(per_axis).double(), torch.tensor(angles).double())
+        torch.testing.assert_close(turned[token].double(), torch.view_as_real(expected).flatten(), atol=1e-5, rtol=0)
+
+
+def test_interpolation_leaves_the_stored_grid_as_it_is_and_spans_it_with_others():
+    plain, scaled = (opened(config(**SMALL | {"other_sizes": sizes})) for sizes in ("extrapolate", "interpolate"))
+    t, labels = torch.rand(2), torch.tensor([0, 1000])
+    with torch.no_grad():
+        x = torch.randn(2, 3, 4, 4)
+        assert torch.equal(plain(x, t, labels), scaled(x, t, labels))
+        x = torch.randn(2, 3, 8, 4)
+        assert (plain(x, t, labels) - scaled(x, t, labels)).abs().max() > 1e-3
+    table = scaled._positions(4, 4).table  # every second token is one of the stored grid
+    torch.testing.assert_close(table.view(4, 4, -1)[::2, ::2].flatten(0, 1), scaled.pos_embed[0], atol=1e-6, rtol=0)
+
+
+def test_rows_and_columns_keep_their_places_in_a_rectangle():
+    """With closed gates a change in one patch of x changes that patch of the output only."""
+    torch.manual_seed(0)
+    model = LightningDiT(config(**SMALL))
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    x, t, labels = torch.zeros(1, 3, 4, 10), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    changed = x.clone()
+    changed[..., 0, 9] = 1.0
+    difference = (model(changed, t, labels) - model(x, t, labels)).abs()
+    assert (difference[..., :2, 8:] > 1e-4).all()
+    difference[..., :2, 8:] = 0
+    assert difference.max() == 0
+    with pytest.raises(ValueError, match="latents are 4x9, no multiple of patch_size 2"):
+        model(x[..., :9], t, labels)
+
+
+def test_every_size_is_compiled_once_for_all_blocks():
+    """And what was made while nothing could be learnt serves a training."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = opened(config(**SMALL))
+    shapes = [(4, 4), (4, 8), (8, 4)]
+    inputs = [(torch.randn(2, 3, *shape), torch.rand(2), torch.tensor([0, 1000])) for shape in shapes]
+    with torch.inference_mode():
+        expected = [model(*each).clone() for each in inputs]
+    for block in model.blocks:
+        block.compile(backend="eager", dynamic=False, fullgraph=True)
+    for _ in range(2):
+        for each, known in zip(inputs, expected, strict=True):
+            found = model(*each)
+            torch.testing.assert_close(found, known)
+            found.sum().backward()
+    # 4 x 8 and 8 x 4 have as many tokens, and are told apart by the tensors of their positions alone.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_what_has_no_official_name_stands_apart(tmp_path):
+    model = LightningDiT(config(**SMALL | {"other_sizes": "interpolate"}))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()).keys() == OFFICIAL_DEFAULTS.keys() | {"vtp_pipeline"}
+    assert LightningDiT.from_pretrained(tmp_path).config == model.config
+    assert LightningDiT.from_pretrained(GOLDEN).config.other_sizes == "extrapolate"
 
 
 def test_says_what_does_not_fit(tmp_path):

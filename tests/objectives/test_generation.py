@@ -30,8 +30,8 @@ def batch_of(rows=slice(None), uniform=0.5):
     normal = (torch.logit(io["loss.t"]) + 0.5) / 1.25  # that the times are the official ones
     draws = torch.full((count, 2), uniform)
     of_labels = torch.empty(count, 0, dtype=torch.bool)
-    batch = LatentBatch(io["loss.x1"], io["y"], of_labels, io["loss.x0"], normal, draws)
-    return LatentBatch(*(tensor[rows] for tensor in batch))
+    batch = LatentBatch(io["loss.x1"], io["y"], of_labels, io["loss.x0"], normal, draws, torch.zeros(0))
+    return LatentBatch(*(tensor[rows] if len(tensor) else tensor for tensor in batch))
 
 
 def test_loss_is_the_official_one():

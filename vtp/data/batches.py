@@ -41,11 +41,32 @@ class LatentBatch(NamedTuple):
     noise: Tensor  # [B, d, h, w], standard normal
     normal: Tensor  # [B], standard normal, for the time
     uniform: Tensor  # [B, 2] in [0, 1), for the time and for dropping the condition
+    replaced: Tensor  # [B], true for a picture that stands in the place of one that cannot be used; none: of a cache
 
     @property
     def condition(self) -> Condition:
         """What the model is told."""
         return Told(self.told, self.mask).condition
+
+
+class FlowDraws(NamedTuple):
+    """What latents are trained with: a function of their places in the stream, and of nothing else."""
+
+    noise: Tensor  # [B, d, h, w], standard normal
+    normal: Tensor  # [B], standard normal, for the time
+    uniform: Tensor  # [B, 3] in [0, 1), for the time, for dropping the condition, for mirroring
+
+    @classmethod
+    def of(cls, seed: int, places: range, shape: tuple[int, int, int]) -> "FlowDraws":
+        """For latents of one shape (d, h, w)."""
+        return cls(
+            *(torch.stack(values) for values in zip(*(_draw(seed, place, shape) for place in places), strict=True))
+        )
+
+
+def _draw(seed: int, place: int, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    draws = torch_draws(seed, "flow", place)
+    return torch.randn(shape, generator=draws), torch.randn((), generator=draws), torch.rand(3, generator=draws)
 
 
 class RankSlice(NamedTuple):
@@ -135,7 +156,7 @@ class ImageBatches(Dataset[ImageBatch]):
 
 
 class LatentBatches(Dataset[LatentBatch]):
-    """Micro-batches of this rank. What is drawn for a sample belongs to its place in the stream, and to nothing else."""
+    """Micro-batches of this rank, of latents of one size."""
 
     def __init__(
         self, latents: LatentDataset, conditions: SampleConditions, *, batch_size: int, seed: int, rank_slice: RankSlice
@@ -150,19 +171,25 @@ class LatentBatches(Dataset[LatentBatch]):
         step, rows = self.rank_slice.of(self.batch_size, index)
         first = step * self.batch_size + rows.start
         drawn = sample_indices(first, len(rows), len(self.latents), self.seed)
-        samples = [self._draw(position) for position in range(first, first + len(rows))]
-        noise, normal, uniform = (torch.stack(values) for values in zip(*samples, strict=True))
-        flipped = (uniform[:, 2] < 0.5).numpy() if self.latents.has_flipped else None
-        latents = self.latents.statistics.normalise(self.latents.rows(drawn, flipped))
-        return LatentBatch(latents, *self.conditions.rows(drawn), noise, normal, uniform[:, :2])
+        draws = FlowDraws.of(self.seed, range(first, first + len(rows)), self.latents.shape)
+        return cached_batch(self.latents, self.conditions, drawn, draws)
 
     def finish(self, batch: LatentBatch) -> LatentBatch:
         """On the device."""
-        told = self.conditions.finish(Told(batch.told, batch.mask))
-        return batch._replace(told=told.values, mask=told.mask)
+        return finished(batch, self.conditions)
 
-    def _draw(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise, a normal and three uniform draws of a position of the stream."""
-        draws = torch_draws(self.seed, "flow", position)
-        noise = torch.randn(self.latents.shape, generator=draws)
-        return noise, torch.randn((), generator=draws), torch.rand(3, generator=draws)
+
+def finished(batch: LatentBatch, conditions: SampleConditions) -> LatentBatch:
+    """With what is left to do for its conditions on the device."""
+    told = conditions.finish(Told(batch.told, batch.mask))
+    return batch._replace(told=told.values, mask=told.mask)
+
+
+def cached_batch(
+    latents: LatentDataset, conditions: SampleConditions, rows: np.ndarray, draws: FlowDraws
+) -> LatentBatch:
+    """These rows of a cache; half of them mirrored, where that holds mirrored ones."""
+    flipped = (draws.uniform[:, 2] < 0.5).numpy() if latents.has_flipped else None
+    normalised = latents.statistics.normalise(latents.rows(rows, flipped))
+    drawn = draws.noise, draws.normal, draws.uniform[:, :2]
+    return LatentBatch(normalised, *conditions.rows(rows), *drawn, replaced=torch.zeros(0, dtype=torch.bool))

@@ -110,6 +110,17 @@ class CachedCaptions:
                 "pictures"
             ) from None
 
+    def features(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """As `rows`, of captions; an empty one has no token. Raises ArtefactError for one that is not there."""
+        said = np.array([bool(text.strip()) for text in captions])
+        features = torch.zeros(len(captions), self.config.length, self.config.width)
+        mask = torch.zeros(len(captions), self.config.length, dtype=torch.bool)
+        if said.any():
+            numbers = self.numbers(text for text in captions if text.strip())
+            places = torch.from_numpy(said)
+            features[places], mask[places] = self.rows(numbers)
+        return features, mask
+
     def rows(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
         """Features [n, L, w] float32, zero behind a caption's end, and which tokens there are [n, L]."""
         shards = np.searchsorted(self._first, numbers, side="right") - 1

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from vtp.data.captions import CachedCaptions
+from vtp.data.dataset import ShardDataset
+from vtp.data.shards import NO_LABEL
 from vtp.layers.captions import Captions, Condition
+
+CaptionsOf = Callable[[np.ndarray], Sequence[str]]  # of the samples with these numbers
 
 
 class Told(NamedTuple):
@@ -47,26 +51,39 @@ class ClassConditions(SampleConditions):
         self._labels = labels
 
     def rows(self, rows: np.ndarray) -> Told:
-        labels = self._labels[torch.from_numpy(rows)]
-        return Told(labels, torch.empty(len(labels), 0, dtype=torch.bool))
+        return _told_labels(self._labels[torch.from_numpy(rows)])
+
+
+class ImageConditions(SampleConditions):
+    """The labels that a generator learns of pictures in shards; the number of labels stands for none."""
+
+    def __init__(self, images: ShardDataset) -> None:
+        self._images = images
+
+    def rows(self, rows: np.ndarray) -> Told:
+        labels = torch.tensor([self._images.learnt_label(int(row)) for row in rows])
+        return _told_labels(labels.where(labels != NO_LABEL, len(self._images.manifest.learnt_classes)))
 
 
 class CachedConditions(SampleConditions):
-    """Captions whose features are there already. Raises ArtefactError for one that has none."""
+    """Captions whose features are there already; an empty one is the null caption. `captions`: of some samples."""
 
-    def __init__(self, cached: CachedCaptions, captions: Sequence[str]) -> None:
-        self._cached = cached
-        self._numbers = cached.numbers(captions)
+    def __init__(self, cached: CachedCaptions, captions: CaptionsOf) -> None:
+        self._cached, self._captions = cached, captions
 
     def rows(self, rows: np.ndarray) -> Told:
-        return Told(*self._cached.rows(self._numbers[rows]))
+        """Raises ArtefactError for a caption that has no features."""
+        return Told(*self._cached.features(self._captions(rows)))
 
 
 class EncodedConditions(SampleConditions):
-    """Captions that are encoded when they are asked for: ids by workers, features on the device."""
+    """Captions that are encoded when they are asked for: ids by workers, features on the device.
+
+    An empty one is the null caption.
+    """
 
     def __init__(
-        self, captions: Sequence[str], tokenize: Callable[[Sequence[str]], Any], encode: Callable[[Any], Captions]
+        self, captions: CaptionsOf, tokenize: Callable[[Sequence[str]], Any], encode: Callable[[Any], Captions]
     ) -> None:
         self._captions, self._tokenize, self._encode = captions, tokenize, encode
 
@@ -74,8 +91,18 @@ class EncodedConditions(SampleConditions):
         return self.__dict__ | {"_encode": None}  # workers have no device
 
     def rows(self, rows: np.ndarray) -> Told:
-        captions = [self._captions[int(row)] for row in rows]
-        return Told(*self._tokenize(captions))
+        captions = self._captions(rows)
+        ids, mask = self._tokenize(captions)
+        return Told(ids, mask & torch.tensor([bool(text.strip()) for text in captions])[:, None])
 
     def finish(self, told: Told) -> Told:
         return Told(*self._encode(told))
+
+
+def captions_among(captions: Sequence[str]) -> CaptionsOf:
+    """Those of a list."""
+    return lambda rows: [captions[int(row)] for row in rows]
+
+
+def _told_labels(labels: Tensor) -> Told:
+    return Told(labels, torch.empty(len(labels), 0, dtype=torch.bool))

@@ -19,7 +19,7 @@ from vtp.data.remote import Prefetcher, ShardCache, verify_remote
 from vtp.data.shards import NO_LABEL, Manifest, Shard
 from vtp.distributed import is_first_of_machine, ranks
 from vtp.layers.decode import DecodeError, decode_rgb
-from vtp.layers.images import centre_crop
+from vtp.layers.images import cover_crop
 from vtp.texts import shown
 
 if TYPE_CHECKING:
@@ -109,16 +109,32 @@ class ShardDataset:
         rows, labels = self.singles(most)
         return LabelledSamples(rows, self.manifest.learnt_labels(labels))
 
-    def captioned(self) -> "LabelledSamples":
-        """The samples that have a caption, of no class but the one of all. Raises ArtefactError where none has one."""
-        rows = [first + np.flatnonzero([bool(text.strip()) for text in texts]) for first, texts in self._by_shard()]
-        found = np.concatenate(rows)
+    def captioned(self, most: int | None = None) -> "LabelledSamples":
+        """The samples that have a caption, all or the first `most`, of no class but the one of all.
+
+        Raises ArtefactError where none has one.
+        """
+        rows, seen = [np.empty(0, np.int64)], 0
+        for first, texts in self._by_shard():
+            rows.append(first + np.flatnonzero([bool(text.strip()) for text in texts]))
+            seen += len(rows[-1])
+            if most is not None and seen >= most:
+                break
+        found = np.concatenate(rows)[:most]
         if not len(found):
             raise ArtefactError(
                 f"{self.folder}: none of the {len(self)} samples of split {self.name_of_split!r} has a caption; give the "
                 "source captions, or train a generator on classes"
             )
         return LabelledSamples(found, np.zeros_like(found))
+
+    def captions_of(self, indices: np.ndarray) -> list[str]:
+        """Captions of some samples; empty where there is none, or one that is not UTF-8."""
+        found = []
+        for index in indices:
+            table, row = self._place(int(index))
+            found.append(_text(bytes(table.captions[row].as_buffer())))
+        return found
 
     def captions(self) -> Iterator[list[str]]:
         """Of all samples, shard by shard; empty where there is none, or one that is not UTF-8."""
@@ -129,6 +145,20 @@ class ShardDataset:
         for shard, first in zip(self.shards, self._first[:-1].tolist(), strict=True):
             column = _read_beside(self.folder, shard, ["caption"])["caption"].cast("binary")
             yield first, [_text(content.as_py()) for content in column]
+
+    def sides(self, shard: int) -> "SampleSides":
+        """Width and height of every picture of a shard, and whether it has a class, from the table alone."""
+        table = _read_beside(self.folder, self.shards[shard], ["width", "height", "label"])
+        widths, heights, classes = (table[name].to_numpy() for name in ("width", "height", "label"))
+        return SampleSides(widths, heights, (classes != NO_LABEL) | (not self.manifest.classes))
+
+    def learnt_label(self, index: int) -> int:
+        """The label that a generator learns; NO_LABEL for a sample without a class, 0 where the data have no classes."""
+        table, row = self._place(index)
+        if not self.manifest.classes:
+            return 0
+        label = table.labels[row : row + 1]
+        return int(label[0] if label[0] == NO_LABEL else self.manifest.learnt_labels(label)[0])
 
     def key(self, index: int) -> str:
         """Name of a sample in its tar."""
@@ -159,9 +189,13 @@ class ShardDataset:
         except DecodeError as error:
             raise SampleError(f"{self.name(index)}: {error}") from None
 
-    def images(self, indices: Sequence[int] | np.ndarray | Tensor, size: int) -> Tensor:
-        """Pictures [n, 3, size, size] uint8, centre-cropped as ADM does. Raises SampleError for one that cannot be."""
-        pixels = [np.asarray(centre_crop(self.image(int(index)), size)) for index in indices]
+    def images(self, indices: Sequence[int] | np.ndarray | Tensor, size: int | tuple[int, int]) -> Tensor:
+        """Pictures [n, 3, height, width] uint8, centre-cropped as ADM does; `size`: both, or a side of squares.
+
+        Raises SampleError for one that cannot be read.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = [np.asarray(cover_crop(self.image(int(index)), height, width)) for index in indices]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
     def settle(self, now: Collection[int], later: Sequence[int]) -> None:
@@ -220,21 +254,30 @@ class ShardDataset:
 class LabelledSamples(NamedTuple):
     """Samples that have a class."""
 
-    rows: np.ndarray  # [n] int64, ascending
+    rows: np.ndarray  # [n] int64
     labels: np.ndarray  # [n] int64, their classes, or what else a generator learns
 
 
+class SampleSides(NamedTuple):
+    """Of the pictures of a shard, [n] each."""
+
+    widths: np.ndarray  # pixels, of the upright picture
+    heights: np.ndarray
+    labelled: np.ndarray  # whether it has a class, as all have where the data have none
+
+
 class _SampleTable(NamedTuple):
-    """Where the samples of a shard lie, and their texts."""
+    """Where the samples of a shard lie, their texts and classes."""
 
     keys: "pa.ChunkedArray"
     captions: "pa.ChunkedArray"
     offsets: np.ndarray
     sizes: np.ndarray
+    labels: np.ndarray
 
     @classmethod
     def read(cls, folder: Path, shard: Shard) -> "_SampleTable":
-        table = _read_beside(folder, shard, ["key", "caption", "offset", "size"])
+        table = _read_beside(folder, shard, ["key", "caption", "offset", "size", "label"])
         offsets, sizes = table["offset"].to_numpy(), table["size"].to_numpy()
         outside = (offsets < 0) | (sizes < 0) | (offsets > shard.bytes) | (sizes > shard.bytes - offsets)
         if outside.any():
@@ -243,7 +286,7 @@ class _SampleTable(NamedTuple):
                 f"{_beside(folder, shard)}, row {row}: {sizes[row]} bytes at byte {offsets[row]} of {shard.name}, which has "
                 f"{shard.bytes}; {REMEDY}"
             )
-        return cls(table["key"], table["caption"], offsets, sizes)
+        return cls(table["key"], table["caption"], offsets, sizes, table["label"].to_numpy())
 
     @property
     def bytes(self) -> int:

@@ -5,7 +5,8 @@
     train-00000.safetensors   latents [n, d, h, w], those of the horizontal flips [n, d, h, w] if any, labels [n]
     train-00000.parquet       key, caption, label of each row
 
-Shards are memory-mapped once; a random minibatch touches only its own rows.
+Of pictures of several sizes (`vtp.data.sized_latents`) the files of training are train-WIDTHxHEIGHT-00000, and validation
+is of squares of the smallest short edge. Shards are memory-mapped once; a random minibatch touches only its own rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from vtp.artefact import (
     write_json,
 )
 from vtp.config import Config, ConfigError
+from vtp.data.sizes import PictureSize, SizesConfig
 from vtp.draws import numpy_draws
 from vtp.layers.latent_space import LatentSpace, LatentStatistics
 
@@ -56,7 +58,8 @@ class LatentsArtefact(Config):
 
     format_version: Literal[3]
     dtype: Literal["float32", "bfloat16", "float16"]
-    image_size: int
+    image_size: int  # side of the pictures, or of the smallest squares
+    sizes: SizesConfig | None = None  # of the training pictures; None: all are squares of that side
     classes: list[str]
     encoder: str  # digest of that whose latents these are
     statistics_images: int  # behind mean and deviation
@@ -78,6 +81,11 @@ class LatentShard(NamedTuple):
     def path(self, folder: Path) -> Path:
         """Of the tensors; the table beside it ends in .parquet."""
         return folder / self.name
+
+
+def sized_split(size: PictureSize) -> str:
+    """The name of the training latents of pictures of one size."""
+    return f"train-{size}"
 
 
 def plan_shards(counts: Mapping[str, int], shard_size: int) -> list[LatentShard]:
@@ -118,7 +126,7 @@ def finish_cache(
 
     Raises ArtefactError when a channel is constant.
     """
-    training = [shard for shard in shards if shard.split == "train"]
+    training = [shard for shard in shards if shard.split.partition("-")[0] == "train"]
     mean, std, images = _statistics(folder, training, most, seed)
     if not bool((std > 0).all()):
         dead = int((std == 0).sum())
@@ -136,7 +144,7 @@ def finish_cache(
     written = {path.name: digest(path) for path in (*paths, folder / STATISTICS_FILE) if path.exists()}
     values = {"format_version": FORMAT_VERSION, "splits": splits, "statistics_images": images, "files": written}
     config = LatentsArtefact.parse(values | dict(description), where="config.json")
-    write_json(folder / "config.json", config.model_dump())
+    write_json(folder / "config.json", config.model_dump(exclude_none=True))
 
 
 def _statistics(folder: Path, shards: Sequence[LatentShard], most: int | None, seed: int) -> tuple[Tensor, Tensor, int]:
@@ -146,8 +154,10 @@ def _statistics(folder: Path, shards: Sequence[LatentShard], most: int | None, s
     if most is not None and most < total:
         chosen = np.sort(numpy_draws(seed, "latent statistics").permutation(total)[:most])
     count, first, second = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for shard in shards:
-        rows = torch.from_numpy(chosen[(chosen >= shard.rows.start) & (chosen < shard.rows.stop)] - shard.rows.start)
+    ends = np.cumsum([len(shard.rows) for shard in shards])
+    for shard, end in zip(shards, ends.tolist(), strict=True):
+        begin = end - len(shard.rows)
+        rows = torch.from_numpy(chosen[(chosen >= begin) & (chosen < end)] - begin)
         tensors = load_tensors(shard.path(folder))
         for latents in (tensors[name] for name in ("latents", "flipped") if name in tensors):
             for part in rows.split(CHUNK):
@@ -181,6 +191,12 @@ class LatentDataset:
         for name, shard in zip(entry.shards, shards, strict=True):
             require_labels(shard["labels"], len(self.classes), folder / name)
         self.statistics = LatentStatistics.load(folder / STATISTICS_FILE)
+        self.pixels_per_latent = self._height_in_pixels(split) // self.shape[1]  # along a side
+
+    def _height_in_pixels(self, split: str) -> int:
+        sizes = self.config.sizes.sizes if self.config.sizes is not None else []
+        heights = {sized_split(size): size.height for of_ratio in sizes for size in of_ratio}
+        return heights.get(split, self.config.image_size)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -206,6 +222,10 @@ class LatentDataset:
         verify_files(self.folder, {path.name: self.config.files[path.name] for path in tables}, remedy=REMEDY)
         return [text for path in tables for text in pq.read_table(path, columns=["caption"])["caption"].to_pylist()]
 
+    def captions_of(self, rows: np.ndarray) -> list[str]:
+        """Of some samples."""
+        return [self.captions[int(row)] for row in rows]
+
     @property
     def has_flipped(self) -> bool:
         """Whether the latents of horizontally flipped images are there too."""
@@ -220,7 +240,7 @@ class LatentDataset:
     def space(self) -> LatentSpace:
         """What these latents mean, and which classes are none of theirs."""
         untrained = sorted(set(range(len(self.classes))) - set(self.labels.tolist()))
-        return LatentSpace(self.encoder, self.classes, self.statistics, untrained)
+        return LatentSpace(self.encoder, self.classes, self.statistics, untrained, self.pixels_per_latent)
 
     def require_encoder(self, digest: str, who: str) -> None:
         """Raises ArtefactError when these are not the latents of the encoder with that digest."""
@@ -246,6 +266,30 @@ class LatentDataset:
         for row, (shard, offset, flip) in enumerate(places):
             out[row] = (self._flipped if flip else self._latents)[shard][offset]
         return out
+
+
+class HeldLatents:
+    """Held-out latents in memory, as far as evaluations along a training ask for them."""
+
+    def __init__(self, latents: Tensor, labels: Tensor, captions: Sequence[str], statistics: LatentStatistics) -> None:
+        self._latents, self.labels, self.captions, self.statistics = latents, labels, captions, statistics
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(d, h, w)."""
+        channels, height, width = self._latents.shape[1:]
+        return channels, height, width
+
+    def captions_of(self, rows: np.ndarray) -> list[str]:
+        """Of some samples."""
+        return [self.captions[int(row)] for row in rows]
+
+    def rows(self, indices: np.ndarray) -> Tensor:
+        """Latents [n, d, h, w] in float32, as the tokenizer gave them."""
+        return self._latents[torch.from_numpy(indices)]
 
 
 def require_labels(labels: Tensor, classes: int, where: Path) -> None:

@@ -1,31 +1,24 @@
-"""The endless stream of samples that pre-training sees: one source of shards, or several in given shares.
+"""The endless stream of samples that pre-training sees: one source of shards, or several in given shares."""
 
-A sample that cannot be used is replaced, counted and logged, up to a limit; a shard that cannot be read is an error at
-once.
-"""
-
-import logging
-from collections.abc import Callable, Sequence
-from itertools import accumulate, chain
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, chain, count
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from vtp.config import Config, ConfigError
-from vtp.data.dataset import DataError, SampleError, ShardDataset
+from vtp.data.dataset import SampleError, ShardDataset
 from vtp.data.order import Mixture, epochs, of_batch, shards_around
+from vtp.data.replacements import Replacements
 from vtp.distributed import machines
 from vtp.draws import address, numpy_draws
-from vtp.layers.decode import DecodeError, open_header, upright_size
+from vtp.layers.decode import open_header, upright_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 TOGETHER = 1 << 26  # samples that are shuffled together: 0.5 GB for an epoch's order, in every worker
-REPLACEMENTS = 20  # samples that are tried in the place of one that cannot be used
-FIRST_SAMPLES = 10_000  # the limit on replaced samples is a share of at least so many: a worker may meet a few early
-NAMED = 5  # replaced samples in the message of the limit
 
 
 class Drawn(NamedTuple):
@@ -97,7 +90,7 @@ class Stream:
         self.sources = sources
         self.config = config
         self.seed = seed
-        self._limit = config.max_replaced
+        self._replacements = Replacements(config.max_replaced, "data.stream.max_replaced")
         for source in sources:
             if config.samples is not None and config.samples > len(source):
                 raise ConfigError(f"data.stream.samples is {config.samples:,}, {source.folder} has {len(source):,}")
@@ -112,12 +105,10 @@ class Stream:
             self._mixture = Mixture([config.mixture[name] for name in names], seed)
         self._parts = self._divide()
         for part in self._parts:
-            _check_order(part.sizes, config.window)
+            require_memory(part.sizes, config.window, "data.stream.window")
         for source in sources:
-            _check_cache(source, config)
+            require_room(source, config.window, "data.stream.window", groups=config.groups)
         self._remote = any(source.cache is not None for source in sources)
-        self._seen, self._replaced = 0, 0
-        self._first_replaced: list[str] = []
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -159,35 +150,25 @@ class Stream:
         position. Raises DataError when a shard cannot be read, or when more than `max_replaced` gave way.
         """
         which = int(np.searchsorted(self._first, number, side="right")) - 1
-        source, index = self.sources[which], number - int(self._first[which])
-        self._seen += 1
-        for attempt in range(REPLACEMENTS):
-            try:
-                caption = source.caption(index)
-                if captioned and not caption.strip():
-                    raise SampleError("the caption is empty")
-                picture = open_header(source.content(index))
-                whole = upright_size(picture)
-                return Drawn(decode(picture), caption, attempt > 0, whole)
-            except (SampleError, DecodeError) as error:
-                self._replace(f"{source.name(index)}: {error}", first=attempt == 0)
-            others = source.neighbours(index)
-            stop = min(others.stop, int(self._first[which + 1] - self._first[which]))
-            index = int(numpy_draws(self.seed, "replacement", position, attempt).integers(others.start, stop))
-        raise DataError(
-            f"{self._first_replaced[-1]}; {REPLACEMENTS} others of its shard cannot be used either: fetch it again"
-        )
+        source, size = self.sources[which], int(self._first[which + 1] - self._first[which])
 
-    def _replace(self, what: str, *, first: bool) -> None:
-        logging.warning("%s; another sample takes its place", what)
-        self._replaced += first
-        self._first_replaced = [*self._first_replaced[:NAMED], what]
-        share = self._replaced / max(self._seen, FIRST_SAMPLES)
-        if share > self._limit:
-            raise DataError(
-                f"{self._replaced} of {self._seen} samples cannot be used, data.stream.max_replaced is "
-                f"{self._limit}: {'; '.join(self._first_replaced)}"
-            )
+        def places() -> Iterator[int]:
+            yield (first := number - int(self._first[which]))
+            others = source.neighbours(first)
+            for attempt in count():
+                draws = numpy_draws(self.seed, "replacement", position, attempt)
+                yield int(draws.integers(others.start, min(others.stop, size)))
+
+        def read(index: int) -> Drawn:
+            caption = source.caption(index)
+            if captioned and not caption.strip():
+                raise SampleError("the caption is empty")
+            picture = open_header(source.content(index))
+            whole = upright_size(picture)
+            return Drawn(decode(picture), caption, False, whole)
+
+        drawn, replaced = self._replacements.first_usable(places(), read, source.name)
+        return drawn._replace(replaced=replaced)
 
 
 def _first_sizes(sizes: Sequence[int], samples: int | None) -> list[int]:
@@ -199,23 +180,22 @@ def _first_sizes(sizes: Sequence[int], samples: int | None) -> list[int]:
     return [size for size in cut if size > 0]
 
 
-def _check_order(sizes: Sequence[int], window: int | None) -> None:
+def require_memory(sizes: Sequence[int], window: int | None, named: str) -> None:
+    """Raises ConfigError, which calls the window as it is `named`, when more is shuffled together than memory holds."""
     if (most := _largest(sizes, window)) > TOGETHER:
         raise ConfigError(
-            f"data.stream.window {window or 'null'} shuffles {most:,} samples together, and every worker keeps their order; "
+            f"{named} {window or 'null'} shuffles {most:,} samples together, and every worker keeps their order; "
             f"at most {TOGETHER:,} are possible: choose a window of fewer shards, such as 64"
         )
 
 
-def _check_cache(source: ShardDataset, config: StreamConfig) -> None:
-    """A machine holds its groups' parts of a window."""
-    window = config.window
-    if window is not None:
-        window = window // config.groups * -(-config.groups // machines())
-    most = _largest([shard.bytes for shard in source.shards], window)
+def require_room(source: ShardDataset, window: int | None, named: str, *, groups: int = 1) -> None:
+    """Raises ConfigError when a machine's part of a window is more than the folder for fetched shards holds."""
+    shards = None if window is None else window // groups * -(-groups // machines())
+    most = _largest([shard.bytes for shard in source.shards], shards)
     if source.cache is not None and most > source.cache.capacity:
         raise ConfigError(
-            f"{source.folder}: data.stream.window {config.window or 'null'} reads {most / 1e9:.3g} GB of fetched shards "
+            f"{source.folder}: {named} {window or 'null'} reads {most / 1e9:.3g} GB of fetched shards "
             f"together, and the folder for them holds {source.cache.capacity / 1e9:.3g}: each would be fetched again and "
             "again; choose a window of fewer shards, or set VTP_CACHE_GIGABYTES higher"
         )

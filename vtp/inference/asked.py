@@ -10,7 +10,13 @@ from pydantic import Field
 from vtp.artefact import ArtefactError
 from vtp.config import Config, ConfigError
 from vtp.data.captions import CachedCaptions
-from vtp.data.conditions import CachedConditions, ClassConditions, EncodedConditions, SampleConditions
+from vtp.data.conditions import (
+    CachedConditions,
+    ClassConditions,
+    EncodedConditions,
+    SampleConditions,
+    captions_among,
+)
 from vtp.data.latents import LatentDataset
 from vtp.data.prompt_files import Prompt, PromptForm, read_prompts
 from vtp.layers.captions import Captions
@@ -75,7 +81,9 @@ class Asked(NamedTuple):
         def encode(tokens: tuple[torch.Tensor, torch.Tensor]) -> Captions:
             return encoder(CaptionTokens(*tokens))
 
-        return cls([], list(range(len(texts))), EncodedConditions(texts, encoder.tokenize, encode), prompts)
+        return cls(
+            [], list(range(len(texts))), EncodedConditions(captions_among(texts), encoder.tokenize, encode), prompts
+        )
 
 
 def prompts_of(
@@ -101,7 +109,8 @@ def prompts_of(
         found = TextEncoderRecord.parse(cached.config.text_encoder, where=str(given.captions / "config.json"))
         if found.digest != record.digest:
             raise ArtefactError(f"{who} reads the features of another text encoder than that of {given.captions}")
-        return Asked([], list(range(len(texts))), CachedConditions(cached, texts), asked)
+        cached.numbers(texts)  # all are there, before anything is drawn
+        return Asked([], list(range(len(texts))), CachedConditions(cached, captions_among(texts)), asked)
     encoder = load_text_encoder(record.encoder, given.text_encoder, weights=weights).to(device)
     require_record(encoder, record, str(who), given.text_encoder)
     return Asked.of_prompts(asked, encoder)

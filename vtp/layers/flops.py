@@ -23,11 +23,16 @@ def forward_flops(module: nn.Module, *inputs: Condition, attention: bool = True)
 
     `attention` False leaves out products of features with features, such as attention's scores: a count by weights.
     """
-    shadow = copy.deepcopy(module).to("meta").eval()
+    shadow = without_contents(module)
     with FlopCounterMode(display=False) as counter:
         shadow(*(_shape(value) for value in inputs))
     counts = counter.get_flop_counts().get("Global", {})  # absent where nothing counts
     return float(sum(flops for operation, flops in counts.items() if attention or operation not in _OF_FEATURES))
+
+
+def without_contents(module: nn.Module) -> nn.Module:
+    """A copy on the meta device, of which operations for many shapes are counted without copying it each time."""
+    return copy.deepcopy(module).to("meta").eval()
 
 
 def _shape(value: Condition) -> Condition:

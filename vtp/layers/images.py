@@ -70,16 +70,26 @@ def rgb(picture: "Picture") -> "Image":
 
 def centre_crop(image: "Image", size: int) -> "Image":
     """ADM's evaluation crop of an RGB picture: halve by box averages, shrink the short side bicubically, cut the centre."""
+    return cover_crop(image, size, size)
+
+
+def cover_crop(image: "Image", height: int, width: int) -> "Image":
+    """The same for a rectangle: the picture is scaled until it just covers that, and the centre is cut."""
     from PIL.Image import Resampling
 
     image = middle(image)
-    while min(image.size) >= 2 * size:
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
-    scale = size / min(image.size)
+    scale = cover_scale(image.size, height, width)
     if scale != 1:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def cover_scale(whole: tuple[int, int], height: int, width: int) -> float:
+    """What a picture of that width and height is multiplied by to cover a rectangle."""
+    return max(width / whole[0], height / whole[1])
 
 
 def from_pil(image: "Image", size: int) -> Tensor:

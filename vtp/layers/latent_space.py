@@ -49,6 +49,7 @@ class LatentSpace(NamedTuple):
     classes: list[str]  # names, in the order of the labels
     statistics: LatentStatistics
     untrained: list[int]  # labels of classes without a training picture: a generator knows nothing of them
+    pixels_per_latent: int | None  # along a side; None: nobody says
 
     @property
     def labels(self) -> list[int]:

@@ -7,7 +7,7 @@ probed and compared in the same way.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -80,6 +80,7 @@ class Tokenizer(nn.Module, ABC):
 
     pixel_decoder: Any  # a LatentDecoder: the part that decoder tuning trains
     has_features: bool  # whether `features` and `intermediate_features` can be asked for
+    any_size = True  # whether images of all sides that are multiples of `pixels_per_latent` are encoded
 
     @property
     def num_blocks(self) -> int:
@@ -110,6 +111,20 @@ class Tokenizer(nn.Module, ABC):
     def pixels_per_latent(self) -> int:
         """Along a side: sides of images are multiples of it."""
         return self.image_size // self.latent_shape[1]
+
+    def require_sizes(self, sizes: Iterable[tuple[int, int]], patch_size: int = 1) -> None:
+        """Raises ValueError when images of a (height, width) cannot be encoded, or their latents are no whole patches."""
+        unit = self.pixels_per_latent * patch_size
+        for height, width in sizes:
+            if height % unit or width % unit:
+                raise ValueError(
+                    f"pictures of {width}x{height} pixels: sides must be multiples of {unit}, the pixels per latent, "
+                    f"{self.pixels_per_latent}, times patch_size, {patch_size}"
+                )
+            if not self.any_size and (height, width) != (self.image_size, self.image_size):
+                raise ValueError(
+                    f"pictures of {width}x{height} pixels: this tokenizer encodes squares of {self.image_size}"
+                )
 
     def encode(self, images: Tensor, *, grad: bool = False) -> Tensor:
         """Latents [B, d, h, w] of images [B, 3, H, W] in ImageNet-normalised space, deterministic.

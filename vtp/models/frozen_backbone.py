@@ -63,6 +63,7 @@ class FrozenBackbone(Tokenizer):
 
     pixel_decoder: PixelDecoder
     has_features = True
+    any_size = False
 
     def __init__(
         self, config: BackboneConfig, *, mean: list[float] | None = None, std: list[float] | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -16,12 +16,13 @@ from vtp.models.captions import TextCondition
 
 FORMAT_VERSION = 2
 STATISTICS_FILE, SAMPLER_FILE, TEXT_FILE = "statistics.safetensors", "sampler.json", "text_encoder.json"
+OtherSizes = Literal["extrapolate", "interpolate"]  # of positions, on grids of other sizes than the stored one
 
 
 class LightningDiTConfig(Config):
-    """Architecture, under the official argument names."""
+    """Architecture, under the official argument names; what those have no name for is `vtp_pipeline`'s in the file."""
 
-    input_size: int = Field(ge=1, description="side of the latent grid")
+    input_size: int = Field(ge=1, description="side of the latent grid whose positions are stored")
     patch_size: int = Field(ge=1, description="side of a token in latents")
     in_channels: int = Field(ge=1, description="latent channels")
     hidden_size: int = Field(ge=1, description="width")
@@ -34,6 +35,7 @@ class LightningDiTConfig(Config):
     use_rope: bool = Field(description="rotary positions beside the fixed sine table")
     use_rmsnorm: bool = Field(description="RMSNorm with weights, else LayerNorm without")
     wo_shift: bool = Field(description="leave the shifts out of adaLN")
+    other_sizes: OtherSizes = Field(description="positions on other grids: plain indices, or scaled to the stored span")
     text: TextCondition | None = Field(None, description="captions in place of classes")
 
     @model_validator(mode="after")
@@ -50,12 +52,14 @@ class LightningDiTConfig(Config):
 
 
 class GeneratorOrigin(Config):
-    """`vtp_pipeline` in `config.json`: of the latents that the generator learnt."""
+    """`vtp_pipeline` in `config.json`: of the latents that the generator learnt, and what has no official name."""
 
     format_version: int
+    other_sizes: OtherSizes = "extrapolate"
     encoder: str | None = None  # digest; None: the folder does not say
     classes: list[str] | None = None  # names
     untrained: list[int] = Field(default=[])  # labels of those without a training picture
+    pixels_per_latent: int | None = Field(default=None, ge=1)  # along a side
 
 
 # Defaults of the official constructor, for published config files that leave keys out.
@@ -146,16 +150,17 @@ def save_generator(
 
     `others`, such as slower averages, become folders inside of it with the same files.
     """
-    pipeline: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    pipeline: dict[str, Any] = {"format_version": FORMAT_VERSION, "other_sizes": config.other_sizes}
+    # Official files know neither.
+    architecture = config.model_dump(exclude={"other_sizes"} | ({"text"} if config.text is None else set()))
     if space is not None:
         pipeline |= {"encoder": space.encoder, "classes": space.classes}
         pipeline |= {"untrained": space.untrained} if space.untrained else {}
+        pipeline |= {"pixels_per_latent": space.pixels_per_latent} if space.pixels_per_latent else {}
     with whole_folder(folder) as temporary:
         for place, state in {".": weights, **(others or {})}.items():
             (temporary / place).mkdir(exist_ok=True)
-            # Official files know no captions.
-            values = config.model_dump(exclude={"text"} if config.text is None else set())
-            write_json(temporary / place / "config.json", values | {"vtp_pipeline": pipeline})
+            write_json(temporary / place / "config.json", architecture | {"vtp_pipeline": pipeline})
             save_tensors(temporary / place / "model.safetensors", state)
             if space is not None:
                 space.statistics.save(temporary / place / STATISTICS_FILE)
@@ -180,11 +185,12 @@ def _read_config(folder: Path) -> tuple[LightningDiTConfig, LatentSpace | None]:
         raise ArtefactError(f"{path}: learn_sigma is not supported; no LightningDiT was published with it")
     for key in _TRAINING_ONLY:
         values.pop(key, None)
+    values.setdefault("other_sizes", pipeline.other_sizes)
     config = LightningDiTConfig.parse(values, where=str(path))
     if pipeline.encoder is None or pipeline.classes is None:
         return config, None
     statistics = LatentStatistics.load(folder / STATISTICS_FILE)
-    space = LatentSpace(pipeline.encoder, pipeline.classes, statistics, pipeline.untrained)
+    space = LatentSpace(pipeline.encoder, pipeline.classes, statistics, pipeline.untrained, pipeline.pixels_per_latent)
     channels = list(space.statistics.mean.shape)
     if len(space.classes) != config.num_classes or channels != [1, config.in_channels, 1, 1]:
         raise ArtefactError(

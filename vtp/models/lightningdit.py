@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vtp.artefact import load_module
 from vtp.layers.captions import Captions, Condition
+from vtp.layers.grid_positions import GridPositions, GridRope, sine_table, turn
 from vtp.layers.latent_space import LatentSpace
 from vtp.layers.norm import RMSNorm
+from vtp.layers.rope import Rotation
 from vtp.models.captions import CaptionEmbed, CrossAttention
 from vtp.models.generator_folder import LightningDiTConfig, read_generator, save_generator
 
@@ -29,7 +31,9 @@ FREQUENCIES = 256  # width of the sinusoidal time embedding
 class LightningDiT(nn.Module):
     """Velocity of noisy latents: (x [B, C, H, W], t [B] in [0, 1], condition) -> [B, C, H, W].
 
-    The condition is labels [B], or the captions of a model with `config.text`.
+    The condition is labels [B], or the captions of a model with `config.text`. H and W are any multiples of the patch.
+    Positions of squares of `input_size` are stored, as the official ones are; what those of other grids are is said by
+    `other_sizes`.
     """
 
     pos_embed: nn.Parameter
@@ -49,10 +53,11 @@ class LightningDiT(nn.Module):
         self.y_embedder = (
             LabelEmbed(config.num_classes, dim) if config.text is None else CaptionEmbed(config.text.width, dim)
         )
-        self.pos_embed = nn.Parameter(sine_table(side, dim)[None], requires_grad=False)
+        self.pos_embed = nn.Parameter(sine_table(side, side, dim)[None], requires_grad=False)
         self.feat_rope = GridRope(side, dim // config.num_heads) if config.use_rope else None
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
+        self._other_grids: dict[tuple[object, ...], GridPositions] = {}  # by size and device; no state
         self._initialise()
 
     @property
@@ -77,7 +82,7 @@ class LightningDiT(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """(C, H, W) of the size whose positions are stored."""
         return self.config.in_channels, self.config.input_size, self.config.input_size
 
     @property
@@ -86,24 +91,41 @@ class LightningDiT(nn.Module):
         return [*self.blocks, self.final_layer]
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        side = x.shape[-1] // self.config.patch_size
-        x = self.x_embedder(x) + self.pos_embed  # [B, N, D]
+        """Raises ValueError when H or W is not a multiple of the patch size."""
+        p, text = self.config.patch_size, self.config.text
+        if x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(f"latents are {x.shape[2]}x{x.shape[3]}, no multiple of patch_size {p}")
+        grid = x.shape[2] // p, x.shape[3] // p
+        table, rotation = self._positions(*grid)
+        x = self.x_embedder(x) + table  # [B, N, D]
         tokens, time, said = x.shape[1], self.t_embedder(t), self.y_embedder(condition)
-        modulation = time if self.config.text else time + said  # [B, D]
-        text = said if self.config.text else None
-        if self.config.text and self.config.text.reading == "joint":
+        modulation, captions = (time + said, None) if text is None else (time, said)  # [B, D]
+        if text is not None and text.reading == "joint":
             x = torch.cat([x, said.features.to(x.dtype)], dim=1)
         for block in self.blocks:
+            given = (x, modulation, rotation, captions)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, modulation, self.feat_rope, text, use_reentrant=False, preserve_rng_state=False
-                )
+                x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, modulation, self.feat_rope, text)
+                x = block(*given)
         x = self.final_layer(x[:, :tokens], modulation)  # [B, N, p * p * C]
-        p = self.config.patch_size
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # [B, h, w, p, p, C]
+        x = x.unflatten(2, (p, p, -1)).unflatten(1, grid)  # [B, h, w, p, p, C]
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def _positions(self, height: int, width: int) -> GridPositions:
+        """Of a grid of tokens: stored ones, or others that are made once."""
+        base = self.config.input_size // self.config.patch_size
+        if height == width == base:
+            return GridPositions(self.pos_embed, None if self.feat_rope is None else self.feat_rope.rotation)
+        key = height, width, self.pos_embed.device, self.pos_embed.dtype
+        if key not in self._other_grids:
+            dim, heads = self.config.hidden_size, self.config.num_heads
+            head_dim = None if self.feat_rope is None else dim // heads
+            scale = base / math.sqrt(height * width) if self.config.other_sizes == "interpolate" else 1.0
+            with torch.inference_mode(False):  # a training may use them later
+                made = GridPositions.of(height, width, dim, head_dim, scale=scale, like=self.pos_embed)
+            self._other_grids[key] = made
+        return self._other_grids[key]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder as `save_generator` does; equal weights give equal bytes."""
@@ -180,32 +202,6 @@ class LabelEmbed(nn.Module):
         return self.embedding_table(labels)
 
 
-class GridRope(nn.Module):
-    """Rotary positions on a grid: the first half of a head turns with the row, the second with the column."""
-
-    freqs_cos: Tensor
-    freqs_sin: Tensor
-
-    def __init__(self, side: int, head_dim: int) -> None:
-        super().__init__()
-        per_axis = head_dim // 2
-        frequencies = 10000.0 ** (-torch.arange(0, per_axis, 2).float() / per_axis)
-        angles = (torch.arange(side).float()[:, None] * frequencies).repeat_interleave(2, dim=1)  # [side, per_axis]
-        rows = angles[:, None].expand(-1, side, -1)
-        columns = angles[None].expand(side, -1, -1)
-        grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [N, head_dim]
-        self.register_buffer("freqs_cos", grid.cos())
-        self.register_buffer("freqs_sin", grid.sin())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Turn neighbouring pairs of the first N tokens of x [B, heads, tokens, head_dim]; those of a text stay."""
-        grid, rest = x[:, :, : len(self.freqs_cos)], x[:, :, len(self.freqs_cos) :]
-        even, odd = grid.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-        turned = (grid * self.freqs_cos + turned * self.freqs_sin).to(x.dtype)
-        return torch.cat([turned, rest], dim=2) if rest.shape[2] else turned
-
-
 class DiTAttention(nn.Module):
     """Self-attention with optional QK-norm, then rotation."""
 
@@ -217,12 +213,12 @@ class DiTAttention(nn.Module):
         self.k_norm = _head_norm(config)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: nn.Module | None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None = None) -> Tensor:
         """`mask` [B, tokens] bool: which are looked at; None: all."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rope(q), rope(k)
+        if rotation is not None:
+            q, k = turn(q, rotation), turn(k, rotation)
         keys = None if mask is None else mask[:, None, None, :]
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2))
 
@@ -272,7 +268,9 @@ class DiTBlock(nn.Module):
                 dim, config.num_heads, q_norm=_head_norm(config), k_norm=_head_norm(config)
             )
 
-    def forward(self, x: Tensor, condition: Tensor, rope: nn.Module | None, captions: Captions | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Tensor, rotation: Rotation | None, captions: Captions | None = None
+    ) -> Tensor:
         parts = self.adaLN_modulation(condition)[:, None].chunk(6 if self.shifted else 4, dim=-1)
         if self.shifted:
             attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = parts
@@ -282,7 +280,7 @@ class DiTBlock(nn.Module):
         if captions is not None and self.joint:
             picture = captions.mask.new_ones(x.shape[0], x.shape[1] - captions.mask.shape[1])
             mask = torch.cat([picture, captions.mask], dim=1)
-        x = x + attn_gate * self.attn(self.norm1(x) * (1 + attn_scale) + attn_shift, rope, mask)
+        x = x + attn_gate * self.attn(self.norm1(x) * (1 + attn_scale) + attn_shift, rotation, mask)
         if captions is not None and not self.joint:
             x = x + self.cross_attn(self.norm_cross(x), captions)
         return x + mlp_gate * self.mlp(self.norm2(x) * (1 + mlp_scale) + mlp_shift)
@@ -301,16 +299,6 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
-
-
-def sine_table(side: int, dim: int) -> Tensor:
-    """Fixed positions [side * side, dim]: first half from the column, second from the row, sines then cosines (MAE)."""
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, dim / 2]
-    columns = waves[None].expand(side, -1, -1)
-    rows = waves[:, None].expand(-1, side, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()
 
 
 def _norm(config: LightningDiTConfig) -> nn.Module:

@@ -87,6 +87,7 @@ class SceneDetector(nn.Module):
         self.norm = nn.GroupNorm(GROUPS, 2 * width)
         self.head = nn.Conv2d(2 * width, 2 + len(self.classes), 1)
         nn.init.zeros_(self.head.weight)
+        assert self.head.bias is not None
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
             self.head.bias[0] = RARE

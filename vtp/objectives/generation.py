@@ -12,7 +12,7 @@ from vtp.data.batches import LatentBatch
 from vtp.distributed import ranks, whole
 from vtp.flow import TimestepSamplingConfig, flow_matching_loss, timesteps_of
 from vtp.layers.average import frozen_copy, update_average, warm_momentum
-from vtp.layers.flops import TRAINING, forward_flops
+from vtp.layers.flops import TRAINING, forward_flops, without_contents
 from vtp.models.lightningdit import LightningDiT
 from vtp.step import Logs, ParameterGroup, StepContext, StepCost, Term
 
@@ -72,15 +72,17 @@ class GenerationObjective(nn.Module):
             loss = flow_matching_loss(self.model, batch.latents, condition, t=t, noise=batch.noise)
             mse, cosine = loss.mse.mean() / parts, loss.cosine.mean() / parts
             logs = {"mse": mse.detach(), "cosine": cosine.detach()}
+            logs |= {"replaced_samples": batch.replaced.sum()} if len(batch.replaced) else {}
             yield Term("flow", mse + self.config.cosine_weight * cosine, logs, (loss.mse,))
 
-    def step_cost(self, batch: LatentBatch, *, batch_size: int) -> StepCost:
-        """Training FLOPs of a step of `batch_size` samples like those of `batch`."""
-        latents = batch.latents[:1]
-        told = self.model.shape_of_condition(1)  # ids are not encoded yet
-        flops = TRAINING * forward_flops(self.model, latents, torch.zeros(1), told)
-        tokens = latents[0, 0].numel() // self.model.config.patch_size**2
-        return StepCost(flops * batch_size, {"flow": batch_size}, batch_size * tokens)
+    def step_cost(self, shapes: Mapping[tuple[int, int, int], float], *, batch_size: int) -> StepCost:
+        """Expected training FLOPs of a step of `batch_size` latents; each shape (d, h, w) has a share of the steps."""
+        shadow, flops, tokens = without_contents(self.model), 0.0, 0.0
+        told = self.model.shape_of_condition(1)
+        for shape, share in shapes.items():
+            flops += share * TRAINING * forward_flops(shadow, torch.zeros(1, *shape), torch.zeros(1), told)
+            tokens += share * (shape[1] * shape[2] // self.model.config.patch_size**2)
+        return StepCost(flops * batch_size, {"flow": batch_size}, round(batch_size * tokens))
 
     def after_step(self, context: StepContext) -> Logs:
         """Move the averaged weights."""

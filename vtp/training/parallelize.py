@@ -29,12 +29,12 @@ class Parallelizable(Protocol):
         ...
 
 
-def parallelize(objective: Parallelizable, host: Host) -> None:
-    """Put the models on the device; recompute, compile and shard them, in this order."""
+def parallelize(objective: Parallelizable, host: Host, *, shapes: int = 1) -> None:
+    """Put the models on the device; recompute, compile and shard them, in this order. `shapes`: those of their inputs."""
     objective.to(host.device)
     if host.recomputes:
         objective.recompute()
-    compile_units(objective.compiled_units(), host)
+    compile_units(objective.compiled_units(), host, shapes)
     if host.parallel == "fsdp" and ranks().size > 1:
         units = list(objective.sharded_units())
         if not units:
@@ -44,9 +44,12 @@ def parallelize(objective: Parallelizable, host: Host) -> None:
         shard(units, host.device)
 
 
-def compile_units(modules: Iterable[nn.Module], host: Host) -> None:
-    """Compile modules one by one, where the environment says so."""
+def compile_units(modules: Iterable[nn.Module], host: Host, shapes: int = 1) -> None:
+    """Compile modules one by one, where the environment says so, for inputs of so many `shapes`."""
     if host.compiles:
-        torch._dynamo.config.recompile_limit = 64  # a block sees a few shapes, with gradient and without
+        # Each comes in a few sizes of batches, with gradient and without; beyond its limits torch would compile no more.
+        limit = 64 + 8 * shapes
+        torch._dynamo.config.recompile_limit = limit
+        torch._dynamo.config.accumulated_recompile_limit = max(256, limit)
         for module in modules:
             module.compile(dynamic=False)

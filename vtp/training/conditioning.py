@@ -11,10 +11,19 @@ from pydantic import Field
 
 from vtp.config import Config, ConfigError
 from vtp.data.captions import CachedCaptions
-from vtp.data.conditions import CachedConditions, ClassConditions, EncodedConditions, SampleConditions
-from vtp.data.latents import LatentDataset
+from vtp.data.conditions import (
+    CachedConditions,
+    CaptionsOf,
+    ClassConditions,
+    EncodedConditions,
+    ImageConditions,
+    SampleConditions,
+)
+from vtp.data.dataset import ShardDataset
+from vtp.data.latents import HeldLatents, LatentDataset
 from vtp.host import Host
 from vtp.layers.captions import Captions, Condition
+from vtp.layers.latent_space import LatentSpace
 from vtp.models.captions import Reading, TextCondition
 from vtp.models.text_encoder import (
     CaptionTokens,
@@ -56,22 +65,29 @@ class Conditioning(ABC):
     record: dict[str, Any] | None = None  # of the text encoder, for the generator's folder
 
     @abstractmethod
-    def of(self, latents: LatentDataset) -> SampleConditions:
+    def of(self, latents: LatentDataset | HeldLatents) -> SampleConditions:
         """Of every sample of a split."""
 
     @abstractmethod
-    def drawn(self, training: LatentDataset, validation: LatentDataset, device: str) -> Drawn:
+    def of_images(self, images: ShardDataset) -> SampleConditions:
+        """The same of pictures."""
+
+    @abstractmethod
+    def drawn(self, space: LatentSpace, validation: LatentDataset | HeldLatents, device: str) -> Drawn:
         """What samples along a training are drawn for."""
 
 
 class ByClass(Conditioning):
     """Labels. Samples go through the classes that had training pictures."""
 
-    def of(self, latents: LatentDataset) -> SampleConditions:
+    def of(self, latents: LatentDataset | HeldLatents) -> SampleConditions:
         return ClassConditions(latents.labels)
 
-    def drawn(self, training: LatentDataset, validation: LatentDataset, device: str) -> Drawn:
-        labels = training.space.labels
+    def of_images(self, images: ShardDataset) -> SampleConditions:
+        return ImageConditions(images)
+
+    def drawn(self, space: LatentSpace, validation: LatentDataset | HeldLatents, device: str) -> Drawn:
+        labels = space.labels
         return lambda indices: torch.tensor([labels[index % len(labels)] for index in indices], device=device)
 
 
@@ -80,7 +96,16 @@ class _ByCaption(Conditioning):
         self.record = record
         self.text = TextCondition(width=width, length=length, reading=condition.reading)
 
-    def drawn(self, training: LatentDataset, validation: LatentDataset, device: str) -> Drawn:
+    @abstractmethod
+    def _conditions(self, captions: CaptionsOf) -> SampleConditions: ...
+
+    def of(self, latents: LatentDataset | HeldLatents) -> SampleConditions:
+        return self._conditions(latents.captions_of)
+
+    def of_images(self, images: ShardDataset) -> SampleConditions:
+        return self._conditions(images.captions_of)
+
+    def drawn(self, space: LatentSpace, validation: LatentDataset | HeldLatents, device: str) -> Drawn:
         """Held-out captions in turn."""
         held_out = self.of(validation)
         return lambda indices: held_out.of(np.asarray(indices) % len(validation), device)
@@ -100,8 +125,13 @@ class ByCachedCaption(_ByCaption):
             )
         super().__init__(condition, values.text_encoder, length=values.length, width=values.width)
 
-    def of(self, latents: LatentDataset) -> SampleConditions:
-        return CachedConditions(self._cached, latents.captions)
+    def of(self, latents: LatentDataset | HeldLatents) -> SampleConditions:
+        """Raises ArtefactError for a caption without features, before anything is trained."""
+        self._cached.numbers(text for text in latents.captions if text.strip())
+        return super().of(latents)
+
+    def _conditions(self, captions: CaptionsOf) -> SampleConditions:
+        return CachedConditions(self._cached, captions)
 
 
 class ByEncodedCaption(_ByCaption):
@@ -112,8 +142,8 @@ class ByEncodedCaption(_ByCaption):
         record = encoder.record.model_dump(mode="json")
         super().__init__(condition, record, length=encoder.length, width=encoder.width)
 
-    def of(self, latents: LatentDataset) -> SampleConditions:
-        return EncodedConditions(latents.captions, self._encoder.tokenize, self._encode)
+    def _conditions(self, captions: CaptionsOf) -> SampleConditions:
+        return EncodedConditions(captions, self._encoder.tokenize, self._encode)
 
     def _encode(self, told: tuple[torch.Tensor, torch.Tensor]) -> Captions:
         return self._encoder(CaptionTokens(*told))
