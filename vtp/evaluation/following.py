@@ -13,7 +13,9 @@ from vtp.distributed import own_rows
 from vtp.evaluation.image_sets import CaptionedPictures, ImageSet
 from vtp.evaluation.prompt_measures import PromptFollowing, PromptMeasure, build_measures, measure_facts
 from vtp.evaluation.samples import Samples
+from vtp.evaluation.scene_measure import SceneMeasure
 from vtp.host import Host
+from vtp.models.scene_detector import SceneDetector
 from vtp.models.text_encoder import OpenClipText, TextEncoderRecord, TokenizerText, load_text_encoder
 
 HELD_OUT = "validation"  # split of the real pictures
@@ -90,8 +92,13 @@ def build_following(
         tokenizer=places.clip,
         own=lambda model: _conditions(model, drawn, places.clip),
         device=host.device,
+        scenes=_scenes(places.detector, host),
     )
     return Following(measures, real, measure_facts(config, tokenizer=places.clip))
+
+
+def _scenes(detector: Path | None, host: Host) -> SceneMeasure | None:
+    return None if detector is None else SceneMeasure(SceneDetector.from_pretrained(detector).to(host.device))
 
 
 def _conditions(model: OpenClipModel | TokenizerModel, drawn: Samples, clip: Path | None) -> bool:

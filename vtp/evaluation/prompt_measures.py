@@ -85,7 +85,7 @@ def build_measures(
     if config.ocr is not None and not any(map(quoted_words, texts)):
         raise ConfigError(f"ocr reads words that prompts put in quotes, and none of {len(texts)} does; set it to null")
     if config.scenes and scenes is None:
-        raise ConfigError("scenes: these prompts are no captions of composed scenes; set it to false")
+        raise ConfigError("scenes: give --detector FOLDER of train_detector on the command, or set it to false")
     for model in config.clip_scores:
         check_model(model, weights=weights, tokenizer=tokenizer, user=USER)
     measures: list[PromptMeasure] = []

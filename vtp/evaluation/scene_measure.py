@@ -47,11 +47,12 @@ class SceneMeasure:
     def figures(self) -> dict[str, float]:
         """Shares of prompts whose picture is right, by what is asked, with the number of these prompts.
 
-        `foreign_prompts` are no captions of such scenes, and count nowhere else. Shares of no prompts are left out. Every
+        Of the pictures since the last call; `foreign_prompts` are no captions of such scenes, and count nowhere else. Shares of no prompts are left out. Every
         rank must ask, and gets the figures of all.
         """
         own = [count[aspect] for count in (self._right, self._asked) for aspect in ASPECTS]
         counts = total(torch.tensor([*own, self._foreign])).tolist()
+        self._right, self._asked, self._foreign = Counter(), Counter(), 0
         right, asked, foreign = counts[: len(ASPECTS)], counts[len(ASPECTS) : -1], counts[-1]
         figures: dict[str, float] = {}
         for aspect, correct, prompts in zip(ASPECTS, right, asked, strict=True):
