@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pillow_heif
 import pillow_jxl
+import pytest
 from curation.ingest.test_hostile import listed
 from curation.ingest.test_ingest import FOLDER, every, prepare
 from oddities import HEIGHT, ODD, PIXELS, TURNED, WIDTH, encoded, with_exif
@@ -22,6 +23,11 @@ def left_colour(pixels):
     return np.asarray(pixels).astype(int)[2:-2, 2:4].mean((0, 1))
 
 
+# Pillow tells of what is odd about them, and goes on.
+odd = pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Image appears to be a malformed MPO")
+
+
+@odd
 def test_no_picture_is_lost_to_metadata(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
@@ -66,6 +72,7 @@ def test_what_is_no_picture_is_counted_and_named(tmp_path):
     assert found == [number * 28 for number in range(9)]
 
 
+@odd
 def test_webdataset_reads_what_is_stored(tmp_path):
     import webdataset
 
