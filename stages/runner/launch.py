@@ -40,9 +40,9 @@ class RankJob(NamedTuple):
         return cls(**read_json(path))
 
 
-def several(runtime: Runtime) -> bool:
-    """Whether a stage that can should run on several ranks."""
-    return runtime.local_ranks * count_nodes(runtime) > 1
+def count_ranks(runtime: Runtime) -> int:
+    """Processes of a stage that runs on every device."""
+    return runtime.local_ranks * count_nodes(runtime)
 
 
 def count_nodes(runtime: Runtime) -> int:

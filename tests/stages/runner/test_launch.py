@@ -12,7 +12,7 @@ from launching import ranks_of
 from tiny import ROOT, merged, tiny_params, wait_for, write_params, write_shards
 
 from stages.runner.environment import Runtime
-from stages.runner.launch import command_of, count_nodes, several
+from stages.runner.launch import command_of, count_nodes, count_ranks
 from vtp.config import ConfigError
 
 
@@ -104,10 +104,10 @@ def test_a_hanging_rank_ends_the_job_within_the_timeout(stage):
 
 @pytest.mark.slow
 def test_an_error_of_a_rank_is_told(stage):
-    process = stage(data={"batch": {"clip": 8, "ssl": 4, "reconstruction": 1}}).start(VTP_RANKS="2")
+    process = stage(data={"batch": {"clip": 128, "ssl": 4, "reconstruction": 2}}).start(VTP_RANKS="2")
     _, said = process.communicate(timeout=600)
     assert process.returncode == 1
-    assert "error: rank 0: pretrain.data.batch.reconstruction 1 is not a multiple of the 2 ranks" in said
+    assert "error: rank 0: the training shards hold 64 samples and a batch takes 128" in said
 
 
 @pytest.mark.slow
@@ -121,9 +121,9 @@ def test_an_adversary_needs_whole_weights(stage):
 
 def test_commands(monkeypatch, tmp_path):
     job = tmp_path / "abc" / "job.json"
-    assert not several(Runtime.of({"VTP_DEVICE": "cpu"}))
+    assert count_ranks(Runtime.of({"VTP_DEVICE": "cpu"})) == 1
     one = Runtime.of({"VTP_RANKS": "8"})
-    assert several(one)
+    assert count_ranks(one) == 8
     command = command_of(job, one)
     assert "--standalone" in command
     assert "--nproc-per-node=8" in command
