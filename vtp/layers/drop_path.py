@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vtp.device import send
+
 ONE = 1 << 32  # a crop: shares of one are whole numbers of these parts, so that counts are exact
 
 
@@ -21,7 +23,7 @@ class DropPath(NamedTuple):
 
     def to(self, device: torch.device) -> "DropPath":
         """The same on a device."""
-        return DropPath(*(part.to(device, non_blocking=True) for part in self))
+        return DropPath(*(send(part, device) for part in self))
 
 
 def draw_drop_path(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vtp.config import Config
 from vtp.data.pretrain_batches import PretrainBatch
+from vtp.device import send
 from vtp.distributed import ranks
 from vtp.draws import torch_draws
 from vtp.layers.drop_path import DropPath, draw_drop_path
@@ -252,7 +253,8 @@ class PretrainObjective(nn.Module):
         posterior = self.tokenizer.posterior(images, grad=True)
         first, shape = (ranks().rank * count + number) * len(images), posterior.mean.shape[1:]
         draws = [torch_draws(self.seed, "posterior", step, first + index) for index in range(len(images))]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in draws]).to(posterior.mean)
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in draws])
+        noise = send(noise.to(posterior.mean.dtype), posterior.mean.device)
         latents = posterior.mean + (posterior.log_variance / 2).exp() * noise
         return self.tokenizer.decode(latents, grad=True), posterior
 
