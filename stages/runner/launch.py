@@ -24,6 +24,8 @@ from vtp.config import ConfigError
 from vtp.processes import follow_parent
 
 PORT = 29500
+# Ranks meet in a store of each start of theirs: in torchrun's own those that start again find addresses of the dead.
+OWN_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 class RankJob(NamedTuple):
@@ -62,7 +64,7 @@ def run_ranks(job: RankJob, scratch: Path, runtime: Runtime, *, lock: int) -> st
         remove(leftover)
     (scratch / "errors").mkdir()
     command = command_of(path, runtime)
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(runtime))}
+    environment = os.environ | OWN_STORES | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(runtime))}
     process = subprocess.Popen(
         command,
         env=environment,
@@ -99,7 +101,8 @@ def command_of(job: Path, runtime: Runtime) -> list[str]:
     if "SLURM_JOB_ID" in os.environ:
         tasks = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *_cores_of_tasks()]
         return ["srun", *tasks, "--kill-on-bad-exit=1", *command]
-    settings = " ".join(shlex.quote(f"{k}={v}") for k, v in os.environ.items() if k.startswith(PREFIX))
+    set_here = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)} | OWN_STORES
+    settings = " ".join(shlex.quote(f"{name}={value}") for name, value in set_here.items())
     tell(f"run this in {Path.cwd()} on the other machines too:\n{settings} {shlex.join(command)}")
     return command
 

@@ -65,14 +65,13 @@ def main() -> None:
 
 def _begin_again(errors: Path, rank: int) -> None:
     """When torchrun starts ranks another time: not after an error that would come again; else without the last ones."""
-    if not (number := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))):
-        return
     for path in errors.glob("rank-*.json"):
         with suppress(ArtefactError):  # that rank has begun again
             if not read_json(path)["again"]:
                 os._exit(1)
     (errors / _name(rank)).unlink(missing_ok=True)
-    logging.warning("rank %d begins again, for the %d. time", rank, number)
+    if number := int(os.environ["TORCHELASTIC_RESTART_COUNT"]):  # of this machine
+        logging.warning("rank %d begins again, for the %d. time", rank, number)
 
 
 def _may_pass(error: Exception) -> bool:
