@@ -10,7 +10,6 @@ busy machine slows all alike; medians are compared.
 """
 
 import argparse
-import math
 import os
 import statistics
 import tempfile
@@ -175,7 +174,7 @@ def _measure(steps: dict[str, Step], device: str, options: argparse.Namespace) -
 
 
 def _print(config: Pretrain, seconds: dict[str, float], host: LocalHost) -> None:
-    everything = DropPathConfig(clip=0, ssl=0, reconstruction=0, blocks=1)
+    everything = DropPathConfig(clip=0, ssl=0, reconstruction=0)
     whole_objective = config.objective.model_copy(update={"drop_path": everything})
     cost, whole = (
         pretrain_cost(config.architecture, config.data, objective, config.active)
@@ -201,8 +200,6 @@ def _divided(config: Pretrain, by: int) -> Pretrain:
     batch = {name: size // by for name, size in config.data.batch.model_dump().items()}
     values = config.model_dump()
     values["data"]["batch"] = batch
-    drop_path = values["objective"]["drop_path"]
-    drop_path["blocks"] = math.gcd(drop_path["blocks"], batch["reconstruction"])  # a device may hold less than a group
     return Pretrain.parse(values, where=f"--divide {by}")
 
 

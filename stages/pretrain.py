@@ -153,12 +153,6 @@ class Pretrain(Config):
             raise ValueError(
                 f"data.subsets is disjoint, and of {active.pool} images none is left beside data.batch.ssl {active.ssl}"
             )
-        blocks = self.data.batch.reconstruction
-        if blocks % (group := self.objective.drop_path.group):
-            raise ValueError(
-                f"objective.drop_path.blocks is {group}, no divisor of data.batch.reconstruction {blocks}: that "
-                "is the number of blocks, of which so many share a draw of stochastic depth"
-            )
         return self
 
     @property
@@ -293,14 +287,17 @@ def slice_of(config: Pretrain, host: Host) -> RankSlice:
 def micro_batches_of(config: Pretrain, devices: int, most: int | None) -> int:
     """Micro-batches of a step on each of so many devices, of at most `most` images (None: all).
 
-    Raises ValueError when a device would hold parts of blocks, or of the groups of blocks that share a draw of stochastic
-    depth.
+    Raises ValueError when a device or a micro-batch would hold parts of blocks.
     """
     blocks = config.data.batch.reconstruction
     size = config.active.pool // blocks
-    group = config.objective.drop_path.group
-    largest = max(1, (most or config.active.pool) // size)
-    return count_micro_batches(blocks, devices, largest, named="pretrain.data.batch.reconstruction", group=group)
+    if most is not None and most < size:
+        raise ValueError(
+            f"a micro-batch of {most} images is less than a block of pretrain.data.batch, whose {size} stay together; set "
+            f"VTP_MICRO_BATCH to {size} or more"
+        )
+    largest = blocks if most is None else most // size
+    return count_micro_batches(blocks, devices, largest, named="pretrain.data.batch.reconstruction")
 
 
 def build_objective(config: Pretrain, host: Host) -> PretrainObjective:
@@ -343,4 +340,4 @@ def build_batches(
 
 
 if __name__ == "__main__":
-    main(run, distributed=True)
+    main(run, distributed=True, divides=micro_batches_of)

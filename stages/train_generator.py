@@ -125,9 +125,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     picture: Annotated[Output, "PNG file for samples of fixed noise along the training"],
     host: Host,
 ) -> None:
-    largest = host.micro_batch or config.batch_size
-    named = "train_generator.batch_size"
-    rank_slice = RankSlice(*ranks(), count_micro_batches(config.batch_size, ranks().size, largest, named=named))
+    rank_slice = RankSlice(*ranks(), micro_batches_of(config, ranks().size, host.micro_batch))
     pixels = load_tokenizer(tokenizer, decoder).to(host.device)
     pixels.require_decoder(tokenizer)
     batching = Batching(config.batch_size, config.seed, rank_slice)
@@ -220,6 +218,12 @@ def _source(
     )
 
 
+def micro_batches_of(config: TrainGenerator, devices: int, most: int | None) -> int:
+    """Micro-batches of a step on each of so many devices, of at most `most` latents (None: all). Raises ValueError."""
+    named = "train_generator.batch_size"
+    return count_micro_batches(config.batch_size, devices, most or config.batch_size, named=named)
+
+
 def _reference(config: TrainGenerator, folder: Path | None, size: int, host: Host) -> FidReference | None:
     """What the online distance compares with. Raises ConfigError when it is asked for and nothing is given."""
     if config.monitor.fid is None:
@@ -235,4 +239,4 @@ def _reference(config: TrainGenerator, folder: Path | None, size: int, host: Hos
 
 
 if __name__ == "__main__":
-    main(run, distributed=True)
+    main(run, distributed=True, divides=micro_batches_of)

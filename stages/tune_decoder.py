@@ -69,9 +69,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     picture: Annotated[Output, "PNG file for reconstructions along the training"],
     host: Host,
 ) -> None:
-    largest = host.micro_batch or config.batch_size
-    passes = count_micro_batches(config.batch_size, ranks().size, largest, named="tune_decoder.batch_size")
-    rank_slice = RankSlice(*ranks(), passes)
+    rank_slice = RankSlice(*ranks(), micro_batches_of(config, ranks().size, host.micro_batch))
     train, validation = (ShardDataset(shards, split, cache=ShardCache.of(host)) for split in ("train", "validation"))
     model = load_tokenizer(tokenizer).to(host.device).eval().requires_grad_(False)
     model.require_decoder(tokenizer)
@@ -112,6 +110,11 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     monitor.draw(picture, steps=length.steps)
 
 
+def micro_batches_of(config: TuneDecoder, devices: int, most: int | None) -> int:
+    """Micro-batches of a step on each of so many devices, of at most `most` images (None: all). Raises ValueError."""
+    return count_micro_batches(config.batch_size, devices, most or config.batch_size, named="tune_decoder.batch_size")
+
+
 def build_objective(
     config: TuneDecoder, model: Tokenizer, train: ShardDataset, discriminator_features: Path | None, host: Host
 ) -> DecoderObjective:
@@ -149,4 +152,4 @@ def channel_std(model: Tokenizer, images: ShardDataset, samples: int, batch_size
 
 
 if __name__ == "__main__":
-    main(run, distributed=True)
+    main(run, distributed=True, divides=micro_batches_of)

@@ -35,7 +35,7 @@ CASES["everything"] = {
             "targets": {"name": "centering", "momentum": 0.9},
             "patch_head": {"hidden_dim": 8, "bottleneck_dim": 4, "prototypes": 24, "weight_norm": False},
         },
-        "drop_path": {"ssl": 0.25, "clip": 0.25, "blocks": 1},
+        "drop_path": {"ssl": 0.3, "clip": 0.3, "reconstruction": 0.1},
     }
 }
 CASES["convolutional"] = CONVOLUTIONAL  # a posterior that is sampled: what is drawn does not depend on ranks

@@ -21,6 +21,7 @@ LAYERS = [
             "texts",
             "draws",
             "finite",
+            "device",
             "distributed",
             "host",
             "processes",

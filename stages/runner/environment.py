@@ -96,6 +96,9 @@ class Runtime(Config):
     recompute: bool = Field(False, description="compute activations again in the backward pass, to save memory")
     workers: int | None = Field(None, ge=0, description="processes per rank that prepare batches; half of its cores")
     processes: int | None = Field(None, ge=0, description="processes for work outside of torch; one per core")
+    restarts: int = Field(
+        3, ge=0, description="how often all ranks begin again, from the last checkpoint, when one of them dies"
+    )
     checkpoint_seconds: float = Field(60, ge=0, description="time between checkpoints")
     checkpoints_kept: int = Field(2, ge=1, description="checkpoints of a run on disk")
     fresh: bool = Field(False, description="begin anew: forget finished work and checkpoints of the same run")

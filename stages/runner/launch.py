@@ -5,7 +5,8 @@
        `- stages.runner.rank  one per device: the body of the stage
 
 When the stage dies, torchrun and the ranks are told to stop, and save. A request to stop is a file in the scratch
-folder, which the ranks of all machines see.
+folder, which the ranks of all machines see. When a rank dies or hangs, torchrun ends all of them and starts them again,
+VTP_RESTARTS times in a run at most; they go on from the last checkpoint. An error that would come again ends the run.
 """
 
 import json
@@ -23,6 +24,8 @@ from vtp.config import ConfigError
 from vtp.processes import follow_parent
 
 PORT = 29500
+# Ranks meet in a store of each start of theirs: in torchrun's own those that start again find addresses of the dead.
+OWN_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 class RankJob(NamedTuple):
@@ -40,9 +43,9 @@ class RankJob(NamedTuple):
         return cls(**read_json(path))
 
 
-def several(runtime: Runtime) -> bool:
-    """Whether a stage that can should run on several ranks."""
-    return runtime.local_ranks * count_nodes(runtime) > 1
+def count_ranks(runtime: Runtime) -> int:
+    """Processes of a stage that runs on every device."""
+    return runtime.local_ranks * count_nodes(runtime)
 
 
 def count_nodes(runtime: Runtime) -> int:
@@ -61,7 +64,7 @@ def run_ranks(job: RankJob, scratch: Path, runtime: Runtime, *, lock: int) -> st
         remove(leftover)
     (scratch / "errors").mkdir()
     command = command_of(path, runtime)
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(runtime))}
+    environment = os.environ | OWN_STORES | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(runtime))}
     process = subprocess.Popen(
         command,
         env=environment,
@@ -77,13 +80,13 @@ def run_ranks(job: RankJob, scratch: Path, runtime: Runtime, *, lock: int) -> st
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request_stop)
     status = process.wait()
-    return None if status == 0 else _report(scratch / "errors", status)
+    return None if status == 0 else _report(scratch / "errors", status, restarts=runtime.restarts)
 
 
 def command_of(job: Path, runtime: Runtime) -> list[str]:
     """The torchrun command of this machine; in a Slurm job of several, srun starts one on each."""
     nodes = count_nodes(runtime)
-    ranks = [f"--nproc-per-node={runtime.local_ranks}", "--max-restarts=0"]
+    ranks = [f"--nproc-per-node={runtime.local_ranks}", f"--max-restarts={runtime.restarts}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *ranks]
     body = ["-m", "stages.runner.rank", str(job)]
     if nodes == 1:
@@ -96,10 +99,18 @@ def command_of(job: Path, runtime: Runtime) -> list[str]:
     rendezvous = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={head}", f"--rdzv-id={job.parent.name}"]
     command = [*torchrun, *rendezvous, *body]
     if "SLURM_JOB_ID" in os.environ:
-        return ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *command]
-    settings = " ".join(shlex.quote(f"{k}={v}") for k, v in os.environ.items() if k.startswith(PREFIX))
+        tasks = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *_cores_of_tasks()]
+        return ["srun", *tasks, "--kill-on-bad-exit=1", *command]
+    set_here = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)} | OWN_STORES
+    settings = " ".join(shlex.quote(f"{name}={value}") for name, value in set_here.items())
     tell(f"run this in {Path.cwd()} on the other machines too:\n{settings} {shlex.join(command)}")
     return command
+
+
+def _cores_of_tasks() -> list[str]:
+    """All cores of the job to each task; srun itself takes over no number of them, and binds a task to one."""
+    cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
+    return [f"--cpus-per-task={cores}"] if cores else []
 
 
 def _first_host() -> str:
@@ -113,14 +124,14 @@ def _threads(runtime: Runtime) -> str:
     return str(max(1, runtime.cores // runtime.local_ranks))
 
 
-def _report(folder: Path, status: int) -> str:
+def _report(folder: Path, status: int, *, restarts: int) -> str:
     """The errors of the ranks, causes before consequences."""
     errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank-*.json"))]
     causes = [error for error in errors if not error["consequence"]]
     lines = [f"rank {error['rank']}: {error['message']}" for error in (causes or errors)[:4]]
     if not causes:
         lines.append(
-            f"a rank died or hung without a word (torchrun ended with {status}; its report above names the first "
-            "that failed); the last checkpoint is kept: start again"
+            f"a rank died or hung without a word, and {restarts} restarts did not help (torchrun ended with {status}; its "
+            "report above names the first that failed); the last checkpoint is kept: start again"
         )
     return "\n".join(lines)

@@ -1,9 +1,11 @@
 """One of several ranks of a stage, started by torchrun: `python -m stages.runner.rank JOB`."""
 
+import errno
 import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -11,8 +13,8 @@ from stages.runner.environment import Interrupted, LocalHost, Runtime, explain, 
 from stages.runner.fingerprint import DIGESTS, recall_digests
 from stages.runner.launch import RankJob
 from stages.runner.run import config_class
-from vtp.artefact import write_json
-from vtp.distributed import StateError, process_group
+from vtp.artefact import ArtefactError, read_json, write_json
+from vtp.distributed import StateError, StateMismatchError, process_group
 from vtp.processes import follow_parent
 
 # What gloo and NCCL say when it is another rank that failed.
@@ -24,7 +26,8 @@ def main() -> None:
     path = Path(sys.argv[1])
     follow_parent()
     log_to(path.parent / "run.log")
-    job, rank = RankJob.load(path), int(os.environ["RANK"])
+    job, rank, errors = RankJob.load(path), int(os.environ["RANK"]), path.parent / "errors"
+    _begin_again(errors, rank)
     runtime = Runtime.of(os.environ)
     keep_freed_memory(runtime)
     recall_digests(Path(job.root) / DIGESTS)
@@ -55,9 +58,32 @@ def main() -> None:
         consequence = isinstance(error, RuntimeError) and any(word in str(error) for word in CONSEQUENCES)
         if consequence:
             message = f"waited for another rank, at most {runtime.timeout_seconds:g} s ({message.splitlines()[0]})"
-        errors = path.parent / "errors" / f"rank-{rank:05d}.json"
-        write_json(errors, {"rank": rank, "message": message, "consequence": consequence})
+        told = {"rank": rank, "message": message, "consequence": consequence, "again": _may_pass(error)}
+        write_json(errors / _name(rank), told)
         os._exit(1)  # without the farewells of process groups, which would wait for the others
+
+
+def _begin_again(errors: Path, rank: int) -> None:
+    """When torchrun starts ranks another time: not after an error that would come again; else without the last ones."""
+    for path in errors.glob("rank-*.json"):
+        with suppress(ArtefactError):  # that rank has begun again
+            if not read_json(path)["again"]:
+                os._exit(1)
+    (errors / _name(rank)).unlink(missing_ok=True)
+    if number := int(os.environ["TORCHELASTIC_RESTART_COUNT"]):  # of this machine
+        logging.warning("rank %d begins again, for the %d. time", rank, number)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another start may do without this error: not where parameters, data, numbers or room are to blame."""
+    from torch import OutOfMemoryError
+
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return not (full or isinstance(error, ValueError | StateMismatchError | OutOfMemoryError))
+
+
+def _name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
 
 
 if __name__ == "__main__":

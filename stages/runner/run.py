@@ -23,7 +23,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 from stages.runner import sinks
 from stages.runner.environment import STOP, Interrupted, LocalHost, Runtime, explain, keep_freed_memory, log_to, tell
 from stages.runner.fingerprint import DIGESTS, code_digest, fingerprint_of, input_digest, recall_digests, store_digests
-from stages.runner.launch import RankJob, run_ranks, several
+from stages.runner.launch import RankJob, count_ranks, run_ranks
 from stages.runner.scratch import Scratch, prune
 from stages.runner.starts import Start, Starts, device_here
 from vtp.artefact import StateError, remove, write_json
@@ -47,11 +47,17 @@ class StageError(Exception):
     """The stage cannot start; the message says why and what to do."""
 
 
-def main(run: Callable[..., None], *, distributed: bool | Callable[[Any], bool] = False) -> None:
+def main(
+    run: Callable[..., None],
+    *,
+    distributed: bool | Callable[[Any], bool] = False,
+    divides: Callable[[Any, int, int | None], object] | None = None,
+) -> None:
     """Run a stage from the command line, and exit with its status.
 
-    A `distributed` stage runs on every device that there is, or only with the parameters for which that holds. `--plan`
-    prints what a run would take instead (`stages.plans.<stage>`); the rest of the command line is the plan's.
+    A `distributed` stage runs on every device that there is, or only with the parameters for which that holds.
+    `divides(config, devices, micro_batch)` raises ValueError for batches that do not split so: before an input is read.
+    `--plan` prints what a run would take instead (`stages.plans.<stage>`); the rest of the command line is the plan's.
     """
     escape_tracebacks()
     arguments = sys.argv[1:]
@@ -61,7 +67,7 @@ def main(run: Callable[..., None], *, distributed: bool | Callable[[Any], bool] 
             print(message(plan.text(), indent=""))
             status = 0
         else:
-            status = _run(run, arguments, distributed=distributed)
+            status = _run(run, arguments, distributed=distributed, divides=divides)
     except (ValueError, StageError) as error:  # ConfigError is a ValueError, as what files hold that are none of ours
         status = _fail(str(error), BAD_PARAMETERS)
     except OSError as error:
@@ -115,12 +121,20 @@ def describe_flag(run: Callable[..., None], name: str) -> str:
     return description
 
 
-def _run(run: Callable[..., None], arguments: list[str], *, distributed: bool | Callable[[Any], bool]) -> int:
+def _run(
+    run: Callable[..., None],
+    arguments: list[str],
+    *,
+    distributed: bool | Callable[[Any], bool],
+    divides: Callable[[Any, int, int | None], object] | None,
+) -> int:
     stage = stage_name(run)
     address, inputs, outputs, provenance = _parse(run, arguments)
     runtime = Runtime.of(os.environ)
     config = load(address, config_class(run))
     distributed = distributed if isinstance(distributed, bool) else distributed(config)
+    if divides is not None:
+        divides(config, count_ranks(runtime), runtime.micro_batch)
     sinks.require(runtime.sinks)
     root = _repository()
     store = root / DIGESTS
@@ -181,7 +195,7 @@ def _work(body: _Body, host: LocalHost, scratch: Scratch, *, distributed: bool) 
     start = starts.begin()  # before anything else touches the folder: its files tell how long a killed start lived
     scratch.start()
     _log_start(scratch.root / "run.log", start)
-    on_ranks = distributed and several(host.runtime)
+    on_ranks = distributed and count_ranks(host.runtime) > 1
     try:
         problem = _run_ranks(body, host, scratch) if on_ranks else _run_here(body, host)
     except Interrupted:

@@ -129,15 +129,6 @@ def test_an_image_is_decoded_once(shards, monkeypatch):
 def test_micro_batches():
     for blocks, ranks, largest, expected in ((2048, 256, 8, 1), (2048, 8, 8, 32), (6, 1, 4, 2), (7, 1, 4, 7)):
         assert count_micro_batches(blocks, ranks, largest, named="batch_size") == expected
-    for blocks, ranks, largest, group, expected in (
-        (32, 1, 8, 8, 4),
-        (32, 2, 1, 8, 2),
-        (32, 1, 17, 8, 2),
-        (24, 1, 16, 8, 3),
-    ):
-        assert count_micro_batches(blocks, ranks, largest, named="batch_size", group=group) == expected
-    with pytest.raises(ValueError, match=r"16 is 4 blocks for each of 4 ranks.*drop_path.blocks to a divisor of 4"):
-        count_micro_batches(16, 4, 4, named="batch_size", group=8)
     with pytest.raises(ValueError, match=r"tune_decoder\.batch_size 16 is not a multiple of the 3 ranks"):
         count_micro_batches(16, 3, 8, named="tune_decoder.batch_size")
 

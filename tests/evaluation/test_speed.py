@@ -33,7 +33,7 @@ class Sleeper(VisualTokenizer):
 
     calls = 0
 
-    def _encode(self, images, drop_path_indices=None):
+    def _encode(self, images, drop_path=None):
         if not images.is_meta:
             time.sleep(0.5 if self.calls < 2 else 0.02)
             self.calls += 1

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from vtp.layers.block import Block
+from vtp.layers.drop_path import DropPath
 from vtp.layers.rope import AxialRope, Rotation, rotate
 
 
@@ -71,8 +72,9 @@ def test_dropped_samples_keep_their_input():
     layer = block()
     x = torch.randn(4, 5, 32)
     rotation = Rotation(torch.zeros(4, 16), torch.ones(4, 16))
-    keep = torch.tensor([[0, 2], [0, 2]])
-    out = layer(x, rotation, keep)
+    # The last fills up the shape: it counts nothing.
+    computed = DropPath(torch.tensor([[0, 2, 3], [0, 2, 3]]), torch.tensor([[2.0, 2, 0], [2, 2, 0]]))
+    out = layer(x, rotation, computed)
     assert torch.equal(out[[1, 3]], x[[1, 3]])
     half = x[[0, 2]] + 2 * layer.attn(layer.norm1(x[[0, 2]]), rotation)
     torch.testing.assert_close(out[[0, 2]], half + 2 * layer.mlp(layer.norm2(half)))
@@ -81,7 +83,8 @@ def test_dropped_samples_keep_their_input():
 def test_all_kept_is_no_drop():
     layer, x = block(), torch.randn(3, 5, 32)
     rotation = Rotation(torch.zeros(4, 16), torch.ones(4, 16))
-    torch.testing.assert_close(layer(x, rotation, torch.arange(3).expand(2, 3)), layer(x, rotation))
+    everything = DropPath(torch.arange(3).expand(2, 3), torch.ones(2, 3))
+    torch.testing.assert_close(layer(x, rotation, everything), layer(x, rotation))
 
 
 def test_widths_that_do_not_fit_are_refused():

@@ -38,7 +38,7 @@ class Critic(Discriminator):
 
 def close(ours, name, tolerance=1e-4):
     expected = OFFICIAL[name]
-    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    torch.testing.assert_close(torch.as_tensor(ours), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.fixture(scope="module")

@@ -345,12 +345,10 @@ def nothing_dropped():
 @pytest.mark.parametrize(
     "rates",
     [
-        {"clip": 0.5, "blocks": 1},
-        {"ssl": 0.3, "blocks": 1},  # of 4 crops a block 2.8 are computed, hence 3
-        {"ssl": 0.7, "blocks": 2},  # of 8 crops a group 2.4, hence 2; a block by itself would round to 1
-        {"reconstruction": 0.5, "blocks": 2},
-        {"clip": 0.9, "reconstruction": 0.9, "blocks": 1},  # of 4 and of 1, at least one
-        {"clip": 0.4, "ssl": 0.6, "reconstruction": 0.5, "blocks": 2},
+        {"clip": 0.5},
+        {"ssl": 0.25},
+        {"ssl": 0.75, "reconstruction": 0.5},
+        {"clip": 0.125, "ssl": 0.5, "reconstruction": 0.5},  # whole numbers of 8, 8 and 2: none fills up
     ],
     ids=str,
 )
@@ -422,23 +420,18 @@ def test_every_parameter_is_in_one_group():
     assert "tokenizer.logit_scale" in factor
 
 
-def test_drop_path_draws_belong_to_blocks():
-    """Whoever holds a block leaves out the same crops, an exact count of each group."""
-    config = config_of({"objective": {"drop_path": {"ssl": 0.25, "blocks": 1}}})
-    objective = objective_of(config)
-
-    def indices(number, count, step=0):
-        batch = batch_of(config, step, RankSlice(0, 1, count), number)
-        return objective._ssl_drop_path_indices(batch, number, count, step)
-
-    whole, first, second = indices(0, 1), indices(0, 2), indices(1, 2)
-    assert whole.views.shape == (2, 2, 6)  # 2 blocks of 4 crops, 3 kept of each
-    assert torch.equal(whole.views, torch.cat([first.views, second.views + 4], -1))
-    assert torch.equal(whole.local_views, torch.cat([first.local_views, second.local_views + 4], -1))
-    assert not torch.equal(whole.views, indices(0, 1, step=1).views)
-    grouped = objective_of(config_of({"objective": {"drop_path": {"ssl": 0.25, "blocks": 2}}}))
-    with pytest.raises(ValueError, match=r"set drop_path\.blocks to a divisor"):
-        grouped._ssl_drop_path_indices(batch_of(config, 0, RankSlice(0, 1, 2), 0), 0, 2, 0)
+@pytest.mark.parametrize("rates", [{"clip": 0.3, "ssl": 0.1, "reconstruction": 0.4}, {"ssl": 0.9}], ids=str)
+def test_stochastic_depth_does_not_depend_on_micro_batches(rates):
+    """Shares that no micro-batch holds as a whole number; local and global views are left out apart."""
+    config = config_of({"objective": {"drop_path": rates}})
+    whole, logs = backward(objective_of(config), [batch_of(config)])
+    halves = [batch_of(config, 0, RankSlice(0, 1, 2), micro) for micro in range(2)]
+    split, split_logs = backward(objective_of(config), halves)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(split[name], gradient, atol=2e-6 * float(gradient.abs().max()) + 1e-9, rtol=2e-5)
+    assert split_logs == pytest.approx(logs, rel=1e-5, abs=1e-6)
+    views, local_views = objective_of(config)._ssl_drop_path(batch_of(config), 0, 1, 0)
+    assert not torch.equal(views.indices, local_views.indices)
 
 
 def test_temperature_rises_then_stays():
@@ -511,10 +504,6 @@ def test_impossible_configurations_are_refused():
         ({"data": {"clip_view": {"size": 8}}}, "reconstruction_view is shared"),
         ({"data": {"subsets": "disjoint", "batch": {"clip": 4}}}, "of 4 images none is left"),
         ({"tokenizer": {"vision": {"num_heads": 3}}}, "is not a multiple of 4"),
-        (
-            {"objective": {"drop_path": {"clip": 0.1, "blocks": 3}}},
-            "blocks is 3, no divisor of data.batch.reconstruction 2",
-        ),
     ):
         with pytest.raises(ValueError, match=said):
             config_of(changes, new=True)
@@ -522,7 +511,7 @@ def test_impossible_configurations_are_refused():
 
 def test_half_precision_is_near():
     """bfloat16 forward passes, float32 losses: the gradient of every shared weight points the same way."""
-    config = config_of({"objective": {"drop_path": {"ssl": 0.25, "clip": 0.25, "blocks": 1}}})
+    config = config_of({"objective": {"drop_path": {"ssl": 0.25, "clip": 0.25}}})
     batches = [batch_of(config, 0, RankSlice(0, 1, 2), micro) for micro in range(2)]
     gradients = []
     for precision in ("float32", "bfloat16"):

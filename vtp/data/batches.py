@@ -84,11 +84,10 @@ class RankSlice(NamedTuple):
         return step, range(first, first + count)
 
 
-def count_micro_batches(blocks: int, ranks: int, largest: int, *, named: str, group: int = 1) -> int:
-    """The least number of equal micro-batches of at most `largest` blocks that a rank needs; `group` blocks stay together.
+def count_micro_batches(blocks: int, ranks: int, largest: int, *, named: str) -> int:
+    """The least number of equal micro-batches of at most `largest` blocks that a rank needs.
 
-    Where a group is larger than `largest`, a micro-batch is one group. Raises ValueError, which calls the number of blocks
-    as it is `named`, when a rank would get parts of blocks or of groups.
+    Raises ValueError, which calls the number of blocks as it is `named`, when a rank would get parts of blocks.
     """
     if blocks % ranks:
         raise ValueError(
@@ -96,17 +95,7 @@ def count_micro_batches(blocks: int, ranks: int, largest: int, *, named: str, gr
             "change the number of devices or the batch"
         )
     of_rank = blocks // ranks
-    if of_rank % group:
-        raise ValueError(
-            f"{named} {blocks} is {of_rank} blocks for each of {ranks} ranks, which hold no whole number of groups of "
-            f"{group} blocks that share a draw of stochastic depth; set drop_path.blocks to a divisor of {of_rank}"
-        )
-    groups, most = of_rank // group, max(1, largest // group)
-    return next(
-        micro_batches
-        for micro_batches in range(1, groups + 1)
-        if groups % micro_batches == 0 and groups <= most * micro_batches
-    )
+    return next(count for count in range(1, of_rank + 1) if of_rank % count == 0 and of_rank <= largest * count)
 
 
 class ImageBatches(Dataset[ImageBatch]):

@@ -252,7 +252,7 @@ def _coloured(
     if not len(pixels):
         return pixels
     # A few images at a time stay in the cache of a core; a GPU takes all of them.
-    size = len(pixels) if pixels.is_cuda else max(1, CACHED // pixels[0].numel())
+    size = max(1, CACHED // pixels[0].numel()) if pixels.device.type == "cpu" else len(pixels)
     parts = []
     for some, own in zip(pixels.split(size), draws.split(size), strict=True):
         colours = _Colours.of(own, config, blur, solarize=solarize)
@@ -333,7 +333,7 @@ def _recolour(x: Tensor, colours: _Colours, reach: int) -> Tensor:
 
 def _some(x: Tensor, chosen: Tensor, change: Callable[..., Tensor], *factors: Tensor) -> Tensor:
     """`change(x, *factors)` for the `chosen` images [B]; may write into `x`."""
-    if x.is_cuda:  # all of them, without waiting for the device to say which ones
+    if x.device.type != "cpu":  # all of them, without waiting for the device to say which ones
         return torch.where(_wide(chosen), change(x, *factors), x)
     rows = chosen.nonzero()[:, 0]
     if len(rows):

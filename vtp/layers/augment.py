@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vtp.config import Config
+from vtp.device import send
 
 
 class AugmentationConfig(Config):
@@ -55,7 +56,7 @@ def augment(images: Tensor, draws: Augmentation) -> Tensor:
 
     The order is RAE's; in the first implementation of DiffAug colours come first, and its zeros keep their value.
     """
-    draws = Augmentation(*(value.to(images.device, non_blocking=True) for value in draws))
+    draws = Augmentation(*(send(value, images.device) for value in draws))
     x = _moved(images, draws.shift) + draws.brightness
     grey = x.mean(1, keepdim=True)
     x = grey + (x - grey) * draws.saturation

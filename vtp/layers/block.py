@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vtp.layers.drop_path import DropPath
 from vtp.layers.norm import NormName, RMSNorm, build_norm
 from vtp.layers.rope import Rotation, rotate
 
@@ -114,18 +115,17 @@ class Block(nn.Module):
         self.mlp = build_ffn(ffn_layer, dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
 
-    def forward(self, x: Tensor, rotation: Rotation, drop_path_indices: Tensor | None = None) -> Tensor:
-        """x [B, T, D]; `drop_path_indices` [2, K]: samples whose two branches are computed (None: all)."""
-        attn_indices, mlp_indices = (None, None) if drop_path_indices is None else drop_path_indices.unbind(0)
-        x = self._residual(x, attn_indices, lambda part: self.ls1(self.attn(self.norm1(part), rotation)))
-        return self._residual(x, mlp_indices, lambda part: self.ls2(self.mlp(self.norm2(part))))
+    def forward(self, x: Tensor, rotation: Rotation, drop_path: DropPath | None = None) -> Tensor:
+        """x [B, T, D]; `drop_path` [2, K]: samples whose two branches are computed (None: all)."""
+        x = self._residual(x, drop_path, 0, lambda part: self.ls1(self.attn(self.norm1(part), rotation)))
+        return self._residual(x, drop_path, 1, lambda part: self.ls2(self.mlp(self.norm2(part))))
 
     @staticmethod
-    def _residual(x: Tensor, indices: Tensor | None, branch: Branch) -> Tensor:
-        if indices is None:
+    def _residual(x: Tensor, drop_path: DropPath | None, number: int, branch: Branch) -> Tensor:
+        if drop_path is None:
             return x + branch(x)
-        # Scaled by B / K, so that the expected sum is that of the full batch.
-        return x.index_add(0, indices, branch(x[indices]).to(x.dtype), alpha=x.shape[0] / indices.shape[0])
+        indices, weights = drop_path.of(number)  # [K] each
+        return x.index_add(0, indices, (branch(x[indices]) * weights[:, None, None]).to(x.dtype))
 
 
 class Blocks(nn.ModuleList):
@@ -133,10 +133,10 @@ class Blocks(nn.ModuleList):
 
     recompute = False
 
-    def outputs(self, x: Tensor, rotation: Rotation, drop_path_indices: Tensor | None = None) -> Iterator[Tensor]:
-        """x after each block; `drop_path_indices` is [depth, 2, K], see `Block.forward`."""
+    def outputs(self, x: Tensor, rotation: Rotation, drop_path: DropPath | None = None) -> Iterator[Tensor]:
+        """x after each block; `drop_path` is that of all of them, see `Block.forward`."""
         for index, block in enumerate(self):
-            arguments = (x, rotation, None if drop_path_indices is None else drop_path_indices[index])
+            arguments = (x, rotation, None if drop_path is None else drop_path.of(index))
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -1,45 +1,51 @@
 """Stochastic depth with static shapes (Huang et al. 2016; DINOv2 computes the branches of the other samples alone)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vtp.device import send
 
-def computed_samples(rate: float, *, crops: int, blocks: int, group: int) -> int:
-    """How many of the `crops` samples of so many `blocks` of the batch each residual branch computes, an exact count.
-
-    Every `group` of blocks keeps the same number: `1 - rate` of its samples, rounded, at least one. Raises ValueError
-    when `blocks` are no whole number of groups.
-    """
-    if not rate or not crops:
-        return crops
-    if blocks % group:
-        raise ValueError(
-            f"{blocks} blocks in one pass are no whole number of groups of {group} blocks, which share a draw of "
-            "stochastic depth; set drop_path.blocks to a divisor, or use larger micro-batches"
-        )
-    groups = blocks // group
-    return groups * max(1, round(crops // groups * (1 - rate)))
+ONE = 1 << 32  # a crop: shares of one are whole numbers of these parts, so that counts are exact
 
 
-def drop_path_indices(
-    rate: float, *, crops: int, blocks: range, group: int, depth: int, draws: Callable[[int], torch.Generator]
-) -> Tensor | None:
-    """The samples [depth, 2, K] that the two residual branches of each layer compute; None: all of them.
+class DropPath(NamedTuple):
+    """What the two residual branches of every layer compute; K is equal in all of them and in every step."""
 
-    `crops` samples belong to the `blocks` of the global batch, equally many to each. `group` blocks in a row share a draw,
-    from `draws(number of the group)`, and leave out the share `rate` of their samples, exactly: shapes are static, and
-    who is left out does not depend on ranks or micro-batches. K is `computed_samples`, which raises ValueError when
-    `blocks` cut a group.
+    indices: Tensor  # [depth, 2, K] samples
+    weights: Tensor  # [depth, 2, K] of what the branch adds to them: 1 / (1 - rate), or 0 for one that fills up K
+
+    def of(self, number: int) -> "DropPath":
+        """That of one layer [2, K], or of one of its branches [K]."""
+        return DropPath(self.indices[number], self.weights[number])
+
+    def to(self, device: torch.device) -> "DropPath":
+        """The same on a device."""
+        return DropPath(*(send(part, device) for part in self))
+
+
+def draw_drop_path(
+    rate: float, *, crops: int, blocks: range, depth: int, draws: Callable[..., torch.Generator]
+) -> DropPath | None:
+    """Which of the `crops` samples of each of these `blocks` of the batch every branch computes; None: all of them.
+
+    A branch leaves out each sample with probability `rate`, and of the whole batch that share. Who is left out comes from
+    `draws()`, the generator of the step, and from `draws(block)`: it does not depend on how blocks are shared out over ranks
+    and micro-batches. The samples that a branch computes are drawn systematically (Madow 1944): 1 - rate of each is laid end
+    to end over all blocks, and as many of a block are computed as whole numbers fall into its stretch, from a start that is
+    drawn for the branch. So every run of blocks computes its share within one sample, and shapes are static.
     """
     if not rate or not crops:
         return None
-    computed = computed_samples(rate, crops=crops, blocks=len(blocks), group=group)
-    groups = len(blocks) // group
-    size = crops // groups
-    chosen = []
-    for index in range(groups):
-        order = torch.rand(depth, 2, size, generator=draws(blocks.start // group + index)).argsort(-1)
-        chosen.append(order[..., : computed // groups] + index * size)
-    return torch.cat(chosen, dim=-1)
+    share = round(crops * (1 - rate) * ONE)  # of a block
+    start = torch.randint(ONE, (depth, 2), generator=draws())
+    ends = torch.arange(blocks.start, blocks.stop + 1)[:, None, None] * share
+    counts = ((ends + start) // ONE).diff(dim=0)  # [blocks, depth, 2]
+    drawn = torch.stack([torch.rand(depth, 2, crops, generator=draws(block)) for block in blocks])
+    places = drawn.argsort(-1).argsort(-1)  # of each crop in the order of its block
+    computed = (places < counts[..., None]).permute(1, 2, 0, 3).flatten(2)  # [depth, 2, blocks * crops]
+    most = -(-len(blocks) * share // ONE)
+    indices = computed.logical_not().byte().argsort(stable=True)[..., :most]
+    return DropPath(indices, computed.gather(-1, indices) / (1 - rate))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtp.device import constant
 from vtp.finite import require_finite
 from vtp.layers.decode import decode_rgb, finish, middle, read_rgb
 
@@ -106,6 +107,4 @@ def to_pil(images: Tensor) -> "list[Image]":
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device, dtype=images.dtype).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device, dtype=images.dtype).view(3, 1, 1)
-    return mean, std
+    return constant(IMAGENET_MEAN, images).view(3, 1, 1), constant(IMAGENET_STD, images).view(3, 1, 1)

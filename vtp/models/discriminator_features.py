@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtp.artefact import verified_weights
+from vtp.device import constant
 from vtp.host import Host
 from vtp.layers.images import normalise
 from vtp.models.base import Tokenizer
@@ -96,7 +97,7 @@ class TimmFeatures(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         x = (_resized(images, self._size) + 1) / 2
         trained_on = self.backbone.pretrained_cfg
-        mean, std = (x.new_tensor(trained_on[name]).view(3, 1, 1) for name in ("mean", "std"))
+        mean, std = (constant(trained_on[name], x).view(3, 1, 1) for name in ("mean", "std"))
         of_blocks = self.backbone.forward_intermediates(
             (x - mean) / std, indices=self.chosen, output_fmt="NLC", intermediates_only=True
         )

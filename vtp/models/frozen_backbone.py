@@ -27,6 +27,7 @@ from vtp.artefact import (
     write_json,
 )
 from vtp.config import Config
+from vtp.device import constant
 from vtp.layers.images import denormalise
 from vtp.models.base import LARGEST_SIDE, Tokenizer, require_batch
 from vtp.models.decoder import DecoderConfig, PixelDecoder
@@ -172,7 +173,7 @@ class FrozenBackbone(Tokenizer):
         pixels, side = denormalise(images), self.config.input_size
         if pixels.shape[-2:] != (side, side):
             pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
-        mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (self._mean, self._std))
+        mean, std = (constant(values, pixels).view(3, 1, 1) for values in (self._mean, self._std))
         return (pixels - mean) / std
 
     def _features(self, patches: Tensor, prefix: Tensor | None = None) -> Features:

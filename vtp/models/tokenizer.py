@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vtp.artefact import load_module, load_tensors, read_json, save_tensors, whole_folder, write_json
 from vtp.config import Config
+from vtp.layers.drop_path import DropPath
 from vtp.models.base import (
     LARGEST_SIDE,
     EncoderLayers,
@@ -127,19 +128,19 @@ class VisualTokenizer(TrainableTokenizer):
         """(d, h, w) at the training image size."""
         return self.config.latent_shape
 
-    def encode(self, images: Tensor, *, grad: bool = False, drop_path_indices: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, *, grad: bool = False, drop_path: DropPath | None = None) -> Tensor:
         """Latents [B, d, H/p, W/p]: the bottleneck of the last patch tokens, deterministic and unbounded.
 
-        `grad`: record it for a backward pass. `drop_path_indices` is the encoder's stochastic depth in training
+        `grad`: record it for a backward pass. `drop_path` is the encoder's stochastic depth in training
         (`VisionTransformer.forward`). Raises ValueError for what is no batch of images, and sides that are no multiple of p.
         """
         with gradients(grad):
-            return self._encode(images, drop_path_indices)
+            return self._encode(images, drop_path)
 
-    def _encode(self, images: Tensor, drop_path_indices: Tensor | None = None) -> Tensor:
+    def _encode(self, images: Tensor, drop_path: DropPath | None = None) -> Tensor:
         require_batch(images, 3, "images", "preprocess")
         patch_size = self.config.vision.patch_size
-        latents = self.trunk(images, drop_path_indices=drop_path_indices, latent=True).patches  # [B, N, d]
+        latents = self.trunk(images, drop_path=drop_path, latent=True).patches  # [B, N, d]
         return latents.transpose(1, 2).unflatten(2, (images.shape[2] // patch_size, images.shape[3] // patch_size))
 
     def mean_latent(self, features: Features) -> Tensor:
@@ -183,12 +184,10 @@ class VisualTokenizer(TrainableTokenizer):
         )
         return {"vision": vision} | ({"decoder": decoder.model_dump()} if decoder else {})
 
-    def encode_image(self, images: Tensor, *, drop_path_indices: Tensor | None = None) -> Tensor:
+    def encode_image(self, images: Tensor, *, drop_path: DropPath | None = None) -> Tensor:
         """Unit-norm CLIP embedding [B, E], float32. Raises ValueError for a tokenizer without a text tower."""
         self._require_text()
-        return self._embed(
-            self.trunk(images, drop_path_indices=drop_path_indices, latent=not self.config.vision.bottleneck_ae_only)
-        )
+        return self._embed(self.trunk(images, drop_path=drop_path, latent=not self.config.vision.bottleneck_ae_only))
 
     def project_image(self, features: Features) -> Tensor:
         """Unit-norm CLIP embedding [B, E], float32, of trunk features, without another pass through the trunk."""

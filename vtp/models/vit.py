@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vtp.config import Config
 from vtp.layers.block import Block, Blocks, FfnName, initialise_weights
+from vtp.layers.drop_path import DropPath
 from vtp.layers.norm import NormName, build_norm
 from vtp.layers.rope import AxialRope
 
@@ -108,16 +109,16 @@ class VisionTransformer(nn.Module):
         images: Tensor,
         masks: Tensor | None = None,
         *,
-        drop_path_indices: Tensor | None = None,
+        drop_path: DropPath | None = None,
         latent: bool = False,
     ) -> Features:
         """Features of `images` [B, 3, H, W], or with `latent` what the bottleneck makes of them, d channels.
 
         Patches where `masks` [B, N] is true are replaced by the mask token after patch embedding (paper 3.3).
-        `drop_path_indices` [depth, 2, K] holds, for each residual branch, the samples that it computes (stochastic depth).
+        `drop_path` holds, for each residual branch, the samples that it computes (stochastic depth).
         Raises ValueError when H or W is not a multiple of the patch size.
         """
-        x = self.norm(self._tokens(images, masks, drop_path_indices, num_last=1)[-1])
+        x = self.norm(self._tokens(images, masks, drop_path, num_last=1)[-1])
         return self._split(self.feature_bottleneck(x) if latent else x)
 
     def intermediate(self, images: Tensor, num_last: int) -> list[Features]:
@@ -127,7 +128,7 @@ class VisionTransformer(nn.Module):
         return [self._split(self.norm(x)) for x in self._tokens(images, None, None, num_last=num_last)]
 
     def _tokens(
-        self, images: Tensor, masks: Tensor | None, drop_path_indices: Tensor | None, *, num_last: int
+        self, images: Tensor, masks: Tensor | None, drop_path: DropPath | None, *, num_last: int
     ) -> list[Tensor]:
         height, width = self._grid(images)
         x = self.patch_embed(images)  # [B, N, D]
@@ -135,7 +136,7 @@ class VisionTransformer(nn.Module):
             x = torch.where(masks[:, :, None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # [B, 1 + N, D]
         rotation = self.rope_embed(height, width)
-        return list(deque(self.blocks.outputs(x, rotation, drop_path_indices), maxlen=num_last))
+        return list(deque(self.blocks.outputs(x, rotation, drop_path), maxlen=num_last))
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]

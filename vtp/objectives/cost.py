@@ -12,7 +12,6 @@ import torch
 
 from vtp.data.pretrain_batches import ActiveBatch, PretrainDataConfig
 from vtp.layers.block import FfnName, ffn_width
-from vtp.layers.drop_path import computed_samples
 from vtp.layers.flops import FROZEN, TRAINING, forward_flops
 from vtp.losses.perceptual import AnyPerceptualConfig, perceptual_shapes
 from vtp.models.base import Encoding
@@ -121,8 +120,7 @@ def _vit_items(
 
     def student(name: str, rate: float, size: int, count: int, *, bottleneck: bool) -> Item:
         """The encoder, of whose `count` images each residual branch leaves out the share `rate`."""
-        computed = computed_samples(rate, crops=count, blocks=data.batch.reconstruction, group=rates.blocks)
-        return _encoder(name, vision, size, count, computed, bottleneck=bottleneck)
+        return _encoder(name, vision, size, count, count * (1 - rate), bottleneck=bottleneck)
 
     if active.clip:
         assert tokenizer.text is not None
@@ -204,7 +202,9 @@ def convolution_flops(tokenizer: ConvolutionalConfig) -> float:
     return encoding + forward_flops(shapes.pixel_decoder, latents, attention=False)
 
 
-def _encoder(name: str, config: VisionConfig, image_size: int, count: int, computed: int, *, bottleneck: bool) -> Item:
+def _encoder(
+    name: str, config: VisionConfig, image_size: int, count: int, computed: float, *, bottleneck: bool
+) -> Item:
     """Of `count` images, each residual branch on `computed` of them."""
     whole = count * encoder_flops(config, image_size, bottleneck=bottleneck)
     forward = whole - (count - computed) * _encoder_blocks(config, image_size)

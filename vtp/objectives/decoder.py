@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vtp.config import Config
 from vtp.data.batches import ImageBatch
+from vtp.device import send
 from vtp.distributed import ranks
 from vtp.draws import torch_draws
 from vtp.layers.average import frozen_copy, update_average, warm_momentum
@@ -49,6 +50,8 @@ class DecoderObjective(nn.Module):
     `channel_std` [d] scales the noise on latents and is not needed without.
     """
 
+    _noise: Tensor | None
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -63,7 +66,8 @@ class DecoderObjective(nn.Module):
         self.config = config
         self.seed = seed
         self._frozen = _Frozen(tokenizer.eval(), perceptual)  # in a tuple: no part of the state
-        self._noise = config.noise.std * channel_std[:, None, None] if channel_std is not None else None
+        noise = config.noise.std * channel_std[:, None, None] if channel_std is not None else None
+        self.register_buffer("_noise", noise, persistent=False)
         self.decoder: nn.Module = tokenizer.pixel_decoder
         self.average = frozen_copy(self.decoder)
         self.adversary = adversary
@@ -161,7 +165,7 @@ class DecoderObjective(nn.Module):
         for index in range(first, first + len(latents)):
             draws = torch_draws(self.seed, "latent_noise", step, index)
             noise.append(torch.rand(1, 1, 1, generator=draws) * torch.randn(latents.shape[1:], generator=draws))
-        return latents + torch.stack(noise).to(latents) * self._noise.to(latents)
+        return latents + send(torch.stack(noise).to(latents.dtype), latents.device) * self._noise.to(latents.dtype)
 
 
 class _Frozen(NamedTuple):

@@ -11,6 +11,7 @@ A convolutional tokenizer learns by reconstruction alone; `kl` is of its posteri
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from vtp.config import Config
 from vtp.data.pretrain_batches import PretrainBatch
+from vtp.device import send
 from vtp.distributed import ranks
 from vtp.draws import torch_draws
-from vtp.layers.drop_path import drop_path_indices
+from vtp.layers.drop_path import DropPath, draw_drop_path
 from vtp.layers.images import normalise
 from vtp.losses.clip import ContrastConfig, clip_loss, siglip_loss
 from vtp.losses.kl import kl_divergence
@@ -33,7 +35,7 @@ from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.adversary import DISCRIMINATOR, Adversary, ReconstructionStep
 from vtp.objectives.gradient_cache import GradientCache
 from vtp.objectives.rates import RatesConfig, groups
-from vtp.objectives.self_distillation import SelfDistillation, SslConfig, SslDropPathIndices
+from vtp.objectives.self_distillation import SelfDistillation, SslConfig, SslDropPath
 from vtp.step import UNINFORMED, Logs, ParameterGroup, StepContext, Term
 
 MAX_LOGIT_SCALE = 4.6052  # ln 100, as CLIP clamps it
@@ -86,12 +88,6 @@ class DropPathConfig(Config):
     reconstruction: float = Field(
         ge=0, lt=1, description="share of samples that a residual branch leaves out under reconstruction"
     )
-    blocks: int = Field(ge=1, description="blocks of the batch that share a draw, so that counts are exact")
-
-    @property
-    def group(self) -> int:
-        """Blocks that must not be separated: those that share a draw, where there is one."""
-        return self.blocks if self.clip or self.ssl or self.reconstruction else 1
 
 
 class PretrainObjectiveConfig(Config):
@@ -168,12 +164,12 @@ class PretrainObjective(nn.Module):
         if self.config.weights.clip:
             yield from self._clip(micro_batches, context)
         if self.ssl is not None:
-            indices = [
-                self._ssl_drop_path_indices(batch, number, len(micro_batches), context.step)
+            drop_path = [
+                self._ssl_drop_path(batch, number, len(micro_batches), context.step)
                 for number, batch in enumerate(micro_batches)
             ]
             weight = self.config.weights.ssl
-            yield from self.ssl.terms(self.vit, micro_batches, indices, context, weight=weight)
+            yield from self.ssl.terms(self.vit, micro_batches, drop_path, context, weight=weight)
         if self.adversary is not None:
             step = self._reconstruction_step(micro_batches, context)
             yield from self.adversary.terms("reconstruction", step, context, apart=context.log_step)
@@ -203,8 +199,8 @@ class PretrainObjective(nn.Module):
 
         def represent(batch: PretrainBatch, number: int) -> Sequence[Tensor]:
             images, place = normalise(batch.clip_images), (number, len(micro_batches), context.step)
-            indices = self._drop_path_indices("clip", batch, len(images), *place)
-            return tokenizer.encode_image(images, drop_path_indices=indices), tokenizer.encode_text(batch.tokens)
+            drop_path = self._drop_path("clip", batch, len(images), *place)
+            return tokenizer.encode_image(images, drop_path=drop_path), tokenizer.encode_text(batch.tokens)
 
         cache = GradientCache(represent, micro_batches)
         image, text = cache.features
@@ -246,10 +242,10 @@ class PretrainObjective(nn.Module):
         )
 
     def _reconstruct(self, batch: PretrainBatch, images: Tensor, number: int, count: int, step: int) -> Tensor:
-        indices = self._drop_path_indices("reconstruction", batch, len(images), number, count, step)
-        if indices is None:
+        drop_path = self._drop_path("reconstruction", batch, len(images), number, count, step)
+        if drop_path is None:
             return self.tokenizer.decode(self.tokenizer.encode(images, grad=True), grad=True)
-        return self.vit.decode(self.vit.encode(images, grad=True, drop_path_indices=indices), grad=True)
+        return self.vit.decode(self.vit.encode(images, grad=True, drop_path=drop_path), grad=True)
 
     def _reconstruct_a_sample(self, images: Tensor, number: int, count: int, step: int) -> tuple[Tensor, Posterior]:
         """What the decoder makes of latents drawn from the posterior; what is drawn belongs to the place in the batch."""
@@ -257,7 +253,8 @@ class PretrainObjective(nn.Module):
         posterior = self.tokenizer.posterior(images, grad=True)
         first, shape = (ranks().rank * count + number) * len(images), posterior.mean.shape[1:]
         draws = [torch_draws(self.seed, "posterior", step, first + index) for index in range(len(images))]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in draws]).to(posterior.mean)
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in draws])
+        noise = send(noise.to(posterior.mean.dtype), posterior.mean.device)
         latents = posterior.mean + (posterior.log_variance / 2).exp() * noise
         return self.tokenizer.decode(latents, grad=True), posterior
 
@@ -271,24 +268,23 @@ class PretrainObjective(nn.Module):
         logs = {"l1": l1.detach(), "perceptual": perceptual.detach(), "replaced_samples": batch.replaced.sum()}
         return self.config.weights.reconstruction * (l1 + config.perceptual_weight * perceptual), logs
 
-    def _ssl_drop_path_indices(self, batch: PretrainBatch, number: int, count: int, step: int) -> SslDropPathIndices:
+    def _ssl_drop_path(self, batch: PretrainBatch, number: int, count: int, step: int) -> SslDropPath:
         samples, place = len(batch.global_views), (number, count, step)
-        views = self._drop_path_indices("ssl", batch, 2 * samples, *place)
-        local_views = self._drop_path_indices("ssl", batch, batch.local_views.shape[1] * samples, *place, part=1)
-        return SslDropPathIndices(views, local_views)
+        views = self._drop_path("ssl", batch, 2 * samples, *place)
+        local_views = self._drop_path("ssl", batch, batch.local_views.shape[1] * samples, *place, part=1)
+        return SslDropPath(views, local_views)
 
-    def _drop_path_indices(
+    def _drop_path(
         self, objective: str, batch: PretrainBatch, crops: int, number: int, count: int, step: int, *, part: int = 0
-    ) -> Tensor | None:
-        """Of micro-batch `number` of `count`; see `vtp.layers.drop_path`."""
+    ) -> DropPath | None:
+        """Of micro-batch `number` of `count`, which has so many `crops`; see `vtp.layers.drop_path`."""
         blocks = len(batch.replaced)
         first = (ranks().rank * count + number) * blocks
-        indices = drop_path_indices(
+        drawn = draw_drop_path(
             getattr(self.config.drop_path, objective),
-            crops=crops,
+            crops=crops // blocks,
             blocks=range(first, first + blocks),
-            group=self.config.drop_path.blocks,
             depth=self.tokenizer.num_blocks,
-            draws=lambda group: torch_draws(self.seed, f"drop_path/{objective}", step, part, group),
+            draws=partial(torch_draws, self.seed, f"drop_path/{objective}", step, part),
         )
-        return None if indices is None else indices.to(batch.rec_images.device, non_blocking=True)
+        return drawn and drawn.to(batch.rec_images.device)

@@ -19,6 +19,7 @@ from vtp.config import Config
 from vtp.data.pretrain_batches import PretrainBatch
 from vtp.distributed import ranks, total
 from vtp.layers.average import frozen_copy, update_average
+from vtp.layers.drop_path import DropPath
 from vtp.layers.images import normalise
 from vtp.losses.dino import (
     Centering,
@@ -116,7 +117,7 @@ class SelfDistillation(nn.Module):
         self,
         tokenizer: VisualTokenizer,
         micro_batches: Sequence[PretrainBatch],
-        drop_path_indices: Sequence["SslDropPathIndices"],
+        drop_path: Sequence["SslDropPath"],
         context: StepContext,
         *,
         weight: float,
@@ -126,7 +127,7 @@ class SelfDistillation(nn.Module):
         taught = self._teach(micro_batches)
 
         def represent(batch: PretrainBatch, number: int) -> Sequence[Tensor]:
-            return self._student(tokenizer.trunk, batch, drop_path_indices[number])
+            return self._student(tokenizer.trunk, batch, drop_path[number])
 
         cache = GradientCache(represent, micro_batches)
         seen, local, patches = cache.features  # [B, 2, D], [B, L, D], [M, D]
@@ -212,15 +213,15 @@ class SelfDistillation(nn.Module):
             parts.append(_HeadInputs(view_head.embed(pooled), patch_head.embed(patches)))
         return _HeadInputs(*map(torch.cat, zip(*parts, strict=True)))
 
-    def _student(self, trunk: nn.Module, batch: PretrainBatch, indices: "SslDropPathIndices") -> Sequence[Tensor]:
+    def _student(self, trunk: nn.Module, batch: PretrainBatch, drop_path: "SslDropPath") -> Sequence[Tensor]:
         latent = self.config.features == "latent"
         views, local_views = normalise(batch.global_views), normalise(batch.local_views)
         masks = batch.masks.flatten(0, 1)
-        seen: Features = trunk(views.flatten(0, 1), masks, drop_path_indices=indices.views, latent=latent)
+        seen: Features = trunk(views.flatten(0, 1), masks, drop_path=drop_path.views, latent=latent)
         pooled = self._pool(seen).unflatten(0, views.shape[:2])
         pooled_local = pooled[:, :0]
         if local_views.shape[1]:
-            local: Features = trunk(local_views.flatten(0, 1), drop_path_indices=indices.local_views, latent=latent)
+            local: Features = trunk(local_views.flatten(0, 1), drop_path=drop_path.local_views, latent=latent)
             pooled_local = self._pool(local).unflatten(0, local_views.shape[:2])
         return pooled, pooled_local, seen.patches.flatten(0, 1)[batch.masked]
 
@@ -236,11 +237,11 @@ class SelfDistillation(nn.Module):
             )
 
 
-class SslDropPathIndices(NamedTuple):
-    """Of a micro-batch's views: the samples [depth, 2, K] that each residual branch computes, or None for all."""
+class SslDropPath(NamedTuple):
+    """Of a micro-batch's views: what each residual branch computes, or None for all."""
 
-    views: Tensor | None
-    local_views: Tensor | None
+    views: DropPath | None
+    local_views: DropPath | None
 
 
 def _spread(features: Tensor) -> Tensor:

@@ -3,14 +3,19 @@
 Terms are back-propagated one after the other, without any reduction on the way, and the summed gradient is reduced
 once. (Reducing inside of several backward passes is where DistributedDataParallel goes wrong silently: with `no_sync`
 on all but the last, gradients of parameters that the last one does not reach stay unreduced.)
+
+The host waits for the device once: whether the gradient is finite must be known before the step, and comes with all that
+is logged.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vtp.device import read, send
 from vtp.distributed import gather_objects, is_sharded, local, sum_gradients, total
 from vtp.step import Logs, OptimConfig, StepContext, Term
 from vtp.training.optim import parameters_of, set_rates, squared_norms
@@ -50,11 +55,11 @@ class Update:
     def apply(self, terms: Iterator[Term], context: StepContext, *, requests: Requests = NONE) -> Outcome:
         """Differentiate `terms` and step, unless the gradient is not finite: then weights and optimiser state stay."""
         similarity = _GradientSimilarity(self._shared) if context.log_step and self._shared else None
-        parts: dict[str, Tensor] = {}
+        parts: dict[str, Tensor | float] = {}
         # Terms are computed lazily: the loop body runs between two of them.
         for term in terms:
             for name, value in term.parts.items():
-                plain = torch.as_tensor(value, device=self._parameters[0].device).detach().float()
+                plain = value.detach().float() if isinstance(value, Tensor) else value
                 parts[name] = parts[name] + plain if name in parts else plain
             if term.loss is not None:
                 if similarity is not None:
@@ -63,13 +68,13 @@ class Update:
         if similarity is not None:
             similarity.restore()
         sum_gradients(self._parameters)
-        norm, values, agreed = self._summarise(parts, requests)
-        finite = bool(torch.isfinite(norm))
-        logs: dict[str, Tensor | float] = dict(zip(parts, values, strict=True))
+        norm, known, values, agreed = self._summarise(parts, requests)
+        finite = math.isfinite(known)
+        logs: dict[str, Tensor | float] = {**values}
         if finite:
             self._clip(norm)
             logs[f"{self.phase}_lr"] = set_rates(self.optimizer, self.config, context)
-            logs[f"{self.phase}_gradient_norm"] = norm
+            logs[f"{self.phase}_gradient_norm"] = known
             if similarity is not None:
                 logs |= similarity.logs()
             self.optimizer.step()
@@ -99,19 +104,30 @@ class Update:
         ]
         return ", ".join(origins) or "only the sum of all objectives"
 
-    def _summarise(self, parts: Mapping[str, Tensor], requests: Requests) -> tuple[Tensor, Sequence[Tensor], Requests]:
-        """Norm of the whole gradient, global scalars, and the requests of any rank, in one small reduction."""
+    def _summarise(self, parts: Mapping[str, Tensor | float], requests: Requests) -> "_Summary":
+        """What all ranks must know of each other, in one small reduction, and the one time that the host waits."""
         replicated, sharded = squared_norms(self._parameters)
-        wanted = torch.tensor(requests, dtype=torch.float32).to(replicated.device, non_blocking=True)
-        summed = total(torch.cat([torch.stack([*parts.values(), sharded.float()]), wanted]))
-        *values, squared = summed[: len(parts) + 1].unbind()
-        agreed = Requests(*(bool(asked) for asked in summed[len(parts) + 1 :].tolist()))
-        return (replicated + squared).sqrt(), values, agreed
+        of_device = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
+        of_host = {name: value for name, value in parts.items() if name not in of_device}
+        numbers = send(torch.tensor([*of_host.values(), *requests], dtype=torch.float32), replicated.device)
+        summed = total(torch.cat([torch.stack([sharded.float(), *of_device.values()]), numbers]))
+        norm = (replicated + summed[0]).sqrt()
+        known, *read_values = read(torch.cat([norm[None], summed[1:]]))
+        values = dict(zip([*of_device, *of_host], read_values, strict=False))
+        agreed = Requests(*(bool(asked) for asked in read_values[len(parts) :]))
+        return _Summary(norm, known, {name: values[name] for name in parts}, agreed)
 
     def _clip(self, norm: Tensor) -> None:
         if self.config.clip_norm is not None:
             gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
             torch._foreach_mul_(gradients, (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+class _Summary(NamedTuple):
+    norm: Tensor  # of the whole gradient
+    known: float  # the same, on the host
+    values: Mapping[str, float]  # sums over ranks of all scalars
+    requests: Requests  # of any rank
 
 
 class _GradientSimilarity:

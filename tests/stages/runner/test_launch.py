@@ -12,7 +12,7 @@ from launching import ranks_of
 from tiny import ROOT, merged, tiny_params, wait_for, write_params, write_shards
 
 from stages.runner.environment import Runtime
-from stages.runner.launch import command_of, count_nodes, several
+from stages.runner.launch import command_of, count_nodes, count_ranks
 from vtp.config import ConfigError
 
 
@@ -56,8 +56,8 @@ def stage(tmp_path, shards):
 
 
 def begin(stage, **settings):
-    """Start two ranks and wait until they train."""
-    process = stage.start(VTP_RANKS="2", **settings)
+    """Start two ranks and wait until they train; none begins again, unless `settings` say so."""
+    process = stage.start(**{"VTP_RANKS": "2", "VTP_RESTARTS": "0"} | settings)
     wait_for(lambda: stage.file("folder/curves.csv"), process)
     return process
 
@@ -92,6 +92,25 @@ def test_a_dead_rank_ends_the_job(stage):
 
 
 @pytest.mark.slow
+def test_a_dead_rank_costs_a_restart(stage):
+    """Both ranks begin again, from the last checkpoint, without anybody's help; the run stops when it is asked to."""
+    training = stage()
+    process = begin(training, VTP_RESTARTS="1", VTP_CHECKPOINT_SECONDS="0")
+    wait_for(lambda: training.file("folder/checkpoints/step-*[0-9]"), process)
+    before = ranks_of(training.folder)
+    os.kill(before[1], signal.SIGKILL)
+    log = training.file("run.log")
+    wait_for(lambda: "resumed after step" in log.read_text(), process)
+    assert [f"rank {rank} begins again, for the 1. time" in log.read_text() for rank in (0, 1)] == [True, True]
+    after = ranks_of(training.folder)
+    assert set(after) == {0, 1}
+    assert not set(after.values()) & set(before.values())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 130, said
+
+
+@pytest.mark.slow
 def test_a_hanging_rank_ends_the_job_within_the_timeout(stage):
     training = stage()
     process = begin(training, VTP_TIMEOUT_SECONDS="8")
@@ -104,10 +123,13 @@ def test_a_hanging_rank_ends_the_job_within_the_timeout(stage):
 
 @pytest.mark.slow
 def test_an_error_of_a_rank_is_told(stage):
-    process = stage(data={"batch": {"clip": 8, "ssl": 4, "reconstruction": 1}}).start(VTP_RANKS="2")
+    training = stage(data={"batch": {"clip": 128, "ssl": 4, "reconstruction": 2}})
+    process = training.start(VTP_RANKS="2")
     _, said = process.communicate(timeout=600)
     assert process.returncode == 1
-    assert "error: rank 0: pretrain.data.batch.reconstruction 1 is not a multiple of the 2 ranks" in said
+    assert "error: rank 0: the training shards hold 64 samples and a batch takes 128" in said
+    assert "Traceback" in training.file("run.log").read_text()
+    assert training.file("run.log").read_text().count("rank 0 failed") == 1  # it would come again, so nobody tried
 
 
 @pytest.mark.slow
@@ -121,9 +143,9 @@ def test_an_adversary_needs_whole_weights(stage):
 
 def test_commands(monkeypatch, tmp_path):
     job = tmp_path / "abc" / "job.json"
-    assert not several(Runtime.of({"VTP_DEVICE": "cpu"}))
+    assert count_ranks(Runtime.of({"VTP_DEVICE": "cpu"})) == 1
     one = Runtime.of({"VTP_RANKS": "8"})
-    assert several(one)
+    assert count_ranks(one) == 8
     command = command_of(job, one)
     assert "--standalone" in command
     assert "--nproc-per-node=8" in command
@@ -137,12 +159,18 @@ def test_commands(monkeypatch, tmp_path):
     script.write_text("#!/bin/sh\necho node7\necho node8\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in {"SLURM_JOB_ID": "9", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]"}.items():
         monkeypatch.setenv(name, value)
     assert count_nodes(one) == 2
     command = command_of(job, one)
-    assert command[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    assert command[:5] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     assert "--rdzv-endpoint=node7:29500" in command
+    assert "--max-restarts=3" in command
+    for name, cores in (("SLURM_CPUS_ON_NODE", "128"), ("SLURM_CPUS_PER_TASK", "96")):  # the latter is what was asked
+        monkeypatch.setenv(name, cores)
+        assert f"--cpus-per-task={cores}" in command_of(job, one)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,15 @@
 """The command line of stages: every flag says what it is."""
 
 import re
+import runpy
 import subprocess
 import sys
 from importlib import import_module
 
 import pytest
-from tiny import ROOT
+from tiny import ROOT, tiny_params, write_params
 
-from stages.runner.run import INTERRUPTED, Input, command_line, describe_flag, main, path_flags
+from stages.runner.run import BAD_PARAMETERS, INTERRUPTED, Input, command_line, describe_flag, main, path_flags
 
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py") if path.stem != "check")
 PLANS = sorted(path.stem for path in (ROOT / "stages/plans").glob("[a-z]*.py"))
@@ -107,3 +108,28 @@ def test_interrupted_while_no_body_is_at_work(monkeypatch, capsys):
         main(import_module("stages.reference").run)
     assert end.value.code == INTERRUPTED
     assert capsys.readouterr().err == "stopped; the next start goes on with what was saved before\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("pretrain", "error: pretrain.data.batch.reconstruction 2 is not a multiple of the 3 ranks"),
+        ("tune_decoder", "error: tune_decoder.batch_size 4 is not a multiple of the 3 ranks"),
+        ("train_generator", "error: train_generator.batch_size 8 is not a multiple of the 3 ranks"),
+    ],
+)
+def test_a_batch_that_does_not_split_is_refused_before_anything_is_read(stage, said, tmp_path, monkeypatch, capsys):
+    """None of the inputs is there, and nobody gets to miss them."""
+    write_params(tiny_params(), tmp_path / "params.yaml")
+    flags = [name for kind in ("input", "output") for name in path_flags(import_module(f"stages.{stage}").run, kind)]
+    paths = [word for name in (*flags, "provenance") for word in (f"--{name.replace('_', '-')}", "nothing")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VTP_DEVICE", "cpu")
+    monkeypatch.setenv("VTP_RANKS", "3")
+    monkeypatch.setattr("sys.argv", [stage, f"params.yaml:{stage}", *paths])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"stages.{stage}", run_name="__main__")
+    assert end.value.code == BAD_PARAMETERS
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / ".scratch").exists()
