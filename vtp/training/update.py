@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vtp.distributed import gather_objects, is_sharded, local, sum_gradients, total
 from vtp.step import Logs, OptimConfig, StepContext, Term
-from vtp.training.optim import parameters_of, set_rates, squared_norms
+from vtp.training.optim import Optimizers, parameters_of, set_rates, squared_norms
 
 
 class Requests(NamedTuple):
@@ -37,13 +37,12 @@ class Outcome(NamedTuple):
 class Update:
     """The optimiser of a phase and its rules."""
 
-    def __init__(
-        self, phase: str, optimizer: torch.optim.Optimizer, config: OptimConfig, shared: Sequence[nn.Parameter]
-    ) -> None:
+    def __init__(self, phase: str, optimizer: Optimizers, config: OptimConfig, shared: Sequence[nn.Parameter]) -> None:
         self.phase = phase
         self.optimizer = optimizer
         self.config = config
         self._parameters = parameters_of(optimizer)
+        self._clipped = _by_module(optimizer) if config.clip_by == "module" else {"": self._parameters}
         own = set(self._parameters)
         self._shared = [parameter for parameter in shared if parameter in own]
 
@@ -63,17 +62,21 @@ class Update:
         if similarity is not None:
             similarity.restore()
         sum_gradients(self._parameters)
-        norm, values, agreed = self._summarise(parts, requests)
+        norm, norms, values, agreed = self._summarise(parts, requests)
         finite = bool(torch.isfinite(norm))
         logs: dict[str, Tensor | float] = dict(zip(parts, values, strict=True))
         if finite:
-            self._clip(norm)
+            self._clip(norms)
             logs[f"{self.phase}_lr"] = set_rates(self.optimizer, self.config, context)
             logs[f"{self.phase}_gradient_norm"] = norm
+            if len(norms) > 1:
+                logs |= {
+                    f"{self.phase}_gradient_norm_{name}": of for name, of in zip(self._clipped, norms, strict=True)
+                }
             if similarity is not None:
                 logs |= similarity.logs()
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return Outcome(logs, finite, agreed)
 
     def find_nonfinite(self, terms: Iterator[Term]) -> str:
@@ -88,7 +91,7 @@ class Update:
                 term.loss.backward()
             if any(p.grad is not None and not bool(torch.isfinite(local(p.grad)).all()) for p in self._parameters):
                 signs.append((2, term.name, "gradient"))
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
         of_ranks = gather_objects(signs)
         strongest = min((sign[0] for signs in of_ranks for sign in signs), default=None)
         origins = [
@@ -99,19 +102,38 @@ class Update:
         ]
         return ", ".join(origins) or "only the sum of all objectives"
 
-    def _summarise(self, parts: Mapping[str, Tensor], requests: Requests) -> tuple[Tensor, Sequence[Tensor], Requests]:
-        """Norm of the whole gradient, global scalars, and the requests of any rank, in one small reduction."""
-        replicated, sharded = squared_norms(self._parameters)
+    def _summarise(self, parts: Mapping[str, Tensor], requests: Requests) -> "_Agreement":
+        """What all ranks must know of the gradients, the scalars and each other, in one small reduction."""
+        pairs = [squared_norms(parameters) for parameters in self._clipped.values()]
+        replicated, sharded = (torch.stack(squares) for squares in zip(*pairs, strict=True))
         wanted = torch.tensor(requests, dtype=torch.float32).to(replicated.device, non_blocking=True)
-        summed = total(torch.cat([torch.stack([*parts.values(), sharded.float()]), wanted]))
-        *values, squared = summed[: len(parts) + 1].unbind()
-        agreed = Requests(*(bool(asked) for asked in summed[len(parts) + 1 :].tolist()))
-        return (replicated + squared).sqrt(), values, agreed
+        summed = total(torch.cat([*(value[None] for value in parts.values()), sharded.float(), wanted]))
+        values, of_sharded, asked = summed.split([len(parts), len(sharded), len(wanted)])
+        squares = replicated + of_sharded
+        agreed = Requests(*(bool(each) for each in asked.tolist()))
+        return _Agreement(squares.sum().sqrt(), squares.sqrt().unbind(), values.unbind(), agreed)
 
-    def _clip(self, norm: Tensor) -> None:
-        if self.config.clip_norm is not None:
-            gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    def _clip(self, norms: Sequence[Tensor]) -> None:
+        """Shorten what is longer than `clip_norm`: the whole gradient, or those of modules."""
+        if self.config.clip_norm is None:
+            return
+        for parameters, norm in zip(self._clipped.values(), norms, strict=True):
+            if gradients := [local(p.grad) for p in parameters if p.grad is not None]:
+                torch._foreach_mul_(gradients, (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+class _Agreement(NamedTuple):
+    norm: Tensor  # of the whole gradient
+    norms: Sequence[Tensor]  # of what is clipped by itself
+    values: Sequence[Tensor]  # sums over ranks of all scalars
+    requests: Requests  # of any rank
+
+
+def _by_module(optimizer: Optimizers) -> dict[str, list[nn.Parameter]]:
+    modules: dict[str, list[nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        modules.setdefault(group["module"], []).extend(group["params"])
+    return modules
 
 
 class _GradientSimilarity:
