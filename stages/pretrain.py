@@ -221,7 +221,9 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
         host=host,
     )
 
-    optim = {"model": config.optim} | ({DISCRIMINATOR: config.adversary.optim} if config.adversary else {})
+    optim = {"model": config.optim.for_batch(config.active.pool)}
+    if config.adversary is not None:
+        optim[DISCRIMINATOR] = config.adversary.optim.for_batch(config.active.reconstruction)
     training = Run(length.steps, config.training, optim, cost, rank_slice.micro_batches)
     optimizer_state = fit(
         objective, batches, training, host=host, monitors=[monitor, exports], optimizer_state=optimizer_state

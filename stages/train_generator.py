@@ -165,7 +165,8 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
         host=host,
     )
     milestones = GeneratorMilestones(objective, config.monitor.milestones, folder=host.folder / "milestones")
-    training = Run(length.steps, config.training, {"model": config.optim}, cost, rank_slice.micro_batches)
+    optim = {"model": config.optim.for_batch(config.batch_size)}
+    training = Run(length.steps, config.training, optim, cost, rank_slice.micro_batches)
     fit(objective, source.batches, training, host=host, monitors=[monitor, milestones])
 
     averages = [f"ema-{number_name(momentum)}" for momentum in config.objective.ema]

@@ -96,6 +96,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
         stream, config.view, size=model.image_size, batch_size=config.batch_size, rank_slice=rank_slice
     )
     optim = {"decoder": config.optim} | ({DISCRIMINATOR: config.adversary.optim} if config.adversary else {})
+    optim = {phase: of_phase.for_batch(config.batch_size) for phase, of_phase in optim.items()}
     training = Run(length.steps, config.training, optim, cost, rank_slice.micro_batches)
     fit(objective, batches, training, host=host, monitors=[monitor])
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from objectives.test_pretrain import COMBINATIONS, CONVOLUTIONAL, batch_of, config_of, objective_of
 from safetensors.torch import load_file
+from torch import nn
 
 from stages.runner.environment import LocalHost, Runtime
 from vtp.data.batches import RankSlice
@@ -16,7 +17,7 @@ from vtp.distributed import gather, process_group, ranks, shard, sum_gradients, 
 from vtp.losses.clip import clip_loss, siglip_loss
 from vtp.losses.dino import sinkhorn_potential
 from vtp.losses.koleo import koleo_loss
-from vtp.step import StepContext
+from vtp.step import ParameterGroup, StepContext, Term, hidden_matrices
 from vtp.training.checkpoint import Checkpoints
 from vtp.training.fit import state_of
 from vtp.training.optim import build_optimizer
@@ -205,6 +206,33 @@ def checkpointed(case, folder, start, stop, parallel="ddp"):
     return {"losses": losses, "weights": weights}
 
 
+def moved_by_muon(parallel="ddp"):
+    """Weights after steps of Muon and AdamW on a network whose gradients have full rank, clipped by module."""
+    rank, size = ranks()
+    torch.manual_seed(0)
+    blocks = [nn.Linear(24, 24) for _ in range(2)]
+    objective = nn.Sequential(*blocks, nn.Linear(24, 8))
+    if parallel == "fsdp":
+        shard([[*objective, objective]], "cpu")
+    matrices = {"name": "muon", "lr": 1.0, "momentum": 0.95, "nesterov": True, "adjust_lr": "match_rms_adamw"}
+    optim = config_of({"optim": {"matrices": matrices, "lr": LR, "clip_norm": 0.1, "clip_by": "module"}}).optim
+    groups = [
+        ParameterGroup(list(layer.parameters()), module=name, hidden=hidden_matrices(blocks))
+        for name, layer in objective.named_children()
+    ]
+    optimizer = build_optimizer(groups, optim)
+    update, tensors = Update("model", optimizer, optim, ()), {}
+    for step in range(STEPS):
+        draws = torch.Generator().manual_seed(step)
+        x, y = (
+            torch.randn(64, width, generator=draws)[64 * rank // size : 64 * (rank + 1) // size] for width in (24, 8)
+        )
+        loss = (objective(x) - y).square().sum() / 64
+        outcome = update.apply(iter([Term("square", loss, {})]), StepContext(step, STEPS, log_step=False))
+        tensors |= {f"{step} {name}": torch.as_tensor(value) for name, value in outcome.logs.items()}
+    return tensors | {name: whole(value).clone() for name, value in objective.state_dict().items()}
+
+
 def main(folder):
     with process_group("cpu", timeout=600):
         rank, size = ranks()
@@ -218,6 +246,7 @@ def main(folder):
             results["placed"] = placed_gradients("clip+ssl+ae")
         for parallel in ("ddp", "fsdp"):
             results["poisoned", parallel] = poisoned(parallel)
+            results["muon", parallel] = moved_by_muon(parallel)
         for parallel in ("ddp", "fsdp"):
             place = folder / f"checkpoints-{parallel}-{size}"
             results["saved", parallel] = checkpointed("everything", place, 0, 3, parallel)

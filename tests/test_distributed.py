@@ -18,6 +18,7 @@ from ranks import (
     cases_on,
     checkpointed,
     gradients_and_weights,
+    moved_by_muon,
     reductions,
 )
 from safetensors.torch import load_file
@@ -82,6 +83,19 @@ def test_gradients_and_weights_are_those_of_one_process(request, one, case, layo
             error = (together["weights"][name] - weight).abs().max()
             assert error <= 0.05 * LR * STEPS, f"{name} on rank {rank}: {error}"
         assert together["logs"] == pytest.approx(alone["logs"], rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_muon_and_clipping_by_module_do_not_depend_on_ranks(request, parallel, size):
+    """Weights within what Muon's products in bfloat16 differ by, norms of modules as always."""
+    alone = moved_by_muon()
+    assert {"0 model_gradient_norm_0", "0 model_gradient_norm_2"} < alone.keys()
+    for results in ranks_of(request, size):
+        for name, expected in alone.items():
+            of_weights = name.endswith("weight")
+            error = (results["muon", parallel][name] - expected).abs().max()
+            assert error <= (0.1 * LR * STEPS if of_weights else 1e-4 * expected.abs().max() + 1e-7), f"{name}: {error}"
 
 
 def test_sharded_compiled_and_recomputed_at_once(two, one):

@@ -1,8 +1,9 @@
 """What passes between the training loop and an objective within a step."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field
 
@@ -49,12 +50,49 @@ class ParameterGroup(NamedTuple):
     lr: float = 1.0
     weight_decay: float = 1.0
     frozen_until: float = 0.0  # share of the run in which the learning rate is 0
+    module: str = ""  # of which it is a part: that whose gradient is clipped by itself where `clip_by` says module
+    hidden: "Set[nn.Parameter]" = frozenset()  # among others, its matrices of hidden layers
+
+
+def hidden_matrices(blocks: "Iterable[nn.Module]") -> "frozenset[nn.Parameter]":
+    """The matrices of hidden layers: all weights of two dimensions in the blocks of a transformer."""
+    return frozenset(parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2)
+
+
+class AdamwMatrices(Config):
+    """AdamW moves them, as it moves all else."""
+
+    name: Literal["adamw"]
+
+
+class MuonMatrices(Config):
+    """Muon moves them: along their momentum with all of its singular values made about 1 (Jordan et al. 2024)."""
+
+    name: Literal["muon"]
+    lr: float = Field(gt=0, description="factor on the learning rate of what Muon moves; 1 fits match_rms_adamw")
+    momentum: float = Field(ge=0, lt=1, description="decay of the mean of gradients (Muon)")
+    nesterov: bool = Field(description="step along the mean of the momentum and the gradient, not the momentum alone")
+    adjust_lr: Literal["original", "match_rms_adamw"] = Field(
+        description="factor by the shape of a matrix: sqrt(max(1, out / in)), or 0.2 sqrt(max(out, in)), with which steps "
+        "are as long as AdamW's, whose learning rates then fit (Moonshot)"
+    )
 
 
 class OptimConfig(Config):
-    """AdamW with linear warm-up, then a cosine to `final_lr` or a constant rate."""
+    """AdamW, or beside it Muon, with linear warm-up, then a cosine to `final_lr` or a constant rate.
 
+    Hidden layers are the blocks of transformers: of encoder, decoder, text tower and generator. Muon moves their matrices
+    alone, a fused one (queries, keys and values) as one matrix. What is AdamW's in any case: patch, token, label and time
+    embeddings, learned tokens, the layers to and from latents and pixels, projections and heads, norms, biases, scales.
+    """
+
+    matrices: Annotated[AdamwMatrices | MuonMatrices, Field(discriminator="name")]
     lr: float = Field(gt=0, description="peak learning rate")
+    reference_batch: int | None = Field(
+        ge=1,
+        description="samples of a step (of pre-training its largest batch) for which lr is given: the run's is lr times the "
+        "root of its own batch over this one (DINOv2); null: lr is the run's",
+    )
     final_lr: float = Field(ge=0, description="learning rate at the end of the cosine")
     schedule: Literal["cosine", "constant"] = Field(description="course of the learning rate after warm-up")
     warmup: float = Field(ge=0, le=1, description="share of the run in which the rate rises from 0")
@@ -67,7 +105,18 @@ class OptimConfig(Config):
     final_weight_decay: float = Field(
         ge=0, description="weight decay at the end of a cosine that begins at weight_decay (DINOv2)"
     )
-    clip_norm: float | None = Field(gt=0, description="largest norm of the whole gradient, null for no limit")
+    clip_norm: float | None = Field(gt=0, description="largest norm of the gradient, null for no limit")
+    clip_by: Literal["whole", "module"] = Field(
+        description="what clip_norm limits: the whole gradient, or that of each module by itself (encoder, decoder, text "
+        "tower, each head; DINOv2)"
+    )
+
+    def for_batch(self, samples: int) -> Self:
+        """The same for steps of so many samples: `lr` by the square-root rule, where it is given for another batch."""
+        if self.reference_batch is None:
+            return self
+        lr = self.lr * math.sqrt(samples / self.reference_batch)
+        return self.model_copy(update={"lr": lr, "reference_batch": None})
 
 
 class StepCost(NamedTuple):

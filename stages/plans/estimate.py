@@ -6,7 +6,7 @@ the real modules with tensors that have shapes and no contents, and adding up wh
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.tokenizer import TokenizerConfig
 from vtp.objectives.cost import decoding_flops, encoding_flops
 from vtp.params import load, read_parameters, split_address
+from vtp.step import OptimConfig
 
 FLOAT = 4  # bytes
 LABEL = 8  # bytes
@@ -202,6 +203,12 @@ def _kept(forward: Callable[[int], list[Tensor]], count: int) -> int:
 def count_of(module: nn.Module | EncoderLayers) -> int:
     """Parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def kept_moments(trained: int, hidden: Set[nn.Parameter], optim: OptimConfig) -> int:
+    """Numbers that the optimiser keeps of so many parameters: two of each, and one of the `hidden` that Muon moves."""
+    by_muon = sum(parameter.numel() for parameter in hidden) if optim.matrices.name == "muon" else 0
+    return 2 * trained - by_muon
 
 
 def millions(parameters: int, digits: int = 2) -> Figure:

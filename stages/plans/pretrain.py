@@ -17,6 +17,7 @@ from stages.plans.estimate import (
     autocast,
     count_of,
     gigabytes,
+    kept_moments,
     kept_per_sample,
     millions,
     options_for,
@@ -29,6 +30,7 @@ from vtp.models.tokenizer import VisualTokenizer
 from vtp.models.trainable import build_tokenizer
 from vtp.objectives.adversary import Adversary
 from vtp.objectives.cost import convolution_flops, items, paper_flops
+from vtp.objectives.rates import groups
 from vtp.params import load
 from vtp.training.fit import RunLength, run_length
 
@@ -83,7 +85,10 @@ def plan(arguments: list[str]) -> Estimate:
     trained = count_of(model) + sum(extra.values())
     teacher = encoder + count_of(heads) if active.ssl else 0
     split = options.gpus if options.fsdp else 1
-    static = {"weights": trained, "gradients": trained, "optimiser": 2 * trained, "teacher": teacher}
+    moments = kept_moments(
+        trained, {matrix for group in groups(model, heads, config.rates) for matrix in group.hidden}, config.optim
+    )
+    static = {"weights": trained, "gradients": trained, "optimiser": moments, "teacher": teacher}
     memory |= {name: gigabytes(count * FLOAT / split) for name, count in static.items()}
     per_objective = activations(config, model)
     share = 1 / passes / options.gpus  # of the global batch, in one pass
@@ -97,7 +102,7 @@ def plan(arguments: list[str]) -> Estimate:
         note = f"{passes} per step and GPU; clip and ssl features are computed twice"
         memory["micro-batches"] = Figure(passes, note)
 
-    state = {"checkpoint": (3 * trained + teacher) * FLOAT, "tokenizer": count_of(model) * FLOAT}
+    state = {"checkpoint": (trained + moments + teacher) * FLOAT, "tokenizer": count_of(model) * FLOAT}
     _add_time_and_disk(estimate.section("time and disk"), options, config, length, state)
     return estimate
 

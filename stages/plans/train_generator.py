@@ -22,6 +22,7 @@ from stages.plans.estimate import (
     count_of,
     gigabytes,
     inputs_of,
+    kept_moments,
     kept_per_sample,
     millions,
     options_for,
@@ -38,6 +39,7 @@ from vtp.models.lightningdit import LightningDiT
 from vtp.models.text_encoder import OpenClipText, TransformersText
 from vtp.models.tokenizer import TokenizerConfig
 from vtp.params import load
+from vtp.step import hidden_matrices
 from vtp.training.conditioning import CaptionCondition, ClassCondition
 from vtp.training.fit import run_length
 
@@ -87,7 +89,8 @@ def plan(arguments: list[str]) -> Estimate:
     memory = estimate.section(f"memory per GPU, {options.gpus} GPUs")
     split = options.gpus if options.fsdp else 1
     averages = {f"average, {number_name(momentum)}": count for momentum in config.objective.ema}
-    static = {"weights": count, "gradients": count, "optimiser": 2 * count} | averages
+    moments = kept_moments(count, hidden_matrices(model.blocks), config.optim)
+    static = {"weights": count, "gradients": count, "optimiser": moments} | averages
     memory |= {name: gigabytes(numbers * FLOAT / split) for name, numbers in static.items()}
     share, passes = per_gpu(options, config.batch_size, named="train_generator.batch_size")
     kept = share * activations(config, model, inputs)
@@ -104,7 +107,7 @@ def plan(arguments: list[str]) -> Estimate:
     time["latents per second"] = Figure(rate, note)
     cached = images * size * (2 if cache.horizontal_flips else 1)
     time["latents"] = Figure(cached, f"{cached / GIGA:,.3g} GB; the faster when they fit into memory")
-    state = (3 + len(averages)) * count * FLOAT
+    state = ((1 + len(averages)) * count + moments) * FLOAT
     time["checkpoint"] = Figure(state, f"{state / GIGA:,.1f} GB, and {options.checkpoints_kept} are kept")
     models = len(averages) + len(config.monitor.milestones)
     note = f"{models * count * FLOAT / GIGA:,.1f} GB: {models} times its weights, averages and milestones"

@@ -18,12 +18,14 @@ from stages.plans.estimate import (
     count_of,
     gigabytes,
     inputs_of,
+    kept_moments,
     kept_per_sample,
     millions,
     options_for,
     per_gpu,
 )
 from stages.tune_decoder import TuneDecoder
+from vtp.layers.block import Block
 from vtp.layers.flops import FROZEN, TRAINING
 from vtp.losses.perceptual import perceptual_shapes
 from vtp.models.base import TrainableTokenizer
@@ -32,6 +34,7 @@ from vtp.models.trainable import build_tokenizer
 from vtp.objectives.adversary import Adversary
 from vtp.objectives.cost import perceptual_flops
 from vtp.params import load
+from vtp.step import hidden_matrices
 from vtp.training.fit import run_length
 
 
@@ -65,7 +68,9 @@ def plan(arguments: list[str]) -> Estimate:
     trained = sum(counts.values())
     frozen = count_of(model.encoder_layers()) + count_of(perceptual_shapes(config.objective.perceptual))
     static = {"encoder and perceptual network": frozen, "weights": trained, "gradients": trained}
-    static |= {"optimiser": 2 * trained, "average": counts["decoder"]}
+    hidden = hidden_matrices(module for module in model.pixel_decoder.modules() if isinstance(module, Block))
+    moments = kept_moments(trained, hidden, config.optim)
+    static |= {"optimiser": moments, "average": counts["decoder"]}
     memory |= {name: gigabytes(count * FLOAT) for name, count in static.items()}
     share, passes = per_gpu(options, config.batch_size, named="tune_decoder.batch_size")
     kept = {name: share * size for name, size in activations(config, inputs, model, discriminator).items()}
@@ -81,7 +86,7 @@ def plan(arguments: list[str]) -> Estimate:
     time["step"] = Figure(seconds / length.steps, f"{seconds / length.steps:.3g} s")
     rate = length.samples / seconds
     time["images per second"] = Figure(rate, f"{rate:,.0f} from storage")
-    state = (3 * trained + counts["decoder"]) * FLOAT
+    state = (trained + moments + counts["decoder"]) * FLOAT
     time["checkpoint"] = gigabytes(state, f", and {options.checkpoints_kept} are kept")
     time["decoder"] = gigabytes(counts["decoder"] * FLOAT)
     return estimate

@@ -49,7 +49,9 @@ def perceptual(tmp_path_factory):
 def updated(phase, terms, parameters):
     """The gradients with which an update steps, and the scalars of the step."""
     optimizer, gradients = build_optimizer([ParameterGroup(parameters)], OPTIM), []
-    optimizer.register_step_pre_hook(lambda *_: gradients.extend(parameter.grad.clone() for parameter in parameters))
+    optimizer.parts[0].register_step_pre_hook(
+        lambda *_: gradients.extend(parameter.grad.clone() for parameter in parameters)
+    )
     return gradients, Update(phase, optimizer, OPTIM, ()).apply(terms, STEP).logs
 
 

@@ -4,6 +4,8 @@ from importlib import import_module
 
 import pytest
 import torch
+import tuning
+from objectives import test_pretrain as pretraining
 from tiny import ROOT, merged, tiny_params, write_params
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,7 +20,10 @@ from stages.train_generator import TrainGenerator
 from vtp.config import ConfigError
 from vtp.flow import SamplerConfig, sample
 from vtp.layers.random_vgg import STAGES, ConvStages
+from vtp.models.lightningdit import LightningDiT
+from vtp.objectives.generation import GenerationObjective
 from vtp.params import load, read_parameters
+from vtp.training.optim import build_optimizer
 
 PAPER = ROOT / "pipelines/imagenet/params.paper.yaml"
 STAGES_WITH_A_PLAN = [
@@ -191,6 +196,34 @@ def test_activations_are_those_of_a_run(small):
     with FakeTensorMode(allow_non_fake_inputs=True):
         planned = estimate.kept_per_sample(lambda count: model(torch.empty(count, 3, 8, 8)))
     assert planned == estimate.kept_per_sample(lambda count: model(torch.rand(count, 3, 8, 8))) > 64 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_are_those_that_optimisers_keep(tmp_path, name):
+    muon = {"name": "muon", "lr": 1.0, "momentum": 0.95, "nesterov": True, "adjust_lr": "match_rms_adamw"}
+    change = {"optim": {"matrices": {"adamw": {"name": "adamw"}, "muon": muon}[name]}}
+    changes = dict.fromkeys(("pretrain", "tune_decoder", "train_generator"), change)
+    values = merged(tiny_params(), changes)
+    write_params(values, tmp_path / "params.yaml")
+    pretrain = Pretrain.parse(values["pretrain"], where="test")
+    generator = TrainGenerator.parse(values["train_generator"], where="test")
+    tuned = tuning.config_of(change)
+    model = LightningDiT(generator.model.architecture((8, 2, 2), 6))
+    objectives = {
+        "pretrain": (pretraining.objective_of(pretrain), {"model": pretrain.optim}),
+        "tune_decoder": (
+            tuning.objective_of(tuned),
+            {"decoder": tuned.optim, "discriminator": tuned.adversary.optim},
+        ),
+        "train_generator": (GenerationObjective(model, generator.objective), {"model": generator.optim}),
+    }
+    for stage, (objective, optim) in objectives.items():
+        optimizers = [build_optimizer(groups, optim[phase]) for phase, groups in objective.phases().items()]
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        kept = sum(tensor.numel() for state in states for what, tensor in state.items() if what != "step")
+        plan = plan_of(stage, f"{tmp_path / 'params.yaml'}:{stage}")
+        assert plan["optimiser"].value == pytest.approx(4 * kept, rel=0.01)  # a table of positions counts as trained
+        assert (plan["optimiser"].value == 2 * plan["weights"].value) is (name == "adamw")
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])

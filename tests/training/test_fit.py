@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from vtp.distributed import StateError, wait_for_state
 from vtp.finite import NotFiniteError
-from vtp.step import OptimConfig, ParameterGroup, StepContext, StepCost, Term
+from vtp.step import AdamwMatrices, OptimConfig, ParameterGroup, StepContext, StepCost, Term
 from vtp.training.checkpoint import Checkpoints
 from vtp.training.fit import FlopsLength, Run, SamplesLength, TrainingConfig, fit, run_length
 from vtp.training.log import Curves, Means
@@ -27,7 +27,9 @@ TRAINING = TrainingConfig(
     length=SamplesLength(name="samples", samples=1), precision="float32", log_every=3, max_skipped=1
 )
 OPTIM = OptimConfig(
+    matrices=AdamwMatrices(name="adamw"),
     lr=0.05,
+    reference_batch=None,
     final_lr=0.0,
     schedule="cosine",
     warmup=0.1,
@@ -37,6 +39,7 @@ OPTIM = OptimConfig(
     weight_decay=0.01,
     final_weight_decay=0.01,
     clip_norm=1.0,
+    clip_by="whole",
 )
 
 

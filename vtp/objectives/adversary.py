@@ -47,12 +47,14 @@ class AdversaryConfig(Config):
     optim: OptimConfig = Field(description="optimiser of the discriminator")
 
     @model_validator(mode="after")
-    def _head_start(self) -> Self:
+    def _possible(self) -> Self:
         if self.start < self.discriminator_start:
             raise ValueError(
                 f"start {self.start} is before discriminator_start {self.discriminator_start}: the decoder would follow an "
                 "untrained discriminator"
             )
+        if self.optim.matrices.name == "muon":
+            raise ValueError("optim.matrices is muon, and discriminators have no hidden matrices; choose {name: adamw}")
         return self
 
 

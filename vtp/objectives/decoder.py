@@ -23,7 +23,7 @@ from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
 from vtp.losses.reconstruction import reconstruction_distance
 from vtp.models.base import Encoding, Tokenizer
 from vtp.objectives.adversary import DISCRIMINATOR, Adversary, ReconstructionStep
-from vtp.step import Logs, ParameterGroup, StepContext, StepCost, Term
+from vtp.step import Logs, ParameterGroup, StepContext, StepCost, Term, hidden_matrices
 
 
 class LatentNoiseConfig(Config):
@@ -78,8 +78,10 @@ class DecoderObjective(nn.Module):
         return self._frozen.perceptual
 
     def phases(self) -> dict[str, Sequence[ParameterGroup]]:
-        decoder: dict[str, Sequence[ParameterGroup]] = {"decoder": [ParameterGroup(list(self.decoder.parameters()))]}
-        return decoder | (self.adversary.phases() if self.adversary else {})
+        hidden = hidden_matrices(module for module in self.decoder.modules() if isinstance(module, Block))
+        group = ParameterGroup(list(self.decoder.parameters()), hidden=hidden)
+        phases: dict[str, Sequence[ParameterGroup]] = {"decoder": [group]}
+        return phases | (self.adversary.phases() if self.adversary else {})
 
     def shared_parameters(self) -> Sequence[nn.Parameter]:
         return ()

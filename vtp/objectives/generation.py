@@ -14,7 +14,7 @@ from vtp.flow import TimestepSamplingConfig, flow_matching_loss, timesteps_of
 from vtp.layers.average import frozen_copy, update_average, warm_momentum
 from vtp.layers.flops import TRAINING, forward_flops, without_contents
 from vtp.models.lightningdit import LightningDiT
-from vtp.step import Logs, ParameterGroup, StepContext, StepCost, Term
+from vtp.step import Logs, ParameterGroup, StepContext, StepCost, Term, hidden_matrices
 
 
 class GenerationObjectiveConfig(Config):
@@ -44,7 +44,7 @@ class GenerationObjective(nn.Module):
         return {name: whole(value) for name, value in self.averages[number].state_dict().items()}
 
     def phases(self) -> Mapping[str, Sequence[ParameterGroup]]:
-        return {"model": [ParameterGroup(list(self.model.parameters()))]}
+        return {"model": [ParameterGroup(list(self.model.parameters()), hidden=hidden_matrices(self.model.blocks))]}
 
     def shared_parameters(self) -> Sequence[nn.Parameter]:
         return ()

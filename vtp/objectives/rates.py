@@ -1,6 +1,7 @@
 """Who learns how fast: factors on the optimiser's learning rate and weight decay, by module and by depth."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import Field
 from torch import nn
@@ -9,7 +10,7 @@ from vtp.config import Config
 from vtp.models.base import EncoderLayers, TrainableTokenizer
 from vtp.models.heads import DinoHead
 from vtp.models.tokenizer import VisualTokenizer
-from vtp.step import ParameterGroup
+from vtp.step import ParameterGroup, hidden_matrices
 
 
 class ModuleRates(Config):
@@ -34,20 +35,34 @@ class RatesConfig(Config):
 
 
 def groups(tokenizer: TrainableTokenizer, heads: nn.Module | None, config: RatesConfig) -> Iterator[ParameterGroup]:
-    """Every trainable parameter, in exactly one group."""
-    yield from _encoder(tokenizer.encoder_layers(), config)
-    yield _group(tokenizer.pixel_decoder, config.decoder)
+    """Every trainable parameter, in exactly one group; each knows its module and the matrices of hidden layers."""
+    hidden = hidden_matrices(tokenizer.blocks())
+    for group in _encoder(tokenizer.encoder_layers(), config):
+        yield group._replace(module="encoder", hidden=hidden)
+    yield _group(tokenizer.pixel_decoder, config.decoder)._replace(module="decoder", hidden=hidden)
     if isinstance(tokenizer, VisualTokenizer) and tokenizer.config.text is not None:
-        modules = nn.ModuleList([tokenizer.text, tokenizer.visual_proj])
+        text: Any = tokenizer.text  # open_clip's
+        modules = nn.ModuleList([text, tokenizer.visual_proj])
         scalars = [p for name, p in tokenizer.named_parameters(recurse=False) if name.startswith("logit_")]
         group = _group(modules, config.text)
-        yield group._replace(parameters=[*group.parameters, *scalars])
+        yield group._replace(
+            parameters=[*group.parameters, *scalars],
+            module="text",
+            hidden=hidden_matrices(text.transformer.resblocks),
+        )
     if heads is not None:
-        prototypes = [p for m in heads.modules() if isinstance(m, DinoHead) for p in m.parameters(recurse=False)]
+        yield from _heads(heads, config)
+
+
+def _heads(heads: nn.Module, config: RatesConfig) -> Iterator[ParameterGroup]:
+    """Each is a module of its own; prototypes have a group of their own."""
+    rates = config.heads
+    for name, head in heads.named_children():
+        prototypes = [p for m in head.modules() if isinstance(m, DinoHead) for p in m.parameters(recurse=False)]
         known = {id(p) for p in prototypes}
-        rates = config.heads
-        yield ParameterGroup([p for p in heads.parameters() if id(p) not in known], rates.lr, rates.weight_decay)
-        yield ParameterGroup(prototypes, rates.lr, rates.weight_decay, config.frozen_prototypes)
+        others = ParameterGroup([p for p in head.parameters() if id(p) not in known], rates.lr, rates.weight_decay)
+        for group in (others, ParameterGroup(prototypes, rates.lr, rates.weight_decay, config.frozen_prototypes)):
+            yield group._replace(module=f"{name}_head")
 
 
 def _encoder(layers: EncoderLayers, config: RatesConfig) -> Iterator[ParameterGroup]:

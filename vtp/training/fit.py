@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 
 from vtp.config import Config
 from vtp.data.loader import load_batches
-from vtp.distributed import fill, ranks
+from vtp.distributed import StateMismatchError, fill, ranks
 from vtp.finite import NotFiniteError
 from vtp.host import Host
 from vtp.step import Logs, OptimConfig, ParameterGroup, StepContext, StepCost, Term
 from vtp.training.checkpoint import Checkpoints
 from vtp.training.log import Curves, Means
-from vtp.training.optim import build_optimizer
+from vtp.training.optim import Optimizers, build_optimizer
 from vtp.training.throughput import Throughput
 from vtp.training.update import Requests, Update
 
@@ -145,6 +145,11 @@ def fit(  # noqa: C901 - the one loop
     checkpoints = Checkpoints(host.folder / "checkpoints", kept=host.checkpoints_kept)
     tensors = state_of(objective, optimizers)
     for name, values in (optimizer_state or {}).items():
+        if name not in tensors:
+            raise StateMismatchError(
+                f"the state to begin from keeps {name}, and optim.matrices of this run does not; choose that of the run "
+                "that it comes from, or begin from its tokenizer"
+            )
         fill(tensors[name], values)
     start = 0
     if (last := checkpoints.newest(tensors)) is not None:
@@ -218,7 +223,7 @@ def _step(
     return _Stepped({**logs, **objective.after_step(context), "skipped": 0.0}, agreed, None)
 
 
-def state_of(objective: Objective, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+def state_of(objective: Objective, optimizers: Mapping[str, Optimizers]) -> dict[str, Tensor]:
     """Every tensor of the run by name, as the tensors that are in use: reading into them restores the run."""
     state = {f"objective/{name}": tensor for name, tensor in objective.state_dict().items()}
     names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vtp.device import read, send
 from vtp.distributed import gather_objects, is_sharded, local, sum_gradients, total
 from vtp.step import Logs, OptimConfig, StepContext, Term
-from vtp.training.optim import parameters_of, set_rates, squared_norms
+from vtp.training.optim import Optimizers, parameters_of, set_rates, squared_norms
 
 
 class Requests(NamedTuple):
@@ -42,13 +42,12 @@ class Outcome(NamedTuple):
 class Update:
     """The optimiser of a phase and its rules."""
 
-    def __init__(
-        self, phase: str, optimizer: torch.optim.Optimizer, config: OptimConfig, shared: Sequence[nn.Parameter]
-    ) -> None:
+    def __init__(self, phase: str, optimizer: Optimizers, config: OptimConfig, shared: Sequence[nn.Parameter]) -> None:
         self.phase = phase
         self.optimizer = optimizer
         self.config = config
         self._parameters = parameters_of(optimizer)
+        self._clipped = _by_module(optimizer) if config.clip_by == "module" else {"": self._parameters}
         own = set(self._parameters)
         self._shared = [parameter for parameter in shared if parameter in own]
 
@@ -68,17 +67,22 @@ class Update:
         if similarity is not None:
             similarity.restore()
         sum_gradients(self._parameters)
-        norm, known, values, agreed = self._summarise(parts, requests)
-        finite = math.isfinite(known)
+        norms, known, values, agreed = self._summarise(parts, requests)
+        norm, *of_modules = known
+        finite = math.isfinite(norm)
         logs: dict[str, Tensor | float] = {**values}
         if finite:
-            self._clip(norm)
+            self._clip(norms)
             logs[f"{self.phase}_lr"] = set_rates(self.optimizer, self.config, context)
-            logs[f"{self.phase}_gradient_norm"] = known
+            logs[f"{self.phase}_gradient_norm"] = norm
+            if len(of_modules) > 1:
+                logs |= {
+                    f"{self.phase}_gradient_norm_{name}": of for name, of in zip(self._clipped, of_modules, strict=True)
+                }
             if similarity is not None:
                 logs |= similarity.logs()
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return Outcome(logs, finite, agreed)
 
     def find_nonfinite(self, terms: Iterator[Term]) -> str:
@@ -93,7 +97,7 @@ class Update:
                 term.loss.backward()
             if any(p.grad is not None and not bool(torch.isfinite(local(p.grad)).all()) for p in self._parameters):
                 signs.append((2, term.name, "gradient"))
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
         of_ranks = gather_objects(signs)
         strongest = min((sign[0] for signs in of_ranks for sign in signs), default=None)
         origins = [
@@ -106,26 +110,39 @@ class Update:
 
     def _summarise(self, parts: Mapping[str, Tensor | float], requests: Requests) -> "_Summary":
         """What all ranks must know of each other, in one small reduction, and the one time that the host waits."""
-        replicated, sharded = squared_norms(self._parameters)
+        pairs = [squared_norms(parameters) for parameters in self._clipped.values()]
+        replicated, sharded = (torch.stack(squares) for squares in zip(*pairs, strict=True))
         of_device = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
         of_host = {name: value for name, value in parts.items() if name not in of_device}
         numbers = send(torch.tensor([*of_host.values(), *requests], dtype=torch.float32), replicated.device)
-        summed = total(torch.cat([torch.stack([sharded.float(), *of_device.values()]), numbers]))
-        norm = (replicated + summed[0]).sqrt()
-        known, *read_values = read(torch.cat([norm[None], summed[1:]]))
-        values = dict(zip([*of_device, *of_host], read_values, strict=False))
-        agreed = Requests(*(bool(asked) for asked in read_values[len(parts) :]))
-        return _Summary(norm, known, {name: values[name] for name in parts}, agreed)
+        summed = total(torch.cat([sharded.float(), *(value[None] for value in of_device.values()), numbers]))
+        squares, others = replicated + summed[: len(sharded)], summed[len(sharded) :]
+        norms = torch.cat([squares.sum()[None], squares]).sqrt()
+        told = read(torch.cat([norms, others]))
+        known, rest = told[: len(norms)], told[len(norms) :]
+        values = dict(zip([*of_device, *of_host], rest, strict=False))
+        agreed = Requests(*(bool(asked) for asked in rest[len(parts) :]))
+        return _Summary(norms[1:].unbind(), known, {name: values[name] for name in parts}, agreed)
 
-    def _clip(self, norm: Tensor) -> None:
-        if self.config.clip_norm is not None:
-            gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    def _clip(self, norms: Sequence[Tensor]) -> None:
+        """Shorten what is longer than `clip_norm`: the whole gradient, or those of modules."""
+        if self.config.clip_norm is None:
+            return
+        for parameters, norm in zip(self._clipped.values(), norms, strict=True):
+            if gradients := [local(p.grad) for p in parameters if p.grad is not None]:
+                torch._foreach_mul_(gradients, (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _by_module(optimizer: Optimizers) -> dict[str, list[nn.Parameter]]:
+    modules: dict[str, list[nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        modules.setdefault(group["module"], []).extend(group["params"])
+    return modules
 
 
 class _Summary(NamedTuple):
-    norm: Tensor  # of the whole gradient
-    known: float  # the same, on the host
+    norms: Sequence[Tensor]  # of what is clipped by itself
+    known: list[float]  # of the whole gradient and of those, on the host
     values: Mapping[str, float]  # sums over ranks of all scalars
     requests: Requests  # of any rank
 
