@@ -30,7 +30,7 @@ from vtp.data.shards import NO_LABEL
 from vtp.distributed import own_rows, ranks
 from vtp.evaluation.adm import AdmReference
 from vtp.evaluation.class_probe import ClassProbe
-from vtp.evaluation.export import ExportConfig, build_writer
+from vtp.evaluation.export import ExportConfig, build_writer, check_export
 from vtp.evaluation.feature_set import FeatureSets
 from vtp.evaluation.features import FeatureExtractor, build_extractors, count_name, extract
 from vtp.evaluation.following import JudgePlaces, build_following
@@ -137,6 +137,9 @@ def run(  # noqa: PLR0913 - one flag per path
     known.require_size(side)
     learnt = known.of(config.split)
     _check(config, known, learnt, scored, drawn)
+    for each in scored if export is not None else ():
+        if each.distance == "gfid":
+            check_export(config.export, each.asked)
     ratio = None if config.ratio_to is None else Ratio.of(known.of(config.ratio_to).networks, learnt.networks)
     extractors = build_extractors(known.features, weights=host.weights, device=host.device)
     official = None if adm is None else _official(adm, known, extractors, config.batch_size, host)

@@ -78,7 +78,9 @@ def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest():
 def test_muon_moves_the_blocks_of_a_generator_with_their_modulation():
     sizes = {"input_size": 4, "in_channels": 3, "num_classes": 2, "depth": 2, "hidden_size": 16, "num_heads": 2}
     options = {"patch_size": 1, "mlp_ratio": 4.0, "use_qknorm": True, "use_swiglu": True, "use_rope": True}
-    model = LightningDiT(LightningDiTConfig(**sizes, **options, use_rmsnorm=True, wo_shift=False))
+    model = LightningDiT(
+        LightningDiTConfig(**sizes, **options, use_rmsnorm=True, wo_shift=False, other_sizes="extrapolate")
+    )
     hidden = hidden_matrices(model.blocks)
     names = {name for name, parameter in model.named_parameters() if parameter in hidden}
     kinds = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3", "adaLN_modulation.1")

@@ -72,7 +72,7 @@ def generator_case():
     rows = {1: [slice(None)], 2: [slice(0, 2), slice(2, 4)]}
     optim = tuning.config_of().optim
     return tuning.Case(
-        lambda: generation.objective_of(label_dropout=0.5),
+        lambda: generation.objective_of(condition_dropout=0.5),
         lambda step, rank_slice: [generation.batch_of(part) for part in rows[rank_slice.micro_batches]],
         {"model": optim},
     )

@@ -47,8 +47,8 @@ class SceneMeasure:
     def figures(self) -> dict[str, float]:
         """Shares of prompts whose picture is right, by what is asked, with the number of these prompts.
 
-        Of the pictures since the last call; `foreign_prompts` are no captions of such scenes, and count nowhere else. Shares of no prompts are left out. Every
-        rank must ask, and gets the figures of all.
+        Of the pictures since the last call. `foreign_prompts` are no captions of such scenes, and count nowhere else.
+        Shares of no prompts are left out. Every rank must ask, and gets the figures of all.
         """
         own = [count[aspect] for count in (self._right, self._asked) for aspect in ASPECTS]
         counts = total(torch.tensor([*own, self._foreign])).tolist()
