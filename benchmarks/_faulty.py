@@ -26,6 +26,7 @@ from vtp.artefact import digest, files, read_json, remove, write_json
 from vtp.config import read_yaml
 
 SETTINGS = {"VTP_WORKERS": "0", "VTP_PROCESSES": "0", "VTP_CHECKPOINT_SECONDS": "0", "VTP_DEVICE": "cpu"}
+SETTINGS |= {"VTP_CHECKPOINT_SHARE": "1"}
 SETTINGS |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT), "DVC_ROOT": ""}
 MEASURED = {"speed.json"}  # differs between equal runs
 MOST_SAID = 1 << 20  # bytes

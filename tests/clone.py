@@ -56,8 +56,8 @@ class Clone:
         write_params(merged(self.params, changes), self.folder / "params.yaml")
 
     def environment(self):
-        own = {"VTP_CHECKPOINT_SECONDS": "0", "VTP_WORKERS": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-        return os.environ | own
+        own = {"VTP_CHECKPOINT_SECONDS": "0", "VTP_CHECKPOINT_SHARE": "1", "VTP_WORKERS": "1"}
+        return os.environ | own | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
 
     def start(self, *arguments, cwd=None, **settings):
         # sys.executable's folder first: `python` in a stage's command is this interpreter.

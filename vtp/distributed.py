@@ -5,13 +5,10 @@ identity. Losses are parts: a rank back-propagates its share of the global loss,
 """
 
 import os
-import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -22,7 +19,7 @@ from vtp.artefact import StateError
 
 BUCKET = 1 << 26  # bytes that one reduction carries
 T = TypeVar("T")
-_of_checkpoints: list[dist.ProcessGroup] = []
+_of_background: list[dist.ProcessGroup] = []
 _stores: list[dist.Store] = []
 
 
@@ -52,10 +49,14 @@ def is_first_of_machine() -> bool:
     return not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def ranks_of_machine() -> int:
+    """How many ranks run on this machine, and on each other."""
+    return min(ranks().size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if dist.is_initialized() else 1
+
+
 def machines() -> int:
     """On how many machines the ranks run."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
-    return max(1, ranks().size // ranks_here)
+    return ranks().size // ranks_of_machine()
 
 
 @contextmanager
@@ -78,12 +79,12 @@ def process_group(device: str, *, timeout: float) -> Iterator[None]:
     # Checkpoints are written by a thread; on a group of their own its messages cannot meet those of the training.
     group = dist.new_group(backend="gloo", timeout=patience)
     assert isinstance(group, dist.ProcessGroup)
-    _of_checkpoints.append(group)
+    _of_background.append(group)
     try:
         yield
         dist.barrier()
     finally:
-        _of_checkpoints.clear()
+        _of_background.clear()
         _stores.clear()
         dist.destroy_process_group()
 
@@ -121,12 +122,12 @@ class _Gather(torch.autograd.Function):
         return total(gradients[0].contiguous().clone()).chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gather_objects(value: T) -> list[T]:
-    """One small picklable value from every rank, in the order of ranks."""
+def gather_objects(value: T, *, background: bool = False) -> list[T]:
+    """One small picklable value from every rank, in the order of ranks; in the background beside what the training does."""
     if not dist.is_initialized():
         return [value]
     values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_of_background[0] if background and _of_background else None)
     return values
 
 
@@ -234,6 +235,28 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+class Piece(NamedTuple):
+    """The rows of a tensor that a rank holds; a tensor without dimensions is one row."""
+
+    rows: Tensor  # in the tensor's memory
+    first: int  # number of the first of them
+    foremost: bool  # whether no rank before this one holds the same
+
+
+def piece_of(tensor: Tensor) -> Piece:
+    """What this rank holds of a tensor: all of it, or the rows of its shard."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return Piece(tensor, 0, ranks().first)
+    (dimension,) = (number for number, placement in enumerate(tensor.placements) if placement.is_shard(0))
+    place, rows = tensor.device_mesh.get_coordinate(), tensor.to_local()
+    assert place is not None
+    most = -(-len(tensor) // tensor.device_mesh.size(dimension))  # as torch.chunk cuts
+    first = min(place[dimension] * most, len(tensor))
+    return Piece(rows, first, not any(place[:dimension]) and not any(place[dimension + 1 :]))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all of its pieces; every rank must ask."""
     from torch.distributed.tensor import DTensor
@@ -248,50 +271,3 @@ def fill(tensor: Tensor, values: Tensor) -> None:
     if isinstance(tensor, DTensor):
         values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements).to_local()
     local(tensor).copy_(values)
-
-
-def save_state(folder: Path, state: Mapping[str, Tensor]) -> "Future[Any]":
-    """Write tensors, sharded or not, in the background; they may change as soon as this returns."""
-    import torch.distributed.checkpoint as dcp
-
-    _accept_one_process()
-    group = _of_checkpoints[0] if _of_checkpoints else None
-    alone = not dist.is_initialized()
-    answer = dcp.async_save(dict(state), checkpoint_id=folder, process_group=group, no_dist=alone)
-    return cast("Future[Any]", answer)
-
-
-def wait_for_state(written: "Future[Any]") -> None:
-    """Until a state is written. Raises OSError, such as of a full disk, or StateError, of the first rank that failed."""
-    import torch.distributed.checkpoint as dcp
-
-    try:
-        written.result()
-    except dcp.api.CheckpointException as error:  # no Exception, which hides those of the ranks
-        cause = next(iter(cause for cause, _ in error.failures.values()))
-        raise (cause if isinstance(cause, OSError) else StateError(str(cause))) from None
-
-
-def load_state(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Fill `state` in place from `folder`, whatever number of ranks wrote it.
-
-    Raises StateMismatchError for a state of other names or shapes, StateError when it cannot be read.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    _accept_one_process()
-    try:
-        dcp.load(dict(state), checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except dcp.api.CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        differs = any(str(cause).startswith(("Missing key", "Size mismatch")) for cause in causes)
-        said = "; ".join(dict.fromkeys(str(cause) for cause in causes))
-        raise (StateMismatchError if differs else StateError)(f"{folder}: {said}") from None
-    except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise StateError(f"{folder}: {error}") from None
-
-
-def _accept_one_process() -> None:
-    # The library warns of it at every call, from threads of its own, even when it is told so.
-    if not dist.is_initialized():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

@@ -92,7 +92,12 @@ class Host(Protocol):
 
     @property
     def checkpoint_seconds(self) -> float:
-        """Time between checkpoints."""
+        """Time between checkpoints, at least."""
+        ...
+
+    @property
+    def checkpoint_share(self) -> float:
+        """Share of the time that writing them may take, at most."""
         ...
 
     @property

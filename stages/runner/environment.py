@@ -99,7 +99,10 @@ class Runtime(Config):
     restarts: int = Field(
         3, ge=0, description="how often all ranks begin again, from the last checkpoint, when one of them dies"
     )
-    checkpoint_seconds: float = Field(60, ge=0, description="time between checkpoints")
+    checkpoint_seconds: float = Field(60, ge=0, description="time between checkpoints, at least")
+    checkpoint_share: float = Field(
+        0.02, gt=0, le=1, description="share of the time that writing checkpoints may take; else they become rarer"
+    )
     checkpoints_kept: int = Field(2, ge=1, description="checkpoints of a run on disk")
     fresh: bool = Field(False, description="begin anew: forget finished work and checkpoints of the same run")
     timeout_seconds: float = Field(1800, gt=0, description="wait for a rank or a batch at most so long")
@@ -264,6 +267,10 @@ class LocalHost:
     @property
     def checkpoint_seconds(self) -> float:
         return self.runtime.checkpoint_seconds
+
+    @property
+    def checkpoint_share(self) -> float:
+        return self.runtime.checkpoint_share
 
     @property
     def checkpoints_kept(self) -> int:

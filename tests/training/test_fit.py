@@ -3,22 +3,16 @@
 import csv
 import errno
 import json
-import re
-from concurrent.futures import Future
 from contextlib import contextmanager
-from traceback import StackSummary
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import Dataset
 
-from vtp.distributed import StateError, wait_for_state
 from vtp.finite import NotFiniteError
 from vtp.step import AdamwMatrices, OptimConfig, ParameterGroup, StepContext, StepCost, Term
-from vtp.training.checkpoint import Checkpoints
 from vtp.training.fit import FlopsLength, Run, SamplesLength, TrainingConfig, fit, run_length
 from vtp.training.log import Curves, Means
 from vtp.training.optim import build_optimizer, learning_rate, set_rates
@@ -92,7 +86,8 @@ class Regression(nn.Module):
 class Host:
     """A machine without terminals."""
 
-    device, workers, checkpoint_seconds, checkpoints_kept, timeout, peak_flops = "cpu", 0, 1e9, 2, 60, None
+    device, workers, timeout, peak_flops = "cpu", 0, 60, None
+    checkpoint_seconds, checkpoint_share, checkpoints_kept = 1e9, 1.0, 2
 
     def __init__(self, folder, stop_after=None):
         self.folder, self.stop_after, self.count = folder, stop_after, 0
@@ -162,48 +157,6 @@ def test_a_kill_between_checkpoints_repeats_the_steps_since(tmp_path):
     resumed = train(Host(tmp_path / "parts"))
     assert torch.equal(whole.first.weight, resumed.first.weight)
     assert (tmp_path / "whole/curves.csv").read_bytes() == (tmp_path / "parts/curves.csv").read_bytes()
-
-
-def test_damaged_checkpoint_is_passed_over(tmp_path):
-    checkpoints, x = Checkpoints(tmp_path, kept=2), torch.zeros(3)
-    for step in (1, 2, 3):
-        x.fill_(step)
-        checkpoints.save(step, {"x": x}, {"count": step})
-        x.fill_(-1)  # what is written is what was there
-    checkpoints.wait()
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000002", "step-000000003"]
-    piece = next((tmp_path / "step-000000003").glob("*.distcp"))
-    piece.write_bytes(piece.read_bytes()[:-1] + b"?")
-    found = Checkpoints(tmp_path, kept=2).newest({"x": x})
-    assert found == (2, {"count": 2})
-    assert x.tolist() == [2, 2, 2]
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_half_a_checkpoint_is_none(tmp_path):
-    checkpoints, x = Checkpoints(tmp_path, kept=2), torch.ones(3)
-    checkpoints.save(1, {"x": x}, {})
-    checkpoints.wait()
-    (tmp_path / "step-000000001" / "digests.json").unlink()
-    (tmp_path / "step-000000002.tmp").mkdir()
-    assert Checkpoints(tmp_path, kept=2).newest({"x": x}) is None
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_kept_is_a_number(tmp_path):
-    checkpoints = Checkpoints(tmp_path, kept=1)
-    for step in range(4):
-        checkpoints.save(step, {"x": torch.ones(1)}, {})
-    checkpoints.wait()
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000003"]
-
-
-def test_the_state_of_another_model_is_refused(tmp_path):
-    checkpoints = Checkpoints(tmp_path, kept=1)
-    checkpoints.save(1, {"x": torch.ones(2)}, {})
-    checkpoints.wait()
-    with pytest.raises(StateError, match="delete"):
-        Checkpoints(tmp_path, kept=1).newest({"y": torch.ones(2)})
 
 
 def test_nan_stops_and_names_the_place(tmp_path):
@@ -358,14 +311,3 @@ def test_curves_that_no_disk_has_room_for_leave_nothing_half(tmp_path, monkeypat
         curves.write(2, {"loss": 1.0, "other": 2.0})
     assert [path.name for path in tmp_path.iterdir()] == ["curves.csv"]
     assert (tmp_path / "curves.csv").read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("cause", "raised"),
-    [(OSError(errno.ENOSPC, "No space left on device"), OSError), (RuntimeError("no such shape"), StateError)],
-)
-def test_what_a_rank_could_not_write_is_an_error_of_its_kind(cause, raised):
-    written = Future()
-    written.set_exception(CheckpointException("write", {0: (cause, StackSummary())}))
-    with pytest.raises(raised, match=re.escape(str(cause))):
-        wait_for_state(written)

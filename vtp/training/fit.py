@@ -6,7 +6,6 @@ generation, two for adversarial tuning. All ranks run the same loop on their sha
 """
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -158,7 +157,6 @@ def fit(  # noqa: C901 - the one loop
         logging.info("resumed after step %d of %d", start, steps)
     curves = Curves(host.folder / "curves.csv", start=start) if ranks().first else None
     throughput = Throughput(host.folder / "throughput.csv", run.cost, device=host.device, peak=host.peak_flops)
-    saved_at = time.monotonic()
     with host.progress(total=steps, description="training", unit="step", done=start) as bar:
         stream = load_batches(batches, range(start * run.micro_batches, steps * run.micro_batches), host)
         for step in range(start, steps):
@@ -166,7 +164,8 @@ def fit(  # noqa: C901 - the one loop
             context = StepContext(step, steps, log_step=log_step)
             with throughput.waiting():
                 micro_batches = [next(stream) for _ in range(run.micro_batches)]
-            asked = Requests(host.stop_requested, time.monotonic() - saved_at >= host.checkpoint_seconds)
+            due = checkpoints.due(seconds=host.checkpoint_seconds, share=host.checkpoint_share)
+            asked = Requests(host.stop_requested, ranks().first and due)
             stepped = _step(objective, updates, micro_batches, context, asked, training=training, device=host.device)
             if stepped.nonfinite is not None:
                 skipped += 1
@@ -185,7 +184,6 @@ def fit(  # noqa: C901 - the one loop
             stop, checkpoint = stepped.requests
             if checkpoint or stop or step + 1 == steps:
                 checkpoints.save(step + 1, tensors, {"skipped": skipped, "means": means.state()})
-                saved_at = time.monotonic()
             if stop:
                 checkpoints.wait()
                 host.stop()
