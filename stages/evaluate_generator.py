@@ -137,9 +137,7 @@ def run(  # noqa: PLR0913 - one flag per path
     known.require_size(side)
     learnt = known.of(config.split)
     _check(config, known, learnt, scored, drawn)
-    for each in scored if export is not None else ():
-        if each.distance == "gfid":
-            check_export(config.export, each.asked)
+    _check_export(config, export, scored)
     ratio = None if config.ratio_to is None else Ratio.of(known.of(config.ratio_to).networks, learnt.networks)
     extractors = build_extractors(known.features, weights=host.weights, device=host.device)
     official = None if adm is None else _official(adm, known, extractors, config.batch_size, host)
@@ -287,6 +285,13 @@ def _check(
             f"{config.split}; set reference.splits.{config.split}.labelled to true and `kept` to many, or class_probe to "
             "null"
         )
+
+
+def _check_export(config: EvaluateGenerator, export: Path | None, scored: Sequence[_Scored]) -> None:
+    """Raises ConfigError for samples that are not what the form of the files is for."""
+    for each in scored if export is not None else ():
+        if each.distance == "gfid":
+            check_export(config.export, each.asked)
 
 
 def _judge(
