@@ -127,6 +127,37 @@ LEGEND = [
         "squared distance of features",
         "Heusel et al. 2017",
     ),
+    # samples of prompts
+    LegendEntry(
+        r"clip_score_.+",
+        "mean cosine of pictures and prompts by a CLIP; _own: by the one whose text tower conditions the generator",
+        HIGHER,
+        "-1 to 1",
+        "Hessel et al. 2021, without factor",
+    ),
+    LegendEntry(
+        r"retrieval_r\d+_of\d+_.+",
+        "share of pictures that find their prompt in the first so many places among so many prompts, by a CLIP",
+        HIGHER,
+        SHARE,
+        "R-precision, Xu et al. 2018",
+    ),
+    LegendEntry(
+        r"(object|count|position|background|scene)_accuracy",
+        "share of prompts whose composed scene a detector finds: all things, their numbers, places, colour; all of it",
+        HIGHER,
+        SHARE,
+        "this project; relations by GenEval's rule",
+    ),
+    LegendEntry(r"word_accuracy_.+", "share of quoted words that an OCR engine reads", HIGHER, SHARE, "this project"),
+    LegendEntry(
+        r"character_accuracy_.+",
+        "1 - edit distance / length of the longer, mean over quoted words",
+        HIGHER,
+        SHARE,
+        "AnyText, Tuo et al. 2024",
+    ),
+    LegendEntry(r"\w+_prompts|prompts_with_words", "prompts that ask for it", NEITHER, "prompts", "this run"),
     LegendEntry(r"sfid_.+", "the same in spatial features", LOWER, "squared distance of features", "Nash et al. 2021"),
     LegendEntry(
         r"kid_.+",

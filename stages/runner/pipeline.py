@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from vtp.config import ConfigError, read_yaml
 from vtp.params import PICTURES
 
+SEED = "${seeds"  # of a path with the seed of a run, which all runs read
 RUN, AT = "${item.run}", "${item.at}"  # name of a run, of a point
 OWN = f"${{{PICTURES}}}"
 COMMAND = re.compile(r"python -m stages\.(\w+)\s+(\S+):(\S+)")
@@ -77,8 +78,8 @@ class Pipeline(NamedTuple):
 
 
 def _taken(paths: Iterable[str]) -> frozenset[str]:
-    """What lies beside a folder of a run; so can be no name of one."""
-    split = [path.split("/") for path in paths]
+    """What lies beside a folder of a run; so can be no name of one. A path with a seed lies within one."""
+    split = [path.split("/") for path in paths if SEED not in path]
     parents = {tuple(parts[: parts.index(RUN)]) for parts in split if RUN in parts}
     beside = {parts[len(parent)] for parts in split for parent in parents if tuple(parts[:-1])[: len(parent)] == parent}
     return frozenset(name for name in beside if "$" not in name)

@@ -68,10 +68,12 @@ CAPTIONS = f"""\
     desc: learn to read composed scenes, by which samples of their captions are judged
     cmd: >-
       python -m stages.train_detector work/check/params.yaml:train_detector
-      --detector work/detector --metrics work/points/detector.json --provenance work/provenance/train_detector.json
+      --detector work/detector --metrics work/metrics/detector.json --curves plots/train_detector.csv
+      --provenance work/provenance/train_detector.json
     params: [work/check/params.yaml: [train_detector]]
     deps: [work/check/code/train_detector.txt]
-    outs: [work/detector, work/points/detector.json, work/provenance/train_detector.json]
+    outs: [work/detector, work/metrics/detector.json, work/provenance/train_detector.json]
+    plots: [plots/train_detector.csv: {{cache: false}}]
 
 """
 # What stages behind take with captions: flags on the command, and deps.
