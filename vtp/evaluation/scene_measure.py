@@ -79,14 +79,14 @@ def judge(scene: Scene, detections: Sequence[Detection], background: str, shape:
     answers: dict[str, bool] = {}
     if things:
         answers["object"] = all(thing.label in by_label for thing in things)
-    if counted := [thing for thing in things if thing.count is not None]:
-        answers["count"] = all(len(by_label.get(thing.label, ())) == thing.count for thing in counted)
+    if counted := [thing for thing in things if thing.number is not None]:
+        answers["count"] = all(len(by_label.get(thing.label, ())) == thing.number for thing in counted)
     if scene.kind in ("places", "relations"):
         answers["position"] = answers["object"] and _placed(scene, by_label, shape)
     if scene.background is not None:
         answers["background"] = background == scene.background
     if scene.word is None:
-        wanted = sum(thing.count or 1 for thing in things)
+        wanted = sum(thing.number or 1 for thing in things)
         answers["scene"] = all(answers.values()) and len(detections) == wanted
     return answers
 

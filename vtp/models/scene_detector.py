@@ -87,10 +87,7 @@ class SceneDetector(nn.Module):
         self.norm = nn.GroupNorm(GROUPS, 2 * width)
         self.head = nn.Conv2d(2 * width, 2 + len(self.classes), 1)
         nn.init.zeros_(self.head.weight)
-        assert self.head.bias is not None
-        nn.init.zeros_(self.head.bias)
-        with torch.no_grad():
-            self.head.bias[0] = RARE
+        self.head.bias = nn.Parameter(torch.tensor([RARE, 0.0, *[0.0] * len(self.classes)]))
 
     def forward(self, images: Tensor) -> Heatmaps:
         """Of images [B, 3, H, W] in [-1, 1]; h and w are H and W over the stride."""

@@ -15,7 +15,7 @@ from vtp.config import Config
 from vtp.curation.ingest.arrange import Arrangement, Canvas
 from vtp.curation.ingest.compose import Composer, EmbeddedConfig
 from vtp.data.batches import RankSlice
-from vtp.draws import numpy_draws, torch_draws
+from vtp.draws import numpy_draws
 from vtp.layers.colour import gaussian_blur
 from vtp.layers.flops import TRAINING, forward_flops
 from vtp.models.scene_detector import SceneDetector, scaled
@@ -70,23 +70,20 @@ class SceneBatches(Dataset[SceneBatch]):
         step, rows = self._rank_slice.of(self._batch_size, index)
         canvas = self._composer.canvas(SPLIT, step)
         drawn = [self._draw(step * self._batch_size + row, canvas) for row in rows]
-        images, *targets = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
-        return SceneBatch(images, *targets)
+        images, blur, noise, *targets = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
+        reach = math.ceil(2 * self._imperfections.blur * min(canvas))
+        images = gaussian_blur(images.permute(0, 3, 1, 2).float(), blur, reach).add_(noise)
+        return SceneBatch(images.round_().clamp_(0, 255).to(torch.uint8), *targets)
 
     def _draw(self, number: int, canvas: Canvas) -> tuple[np.ndarray, ...]:
-        """A picture [3, H, W] and its targets; all that is drawn for it belongs to its number."""
-        sample, edge = self._composer.plan(SPLIT, number, canvas), min(canvas)
-        x, y, blur, noise = numpy_draws(self._seed, "imperfections", number).uniform(-1, 1, 4).tolist()
-        shift = self._imperfections.shift * edge
-        sample = sample._replace(arrangement=sample.arrangement.moved(x * shift, y * shift))
-        pixels = torch.from_numpy(np.array(self._composer.draw(sample))).permute(2, 0, 1).float()
-        largest = self._imperfections.blur * edge
-        sigma = torch.tensor([max(SHARP, blur * largest)])
-        pixels = gaussian_blur(pixels[None], sigma, reach=math.ceil(2 * largest))[0]
-        added = torch.randn(pixels.shape, generator=torch_draws(self._seed, "noise", number))
-        pixels = pixels + max(0.0, noise) * self._imperfections.noise * added
-        image = pixels.round().clamp(0, 255).to(torch.uint8).numpy()
-        return image, *targets_of(sample.arrangement, self._stride)
+        """A picture [H, W, 3], the deviation of its blur [], noise [3, H, W], and targets; all belong to its number."""
+        sample, most, edge = self._composer.plan(SPLIT, number, canvas), self._imperfections, min(canvas)
+        draws = numpy_draws(self._seed, "imperfections", number)
+        x, y, blur, noise = draws.uniform(-1, 1, 4).tolist()
+        sample = sample._replace(arrangement=sample.arrangement.moved(x * most.shift * edge, y * most.shift * edge))
+        blur, noise = np.array(max(SHARP, blur * most.blur * edge), np.float32), max(0, noise) * most.noise
+        added = noise * draws.standard_normal((3, canvas[1], canvas[0]), np.float32)
+        return np.array(self._composer.draw(sample)), blur, added, *targets_of(sample.arrangement, self._stride)
 
 
 class DetectionObjective(nn.Module):

@@ -46,13 +46,13 @@ def test_equal_pictures_are_as_many_as_said(ratios):
     found = scenes("counts", aspect_ratios=ratios)
     for arrangement in found:
         (thing,) = arrangement.scene.things
-        assert len(arrangement.places) == thing.count
+        assert len(arrangement.places) == thing.number
         assert {(place.label, place.size) for place in arrangement.places} == {
             (thing.label, arrangement.places[0].size)
         }
         assert all(within(place, arrangement.canvas) for place in arrangement.places)
         assert all(apart(*pair) for pair in combinations(arrangement.places, 2))
-    assert {arrangement.scene.things[0].count for arrangement in found} == {1, 2, 3, 4}
+    assert {arrangement.scene.things[0].number for arrangement in found} == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("ratios", [[1.0], [0.5, 1.5]])
@@ -164,7 +164,7 @@ def held(config):
         for sample in planned(config, split, 500):
             scene = sample.arrangement.scene
             backgrounds |= {(thing.label, scene.background) for thing in scene.things}
-            counts |= {(thing.label, thing.count) for thing in scene.things if thing.count}
+            counts |= {(thing.label, thing.number) for thing in scene.things if thing.number}
             of_pairs |= set(pairs(scene))
             of_words |= {scene.word.text} if scene.word else set()
         found[split] = [backgrounds, counts, of_pairs, of_words]
@@ -182,7 +182,7 @@ def test_validation_alone_shows_what_is_held_out():
         scene = sample.arrangement.scene
         about = {
             "single": {(thing.label, scene.background) for thing in scene.things} & of_train[0],
-            "counts": {(thing.label, thing.count) for thing in scene.things} & of_train[1],
+            "counts": {(thing.label, thing.number) for thing in scene.things} & of_train[1],
             "words": {scene.word.text if scene.word else None} & of_train[3],
         }
         if scene.kind in about:

@@ -96,7 +96,7 @@ def _combinations(scene: Scene) -> Iterator[Combination]:
     """All of a scene that is drawn."""
     for thing in scene.things:
         yield Combination("backgrounds", thing.label, list(BACKGROUNDS).index(str(scene.background)))
-        if thing.count is not None:
-            yield Combination("counts", thing.label, thing.count - 1)
+        if thing.number is not None:
+            yield Combination("counts", thing.label, thing.number - 1)
     for first, second, relation in pairs(scene):
         yield Combination("pairs", first, 2 * second + (relation == "above"))

@@ -115,7 +115,7 @@ class Thing(NamedTuple):
     """Equal pictures; what is None is not said, or not so."""
 
     label: int
-    count: int | None = None  # None: at least one
+    number: int | None = None  # None: at least one
     place: str | None = None  # of PLACES
 
 
@@ -143,7 +143,7 @@ class Scene(NamedTuple):
             return "relations"
         if self.things[0].place is not None:
             return "places"
-        return "single" if self.things[0].count is None else "counts"
+        return "single" if self.things[0].number is None else "counts"
 
 
 def leanings(offset: np.ndarray, sizes: np.ndarray | float = 0.0) -> np.ndarray:
@@ -228,9 +228,9 @@ class Captions:
         return None
 
     def _counted(self, thing: Thing) -> str:
-        assert thing.count is not None
+        assert thing.number is not None
         name = self.names[thing.label]
-        return f"{NUMBERS[thing.count - 1]} {name if thing.count == 1 else plural(name)}"
+        return f"{NUMBERS[thing.number - 1]} {name if thing.number == 1 else plural(name)}"
 
     def _scene(self, kind: Kind, variant: int, found: Mapping[str, str]) -> Scene:
         things = [Thing(self._labels[found[name]]) for name in ("name0", "name1", "name2") if name in found]

@@ -112,7 +112,7 @@ def _advances() -> dict[str, float]:
     from fontTools.ttLib import TTFont
 
     with TTFont(path := font_file(), lazy=True) as font:
-        glyphs, widths, unit = font.getBestCmap() or {}, font["hmtx"], font["head"].unitsPerEm
+        glyphs, widths, unit = font.getBestCmap() or {}, font["hmtx"], font["head"].unitsPerEm  # pyright: ignore[reportAttributeAccessIssue]
         if missing := [letter for letter in ascii_lowercase if ord(letter) not in glyphs]:
             raise ValueError(f"{path}: has no letter {', '.join(missing)}; install matplotlib again")
         return {letter: widths[glyphs[ord(letter)]][0] / unit for letter in ascii_lowercase}
