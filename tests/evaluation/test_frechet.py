@@ -86,6 +86,22 @@ def test_singular_covariances_keep_their_precision():
     assert embedded == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("seed", [0, 10, 17])
+def test_features_that_are_mostly_zero(seed):
+    """Five samples that vary in 88 of 1280 dimensions, as plain pictures do: LAPACK finds no vectors of the last two."""
+    draws = torch.Generator().manual_seed(seed)
+    varied = torch.randperm(1280, generator=draws)[:88]
+    few, others = (
+        torch.rand(5, 88, generator=draws) * 10 ** (-3 * torch.rand(5, 1, generator=draws)),
+        samples(1, 50, 1280),
+    )
+    there = frechet_distance(GaussianStatistics.of(few), GaussianStatistics.of(others[:, varied]))
+    elsewhere = GaussianStatistics.of(others.index_fill(1, varied, 0))
+    expected = there + float(elsewhere.mean.square().sum() + elsewhere.covariance.trace())
+    whole = GaussianStatistics.of(torch.zeros(5, 1280).index_copy(1, varied, few))
+    assert frechet_distance(whole, GaussianStatistics.of(others)) == pytest.approx(expected, rel=1e-12)
+
+
 def test_zero_to_itself():
     a = GaussianStatistics.of(samples(0, 10, 32, scale=100.0))
     assert 0 <= frechet_distance(a, a) < 1e-7
