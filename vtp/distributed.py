@@ -235,7 +235,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class Piece(NamedTuple):
+class StatePiece(NamedTuple):
     """The rows of a tensor that a rank holds; a tensor without dimensions is one row."""
 
     rows: Tensor  # in the tensor's memory
@@ -243,18 +243,18 @@ class Piece(NamedTuple):
     foremost: bool  # whether no rank before this one holds the same
 
 
-def piece_of(tensor: Tensor) -> Piece:
+def piece_of(tensor: Tensor) -> StatePiece:
     """What this rank holds of a tensor: all of it, or the rows of its shard."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(tensor, DTensor):
-        return Piece(tensor, 0, ranks().first)
+        return StatePiece(tensor, 0, ranks().first)
     (dimension,) = (number for number, placement in enumerate(tensor.placements) if placement.is_shard(0))
     place, rows = tensor.device_mesh.get_coordinate(), tensor.to_local()
     assert place is not None
     most = -(-len(tensor) // tensor.device_mesh.size(dimension))  # as torch.chunk cuts
     first = min(place[dimension] * most, len(tensor))
-    return Piece(rows, first, not any(place[:dimension]) and not any(place[dimension + 1 :]))
+    return StatePiece(rows, first, not any(place[:dimension]) and not any(place[dimension + 1 :]))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ CAPTIONS = f"""\
     deps: [work/check/code/cache_captions.txt, work/shards, "{TEXT_ENCODER}"]
     outs: [work/captions, work/provenance/cache_captions.json]
 
+"""
+DETECTOR = """\
   train_detector:
     desc: learn to read composed scenes, by which samples of their captions are judged
     cmd: >-
@@ -73,14 +75,14 @@ CAPTIONS = f"""\
     params: [work/check/params.yaml: [train_detector]]
     deps: [work/check/code/train_detector.txt]
     outs: [work/detector, work/metrics/detector.json, work/provenance/train_detector.json]
-    plots: [plots/train_detector.csv: {{cache: false}}]
+    plots: [plots/train_detector.csv: {cache: false}]
 
 """
 # What stages behind take with captions: flags on the command, and deps.
 TOLD = {
     "train_generator": {"captions": "work/captions"},
     "generate": {"captions": "work/captions", "latents": "work/${item.run}/${item.seed}/${item.at}/latents"},
-    "evaluate_generator": {"shards": "work/shards", "clip": TEXT_ENCODER, "detector": "work/detector"},
+    "evaluate_generator": {"shards": "work/shards", "clip": TEXT_ENCODER},
 }
 SOURCES = {"imagenet": "data/imagenet", "own_data": '"${pictures}"'}  # which DVC reads in params.yaml
 
@@ -121,12 +123,13 @@ def derived(folder: Path, root: Path = HERE, params: str = "params.yaml") -> str
         return None
     text = (root / "pipelines/comparison.dvc.yaml").read_text(encoding="utf-8")
     sections = read_parameters(folder / params).values
-    if "cache_captions" in sections:
+    told = "cache_captions" in sections
+    if told:
         if "clip" not in runs:
             raise ConfigError(f"{folder / params}: no run `clip`, whose text tower reads the captions of all; add it")
-        text = _told_captions(text)
+        text = _told_captions(text, detector="train_detector" in sections)
     if "prepare_data" not in sections:
-        text = _on_given_shards(text)
+        text = _on_given_shards(text, labelled=("evaluate_understanding",) if told else ())
     return _importing(text) if any("import_tokenizer" in (changes or ()) for changes in runs.values()) else text
 
 
@@ -148,9 +151,11 @@ def _importing(text: str) -> str:
     return before + IMPORT.format(**{name: match[1] for name, match in found.items() if match}) + separator + rest
 
 
-def _told_captions(text: str) -> str:
-    """The same stages for generators that are told captions."""
-    for stage, given in TOLD.items():
+def _told_captions(text: str, *, detector: bool) -> str:
+    """The same stages for generators that are told captions, and where asked for the detector that judges scenes."""
+    for stage, folders in TOLD.items():
+        judge = {"detector": "work/detector"} if detector and stage == "evaluate_generator" else {}
+        given = folders | judge
         before, separator, rest = text.partition(f"  {stage}:\n")
         own, following, rest = rest.partition("\n\n")
         flags = "".join(f"      --{name} {path}\n" for name, path in given.items())
@@ -158,7 +163,8 @@ def _told_captions(text: str) -> str:
         code = f"      - work/check/code/{stage}.txt\n"
         own = _replaced(_replaced(own, "      --provenance", f"{flags}      --provenance"), code, code + deps)
         text = before + separator + own + following + rest
-    return _replaced(text, "  cache_latents:\n", f"{CAPTIONS}  cache_latents:\n")
+    own = CAPTIONS + (DETECTOR if detector else "")
+    return _replaced(text, "  cache_latents:\n", f"{own}  cache_latents:\n")
 
 
 def _from_root(study: str, text: str) -> str:
@@ -178,16 +184,20 @@ def _from_root(study: str, text: str) -> str:
     return _on_given_shards(text)
 
 
-def _on_given_shards(text: str) -> str:
-    """Without the stage that makes shards: captioned ones are there for pre-training, and labelled ones for all else."""
+def _on_given_shards(text: str, *, labelled: tuple[str, ...] = ()) -> str:
+    """Without the stage that makes shards: captioned ones are there for pre-training, and labelled ones for all else.
+
+    Or labelled ones for those stages alone.
+    """
     before, _, rest = text.partition("  prepare_data:\n")
-    _, _, rest = rest.partition("  reference:\n")
-    first, _, rest = rest.partition("  pretrain:\n")
-    pretrain, _, rest = rest.partition("  tune_decoder:\n")
-    labelled = (part.replace("work/shards", "data/labelled") for part in (first, rest))
-    captioned = _replaced(pretrain, "work/shards", "data/captioned")
-    first, rest = labelled
-    return f"{before}  reference:\n{first}  pretrain:\n{captioned}  tune_decoder:\n{rest}"
+    stages = re.split(r"(?m)^  (?=\w+:$)", rest.partition("  reference:\n")[2])
+    found = ["reference:\n" + stages[0], *stages[1:]]
+    _replaced(text, "  pretrain:\n", "")
+    for number, stage in enumerate(found):
+        name = stage.partition(":")[0]
+        captioned = name not in labelled if labelled else name == "pretrain"
+        found[number] = stage.replace("work/shards", "data/captioned" if captioned else "data/labelled")
+    return before + "".join(f"  {stage}" for stage in found)
 
 
 def _replaced(text: str, old: str, new: str) -> str:

@@ -6,12 +6,12 @@ import torch
 from detecting import NAMES, KnownScenes, arrangement_of, scenes_of
 
 from vtp.curation.ingest.compose import Composer
-from vtp.curation.ingest.scenes import BACKGROUNDS, Captions
+from vtp.curation.ingest.scenes import BACKGROUNDS, CaptionGrammar
 from vtp.evaluation import scene_measure
 from vtp.evaluation.scene_measure import SceneMeasure, backgrounds, judge
 from vtp.models.scene_detector import Detection
 
-CAPTIONS = Captions(NAMES)
+CAPTIONS = CaptionGrammar(NAMES)
 FROG, CHURCH, ORANGE = 0, 1, 2
 LEFT, RIGHT, TOP = (0.25, 0.5), (0.75, 0.5), (0.5, 0.25)
 

@@ -22,7 +22,7 @@ LOOK = 0.5  # seconds between looks at the folder
 STOPPED = "stopped"  # in the folder of parts, when a rank was asked to stop
 
 
-class Part(NamedTuple):
+class BatchPart(NamedTuple):
     """Some rows of a file."""
 
     shard: LatentShard
@@ -43,18 +43,18 @@ class SharedParts:
         for each in (folder, self._parts_folder):
             each.mkdir(parents=True, exist_ok=True)
         self._parts = [
-            Part(shard, range(first, min(first + size, shard.rows.stop)))
+            BatchPart(shard, range(first, min(first + size, shard.rows.stop)))
             for shard in files
             for first in range(shard.rows.start, shard.rows.stop, size)
         ]
         if ranks().first:
             (self._parts_folder / STOPPED).unlink(missing_ok=True)
         missing = gather_objects(self._missing())[0]  # as the first rank finds them
-        self.own: list[Part] = missing[ranks().rank :: ranks().size]
+        self.own: list[BatchPart] = missing[ranks().rank :: ranks().size]
         self.total = sum(len(shard.rows) for shard in files)
         self.done = self.total - sum(len(part.rows) for part in missing)  # rows
 
-    def write(self, part: Part, rows: Tensor) -> None:
+    def write(self, part: BatchPart, rows: Tensor) -> None:
         """A part [n, ...]."""
         save_tensors(self._parts_folder / part.name, {"rows": rows})
 
@@ -81,7 +81,7 @@ class SharedParts:
         if ranks().first:
             shutil.rmtree(self._parts_folder)
 
-    def _missing(self) -> list[Part]:
+    def _missing(self) -> list[BatchPart]:
         files = {shard.name for shard in missing_shards(self.folder, self._files)}
         there = {path.name for path in self._parts_folder.iterdir()}
         return [part for part in self._parts if part.shard.name in files and part.name not in there]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtp.curation.ingest.scenes import BACKGROUNDS, RELATIONS, Captions, Scene, relations, relations_of_place
+from vtp.curation.ingest.scenes import BACKGROUNDS, RELATIONS, CaptionGrammar, Scene, relations, relations_of_place
 from vtp.distributed import total
 from vtp.models.scene_detector import Detection, SceneDetector
 
@@ -25,7 +25,7 @@ class SceneMeasure:
 
     def __init__(self, detector: SceneDetector) -> None:
         self._detector = detector
-        self._captions = Captions(detector.classes)
+        self._captions = CaptionGrammar(detector.classes)
         self._right, self._asked = Counter[str](), Counter[str]()
         self._foreign = 0
 

@@ -78,12 +78,12 @@ class SceneDetector(nn.Module):
         self.config, self.classes, self.image_size = config, list(classes), image_size
         width = config.width
         self.stem = nn.Conv2d(3, width, config.stride + 2, config.stride, padding=1)
-        self.fine, self.middle = _Block(width), _Block(2 * width)
-        self.coarse = nn.Sequential(_Block(3 * width), _Block(3 * width))
+        self.fine, self.middle = _ResidualBlock(width), _ResidualBlock(2 * width)
+        self.coarse = nn.Sequential(_ResidualBlock(3 * width), _ResidualBlock(3 * width))
         self.to_middle, self.to_coarse = nn.Conv2d(width, 2 * width, 2, 2), nn.Conv2d(2 * width, 3 * width, 2, 2)
         self.beside, self.from_middle = nn.Conv2d(width, 2 * width, 1), nn.Conv2d(2 * width, 2 * width, 1)
         self.from_coarse = nn.Conv2d(3 * width, 2 * width, 1)
-        self.merged_middle, self.merged_fine = _Block(2 * width), _Block(2 * width)
+        self.merged_middle, self.merged_fine = _ResidualBlock(2 * width), _ResidualBlock(2 * width)
         self.norm = nn.GroupNorm(GROUPS, 2 * width)
         self.head = nn.Conv2d(2 * width, 2 + len(self.classes), 1)
         nn.init.zeros_(self.head.weight)
@@ -150,7 +150,7 @@ class SceneDetector(nn.Module):
         return load_module(build, load_tensors(folder / WEIGHTS), where=folder / WEIGHTS).eval()
 
 
-class _Block(nn.Module):
+class _ResidualBlock(nn.Module):
     """Two convolutions beside the identity."""
 
     def __init__(self, width: int) -> None:

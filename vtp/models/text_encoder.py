@@ -43,7 +43,7 @@ class TransformersText(Config):
     name: Literal["transformers"]
     length: int = Field(ge=1, description="tokens of a caption at most; longer ones are cut")
     width: int = Field(ge=1, description="numbers of a token's features, as its config.json has them (hidden_size)")
-    layer: int = Field(le=-1, description="whose hidden states are read, from the end: -1 is the last, norm included")
+    layer: int = Field(le=-1, description="layer that is read, from the end: -1 is the last, norm included")
 
 
 TextEncoderConfig = Annotated[TokenizerText | OpenClipText | TransformersText, Field(discriminator="name")]

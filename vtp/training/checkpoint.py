@@ -28,9 +28,9 @@ from torch import Tensor
 
 from vtp.artefact import ArtefactError, digest, read_json, write_json
 from vtp.distributed import (
-    Piece,
     StateError,
     StateMismatchError,
+    StatePiece,
     barrier,
     gather_objects,
     is_sharded,
@@ -230,7 +230,7 @@ def _require_equal(folder: Path, found: Mapping[str, list[int]], wanted: Mapping
             raise StateMismatchError(f"{folder}: {name} has shape {found[name]}, and here {shape}")
 
 
-def _copy_rows(file: Any, name: str, first: int, own: Piece) -> None:  # noqa: ANN401 - the library does not say of what kind
+def _copy_rows(file: Any, name: str, first: int, own: StatePiece) -> None:  # noqa: ANN401 - the library does not say of what kind
     """Those rows of a piece in a file, which begins with row `first`, that this rank holds."""
     if not own.rows.ndim:
         own.rows.copy_(file.get_tensor(name))

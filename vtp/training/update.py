@@ -108,7 +108,7 @@ class Update:
         ]
         return ", ".join(origins) or "only the sum of all objectives"
 
-    def _summarise(self, parts: Mapping[str, Tensor | float], requests: Requests) -> "_Summary":
+    def _summarise(self, parts: Mapping[str, Tensor | float], requests: Requests) -> "_Summed":
         """What all ranks must know of each other, in one small reduction, and the one time that the host waits."""
         pairs = [squared_norms(parameters) for parameters in self._clipped.values()]
         replicated, sharded = (torch.stack(squares) for squares in zip(*pairs, strict=True))
@@ -122,7 +122,7 @@ class Update:
         known, rest = told[: len(norms)], told[len(norms) :]
         values = dict(zip([*of_device, *of_host], rest, strict=False))
         agreed = Requests(*(bool(asked) for asked in rest[len(parts) :]))
-        return _Summary(norms[1:].unbind(), known, {name: values[name] for name in parts}, agreed)
+        return _Summed(norms[1:].unbind(), known, {name: values[name] for name in parts}, agreed)
 
     def _clip(self, norms: Sequence[Tensor]) -> None:
         """Shorten what is longer than `clip_norm`: the whole gradient, or those of modules."""
@@ -140,7 +140,7 @@ def _by_module(optimizer: Optimizers) -> dict[str, list[nn.Parameter]]:
     return modules
 
 
-class _Summary(NamedTuple):
+class _Summed(NamedTuple):
     norms: Sequence[Tensor]  # of what is clipped by itself
     known: list[float]  # of the whole gradient and of those, on the host
     values: Mapping[str, float]  # sums over ranks of all scalars

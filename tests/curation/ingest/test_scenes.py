@@ -1,4 +1,4 @@
-"""Captions of scenes: what is written is read again, whatever is drawn, and nothing else is."""
+"""CaptionGrammar of scenes: what is written is read again, whatever is drawn, and nothing else is."""
 
 import random
 from itertools import product
@@ -15,7 +15,7 @@ from vtp.curation.ingest.scenes import (
     PHRASES,
     PLACES,
     RELATIONS,
-    Captions,
+    CaptionGrammar,
     Scene,
     Thing,
     Word,
@@ -27,7 +27,7 @@ from vtp.curation.ingest.scenes import (
 )
 
 NAMES = ["frog", "church", "face blowing a kiss", "fork and knife", "fork and knife with plate", "orange"]
-CAPTIONS = Captions(NAMES)
+CAPTIONS = CaptionGrammar(NAMES)
 VALUES = {
     "name": "openmoji", "seed": 3, "image_size": 64, "aspect_ratios": [1.0], "classes": 40, "labels": "drawing",
     "captions": ["full", "short"], "train_samples": 50, "validation_samples": 20, "held_out": None,
@@ -71,7 +71,7 @@ def said(scene, kind, style, variant):
 def test_every_caption_of_every_drawing_is_read_as_it_was_written(kind):
     """Of all names that there are: the longest begin, end and join like phrases do."""
     names = all_names()
-    captions, draw = Captions(names), random.Random(0)
+    captions, draw = CaptionGrammar(names), random.Random(0)
     for _ in range(600):
         scene, variant = random_scene(draw, kind, len(names))
         for style in ("full", "short"):
@@ -81,7 +81,7 @@ def test_every_caption_of_every_drawing_is_read_as_it_was_written(kind):
 
 def test_what_composers_say_is_what_they_draw():
     composer = Composer(config_of())
-    captions = Captions([picture.name for picture in composer.pictures])
+    captions = CaptionGrammar([picture.name for picture in composer.pictures])
     kinds = set()
     for split, index in product(("train", "validation", "other"), range(200)):
         sample = composer.plan(split, index)

@@ -13,7 +13,7 @@ from vtp.config import Config, Distinct
 from vtp.curation.ingest.arrange import Arrangement, Arranger, Canvas
 from vtp.curation.ingest.held_out import HeldOutCombinations, HeldOutConfig
 from vtp.curation.ingest.openmoji import Picture, all_names, catalogue, render
-from vtp.curation.ingest.scenes import BACKGROUNDS, INKS, Captions, CaptionStyle, SceneKind
+from vtp.curation.ingest.scenes import BACKGROUNDS, INKS, CaptionGrammar, CaptionStyle, SceneKind
 from vtp.curation.ingest.words import LEAST_SIZE, Vocabulary, WordsConfig, write
 from vtp.data.shards import NO_LABEL
 from vtp.draws import address, numpy_draws
@@ -101,7 +101,7 @@ class Composer:
         self.config = config
         self.pictures = catalogue(config.classes)
         self._drawings: dict[int, Image] = {}
-        self._captions = Captions([picture.name for picture in self.pictures])
+        self._captions = CaptionGrammar([picture.name for picture in self.pictures])
         vocabulary = None if config.words is None else Vocabulary(config.words, all_names())
         self._arranger = Arranger(config.classes, config.rotation, vocabulary)
         self._held_out = None

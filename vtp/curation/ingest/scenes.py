@@ -1,7 +1,7 @@
 """What the pictures of the embedded data show, and the captions that say it: one table of phrases writes and reads them.
 
 A scene holds things (pictures with a name), each perhaps counted or at a named place, one relation, a background and a
-written word. A caption says all of it or a part, and `Captions.parse` gives back what it says.
+written word. A caption says all of it or a part, and `CaptionGrammar.parse` gives back what it says.
 """
 
 import re
@@ -186,8 +186,8 @@ def _in_order(first: int, second: int, relation: str) -> tuple[int, int, str]:
     return (first, second, relation) if relation in ("left of", "above") else (second, first, INVERSE[relation])
 
 
-class Captions:
-    """Captions of scenes whose things have these names."""
+class CaptionGrammar:
+    """CaptionGrammar of scenes whose things have these names."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
