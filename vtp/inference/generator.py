@@ -81,19 +81,21 @@ class PictureGenerator:
         classes: "Class | Iterable[Class]",
         count: int = 1,
         *,
+        size: tuple[int, int] | None = None,
         seed: int = 0,
         batch_size: int = 16,
         **changes: Any,  # noqa: ANN401 - of the record
     ) -> "list[Image]":
         """`count` pictures of every class, class by class; a class is a name or a label, an integer of any library.
 
-        Picture n of every class begins with the noise of index n, which is that of the stage generate with this seed.
-        `changes` are those of the sampler, such as `guidance_scale=2.0`. Raises ValueError for a class that there is not,
-        ConfigError for a sampler that cannot be.
+        `size` is their height and width in pixels, of whole tokens; None: the smallest squares that it learnt. Picture n of
+        every class begins with the noise of index n, which is that of the stage generate with this seed and size.
+        `changes` are those of the sampler, such as `guidance_scale=2.0`. Raises ValueError for a class that there is not
+        and a size that cannot be, ConfigError for such a sampler.
         """
         from PIL import Image
 
-        pixels = self.draw(classes, count, seed=seed, batch_size=batch_size, **changes)
+        pixels = self.draw(classes, count, size=size, seed=seed, batch_size=batch_size, **changes)
         return [Image.fromarray(picture.numpy()) for picture in pixels.permute(0, 2, 3, 1)]
 
     def draw(
@@ -101,6 +103,7 @@ class PictureGenerator:
         classes: "Class | Iterable[Class]",
         count: int = 1,
         *,
+        size: tuple[int, int] | None = None,
         seed: int = 0,
         batch_size: int = 16,
         **changes: Any,  # noqa: ANN401 - of the record
@@ -117,8 +120,9 @@ class PictureGenerator:
         sampler = SamplerConfig.parse(self.sampler.model_dump() | changes, where="sampler")
         if sampler.guide == "generator":
             raise ValueError("guide: generator needs a weaker one beside this; the stage generate takes it by --guide")
+        shape = self.model.latents_of(size, self.tokenizer.pixels_per_latent)
         parts = [
-            self._draw(labels[first : first + batch_size], indices[first : first + batch_size], seed, sampler)
+            self._draw(labels[first : first + batch_size], indices[first : first + batch_size], seed, shape, sampler)
             for first in range(0, len(labels), batch_size)
         ]
         return torch.cat(parts)
@@ -146,10 +150,12 @@ class PictureGenerator:
         return label
 
     @torch.no_grad()
-    def _draw(self, labels: Tensor, indices: Sequence[int], seed: int, sampler: SamplerConfig) -> Tensor:
+    def _draw(
+        self, labels: Tensor, indices: Sequence[int], seed: int, shape: tuple[int, int, int], sampler: SamplerConfig
+    ) -> Tensor:
         """uint8 [n, 3, H, W] on the CPU."""
         device = self.model.pos_embed.device
-        noise = draw_noise(seed, indices, self.model.latent_shape)
+        noise = draw_noise(seed, indices, shape)
         drawn = sample(self.model, noise.to(device), labels.to(device), **sampler.arguments())
         return to_uint8(self.tokenizer.decode(self.space.statistics.denormalise(drawn))).cpu()
 
