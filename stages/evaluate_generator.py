@@ -27,6 +27,7 @@ from vtp.config import ConfigError
 from vtp.data.latents import LatentDataset
 from vtp.data.prompt_files import Prompt
 from vtp.data.shards import NO_LABEL
+from vtp.data.sized_latents import squares_of
 from vtp.distributed import own_rows, ranks
 from vtp.evaluation.adm import AdmReference
 from vtp.evaluation.class_probe import ClassProbe
@@ -132,8 +133,9 @@ def run(  # noqa: PLR0913 - one flag per path
         model.require_decoder(tokenizer)
         drawn = Samples(samples)
         drawn.require_encoder(model.encoder_digest(), tokenizer)
-        side, scored = model.image_size, _drawn(drawn, model, host)
-        scored += _floor(config, latents, drawn, model, tokenizer, host)
+        scored = _drawn(drawn, model, host)
+        side = _side(drawn, model)
+        scored += _floor(config, latents, drawn, model, tokenizer, side, host)
     known.require_size(side)
     learnt = known.of(config.split)
     _check(config, known, learnt, scored, drawn)
@@ -180,6 +182,16 @@ def run(  # noqa: PLR0913 - one flag per path
     host.record(samples=images, **following.facts)
 
 
+def _side(samples: Samples, model: Tokenizer) -> int:
+    """Of the pictures that the samples become, in pixels. Raises ConfigError when they are no squares."""
+    _, height, width = samples.shape
+    if height != width:
+        raise ConfigError(
+            f"{samples.folder}: latents of {height} x {width}, and squares are compared; set generate.size to one or null"
+        )
+    return height * model.pixels_per_latent
+
+
 def _drawn(samples: Samples, model: Tokenizer, host: Host) -> list[_Scored]:
     """Every setting, the baseline among them."""
     scored = []
@@ -192,7 +204,13 @@ def _drawn(samples: Samples, model: Tokenizer, host: Host) -> list[_Scored]:
 
 
 def _floor(
-    config: EvaluateGenerator, folder: Path | None, drawn: Samples, model: Tokenizer, tokenizer: Path, host: Host
+    config: EvaluateGenerator,
+    folder: Path | None,
+    drawn: Samples,
+    model: Tokenizer,
+    tokenizer: Path,
+    side: int,
+    host: Host,
 ) -> list[_Scored]:
     """The first of the images that the generator learnt, as the decoder shows them; nothing without their latents.
 
@@ -200,8 +218,13 @@ def _floor(
     """
     if folder is None:
         return []
-    latents = LatentDataset(folder, "train" if drawn.config.prompts is None else "validation")
+    latents = squares_of(folder) if drawn.config.prompts is None else LatentDataset(folder, "validation")
     latents.require_encoder(model.encoder_digest(), str(tokenizer))
+    if latents.config.image_size != side:
+        raise ConfigError(
+            f"{folder}: latents of squares of {latents.config.image_size} pixels, the samples have {side}; leave --latents "
+            "out, or draw at that size"
+        )
     images = Reconstructions(latents, max(config.counts), model, host.device)
     return [_Scored(RECONSTRUCTED, images, "rfid", RECONSTRUCTED, latents.classes)]
 

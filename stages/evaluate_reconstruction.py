@@ -91,10 +91,11 @@ def run(  # noqa: PLR0913 - one flag per output
         model.require_decoder(tokenizer)
     data = ShardDataset(shards, config.split, cache=ShardCache.of(host))
     statistics = Reference.load(reference)
-    size = models["pretrained"].image_size
-    statistics.require(data, size)
+    size = statistics.image_size
+    statistics.require_data(data)
+    models["pretrained"].require_sizes([(size, size)])
     real = statistics.of(config.split)
-    comparison = Comparison(data, real.rows, models, batch_size=config.batch_size, host=host)
+    comparison = Comparison(data, real.rows, models, size=size, batch_size=config.batch_size, host=host)
     extractors = build_extractors(statistics.features, weights=host.weights, device=host.device)
     perceptual = build_perceptual(config.perceptual, weights=host.weights).to(host.device)
 

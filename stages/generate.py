@@ -18,8 +18,9 @@ from torch import Tensor
 from stages.runner.run import Input, OptionalInput, Output, main
 from vtp.artefact import ArtefactError
 from vtp.config import Config, ConfigError, Distinct, Keys, number_name
-from vtp.data.latents import LatentDataset, LatentShard
+from vtp.data.latents import LatentShard
 from vtp.data.shared_parts import SharedParts
+from vtp.data.sized_latents import space_of
 from vtp.distributed import ranks
 from vtp.evaluation.samples import FORMAT_VERSION, Labels, SamplesArtefact, SettingName, draw_labels
 from vtp.evaluation.settings import NOISE, RESERVED
@@ -58,12 +59,22 @@ def _place_in_sweep(keys: Keys) -> str:
     return ".".join(["sweep", *(lists.get(str(key), str(key)) for key in keys)])
 
 
+class DrawnSize(Config):
+    """Of the pictures that the samples become."""
+
+    height: int = Field(ge=1, description="height of the pictures in pixels")
+    width: int = Field(ge=1, description="width of the pictures in pixels")
+
+
 class Generate(Config):
     """The section `generate`."""
 
     seed: int = Field(description="seed of noise and random labels")
     samples: int = Field(ge=1, description="number of samples per setting")
     labels: Labels = Field(description="balanced: classes, or prompts, in turn; random: each by chance")
+    size: DrawnSize | None = Field(
+        description="size of the pictures; null: the smallest squares among those that the generator learnt"
+    )
     prompts: Prompts | None = Field(description="what a generator is asked for that is told captions; null: classes")
     batch_size: int = Field(ge=1, description="samples of every forward pass; a short batch is filled up")
     shard_size: int = Field(ge=1, description="samples per file")
@@ -117,8 +128,8 @@ def run(  # noqa: PLR0913 - one flag per path
     if space.untrained and ranks().first:
         names = listed([shown(space.classes[label]) for label in space.untrained])
         logging.warning("%d classes had no training picture and are not drawn: %s", len(space.untrained), names)
-    guided = _guide(config, guide, space, host)
-    drawing = _Drawing(config, config.all_settings, space, asked, model, guided, host.device)
+    weak, shape = _guide(config, guide, space, host), _shape(config, model, space)
+    drawing = _Drawing(config, config.all_settings, space, asked, model, weak, shape, host.device)
     artefact = SamplesArtefact(
         format_version=FORMAT_VERSION,
         encoder=space.encoder,
@@ -158,11 +169,12 @@ class _Drawing(NamedTuple):
     asked: Asked
     model: LightningDiT
     guide: LightningDiT | None
+    shape: tuple[int, int, int]  # (d, h, w)
     device: str
 
     def draw(self, setting: str, rows: range) -> Tensor:
         """The latents [n, d, h, w] of these samples, in the tokenizer's own scale, on the CPU."""
-        noise = draw_noise(self.config.seed, rows, self.model.latent_shape)
+        noise = draw_noise(self.config.seed, rows, self.shape)
         if setting == NOISE:
             return self.space.statistics.denormalise(noise)
         labels = draw_labels(self.config.labels, self.config.seed, rows, self.asked.labels)
@@ -206,7 +218,7 @@ def _space(model: LightningDiT, folder: Input, latents: OptionalInput) -> Latent
                 f"{folder}: a generator from elsewhere, whose folder does not say which latents it learnt; give them by "
                 "--latents FOLDER on the command, and under its deps"
             )
-        return LatentDataset(latents).space
+        return space_of(latents)
     if latents is not None:
         raise ConfigError(f"--latents {latents}: {folder} says itself which latents it learnt; leave --latents out")
     return model.space
@@ -227,6 +239,20 @@ def _asked(
     if config.prompts is None:
         raise ConfigError(f"{generator} is told captions: set generate.prompts, such as {{name: held_out, most: null}}")
     return prompts_of(model, generator, config.prompts, given, weights=host.weights, device=host.device)
+
+
+def _shape(config: Generate, model: LightningDiT, space: LatentSpace) -> tuple[int, int, int]:
+    """Of the latents. Raises ConfigError for a size that the generator cannot draw."""
+    if config.size is None:
+        return model.latent_shape
+    if space.pixels_per_latent is None:
+        raise ConfigError(
+            "generate.size: the generator's folder does not say how many pixels a latent has; train it again, or set null"
+        )
+    try:
+        return model.latents_of((config.size.height, config.size.width), space.pixels_per_latent)
+    except ValueError as error:
+        raise ConfigError(f"generate.size: {error}") from None
 
 
 def _guide(config: Generate, folder: OptionalInput, space: LatentSpace, host: Host) -> LightningDiT | None:

@@ -1,6 +1,7 @@
 """Wiring: dvc.yaml, parameter files, the stages and the schema agree."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -20,7 +21,8 @@ from stages.pretrain import Pretrain
 from stages.runner.pipeline import Pipeline
 from stages.runner.project import CONFIG, derived
 from stages.runner.run import path_flags, stage_name
-from vtp.config import read_yaml
+from stages.train_generator import TrainGenerator
+from vtp.config import ConfigError, read_yaml
 from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.models.trainable import build_tokenizer
@@ -415,6 +417,24 @@ def test_presets_lie_over_every_size(tmp_path, size, preset):
     assert trained["objective"]["timesteps"] == of_size["train_generator"]["objective"]["timesteps"]
     assert all(values[name] == of_size[name] for name in ("pretrain", "tune_decoder", "reference"))
     assert trained["model"]["use_qknorm"] is (preset == "stable")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_any_preset_may_be_one_of_512_pixels(tmp_path, preset):
+    """By a tokenizer of 256; `check` sees to it that all behind the latents is of one size."""
+    bases = [OVERLAYS / "sizes/L.yaml", OVERLAYS / f"presets/{preset}.yaml", OVERLAYS / "512px.yaml"]
+    (tmp_path / "params.yaml").write_text(json.dumps({"base": list(map(str, bases))}))
+    pipeline = Pipeline.of(ROOT / "pipelines/vtp/dvc.yaml")._replace(tracked=[])
+    values = check(tmp_path / "params.yaml", pipeline).shared
+    trained = TrainGenerator.parse(values["train_generator"], where="test")
+    assert trained.model.size.name == PRESETS[preset][0]
+    assert trained.objective.timesteps.resolved(64 * 32 * 32).mu == pytest.approx(-math.log(4))
+    assert values["pretrain"]["tokenizer"]["image_size"] == 256
+    (tmp_path / "params.yaml").write_text(json.dumps({"base": list(map(str, bases)), "reference": {"image_size": 256}}))
+    with pytest.raises(
+        ConfigError, match=r"reference.image_size: 256, cache_latents.sizes, the smallest square, is 512"
+    ):
+        check(tmp_path / "params.yaml", pipeline)
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])

@@ -61,6 +61,7 @@ def _sample(given: argparse.Namespace) -> str:
         given.prompt,
         given.prompts,
         count=given.count,
+        size=given.size,
         seed=given.seed,
         steps=given.steps,
         guidance=given.guidance,
@@ -120,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", metavar="TEXT", nargs="+", help="of a generator that is told captions")
     sample.add_argument("--prompts", type=Path, metavar="FILE", help="the same, a prompt a line")
     sample.add_argument("--count", type=int, default=8, help="pictures of every class or prompt; default: 8")
+    sample.add_argument(
+        "--size",
+        metavar="WIDTHxHEIGHT",
+        help="of the pictures in pixels, such as 512x384; default: the smallest squares that the generator learnt",
+    )
     sample.add_argument("--seed", type=int, default=0, help="of the noise; default: 0")
     sample.add_argument("--steps", type=int, help="of the sampler; default: those of its sampler.json")
     sample.add_argument("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1 is none")

@@ -25,14 +25,22 @@ ORIGINAL = "original"
 
 
 class Comparison:
-    """The images `rows` of a split, and tokenizers that share an encoder by the name of their decoder."""
+    """The images `rows` of a split as squares of `size` pixels, and tokenizers that share an encoder, by their decoders."""
 
     def __init__(
-        self, data: ShardDataset, rows: np.ndarray, models: Mapping[str, Tokenizer], *, batch_size: int, host: Host
+        self,
+        data: ShardDataset,
+        rows: np.ndarray,
+        models: Mapping[str, Tokenizer],
+        *,
+        size: int,
+        batch_size: int,
+        host: Host,
     ) -> None:
         self.data = data
         self.rows = rows
         self.models = models
+        self.size = size
         self._first = next(iter(models.values()))
         self._batch_size = batch_size
         self._host = host
@@ -40,7 +48,8 @@ class Comparison:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(d, h, w)."""
-        return self._first.latent_shape
+        side = self.size // self._first.pixels_per_latent
+        return self._first.latent_shape[0], side, side
 
     def own_batches(self, most: int | None = None) -> list[np.ndarray]:
         """This rank's share of the rows, or of the first `most`.
@@ -53,12 +62,12 @@ class Comparison:
 
     def all_originals(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Rows and their images of batches, decoded by worker processes."""
-        with closing(cropped(self.data, batches, self._first.image_size, self._host)) as stream:
+        with closing(cropped(self.data, batches, self.size, self._host)) as stream:
             yield from zip(batches, stream, strict=True)
 
     def originals(self, rows: np.ndarray) -> Tensor:
         """Centre-cropped images [B, 3, S, S] uint8."""
-        return self.data.images(rows, self._first.image_size).to(self._host.device)
+        return self.data.images(rows, self.size).to(self._host.device)
 
     def encode(self, originals: Tensor) -> Tensor:
         """Latents [B, d, h, w] of uint8 images."""

@@ -6,9 +6,9 @@ the real modules with tensors that have shapes and no contents, and adding up wh
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,12 @@ from vtp.config import ConfigError
 from vtp.curation.ingest.compose import EmbeddedConfig, categories
 from vtp.curation.ingest.openmoji import catalogue
 from vtp.data.batches import count_micro_batches
-from vtp.models.base import EncoderLayers
+from vtp.data.sizes import PictureSize
+from vtp.layers.flops import forward_flops
+from vtp.models.base import EncoderLayers, Encoding
 from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.tokenizer import TokenizerConfig
+from vtp.models.trainable import build_tokenizer
 from vtp.objectives.cost import decoding_flops, encoding_flops
 from vtp.params import load, read_parameters, split_address
 from vtp.step import OptimConfig
@@ -97,6 +100,21 @@ class PlannedInputs(NamedTuple):
     def decoder_flops(self) -> float:
         """Of one image."""
         return decoding_flops(self.tokenizer)
+
+    def at(self, side: int) -> Self:
+        """For squares of another side."""
+        return self._replace(tokenizer=self.tokenizer.model_copy(update={"image_size": side}))
+
+    def latents_of(self, sizes: Sequence[PictureSize]) -> list[tuple[int, int, int]]:
+        """Shapes (d, h, w) of the latents of pictures."""
+        channels, pixels = self.latent_shape[0], self.tokenizer.pixels_per_latent
+        return [(channels, size.height // pixels, size.width // pixels) for size in sizes]
+
+    def encoding_flops(self, sizes: Sequence[PictureSize]) -> list[float]:
+        """Of the latents of one picture of each size."""
+        with torch.device("meta"):
+            encoder = Encoding(build_tokenizer(self.tokenizer))
+        return [forward_flops(encoder, torch.empty(1, 3, *size)) for size in sizes]
 
     def split(self, name: str) -> SplitSize:
         """Raises ConfigError for a split whose size nothing says."""

@@ -16,6 +16,7 @@ def plan(arguments: list[str]) -> Estimate:
     options = parser.parse_args(arguments)
     config = load(options.address, EvaluateGenerator)
     inputs, reference = inputs_of(options), load(beside(options, "reference"), ReferenceStatistics)
+    inputs = inputs.at(reference.image_size)
     drawn = load(options.samples or beside(options, "generate"), Generate)
     settings = len(drawn.all_settings) + 1
     images = settings * drawn.samples + max(config.counts)

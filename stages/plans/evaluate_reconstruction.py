@@ -16,6 +16,7 @@ def plan(arguments: list[str]) -> Estimate:
     options = parser.parse_args(arguments)
     config, inputs = load(options.address, EvaluateReconstruction), inputs_of(options)
     reference = load(beside(options, "reference"), ReferenceStatistics)
+    inputs = inputs.at(reference.image_size)
     images, decoders = images_of(reference, inputs, config.split), options.decoders
     noisy = min(config.noise.samples, images)
     rendered = decoders * (images + noisy * len(config.noise.levels))

@@ -17,8 +17,9 @@ from stages.plans.estimate import (
     peak_of,
     rounded,
 )
-from stages.plans.train_generator import forward_passes, generator_flops, generator_of
+from stages.plans.train_generator import forward_passes, generator_flops, generator_of, learnt_sizes
 from stages.train_generator import TrainGenerator
+from vtp.data.sizes import PictureSize
 from vtp.params import load
 
 
@@ -32,7 +33,12 @@ def plan(arguments: list[str]) -> Estimate:
     options = parser.parse_args(arguments)
     config, inputs = load(options.address, Generate), inputs_of(options)
     trained = load(options.generator or beside(options, "train_generator"), TrainGenerator)
-    forward = generator_flops(generator_of(trained, inputs), inputs)
+    sizes = learnt_sizes(options, trained)
+    inputs = inputs if sizes is None else inputs.at(sizes.square.height)
+    shape = inputs.latent_shape
+    if config.size is not None:
+        (shape,) = inputs.latents_of([PictureSize(config.size.height, config.size.width)])
+    forward = generator_flops(generator_of(trained, inputs), shape)
     estimate = Estimate()
 
     heading = f"FLOPs: {config.samples:,} samples per setting, {forward / GIGA:,.1f} G a forward pass"
@@ -60,6 +66,6 @@ def plan(arguments: list[str]) -> Estimate:
     drawn = (len(config.all_settings) - len(unknown)) * config.samples
     rate = drawn / seconds if drawn else math.nan
     time["samples per second"] = Figure(rate, f"{rate:,.3g}" if drawn else "unknown")
-    kept = (len(config.all_settings) + 1) * config.samples * (inputs.latent_numbers * FLOAT + LABEL)
+    kept = (len(config.all_settings) + 1) * config.samples * (math.prod(shape) * FLOAT + LABEL)
     time["samples"] = Figure(kept, f"{kept / GIGA:,.3g} GB, the baseline of noise among them")
     return estimate

@@ -5,14 +5,18 @@ Each rule is a function of a `Recipe` that yields problems, a line each; `stages
 
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
-from typing import NamedTuple, TypeVar
 
 from stages.evaluate_generator import EvaluateGenerator
 from stages.evaluate_reconstruction import EvaluateReconstruction
 from stages.evaluate_understanding import EvaluateUnderstanding
 from stages.figures.points import EPOCHS_TO_REACH
 from stages.generate import Generate
-from stages.import_tokenizer import ImportTokenizer
+from stages.plans.recipe import Recipe
+from stages.plans.rules_of_sizes import (
+    generators_fit_the_latents,
+    pictures_to_encode_are_given,
+    reference_has_the_size_of_what_is_compared,
+)
 from stages.prepare_data import PrepareData
 from stages.pretrain import Pretrain
 from stages.reference import ReferenceStatistics
@@ -25,7 +29,6 @@ from vtp.config import Config, number_name
 from vtp.curation.ingest.compose import EmbeddedConfig
 from vtp.evaluation.convergence import EpochsToReach
 from vtp.evaluation.features import AnyFeaturesConfig
-from vtp.flow import SamplerConfig
 from vtp.losses.perceptual import AnyPerceptualConfig
 from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.discriminator import FeatureDiscriminatorConfig, PatchDiscriminatorConfig, TokenizerFeaturesConfig
@@ -33,9 +36,6 @@ from vtp.models.tokenizer import TokenizerConfig
 from vtp.objectives.adversary import AdversaryConfig
 from vtp.params import milestone_name
 from vtp.training.fit import FlopsLength
-
-C = TypeVar("C", bound=Config)
-D = TypeVar("D", bound=Config)
 
 
 def disagreements(configs: Mapping[str, Config], uses: Iterable[Use]) -> list[str]:
@@ -45,46 +45,6 @@ def disagreements(configs: Mapping[str, Config], uses: Iterable[Use]) -> list[st
         flags[use.section] = flags.get(use.section, frozenset()) | use.flags
     recipe = Recipe(configs, flags)
     return [problem for rule in RULES for problem in rule(recipe)]
-
-
-class Sampling(NamedTuple):
-    """A setting that draws samples, and where it stands."""
-
-    place: str
-    sampler: SamplerConfig
-
-
-class Recipe:
-    """The sections of a pipeline by the kind of their record, and the flags of the commands that read them."""
-
-    def __init__(self, configs: Mapping[str, Config], flags: Mapping[str, frozenset[str]]) -> None:
-        self._configs = configs
-        self._flags = flags
-
-    def of(self, kind: type[C]) -> Iterator[tuple[str, C]]:
-        """Names and records of this kind."""
-        for name, config in self._configs.items():
-            if isinstance(config, kind):
-                yield name, config
-
-    def pairs(self, kind: type[C], other: type[D]) -> Iterator[tuple[str, C, str, D]]:
-        """Every record of the one kind beside every one of the other, each behind its name."""
-        for name, config in self.of(kind):
-            for own, beside in self.of(other):
-                yield name, config, own, beside
-
-    def given(self, section: str, flag: str) -> bool:
-        """Whether a command that reads the section has the flag."""
-        return flag in self._flags.get(section, ())
-
-    @property
-    def samplers(self) -> Iterator[Sampling]:
-        """All settings that draw samples."""
-        for name, generate in self.of(Generate):
-            for setting, sampler in generate.settings.items():
-                yield Sampling(f"{name}.settings.{setting}", sampler)
-        for name, training in self.of(TrainGenerator):
-            yield Sampling(f"{name}.monitor.sampler", training.monitor.sampler)
 
 
 def _milestones_are_reached(recipe: Recipe) -> Iterator[str]:
@@ -161,17 +121,6 @@ def _samples_suffice(recipe: Recipe) -> Iterator[str]:
     for name, evaluation, own, generate in recipe.pairs(EvaluateGenerator, Generate):
         if max(evaluation.counts) > generate.samples:
             yield f"{name}.counts: {max(evaluation.counts)}, {own}.samples is {generate.samples}"
-
-
-def _reference_has_the_size_of_the_tokenizer(recipe: Recipe) -> Iterator[str]:
-    for name, reference in recipe.of(ReferenceStatistics):
-        sides = [(f"{own}.tokenizer", pretrain.tokenizer.image_size) for own, pretrain in recipe.of(Pretrain)]
-        # VTP's own stands in its folder.
-        imported = [(f"{own}.source", imported.source) for own, imported in recipe.of(ImportTokenizer)]
-        sides += [(own, side) for own, source in imported if (side := getattr(source, "image_size", None))]
-        for own, side in sides:
-            if reference.image_size != side:
-                yield f"{name}.image_size: {reference.image_size}, {own}.image_size is {side}"
 
 
 def _reference_has_the_splits(recipe: Recipe) -> Iterator[str]:
@@ -267,17 +216,6 @@ def _detectors_know_the_pictures(recipe: Recipe) -> Iterator[str]:
     for name, data, own, training in recipe.pairs(PrepareData, TrainDetector):
         if any(getattr(data.source, key, None) != getattr(training.source, key) for key in ("classes", "image_size")):
             yield f"{own}.source: has other classes or sizes than {name}.source; write `source: {{base: {name}.source}}`"
-
-
-def _generators_fit_the_latents(recipe: Recipe) -> Iterator[str]:
-    for own, pretrain in recipe.of(Pretrain):
-        grid = pretrain.tokenizer.latent_shape[1]
-        for name, training in recipe.of(TrainGenerator):
-            if grid % training.model.patch_size:
-                yield (
-                    f"{name}.model.patch_size: {training.model.patch_size} does not divide {grid}, the side of the latents "
-                    f"({own}.tokenizer.image_size / {pretrain.tokenizer.pixels_per_latent}, the pixels per latent)"
-                )
 
 
 def _guided_channels_are_there(recipe: Recipe) -> Iterator[str]:
@@ -378,14 +316,15 @@ RULES = (
     _probes_see_whole_patches,
     _probes_read_blocks_that_are_there,
     _samples_suffice,
-    _reference_has_the_size_of_the_tokenizer,
+    reference_has_the_size_of_what_is_compared,
     _reference_has_the_splits,
     _reference_keeps_enough,
     _networks_do_not_score_what_they_trained,
     _batches_are_filled,
     _splits_are_written,
     _detectors_know_the_pictures,
-    _generators_fit_the_latents,
+    generators_fit_the_latents,
+    pictures_to_encode_are_given,
     _guided_channels_are_there,
     _images_have_patches,
     _critics_read_blocks_that_are_there,

@@ -1,6 +1,9 @@
 """The plan of training a generator on cached latents, and what it shares with that of sampling."""
 
+import argparse
+import math
 from itertools import pairwise
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -30,6 +33,7 @@ from stages.plans.estimate import (
 )
 from stages.train_generator import TrainGenerator
 from vtp.config import ConfigError, number_name
+from vtp.data.sizes import SizesConfig
 from vtp.flow import SamplerConfig, flow_matching_loss
 from vtp.flow.sampler import time_grid
 from vtp.layers.flops import TRAINING, forward_flops
@@ -38,7 +42,7 @@ from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.lightningdit import LightningDiT
 from vtp.models.text_encoder import OpenClipText, TransformersText
 from vtp.models.tokenizer import TokenizerConfig
-from vtp.params import load
+from vtp.params import load, read_parameters, split_address
 from vtp.step import hidden_matrices
 from vtp.training.conditioning import CaptionCondition, ClassCondition
 from vtp.training.fit import run_length
@@ -71,20 +75,29 @@ def plan(arguments: list[str]) -> Estimate:
     options = parser.parse_args(arguments)
     config, inputs = load(options.address, TrainGenerator), inputs_of(options)
     cache = load(beside(options, "cache_latents"), CacheLatents)
+    sizes = learnt_sizes(options, config)
+    inputs = inputs if sizes is None else inputs.at(sizes.square.height)
+    shapes = [inputs.latent_shape] if sizes is None else inputs.latents_of(sizes.all)
+    alike = "" if sizes is None else f", on average over {len(shapes)} sizes, as if all came alike"
     model = generator_of(config, inputs)
-    forward, count, images = generator_flops(model, inputs), count_of(model), learnt(cache, inputs.split("train"))
-    per_step = TRAINING * forward * config.batch_size
+    forward = fmean(generator_flops(model, shape) for shape in shapes)
+    count, images = count_of(model), learnt(cache, inputs.split("train"))
+    encoding = 0.0 if config.images is None else fmean(inputs.encoding_flops(config.images.sizes.all))
+    per_step = (TRAINING * forward + encoding) * config.batch_size
     length = run_length(config.training.length, samples=config.batch_size, flops=per_step)
     estimate = Estimate()
 
     estimate.section("parameters")["generator"] = millions(count)
-    step = estimate.section(f"FLOPs of a step: {config.batch_size:,} latents {list(inputs.latent_shape)}")
-    note = f"{forward / GIGA:,.1f} G a latent, {forward / 2 / GIGA:,.1f} G multiply-adds"
+    of_latents = f"{list(inputs.latent_shape)}" if sizes is None else f"of {len(shapes)} sizes"
+    step = estimate.section(f"FLOPs of a step: {config.batch_size:,} latents {of_latents}")
+    note = f"{forward / GIGA:,.1f} G a latent, {forward / 2 / GIGA:,.1f} G multiply-adds{alike}"
     step["forward"] = Figure(forward, note)
+    if config.images is not None:
+        step["encoder"] = Figure(encoding, f"{encoding / GIGA:,.1f} G a picture{alike}")
     step["step"] = Figure(per_step, f"{per_step:.3e} training")
     step["run"] = Figure(length.flops, f"{length.flops:.3e} in {length.steps:,} steps, {length.samples:,} latents seen")
     step["epochs"] = Figure(length.samples / images, f"{length.samples / images:,.1f} of {images:,} images")
-    step["evaluations along the run"] = _evaluations(config, inputs, forward)
+    step["evaluations along the run"] = _evaluations(config, inputs, generator_flops(model, inputs.latent_shape))
 
     memory = estimate.section(f"memory per GPU, {options.gpus} GPUs")
     split = options.gpus if options.fsdp else 1
@@ -93,20 +106,26 @@ def plan(arguments: list[str]) -> Estimate:
     static = {"weights": count, "gradients": count, "optimiser": moments} | averages
     memory |= {name: gigabytes(numbers * FLOAT / split) for name, numbers in static.items()}
     share, passes = per_gpu(options, config.batch_size, named="train_generator.batch_size")
-    kept = share * activations(config, model, inputs)
-    memory["activations"] = gigabytes(kept, f" for {share:,} latents in one pass, {passes} per step")
+    kept = share * activations(config, model, max(shapes, key=math.prod))
+    largest = "" if sizes is None else " of the largest size"
+    memory["activations"] = gigabytes(kept, f" for {share:,} latents{largest} in one pass, {passes} per step")
     note = " without workspace and tokenizer"
     memory["sum"] = gigabytes(sum(static.values()) * FLOAT / split + kept, note)
 
     time = estimate.section("time and disk")
     seconds = add_time(time, options, length.flops, precision=config.training.precision)
     time["duration of a step"] = Figure(seconds / length.steps, f"{seconds / length.steps:.3g} s")
-    size = inputs.latent_numbers * getattr(torch, cache.dtype).itemsize
     rate = length.samples / seconds
-    note = f"{rate:,.0f} from storage, {rate * size / GIGA:.3g} GB/s in {cache.dtype}"
-    time["latents per second"] = Figure(rate, note)
-    cached = images * size * (2 if cache.horizontal_flips else 1)
-    time["latents"] = Figure(cached, f"{cached / GIGA:,.3g} GB; the faster when they fit into memory")
+    if config.images is not None:
+        time["pictures per second"] = Figure(rate, f"{rate:,.0f} from storage, decoded on the way")
+    else:
+        size = fmean(map(math.prod, shapes)) * getattr(torch, cache.dtype).itemsize
+        note = f"{rate:,.0f} from storage, {rate * size / GIGA:.3g} GB/s in {cache.dtype}"
+        time["latents per second"] = Figure(rate, note)
+        cached = (
+            images * size * (2 if cache.horizontal_flips else 1) * (len(cache.sizes.short_edges) if cache.sizes else 1)
+        )
+        time["latents"] = Figure(cached, f"{cached / GIGA:,.3g} GB; the faster when they fit into memory")
     state = ((1 + len(averages)) * count + moments) * FLOAT
     time["checkpoint"] = Figure(state, f"{state / GIGA:,.1f} GB, and {options.checkpoints_kept} are kept")
     models = len(averages) + len(config.monitor.milestones)
@@ -120,11 +139,6 @@ def generator_of(config: TrainGenerator, inputs: PlannedInputs) -> LightningDiT:
     text = text_of(config.model.condition, inputs.tokenizer)
     with torch.device("meta"):
         return LightningDiT(config.model.architecture(inputs.latent_shape, classes=inputs.labels, text=text))
-
-
-def generator_flops(model: LightningDiT, inputs: PlannedInputs) -> float:
-    """Of one forward pass of one latent."""
-    return forward_flops(model, torch.zeros(1, *inputs.latent_shape), torch.zeros(1), model.shape_of_condition(1))
 
 
 def text_of(
@@ -156,15 +170,28 @@ def text_of(
     return TextCondition(width=width, length=length, reading=condition.reading)
 
 
-def activations(config: TrainGenerator, model: LightningDiT, inputs: PlannedInputs) -> float:
-    """Bytes that autograd keeps per latent, without recomputing and compiling."""
+def learnt_sizes(options: argparse.Namespace, config: TrainGenerator) -> SizesConfig | None:
+    """Of the pictures that a generator learns; None: the tokenizer's squares."""
+    if config.images is not None:
+        return config.images.sizes
+    file, section = split_address(beside(options, "cache_latents"))
+    return load(f"{file}:{section}", CacheLatents).sizes if section in read_parameters(file).values else None
+
+
+def generator_flops(model: LightningDiT, shape: tuple[int, int, int]) -> float:
+    """Of one forward pass of one latent (d, h, w)."""
+    return forward_flops(model, torch.zeros(1, *shape), torch.zeros(1), model.shape_of_condition(1))
+
+
+def activations(config: TrainGenerator, model: LightningDiT, shape: tuple[int, int, int]) -> float:
+    """Bytes that autograd keeps per latent (d, h, w), without recomputing and compiling."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True), autocast(config.training.precision):
         model = model.to_empty(device="cpu")
 
         def forward(count: int) -> list[Tensor]:
-            latents, told = torch.empty(count, *inputs.latent_shape), model.shape_of_condition(count)
+            latents, told = torch.empty(count, *shape), model.shape_of_condition(count)
             loss = flow_matching_loss(model, latents, told, t=torch.empty(count), noise=torch.empty_like(latents))
             return [loss.mse.mean() + config.objective.cosine_weight * loss.cosine.mean()]
 

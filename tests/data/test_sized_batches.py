@@ -1,6 +1,7 @@
 """Pictures of several sizes: a batch is of one, the same for any ranks and workers, and holds what it says."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,3 +208,17 @@ def test_labels_may_be_coarser_than_classes(tmp_path):
     write_json(folder / "manifest.json", manifest | coarse)
     batch: PictureBatch = batches_of(folder, tmp_path)[0]
     assert batch.told.tolist() == [[1, 0, 1][number % 3] for number in batch.numbers.tolist()]
+
+
+def test_shards_from_elsewhere_are_fetched_ahead(shards, tmp_path, monkeypatch):
+    """Those of the window of a step and of the next; a folder that cannot hold a window is told."""
+    room, asked = SimpleNamespace(capacity=1e9), []
+    monkeypatch.setattr(ShardDataset, "cache", property(lambda self: room))
+    monkeypatch.setattr(ShardDataset, "settle", lambda self, now, later: asked.append((now, later)))
+    batches = batches_of(shards, tmp_path, window=2)
+    for step in (0, 9, 25):
+        assert batches[step].images.shape[0] == BATCH
+    assert asked == [batches.order.shards_around(step) for step in (0, 9, 25)]
+    room.capacity = 1.0
+    with pytest.raises(ConfigError, match=r"train_generator\.images\.window 2 reads .* GB of fetched shards together"):
+        batches_of(shards, tmp_path, window=2)

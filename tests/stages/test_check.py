@@ -9,6 +9,17 @@ from stages.plans.rules import disagreements
 from stages.runner.pipeline import Pipeline, Use
 from vtp.config import ConfigError, read_yaml
 
+SQUARES = {"short_edges": [24], "ratios": [1.0], "multiple": 8}
+ENCODED = {
+    "sizes": SQUARES | {"short_edges": [16]},
+    "labelled": True,
+    "horizontal_flips": True,
+    "precision": "float32",
+    "window": None,
+    "decode": "full",
+    "max_replaced": 0.1,
+    "statistics_images": 8,
+}
 FEATURES = {"name": "features", "network": {"name": "tokenizer", "image_size": None, "blocks": 9}, "kernel": 3}
 TEST = {"samples": 4, "labelled": False, "kept": 0}
 RECIPE = Pipeline.of(ROOT / "dvc.yaml")._replace(tracked=[])
@@ -302,6 +313,22 @@ def test_the_recipe_is_valid(tmp_path):
         ),
         ({"evaluate_generator": {"kernel": {"seed": -1}}}, "kernel.seed: Input should be greater than or equal to 0"),
         ({"reference": {"splits": {"train": TEST, "test": TEST}}}, "reference.splits.test: openm"),
+        ({"cache_latents": {"sizes": SQUARES}}, "image_size: 16, cache_latents.sizes, the smallest square, is 24"),
+        ({"generate": {"size": {"height": 24, "width": 24}}}, "reference.image_size: 16, generate.size.height is 24"),
+        ({"generate": {"size": {"height": 16, "width": 8}}}, "generate.size: 8 x 16, and reference compares squares"),
+        (
+            {"cache_latents": {"sizes": SQUARES | {"multiple": 12}}},
+            "cache_latents.sizes.multiple: 12 is no multiple of 8, the pixels per latent (pretrain), 8, times train_gen",
+        ),
+        ({"cache_latents": {"sizes": SQUARES | {"ratios": [2.0]}}}, "ratios lack 1.0: evaluations look at squares"),
+        (
+            {"train_generator": {"images": ENCODED}},
+            "train_generator.images: asks for pictures, and the stage's command",
+        ),
+        (
+            {"train_generator": {"images": ENCODED}},
+            "train_generator.images.statistics_images: null takes those of --latents, which the stage's command then has",
+        ),
     ],
 )
 def test_bad_values_are_named(tmp_path, changes, message):

@@ -70,6 +70,35 @@ def test_every_stage_has_a_plan(monkeypatch, capsys, small, stage):
     assert plan["wall clock"].value == pytest.approx(plan["GPU hours"].value * 3600 / 2)
 
 
+def test_plans_of_several_sizes_are_those_of_their_mean(small, tmp_path):
+    """As if all came alike; pictures that are encoded on the way cost that, and cached ones are stored at every edge."""
+    sizes = {"short_edges": [16, 24], "ratios": [1.0, 2.0], "multiple": 8}
+    squares = [{"short_edges": [side], "ratios": [1.0], "multiple": 8} for side in (16, 24)]
+
+    def plans(name, changes):
+        write_params(merged(tiny_params(), changes), tmp_path / f"{name}.yaml")
+        stages = ("cache_latents", "train_generator", "generate")
+        return [plan_of(stage, f"{tmp_path}/{name}.yaml:{stage}") for stage in stages]
+
+    cached, trained, drawn = plans("several", {"cache_latents": {"sizes": sizes}})
+    of_squares = [plans(str(number), {"cache_latents": {"sizes": each}}) for number, each in enumerate(squares)]
+    plain = [plan_of(stage, f"{small}:{stage}") for stage in ("cache_latents", "train_generator", "generate")]
+    assert of_squares[0][0]["run"].value == pytest.approx(plain[0]["run"].value)
+    assert of_squares[0][1]["run"].value == plain[1]["run"].value
+    assert [drawn["run"].value, of_squares[0][2]["run"].value] == [plain[2]["run"].value] * 2
+    forward = [train_generator["forward"].value for _, train_generator, _ in of_squares]
+    assert forward[0] < trained["forward"].value < 2.2 * forward[1]
+    numbers = 8 * (2 * 2 + 3 * 3 + 2 * 4 + 3 * 6) / 2  # of a picture, on average over the ratios
+    assert cached["of an image"].value == 4 * numbers
+    images = {"sizes": sizes, "labelled": True, "horizontal_flips": False, "precision": "float32", "window": None}
+    images |= {"decode": "full", "max_replaced": 0.1, "statistics_images": 8}
+    encoded = plans("encoded", {"train_generator": {"images": images}})[1]
+    assert encoded["forward"].value == trained["forward"].value
+    assert encoded["step"].value == pytest.approx(trained["step"].value + 8 * encoded["encoder"].value)
+    size = {"height": 24, "width": 16}
+    assert plans("large", {"generate": {"size": size}})[2]["run"].value > plain[2]["run"].value
+
+
 def test_a_comparison_costs_what_its_stages_do(small):
     """Of every run, seed and point, and what all share once; the data need no device."""
     uses = [Use("cache_latents", "cache_latents", True), Use("generate", "generate", True, at_points=True)]

@@ -161,9 +161,10 @@ def test_what_it_says_of_itself(shards, reference):
 
 def test_it_belongs_to_its_data(shards, reference, tmp_path):
     data = ShardDataset(shards, "train")
-    reference.require(data, 16)
+    reference.require_data(data)
+    reference.require_size(16)
     with pytest.raises(ArtefactError, match="statistics of 16 x 16 images, those to compare are 32 x 32"):
-        reference.require(data, 32)
+        reference.require_size(32)
     with pytest.raises(ArtefactError, match="no split 'test', it has train, validation; add it to reference.splits"):
         reference.of("test")
     for path in shards.iterdir():
@@ -172,7 +173,7 @@ def test_it_belongs_to_its_data(shards, reference, tmp_path):
     manifest = read_json(shards / "manifest.json")
     write_json(tmp_path / "manifest.json", manifest | {"attribution": "somebody else"})
     with pytest.raises(ArtefactError, match="statistics of other data than"):
-        reference.require(ShardDataset(tmp_path, "train"), 16)
+        reference.require_data(ShardDataset(tmp_path, "train"))
 
 
 def copy_of(reference, folder):

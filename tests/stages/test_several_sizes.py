@@ -7,14 +7,23 @@ import numpy as np
 import pytest
 import torch
 from data.small_shards import picture, write_shards
-from generating import cache, train
+from generating import cache, draw, train, work_in
 from launching import on_two_ranks
+from PIL import Image
 from tiny import merged, tiny_params
 
+import vtp
+from stages.evaluate_generator import EvaluateGenerator
+from stages.evaluate_generator import run as evaluate
+from stages.evaluate_reconstruction import EvaluateReconstruction
+from stages.evaluate_reconstruction import run as reconstruct
 from stages.pretrain import Pretrain
+from stages.reference import ReferenceStatistics
+from stages.reference import run as measure
 from stages.runner.environment import Interrupted
 from vtp import LightningDiT, VisualTokenizer, load_tokenizer
 from vtp.artefact import ArtefactError, digest, load_tensors, read_json
+from vtp.commands.sample import parsed_size, sample
 from vtp.config import ConfigError
 from vtp.data.buckets import ImageBuckets
 from vtp.data.dataset import ShardDataset
@@ -22,8 +31,11 @@ from vtp.data.latents import LatentDataset, read_latents_config
 from vtp.data.size_order import SizeOrder
 from vtp.data.sized_latents import SizedLatents
 from vtp.data.sizes import SizesConfig
+from vtp.evaluation.samples import Samples
+from vtp.evaluation.settings import NOISE
+from vtp.flow import draw_noise
 from vtp.layers.flops import TRAINING, forward_flops
-from vtp.layers.images import normalise
+from vtp.layers.images import normalise, to_uint8
 from vtp.models.base import Encoding
 
 SIDES = [(16, 16), (24, 24), (40, 24), (16, 32), (50, 25), (64, 31)]  # width, height
@@ -153,7 +165,8 @@ def test_a_stopped_run_ends_with_the_same_bytes(inputs, request, tmp_path, kind,
 
 
 @pytest.mark.parametrize("kind", ["cached", "encoded"])
-@pytest.mark.parametrize("layout", ["ranks", "micro-batches"])
+@pytest.mark.parametrize("layout", ["sharded", "micro-batches"])
+@pytest.mark.slow
 def test_ranks_and_micro_batches_train_the_same_generator(inputs, request, tmp_path, kind, layout):
     """Two real ranks, by the command line."""
     whole, out = request.getfixturevalue(kind), tmp_path
@@ -245,6 +258,80 @@ def test_mistakes_are_told(inputs, tmp_path, changes, given, message):
     given = {name: inputs / place if place else None for name, place in given.items()}
     with pytest.raises((ConfigError, ValueError), match=message):
         train(inputs, tmp_path, TRAINING_OF | changes, **given)
+
+
+@pytest.mark.parametrize("size", [(24, 16), (16, 40)])
+def test_pictures_of_any_size_are_drawn(inputs, encoded, tmp_path, size):
+    """Of sizes that were learnt or not: latents by the stage, pictures by Python and by the command line."""
+    height, width = size
+    drawn = draw(encoded / "generator", tmp_path, size={"height": height, "width": width}, samples=6)
+    samples = Samples(drawn)
+    shape = (8, height // 8, width // 8)
+    assert samples.shape == shape
+    statistics = LightningDiT.from_pretrained(encoded / "generator").space.statistics
+    noise = samples.of(NOISE).latents(0, 6)
+    torch.testing.assert_close(noise, statistics.denormalise(draw_noise(0, range(6), shape)))
+    generator = vtp.load_generator(encoded / "generator", inputs / "tokenizer")
+    sampler = tiny_params()["generate"]["settings"]["guided"]
+    pictures = generator.draw([0, 1, 2], 2, size=size, **sampler)
+    assert pictures.shape == (6, 3, height, width)
+    theirs = to_uint8(generator.tokenizer.decode(samples.of("guided").latents(0, 3)))  # of the classes 0, 1, 2
+    ours = torch.stack([generator.draw([label], label + 1, size=size, **sampler)[-1] for label in range(3)])
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+    assert generator.sample(0, size=size)[0].size == (width, height)
+    flags = {"steps": 2, "guidance": None, "tokenizer": inputs / "tokenizer", "decoder": None, "device": "cpu"}
+    sample(encoded / "generator", ["a"], count=2, size=f"{width}x{height}", seed=0, out=tmp_path / "a.png", **flags)
+    assert Image.open(tmp_path / "a.png").size[1] >= 96 // min(size) * height
+
+
+def test_sizes_that_cannot_be_drawn_are_told(inputs, encoded, tmp_path):
+    message = r"pictures of 16 x 20 pixels: sides must be multiples of 8, the pixels of a token of this generator"
+    with pytest.raises(ConfigError, match=f"generate.size: {message}"):
+        draw(encoded / "generator", tmp_path, size={"height": 20, "width": 16})
+    with pytest.raises(ValueError, match=message):
+        vtp.load_generator(encoded / "generator", inputs / "tokenizer").sample(0, size=(20, 16))
+    for text in ("16", "16x", "0x16", "16X24", "-8x8"):
+        with pytest.raises(ValueError, match=f"--size {text}: expected WIDTHxHEIGHT in pixels, such as 512x384"):
+            parsed_size(text)
+    assert parsed_size("512x384") == (384, 512)
+    other = LightningDiT.from_pretrained(encoded / "generator")
+    other.space = other.space._replace(pixels_per_latent=None)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="does not say how many pixels a latent has"):
+        draw(tmp_path / "other", tmp_path, size={"height": 24, "width": 16})
+
+
+def test_what_is_compared_has_the_size_of_what_is_drawn(inputs, encoded, tmp_path):
+    """Squares of another side than the tokenizer's: samples, reconstructions and the real images beside them."""
+    squares = {"short_edges": [24], "ratios": [1.0], "multiple": 8}
+    latents = cache(inputs, tmp_path, sizes=squares)
+    samples = draw(encoded / "generator", tmp_path, size={"height": 24, "width": 24})
+    host = work_in(tmp_path)
+    record = merged(tiny_params()["reference"], {"image_size": 24})
+    measure(
+        ReferenceStatistics.parse(record, where="test"),
+        shards=inputs / "shards",
+        reference=tmp_path / "reference",
+        host=host,
+    )
+    files = {"metrics": "metrics.json", "curves": "curves.csv", "pictures": "pictures"}
+    given = {"tokenizer": inputs / "tokenizer", "samples": samples, "reference": tmp_path / "reference"}
+    config = EvaluateGenerator.parse(tiny_params()["evaluate_generator"] | {"class_probe": None}, where="test")
+    outputs = {flag: tmp_path / name for flag, name in files.items()}
+    evaluate(config, **given, latents=latents, **outputs, host=host)
+    assert "reconstructed" in json.loads((tmp_path / "metrics.json").read_text())["generation"]
+    with pytest.raises(ConfigError, match=r"latents: latents of squares of 16 pixels, the samples have 24"):
+        evaluate(config, **given, latents=inputs / "latents", **outputs, host=host)
+    flat = draw(encoded / "generator", tmp_path / "flat", size={"height": 16, "width": 24})
+    with pytest.raises(ConfigError, match="latents of 2 x 3, and squares are compared"):
+        evaluate(config, **given | {"samples": flat}, **outputs, host=host)
+    config = EvaluateReconstruction.parse(tiny_params()["evaluate_reconstruction"], where="test")
+    names = ("metrics", "images", "pictures", "diagnostics", "speed")
+    outputs = {name: tmp_path / f"reconstruction_{name}" for name in names}
+    given = {"shards": inputs / "shards", "tokenizer": inputs / "tokenizer", "reference": tmp_path / "reference"}
+    reconstruct(config, **given, **outputs, host=host)
+    figures = json.loads(outputs["metrics"].read_text())["reconstruction"]
+    assert list(figures) == ["validation_centre24"]
 
 
 def test_statistics_of_other_squares_are_refused(inputs, tmp_path):

@@ -144,9 +144,11 @@ def _latents(folder: Path) -> Lines:
     _require(folder, config.files)
     if not config.splits:
         raise ArtefactError(f"{folder / 'config.json'}: has no split; run cache_latents again")
-    shapes = _latent_shapes(folder / next(iter(config.splits.values())).shards[0])
+    shapes = _latent_shapes(folder / list(config.splits.values())[-1].shards[0])  # of squares
     flips = "with those of flipped images" if "flipped" in shapes else "without those of flipped images"
     lines = {"format": str(config.format_version), "images": f"{config.image_size} x {config.image_size} pixels"}
+    if config.sizes is not None:
+        lines["images"] += f", those of training of up to {len(config.sizes.all)} sizes, WIDTHxHEIGHT"
     lines["latents"] = f"{' x '.join(map(str, shapes['latents'][1:]))} in {config.dtype}, {flips}"
     lines |= _splits(
         {name: f"{split.samples:,} in {_count(split.shards, 'file')}" for name, split in config.splits.items()}

@@ -32,6 +32,9 @@ class ImageBatch(NamedTuple):
     replaced: Tensor  # [B], true for a sample that stands in the place of one that cannot be used
 
 
+NONE_REPLACED = torch.zeros(0, dtype=torch.bool)
+
+
 class LatentBatch(NamedTuple):
     """A micro-batch of a rank: latents, normalised per channel, with the draws that each sample is trained with."""
 
@@ -41,7 +44,7 @@ class LatentBatch(NamedTuple):
     noise: Tensor  # [B, d, h, w], standard normal
     normal: Tensor  # [B], standard normal, for the time
     uniform: Tensor  # [B, 2] in [0, 1), for the time and for dropping the condition
-    replaced: Tensor  # [B], true for a picture that stands in the place of one that cannot be used; none: of a cache
+    replaced: Tensor = NONE_REPLACED  # [B], as in ImageBatch; empty where latents are cached
 
     @property
     def condition(self) -> Condition:
@@ -180,5 +183,4 @@ def cached_batch(
     """These rows of a cache; half of them mirrored, where that holds mirrored ones."""
     flipped = (draws.uniform[:, 2] < 0.5).numpy() if latents.has_flipped else None
     normalised = latents.statistics.normalise(latents.rows(rows, flipped))
-    drawn = draws.noise, draws.normal, draws.uniform[:, :2]
-    return LatentBatch(normalised, *conditions.rows(rows), *drawn, replaced=torch.zeros(0, dtype=torch.bool))
+    return LatentBatch(normalised, *conditions.rows(rows), draws.noise, draws.normal, draws.uniform[:, :2])

@@ -128,11 +128,10 @@ class Reference:
         """Digest of the shards' manifest."""
         return self.config.data
 
-    def require(self, images: ShardDataset, size: int) -> None:
-        """Raises ArtefactError when these are not the statistics of that data in crops of that size."""
+    def require_data(self, images: ShardDataset) -> None:
+        """Raises ArtefactError when these are not the statistics of that data."""
         if self.data != _data(images):
             raise ArtefactError(f"{self.folder}: statistics of other data than {images.folder}; run the stage again")
-        self.require_size(size)
 
     def require_size(self, size: int) -> None:
         """Raises ArtefactError when these are statistics of another size of images."""

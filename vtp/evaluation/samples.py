@@ -88,6 +88,12 @@ class Samples:
         """Names, the baseline among them."""
         return [*self.config.settings, NOISE]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(d, h, w) of every sample."""
+        channels, height, width = load_tensors(self.config.shards[0].path(self.folder))["latents"].shape[1:]
+        return channels, height, width
+
     def guidance(self, setting: str) -> str:
         """How a setting was guided, for names of metrics."""
         return NOISE if setting == NOISE else self.config.settings[setting].guidance

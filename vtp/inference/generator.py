@@ -109,6 +109,7 @@ class PictureGenerator:
         asked: "Class | Iterable[Class]",
         count: int = 1,
         *,
+        size: tuple[int, int] | None = None,
         seed: int = 0,
         batch_size: int = 16,
         progress: "Callable[[int], object] | None" = None,
@@ -116,14 +117,15 @@ class PictureGenerator:
     ) -> "list[Image]":
         """`count` pictures of every class or prompt, one after the other.
 
-        A class is a name or a label, an integer of any library; a prompt any text. Picture n of each begins with the noise
-        of index n, which is that of the stage generate with this seed. `progress` is told how many more are done. `changes`
-        are those of the sampler, such as `guidance_scale=2.0`. Raises ValueError for a class that there is not, and for an
-        empty prompt, ConfigError for a sampler that cannot be.
+        A class is a name or a label, an integer of any library; a prompt any text. `size` is height and width of the
+        pictures in pixels, of whole tokens; None: the smallest squares that it learnt. Picture n of each begins with the
+        noise of index n, which is that of the stage generate with this seed and size. `progress` is told how many more are
+        done. `changes` are those of the sampler, such as `guidance_scale=2.0`. Raises ValueError for a class that there is
+        not, an empty prompt and a size that cannot be, ConfigError for a sampler that cannot be.
         """
         from PIL import Image
 
-        pixels = self.draw(asked, count, seed=seed, batch_size=batch_size, progress=progress, **changes)
+        pixels = self.draw(asked, count, size=size, seed=seed, batch_size=batch_size, progress=progress, **changes)
         return [Image.fromarray(picture.numpy()) for picture in pixels.permute(0, 2, 3, 1)]
 
     def draw(
@@ -131,6 +133,7 @@ class PictureGenerator:
         asked: "Class | Iterable[Class]",
         count: int = 1,
         *,
+        size: tuple[int, int] | None = None,
         seed: int = 0,
         batch_size: int = 16,
         progress: "Callable[[int], object] | None" = None,
@@ -148,11 +151,12 @@ class PictureGenerator:
         sampler = SamplerConfig.parse(self.sampler.model_dump() | changes, where="sampler")
         if sampler.guide == "generator":
             raise ValueError("guide: generator needs a weaker one beside this; the stage generate takes it by --guide")
+        shape = self.model.latents_of(size, self.tokenizer.pixels_per_latent)
         parts = []
         for first in range(0, len(labels), batch_size):
             part = slice(first, first + batch_size)
             condition = known.conditions.of(labels[part], self._device)
-            parts.append(self._draw(condition, indices[part], seed, sampler))
+            parts.append(self._draw(condition, indices[part], seed, shape, sampler))
             if progress is not None:
                 progress(len(parts[-1]))
         return torch.cat(parts)
@@ -190,9 +194,16 @@ class PictureGenerator:
         return label
 
     @torch.no_grad()
-    def _draw(self, condition: Condition, indices: Sequence[int], seed: int, sampler: SamplerConfig) -> Tensor:
+    def _draw(
+        self,
+        condition: Condition,
+        indices: Sequence[int],
+        seed: int,
+        shape: tuple[int, int, int],
+        sampler: SamplerConfig,
+    ) -> Tensor:
         """uint8 [n, 3, H, W] on the CPU."""
-        noise = draw_noise(seed, indices, self.model.latent_shape)
+        noise = draw_noise(seed, indices, shape)
         drawn = sample(self.model, noise.to(self._device), condition, **sampler.arguments())
         return to_uint8(self.tokenizer.decode(self.space.statistics.denormalise(drawn))).cpu()
 

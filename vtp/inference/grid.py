@@ -20,7 +20,7 @@ GAP, MARGIN, LINE = 4, 12, 22  # pixels between images, around all, of the headi
 
 
 def tile_of(side: int) -> int:
-    """Side of an image in a grid, in pixels: a multiple of its own."""
+    """Pixels in a grid of the shorter side of images, of that many pixels: a multiple."""
     return side * max(1, -(-SCALE // side))
 
 
@@ -40,7 +40,9 @@ def grid(
     """Rows of uint8 images [n, 3, H, W], each under its name, as one PNG; `notes` stand below the images, cut to fit."""
     from PIL import Image
 
-    tile, gap, margin, line = tile_of(rows[0].shape[-1]), GAP, MARGIN, LINE
+    gap, margin, line = GAP, MARGIN, LINE
+    shorter = min(rows[0].shape[-2:])
+    tall, wide = (side * (tile_of(shorter) // shorter) for side in rows[0].shape[-2:])
     heading = draw_text(title, LETTERS, "black")
     lettered = [draw_text(name, LETTERS, "black") for name in names]
     below = [
@@ -48,21 +50,21 @@ def grid(
     ]
     columns = max(len(row) for row in rows)
     left = margin + max(name.width for name in lettered) + 10
-    width = max(left + columns * (tile + gap), margin + heading.width) + margin
-    height = margin + line + sum(tile + gap + extra for extra in below) + margin
+    width = max(left + columns * (wide + gap), margin + heading.width) + margin
+    height = margin + line + sum(tall + gap + extra for extra in below) + margin
     canvas = Image.new("RGB", (width, height), "white")
     canvas.paste(heading, (margin, margin), heading)
     top = margin + line
     for number, (row, name) in enumerate(zip(rows, lettered, strict=True)):
-        canvas.paste(name, (margin, top + (tile - name.height) // 2), name)
+        canvas.paste(name, (margin, top + (tall - name.height) // 2), name)
         for column, pixels in enumerate(_pixels(row)):
-            image = Image.fromarray(np.ascontiguousarray(pixels)).resize((tile, tile), Image.Resampling.NEAREST)
-            at = left + column * (tile + gap)
+            image = Image.fromarray(np.ascontiguousarray(pixels)).resize((wide, tall), Image.Resampling.NEAREST)
+            at = left + column * (wide + gap)
             canvas.paste(image, (at, top))
             for place, text in enumerate(notes[number][column].split("\n") if notes is not None else ()):
-                note = _cut(text, tile)
-                canvas.paste(note, (at, top + tile + place * NOTE_LINE), note)
-        top += tile + gap + below[number]
+                note = _cut(text, wide)
+                canvas.paste(note, (at, top + tall + place * NOTE_LINE), note)
+        top += tall + gap + below[number]
     with whole_file(path) as temporary:
         canvas.save(temporary, format="PNG")
 

@@ -85,6 +85,22 @@ class LightningDiT(nn.Module):
         """(C, H, W) of the size whose positions are stored."""
         return self.config.in_channels, self.config.input_size, self.config.input_size
 
+    def latents_of(self, size: tuple[int, int] | None, pixels_per_latent: int) -> tuple[int, int, int]:
+        """(C, H, W) of pictures of that height and width; None: those whose positions are stored.
+
+        Raises ValueError for sides that are no whole tokens.
+        """
+        if size is None:
+            return self.latent_shape
+        unit = pixels_per_latent * self.config.patch_size
+        height, width = size
+        if min(size) < 1 or height % unit or width % unit:
+            raise ValueError(
+                f"pictures of {width} x {height} pixels: sides must be multiples of {unit}, the pixels of a token of this "
+                "generator"
+            )
+        return self.config.in_channels, height // pixels_per_latent, width // pixels_per_latent
+
     @property
     def compiled_units(self) -> Sequence[nn.Module]:
         """What torch.compile takes one by one, so that equal blocks are compiled once."""

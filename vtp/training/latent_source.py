@@ -1,5 +1,6 @@
 """Where the latents come from that a generator learns: a cache, or pictures that are encoded as they come."""
 
+import logging
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
@@ -19,7 +20,7 @@ from vtp.data.latents import HeldLatents, LatentDataset, read_latents_config
 from vtp.data.loader import load_batches
 from vtp.data.remote import ShardCache
 from vtp.data.shards import WHOLE_SET
-from vtp.data.size_order import SizeOrder
+from vtp.data.size_order import SampleBuckets, SizeOrder
 from vtp.data.sized_batches import EncodedImagesConfig, PictureBatch, PictureBatches, SizedLatentBatches
 from vtp.data.sized_latents import SizedLatents
 from vtp.distributed import gather_objects, gather_rows, own_rows, ranks, total
@@ -69,7 +70,7 @@ def cached_source(folder: Path, told: Conditioning, batching: Batching) -> Laten
         batches = LatentBatches(data, told.of(data), batch_size=batch_size, seed=seed, rank_slice=rank_slice)
         return LatentSource(batches, validation, data.space, {data.shape: 1.0}, len(data), 0.0)
     sized = SizedLatents(folder)
-    order = SizeOrder(sized.buckets, batch_size=batch_size, seed=seed, window=None)
+    order = _order(sized.buckets, batching, None)
     shapes = {sized.of_size(*place).shape: share for place, share in _places(order)}
     batches = SizedLatentBatches(sized, told.of, order, seed=seed, rank_slice=rank_slice)
     return LatentSource(batches, validation, sized.space, shapes, len(sized), 0.0)
@@ -93,34 +94,26 @@ def encoded_source(  # noqa: PLR0913 - what decides it
     tokenizer, or a generator with that `patch_size`, cannot take.
     """
     batch_size, seed, rank_slice = batching
+    if (config.statistics_images is None) != (latents is not None):
+        raise ConfigError(
+            "train_generator.images.statistics_images: null takes those of the command's --latents, a number measures "
+            "them; give the one or the other"
+        )
     tokenizer.require_sizes(config.sizes.all, patch_size)
     images, validation = (ShardDataset(folder, split, cache=ShardCache.of(host)) for split in ("train", "validation"))
     buckets = ImageBuckets(images, config.sizes, labelled=config.labelled).samples(host.folder / "buckets.safetensors")
-    order = SizeOrder(buckets, batch_size=batch_size, seed=seed, window=config.window)
+    order = _order(buckets, batching, config.window)
     channels, pixels = tokenizer.latent_shape[0], tokenizer.pixels_per_latent
     pictures = PictureBatches(
         images, told.of_images(images), order, config, latent=(channels, pixels), seed=seed, rank_slice=rank_slice
     )
     compile_units((module for module in tokenizer.modules() if isinstance(module, Block)), host, len(config.sizes.all))
     encoder = _Encoder(tokenizer, config.precision, host.device)
-    if (config.statistics_images is None) != (latents is not None):
-        raise ConfigError(
-            "train_generator.images.statistics_images: null takes those of the command's --latents, a number measures "
-            "them; give the one or the other"
-        )
-    if latents is not None:
-        held = LatentDataset(latents, "validation")
-        held.require_encoder(tokenizer.encoder_digest(), "the tokenizer")
-        known = images.manifest.learnt_classes if told.text is None else [WHOLE_SET]
-        if held.config.image_size != config.sizes.square.height or held.classes != known:
-            raise ArtefactError(
-                f"{latents}: squares of {held.config.image_size} pixels of {len(held.classes)} classes, those of "
-                f"train_generator.images and {folder} are of {config.sizes.square.height} and {len(known)}; run "
-                "cache_latents with the same sizes on the same data"
-            )
+    if config.statistics_images is None:
+        assert latents is not None
+        held = _given(latents, images, config, told, tokenizer)
         statistics = held.statistics
     else:
-        assert config.statistics_images is not None
         steps = ceil(config.statistics_images / batch_size)
         statistics = _measured(EncodedBatches(pictures, encoder, None), steps * rank_slice.micro_batches, host)
         chosen = validation.learnt(max(1, held_out)) if told.text is None else validation.captioned(max(1, held_out))
@@ -174,11 +167,36 @@ class _Encoder(NamedTuple):
             return self.tokenizer.encode(normalise(pictures.to(self.device))).float()
 
 
+def _order(buckets: SampleBuckets, batching: Batching, window: int | None) -> SizeOrder:
+    order = SizeOrder(buckets, batch_size=batching.batch_size, seed=batching.seed, window=window)
+    left = order.left_out(0)
+    logging.info(
+        "%d of %d pictures do not fill a batch of their ratio in the first epoch: it leaves them out", left, len(order)
+    )
+    return order
+
+
 def _places(order: SizeOrder) -> list[tuple[tuple[int, int], float]]:
     """Places of ratio and edge of all sizes that come, with their shares."""
     return [
         ((ratio, edge), float(order.shares[ratio, edge])) for ratio, edge in zip(*order.shares.nonzero(), strict=True)
     ]
+
+
+def _given(
+    folder: Path, images: ShardDataset, config: EncodedImagesConfig, told: Conditioning, tokenizer: Tokenizer
+) -> LatentDataset:
+    """Held-out latents of a cache. Raises ArtefactError when it is of another tokenizer, of other squares or classes."""
+    held, side = LatentDataset(folder, "validation"), config.sizes.square.height
+    held.require_encoder(tokenizer.encoder_digest(), "the tokenizer")
+    classes = images.manifest.learnt_classes if told.text is None else [WHOLE_SET]
+    if held.config.image_size != side or held.classes != classes:
+        raise ArtefactError(
+            f"{folder}: squares of {held.config.image_size} pixels of {len(held.classes)} classes, those of "
+            f"train_generator.images and {images.folder} are of {side} and {len(classes)}; run cache_latents with the same "
+            "sizes on the same data"
+        )
+    return held
 
 
 def _measured(batches: EncodedBatches, items: int, host: Host) -> LatentStatistics:
