@@ -153,6 +153,8 @@ class Pretrain(Config):
             raise ValueError(
                 f"data.subsets is disjoint, and of {active.pool} images none is left beside data.batch.ssl {active.ssl}"
             )
+        if (group := self.objective.ssl.koleo_group) is not None and active.ssl % group:
+            raise ValueError(f"data.batch.ssl {active.ssl} is no multiple of objective.ssl.koleo_group {group}")
         return self
 
     @property

@@ -21,7 +21,7 @@ from vtp.data.crops import cropped
 from vtp.data.dataset import ShardDataset
 from vtp.data.remote import ShardCache
 from vtp.data.stream import Stream, StreamConfig
-from vtp.data.views import CentreCropView, RandomCropView
+from vtp.data.views import OwnViewConfig
 from vtp.distributed import own_rows, ranks, total
 from vtp.host import Host
 from vtp.layers.images import normalise
@@ -42,7 +42,7 @@ class TuneDecoder(Config):
     seed: int = Field(description="seed of data, noise and the discriminator's weights")
     batch_size: int = Field(ge=1, description="images of a step over all devices")
     stream: StreamConfig
-    view: Annotated[CentreCropView | RandomCropView, Field(discriminator="name")]
+    view: OwnViewConfig
     objective: DecoderObjectiveConfig
     adversary: AdversaryConfig | None = Field(description="null tunes without a discriminator")
     optim: OptimConfig = Field(description="optimiser of the decoder")

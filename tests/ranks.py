@@ -34,7 +34,13 @@ CASES["everything"] = {
             "features": "latent",
             "pooling": "pooled",
             "targets": {"name": "centering", "momentum": 0.9},
-            "patch_head": {"hidden_dim": 8, "bottleneck_dim": 4, "prototypes": 24, "weight_norm": False},
+            "patch_head": {
+                "hidden_dim": 8,
+                "bottleneck_dim": 4,
+                "prototypes": 24,
+                "weight_norm": False,
+                "prototype_init": "linear",
+            },
         },
         "drop_path": {"ssl": 0.3, "clip": 0.3, "reconstruction": 0.1},
     }
@@ -111,6 +117,7 @@ def reductions():
         "clip": clip_loss,
         "siglip": lambda x, y, scale: siglip_loss(x, y, scale, -scale),
         "koleo": lambda x, y, scale: koleo_loss(x).loss + 0 * y.sum() * scale,
+        "koleo in groups": lambda x, y, scale: koleo_loss(x, group=8).loss + 0 * y.sum() * scale,
         "koleo of copies": lambda x, y, scale: koleo_loss(_with_copies(x)).loss + 0 * y.sum() * scale,
     }.items():
         leaves = [first[rows].clone().requires_grad_(), second[rows].clone().requires_grad_()]

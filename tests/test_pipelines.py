@@ -22,6 +22,7 @@ from stages.runner.pipeline import Pipeline
 from stages.runner.project import CONFIG, derived
 from stages.runner.run import path_flags, stage_name
 from stages.train_generator import TrainGenerator
+from stages.tune_decoder import TuneDecoder
 from vtp.config import ConfigError, read_yaml
 from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.tokenizer import VisualTokenizer
@@ -399,7 +400,7 @@ PRESETS = {  # size, steps, samples drawn, samples compared
 
 
 def test_there_is_every_preset_and_size():
-    assert PRESETS.keys() == {path.stem for path in (OVERLAYS / "presets").iterdir()}
+    assert PRESETS.keys() | {"rae"} == {path.stem for path in (OVERLAYS / "presets").iterdir()}
     assert SIZES.keys() == {"paper.yaml", *(f"sizes/{path.name}" for path in (OVERLAYS / "sizes").iterdir())}
 
 
@@ -435,6 +436,28 @@ def test_any_preset_may_be_one_of_512_pixels(tmp_path, preset):
         ConfigError, match=r"reference.image_size: 256, cache_latents.sizes, the smallest square, is 512"
     ):
         check(tmp_path / "params.yaml", pipeline)
+
+
+def test_the_preset_of_a_decoder_is_rae_s(tmp_path):
+    """The numbers of its authors' first stage, in the units of the records; it changes nothing but the decoder's tuning."""
+    (tmp_path / "params.yaml").write_text(f"base: [{OVERLAYS}/sizes/L.yaml, {OVERLAYS}/presets/rae.yaml]\n")
+    checked = check(tmp_path / "params.yaml", Pipeline.of(ROOT / "pipelines/vtp/dvc.yaml")._replace(tracked=[])).shared
+    of_size = read_parameters(OVERLAYS / "sizes/L.yaml").values
+    assert all(checked[name] == of_size[name] for name in checked if name != "tune_decoder")
+    tuned = load(f"{tmp_path}/params.yaml:tune_decoder", TuneDecoder)
+    assert tuned.view.scale * 256 == 384
+    assert round(tuned.training.length.samples / 1_281_167) == 16  # epochs
+    adversary, optims = tuned.adversary, (tuned.optim, tuned.adversary.optim)
+    assert (16 * adversary.discriminator_start, 16 * adversary.start, adversary.schedule) == (6, 8, "delayed")
+    assert {16 * optim.warmup for optim in optims} == {1.0}
+    assert {(optim.lr, optim.final_lr, optim.schedule) for optim in optims} == {(2e-4, 2e-5, "cosine")}
+    assert {(optim.beta1, optim.beta2, optim.weight_decay, optim.clip_norm) for optim in optims} == {
+        (0.9, 0.95, 0, None)
+    }
+    assert (tuned.batch_size, tuned.objective.ema, tuned.objective.ema_warmup) == (512, 0.9978, False)
+    assert (tuned.objective.l1_space, tuned.objective.noise.std, adversary.weight) == ("pixels", 0.8, 0.75)
+    network = adversary.discriminator.network
+    assert (network.image_size, network.antialias, network.layer_norm) == (224, False, False)
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])

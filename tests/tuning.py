@@ -35,6 +35,7 @@ CASES = {
     "patch": {},
     "features": {"adversary": {"discriminator": FEATURES}},
     "noise": {"objective": {"noise": {"std": 0.8}}},
+    "lecam": {"adversary": {"lecam": {"weight": 0.5, "momentum": 0.75}}},
     "plain": {"adversary": None},
 }
 

@@ -52,6 +52,8 @@ class ParameterGroup(NamedTuple):
     frozen_until: float = 0.0  # share of the run in which the learning rate is 0
     module: str = ""  # of which it is a part: that whose gradient is clipped by itself where `clip_by` says module
     hidden: "Set[nn.Parameter]" = frozenset()  # among others, its matrices of hidden layers
+    vectors_decay: bool = False  # as matrices do, and not only these
+    course: tuple[float, float] = (0.0, 1.0)  # shares of the run at which its rates begin and end their course
 
 
 def hidden_matrices(blocks: "Iterable[nn.Module]") -> "frozenset[nn.Parameter]":

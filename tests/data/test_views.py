@@ -1,5 +1,7 @@
 """Views: geometry, colours, and draws by address."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,9 @@ from vtp.data.views import (
     CentreCropView,
     ClipViewConfig,
     RandomCropView,
+    ScaledCropView,
     SslViewsConfig,
+    _orders,
     _recolour,
     clip_batch,
     clip_crop,
@@ -28,7 +32,7 @@ from vtp.layers.images import from_pil, normalise, to_uint8
 
 PLAIN = {"global_scale_min": 1.0, "local_scale_min": 0.1, "local_scale_max": 0.3, "flip": 0.0, "jitter": 0.0}
 PLAIN |= {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grey": 0.0}
-PLAIN |= {"blur_sigma_max": 2.0, "solarize": 0.0}
+PLAIN |= {"jitter_order": "fixed", "blur_sigma_max": 2.0, "solarize": 0.0}
 PLAIN |= {"blur": {"name": "probabilities", "first": 0.0, "second": 0.0, "local": 0.0}}
 
 
@@ -124,7 +128,7 @@ def test_a_smaller_decode_is_cropped_in_the_same_place(whole):
 def colours(count: int, **changes) -> Colours:
     no, one = torch.zeros(count, dtype=torch.bool), torch.ones(count, 1, 1, 1)
     values = {"flip": no, "jitter": no, "brightness": one, "contrast": one, "saturation": one, "hue": 0 * one}
-    values |= {"grey": no, "blur": no, "sigma": torch.ones(count), "solarize": no}
+    values |= {"grey": no, "blur": no, "sigma": torch.ones(count), "solarize": no, "order": None}
     return Colours(**(values | changes))
 
 
@@ -143,6 +147,40 @@ def test_jitter_is_torchvisions(value):
         torch.testing.assert_close(ours, function(x, value), atol=2e-3, rtol=0)
     torch.testing.assert_close(shift_hue(x, factor - 1), TF.adjust_hue(x, value - 1), atol=1e-4, rtol=0)
     torch.testing.assert_close(shift_hue(x, 0 * factor), x, atol=1e-5, rtol=0)
+
+
+def test_jitter_in_any_order_is_torchvisions():
+    """Each of the 24 orders, one a picture, by torchvision's functions one after the other."""
+    from torchvision.transforms.v2 import functional as TF
+
+    every = list(permutations(range(4)))
+    x, on = torch.rand(24, 3, 8, 8), torch.ones(24, dtype=torch.bool)
+    factors = {"brightness": 1.3, "contrast": 0.7, "saturation": 1.2, "hue": 0.1}
+    wide = {name: torch.full((24, 1, 1, 1), value) for name, value in factors.items()}
+    ours = _recolour(x.clone(), colours(24, jitter=on, order=torch.tensor(every), **wide), 4)
+    for image, result, order in zip(x, ours, every, strict=True):
+        expected = image
+        for number in order:
+            name = list(factors)[number]
+            expected = getattr(TF, f"adjust_{name}")(expected, factors[name])
+        torch.testing.assert_close(result, expected, atol=4e-3, rtol=0)
+    fixed = _recolour(x.clone(), colours(24, jitter=on, **wide), 4)
+    assert torch.equal(fixed[0], ours[0])
+    assert not torch.equal(fixed[1], ours[1])
+
+
+def test_orders_of_jitter_are_as_likely_and_change_nothing_else():
+    orders = _orders((torch.arange(240) + 0.5) / 240)
+    assert orders.unique(dim=0, return_counts=True)[1].tolist() == [10] * 24
+    plain, ordered = (ssl_config(jitter=0.8, grey=0.2, jitter_order=order) for order in ("fixed", "random"))
+    (crops, fixed), (again, drawn) = (ssl_crops(config, 0, 7) for config in (plain, ordered))
+    assert all(a.box((20, 20)) == b.box((20, 20)) for a, b in zip(crops, again, strict=True))
+    assert np.array_equal(drawn[:, :-1], fixed)
+    images = noise(6)
+    together, _ = ssl_batch(images, ordered, 0, np.arange(6))
+    assert not torch.equal(together, ssl_batch(images, plain, 0, np.arange(6))[0])
+    alone, _ = ssl_batch(images[4:], ordered, 0, np.array([4, 5]))
+    assert torch.equal(alone, together[4:])
 
 
 def test_blur_is_torchvisions_and_keeps_the_mean():
@@ -195,6 +233,22 @@ def test_reconstruction_views():
     first, again = (reconstruction_batch(images, crop, 16, 0, np.arange(3)) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first, clip_batch(images, ClipViewConfig(size=16, scale_min=0.5), 0, np.arange(3)))
+
+
+@pytest.mark.parametrize("whole", [(480, 640), (300, 200), (24, 24), (1, 9)])
+def test_a_scaled_crop_is_rae_s(whole):
+    """256 of a short side of 384: two thirds of the short side, anywhere, and nothing of another aspect."""
+    view, short = ScaledCropView(name="scaled_crop", scale=1.5), min(whole)
+    boxes = [reconstruction_crop(view, 16, 0, position).box(whole) for position in range(400)]
+    assert {(box.width, box.height) for box in boxes} == {(max(1, round(short / 1.5)),) * 2}
+    for side, starts in zip(whole, zip(*((box.left, box.top) for box in boxes), strict=True), strict=True):
+        most = side - boxes[0].width
+        assert (min(starts), max(starts)) == (pytest.approx(0, abs=0.02 * most), pytest.approx(most, abs=0.02 * most))
+    image = coordinates(*whole)
+    crop = reconstruction_crop(view, 16, 0, 0)
+    assert crop.of(image, whole).shape == (1, 3, 16, 16)
+    least = least_size(whole, [crop])
+    assert all(1 <= side <= most for side, most in zip(least, whole, strict=True))
 
 
 def test_normalise_inverts():

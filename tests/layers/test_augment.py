@@ -4,14 +4,18 @@ import pytest
 import torch
 from foreign import GOLDEN
 from safetensors.torch import load_file
+from tiny import ROOT
 
+from stages.tune_decoder import TuneDecoder
 from vtp.layers.augment import Augmentation, AugmentationConfig, augment, augmentation_of, draw_augmentation
+from vtp.params import load
 
 POLICY = AugmentationConfig(translation=0.125, brightness=0.5, saturation=0.5, contrast=0.5)
 
 
 OFFICIAL = load_file(GOLDEN / "rae-decoder-losses" / "io.safetensors")
-COLOURS = {"brightness": 0.5, "saturation": 1.0, "contrast": 0.5}
+RAE = load(f"{ROOT / 'pipelines/overlays/presets/rae.yaml'}:tune_decoder", TuneDecoder).adversary.augmentation
+COLOURS = RAE.model_dump(exclude={"translation"})
 NO_COLOURS = dict.fromkeys(COLOURS, 0.0)
 
 
@@ -22,7 +26,7 @@ def close(ours, name):
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        ("diffaug", {"translation": 0.125, **COLOURS}),
+        ("diffaug", RAE.model_dump()),
         ("diffaug_colour", {"translation": 0.0, **COLOURS}),
         ("diffaug_move", {"translation": 0.125, **NO_COLOURS}),
     ],

@@ -7,7 +7,7 @@ import torch
 from foreign import GOLDEN
 from safetensors.torch import load_file
 
-from vtp.losses.gan import balance, discriminator_loss, generator_loss
+from vtp.losses.gan import balance, discriminator_loss, generator_loss, lecam_loss
 
 OFFICIAL = load_file(GOLDEN / "rae-decoder-losses" / "io.safetensors")
 CEILINGS = json.loads((GOLDEN / "rae-decoder-losses" / "config.json").read_text())["adaptive_ceilings"]
@@ -24,6 +24,16 @@ def test_hinge_loss_of_the_discriminator():
     close(loss.detach(), "gan.hinge_d")
     close(real.grad, "gan.hinge_d.grad_real")
     close(fake.grad, "gan.hinge_d.grad_fake")
+
+
+def test_lecam_holds_logits_near_those_of_the_other_kind():
+    """relu(2 + 1)^2 = 9 and relu(-4 + 1)^2 = 0 of real ones, relu(3 - 1)^2 = 4 and relu(3 - 5)^2 = 0 of fakes."""
+    real, fake = torch.tensor([2.0, -4.0], requires_grad=True), torch.tensor([1.0, 5.0], requires_grad=True)
+    loss = lecam_loss(real, fake, torch.tensor([3.0, -1.0]))
+    assert float(loss.detach()) == pytest.approx((9 + 0) / 2 + (4 + 0) / 2)
+    loss.backward()
+    assert real.grad.tolist() == [3.0, 0.0]
+    assert fake.grad.tolist() == [-2.0, 0.0]
 
 
 def test_loss_of_the_generator():

@@ -26,6 +26,21 @@ def test_closed_form():
     assert float(koleo_loss(corners).loss) == pytest.approx(-math.log(math.sqrt(2)), abs=1e-6)
 
 
+@pytest.mark.parametrize("group", [2, 4, 16])
+def test_groups_know_nothing_of_each_other(group):
+    """The loss and its gradient are the means of those of groups by themselves; DINOv2's groups are a GPU's images."""
+    features = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    together, apart = (features.clone().requires_grad_() for _ in range(2))
+    of_groups = koleo_loss(together, group=group)
+    by_themselves = [koleo_loss(rows) for rows in apart.split(group)]
+    mean = sum(each.loss for each in by_themselves) / len(by_themselves)
+    torch.testing.assert_close(of_groups.loss, mean)
+    of_groups.loss.backward()
+    mean.backward()
+    torch.testing.assert_close(together.grad, apart.grad)
+    assert torch.equal(of_groups.loss, koleo_loss(features).loss) is (group == 16)
+
+
 def gradient_of(features):
     leaf = features.clone().requires_grad_()
     koleo = koleo_loss(leaf)
@@ -84,6 +99,8 @@ def test_features_that_collapse_grow_apart():
     assert float(koleo.loss) < -math.log(0.5)
 
 
-def test_one_sample_is_refused():
+def test_impossible_batches_are_refused():
     with pytest.raises(ValueError, match=r"raise batch\.ssl"):
         koleo_loss(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="the batch of 4 is no multiple of koleo_group 3"):
+        koleo_loss(torch.ones(4, 3), group=3)

@@ -15,17 +15,19 @@ def close(ours, expected):
 
 
 def test_distances_are_rae_s(tmp_path):
-    """RAE takes L1 in [0, 1], so ours of [-1, 1] (`unit`) is twice that; LPIPS is that of [-1, 1] in both.
+    """RAE takes L1 in [0, 1] (`pixels`), so ours of [-1, 1] (`unit`) is twice that; LPIPS is that of [-1, 1] in all.
 
     The L1 that recipes choose is that of normalised space, where the decoder's numbers are: what a colour is off by weighs
     one over the standard deviation of its channel, 4.4 times as much as in [0, 1].
     """
     reconstruction = OFFICIAL["recon"].requires_grad_()
     pair = normalise(reconstruction), normalise(OFFICIAL["images"])
-    unit = reconstruction_distance(golden_perceptual(tmp_path), *pair, l1_space="unit")
-    close(unit.l1.detach() / 2, OFFICIAL["l1.value"])
+    network = golden_perceptual(tmp_path)
+    unit, pixels = (reconstruction_distance(network, *pair, l1_space=space) for space in ("unit", "pixels"))
+    assert torch.equal(unit.l1 / 2, pixels.l1)
+    close(pixels.l1.detach(), OFFICIAL["l1.value"])
     close(unit.perceptual.detach(), OFFICIAL["lpips.pm1"].mean())
-    for term, expected in ((unit.l1 / 2, "l1.grad_recon"), (unit.perceptual, "lpips.grad_recon")):
+    for term, expected in ((pixels.l1, "l1.grad_recon"), (unit.perceptual, "lpips.grad_recon")):
         (gradient,) = torch.autograd.grad(term, reconstruction, retain_graph=True)
         close(gradient, OFFICIAL[expected])
     normalised = reconstruction_distance(lambda a, b: (a - b)[:, 0, 0, 0], *pair)

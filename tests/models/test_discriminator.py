@@ -173,6 +173,8 @@ def timm_config(**changes):
         "sha256": "0",
         "image_size": 32,
         "blocks": 3,
+        "antialias": True,
+        "layer_norm": True,
     }
     return TimmFeaturesConfig(**(values | changes))
 
@@ -192,7 +194,14 @@ def test_timm_features_are_those_of_its_blocks(tmp_path):
         tokens = block(tokens)
         if index == 3:  # the first of 3, 7, 11
             expected = torch.nn.functional.layer_norm(tokens[:, 1:], (192,)).transpose(1, 2)
+            plain = tokens[:, 1:].transpose(1, 2)
     torch.testing.assert_close(maps[0], expected, atol=1e-4, rtol=1e-4)
+    of_rae = TimmFeatures(timm_config(layer_norm=False, antialias=False), tmp_path / "w.safetensors")
+    torch.testing.assert_close(of_rae(images)[0], plain, atol=1e-4, rtol=1e-4)
+    large = torch.rand(2, 3, 64, 64) * 2 - 1
+    for reads, antialias in ((of_rae, False), (features, True)):
+        scaled = torch.nn.functional.interpolate(large, (32, 32), mode="bilinear", antialias=antialias)
+        torch.testing.assert_close(reads(large)[0], reads(scaled)[0], atol=1e-4, rtol=1e-4)
     assert not any(parameter.requires_grad for parameter in features.parameters())
 
 

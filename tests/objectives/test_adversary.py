@@ -5,19 +5,22 @@ import torch
 import torch.nn.functional as F
 from foreign import GOLDEN, golden_perceptual
 from safetensors.torch import load_file
-from tiny import tiny_params
+from tiny import ROOT, tiny_params
 from torch import nn
 
+from stages.tune_decoder import TuneDecoder
 from vtp.layers.augment import AugmentationConfig
 from vtp.layers.images import normalise
 from vtp.losses.reconstruction import reconstruction_distance
 from vtp.models.discriminator import Discriminator
-from vtp.objectives.adversary import Adversary, AdversaryConfig, ReconstructionStep
+from vtp.objectives.adversary import Adversary, ReconstructionStep
+from vtp.params import load
 from vtp.step import OptimConfig, ParameterGroup, StepContext
 from vtp.training.optim import build_optimizer
 from vtp.training.update import Update
 
 OFFICIAL = load_file(GOLDEN / "rae-decoder-losses" / "io.safetensors")
+RAE = load(f"{ROOT / 'pipelines/overlays/presets/rae.yaml'}:tune_decoder", TuneDecoder)
 STEP = StepContext(0, 1, log_step=False)
 OPTIM = OptimConfig.parse(tiny_params()["tune_decoder"]["optim"] | {"clip_norm": None}, where="test")
 
@@ -63,10 +66,10 @@ def updated(phase, terms, parameters):
 def test_a_step_is_rae_s(case, perceptual_weight, ceiling, micro_batches, perceptual):
     """Without augmentation, which has no identity in RAE's draws; `tests/layers/test_augment.py` has it.
 
-    Two things differ, and neither in a gradient that the adversary gives. L1 is taken in [0, 1] there: half of our `unit`,
-    while `DecoderObjective` takes that of normalised space, as in pre-training. And RAE's accuracy compares the logits of a
-    real image with those of its fake, place by place; ours counts right signs, 1/2 for a discriminator that knows nothing.
-    RAE's adaptive weight is also that of a rank and its micro-batch; ours is that of the global batch, in any split.
+    L1's space and the adversary's numbers are those of the preset `rae`. Two things differ, and neither in a gradient. RAE's
+    accuracy compares the logits of a real image with those of its fake, place by place; ours counts right signs, 1/2 for a
+    discriminator that knows nothing. And RAE's adaptive weight is that of a rank and its micro-batch; ours is that of the
+    global batch, in any split.
     """
     images, hidden = normalise(OFFICIAL["images"]).chunk(micro_batches), OFFICIAL["step.hidden"].chunk(micro_batches)
     weight, bias = (nn.Parameter(OFFICIAL[f"step.last_{name}"].clone()) for name in ("weight", "bias"))
@@ -75,19 +78,16 @@ def test_a_step_is_rae_s(case, perceptual_weight, ceiling, micro_batches, percep
         return normalise((hidden[number] @ weight.T + bias).permute(0, 3, 1, 2))
 
     def loss(number, pixels):
-        distance = reconstruction_distance(perceptual, pixels, images[number], l1_space="unit")
-        l1, lpips = distance.l1 / 2 / micro_batches, distance.perceptual / micro_batches
+        distance = reconstruction_distance(perceptual, pixels, images[number], l1_space=RAE.objective.l1_space)
+        l1, lpips = distance.l1 / micro_batches, distance.perceptual / micro_batches
         return l1 + perceptual_weight * lpips, {"l1": l1.detach(), "perceptual": lpips.detach()}
 
-    config = AdversaryConfig.model_construct(
-        weight=0.75,
-        max_adaptive_weight=ceiling,
-        discriminator_start=0.0,
-        start=0.0,
-        augmentation=AugmentationConfig(translation=0.0, brightness=0.0, saturation=0.0, contrast=0.0),
-    )
+    assert RAE.adversary.max_adaptive_weight == 1e4
+    assert RAE.objective.perceptual_weight == 1.0
+    none = AugmentationConfig(translation=0.0, brightness=0.0, saturation=0.0, contrast=0.0)
+    changes = {"max_adaptive_weight": ceiling, "discriminator_start": 0.0, "start": 0.0, "augmentation": none}
     critic = Critic()
-    adversary = Adversary(critic, config, seed=0)
+    adversary = Adversary(critic, RAE.adversary.model_copy(update=changes), seed=0)
     step = ReconstructionStep(micro_batches, images.__getitem__, reconstruct, loss, weight)
 
     (of_decoder, _), logs = updated("decoder", adversary.terms("decoder", step, STEP), [weight, bias])
@@ -98,7 +98,7 @@ def test_a_step_is_rae_s(case, perceptual_weight, ceiling, micro_batches, percep
     close(logs["adversarial"], f"{case}.gan_loss")
     close(logs["adaptive_weight"], f"{case}.adaptive_weight")
     total = logs["l1"] + perceptual_weight * logs["perceptual"]
-    close(total + 0.75 * logs["adaptive_weight"] * logs["adversarial"], f"{case}.total_loss")
+    close(total + RAE.adversary.weight * logs["adaptive_weight"] * logs["adversarial"], f"{case}.total_loss")
 
     critic.seen.clear()
     (of_critic, _), logs = updated("discriminator", adversary.discriminator_terms(STEP), [critic.weight, critic.bias])

@@ -14,12 +14,15 @@ from stages.runner.environment import LocalHost, Runtime
 from vtp.artefact import ArtefactError
 from vtp.data.batches import RankSlice
 from vtp.layers.images import IMAGENET_MEAN, IMAGENET_STD
+from vtp.losses.gan import discriminator_loss, lecam_loss
 from vtp.objectives.adversary import build_adversary, to_8_bits
 from vtp.step import StepContext
 from vtp.training.fit import in_precision
+from vtp.training.optim import build_optimizer, learning_rate, set_rates
 from vtp.training.parallelize import parallelize
 
 TESTS = Path(__file__).parents[1]
+EARLY = StepContext(0, 100, log_step=False)
 # The discriminator's norms over a handful of tokens would amplify any rounding.
 LARGE = FEATURES | {"network": FEATURES["network"] | {"image_size": 64}}
 READING_64_TOKENS = {"adversary": {"discriminator": LARGE}}
@@ -152,6 +155,66 @@ def test_average_follows():
         objective.decoder.proj_out.bias.add_(1.0)
     objective.after_step(StepContext(0, 10, log_step=False))  # momentum 1/10 at the first step
     torch.testing.assert_close(objective.average.proj_out.bias, before + 0.9)
+    plain = objective_of(config_of({"objective": {"ema": 0.75, "ema_warmup": False}}))  # RAE's: one momentum throughout
+    with torch.no_grad():
+        plain.decoder.proj_out.bias.add_(1.0)
+    plain.after_step(StepContext(0, 10, log_step=False))
+    torch.testing.assert_close(plain.average.proj_out.bias, before + 0.25)
+
+
+def test_l1_is_taken_where_it_is_told_to():
+    found = {}
+    for space in ("normalised", "unit", "pixels"):
+        terms = objective_of(config_of({"objective": {"l1_space": space}})).terms("decoder", batches_of(0), EARLY)
+        found[space] = float(next(terms).parts["l1"])
+    assert found["unit"] == pytest.approx(2 * found["pixels"])
+    assert found["normalised"] == pytest.approx(4.4 * found["pixels"], rel=0.02)
+
+
+def test_lecam_follows_logits_and_holds_the_discriminator():
+    """Its averages begin at 0 and are those of the batch; the weighted term is added to the hinge loss."""
+    config = config_of(CASES["lecam"])
+    lecam, context = config.adversary.lecam, StepContext(90, 100, log_step=False)
+    objective = objective_of(config)
+    adversary, means = objective.adversary, []
+    for number in range(2):
+        anchors = adversary.anchors.clone()
+        list(objective.terms("decoder", batches_of(number), context))
+        (real, fake), plain = adversary._pairs[0], deepcopy(adversary.discriminator)
+        logits = [
+            plain(adversary._augment(images, what, context, 0, 1)) for images, what in ((real, "real"), (fake, "fake"))
+        ]
+        (term,) = objective.terms("discriminator", batches_of(number), context)
+        held = lecam_loss(*logits, anchors)
+        torch.testing.assert_close(term.loss, discriminator_loss(*logits) + lecam.weight * held)
+        assert float(term.parts["lecam"]) == pytest.approx(float(held))
+        means.append(torch.stack([each.mean() for each in logits]).detach())
+        objective.after_step(context)
+    share = 1 - lecam.momentum
+    torch.testing.assert_close(adversary.anchors, share * ((1 - share) * means[0] + means[1]))
+    assert "adversary.anchors" in objective.state_dict()
+    assert "adversary.anchors" not in objective_of(config_of()).state_dict()
+
+
+def test_a_discriminator_has_its_own_course_of_rates():
+    """RAE's begins with the discriminator, at the pace of the run, and so ends above `final_lr`: 8.2e-5 there."""
+    steps, rates = 1600, {}
+    optim = {"lr": 2e-4, "final_lr": 2e-5, "warmup": 0.0625}
+    for schedule in ("run", "delayed", "own"):
+        adversary = {"discriminator_start": 0.375, "start": 0.5, "schedule": schedule, "optim": optim}
+        config = config_of({"adversary": adversary})
+        optimizer = build_optimizer(objective_of(config).phases()["discriminator"], config.adversary.optim)
+        rates[schedule] = [
+            set_rates(optimizer, config.adversary.optim, StepContext(step, steps, log_step=False))
+            for step in range(steps)
+        ]
+    for schedule in ("delayed", "own"):
+        assert rates[schedule][600] == pytest.approx(2e-4 / (100 if schedule == "delayed" else 62), rel=0.02)
+        assert max(rates[schedule]) == pytest.approx(2e-4)
+    assert rates["run"] == [learning_rate(config.adversary.optim, step, steps) for step in range(steps)]
+    assert rates["delayed"][-1] == pytest.approx(8.2e-5, rel=0.01)
+    assert rates["own"][-1] == pytest.approx(2e-5, rel=0.01)
+    assert rates["delayed"].index(max(rates["delayed"])) == 699
 
 
 def test_fakes_are_what_a_file_would_hold():
@@ -172,7 +235,7 @@ def test_what_does_not_fit_is_told_before_any_work():
 
 def test_weights_of_the_discriminators_features_are_verified(tmp_path):
     network = {"name": "timm", "model": "vit_tiny_patch16_224", "weights": "w.safetensors", "sha256": "0" * 64}
-    network |= {"image_size": 32, "blocks": 2}
+    network |= {"image_size": 32, "blocks": 2, "antialias": True, "layer_norm": True}
     config = config_of({"adversary": {"discriminator": FEATURES | {"network": network}}})
     host = LocalHost(tmp_path, tmp_path, Runtime(device="cpu", weights=str(tmp_path)))
     with pytest.raises(ArtefactError, match="no such weights; put timm's weights of vit_tiny"):

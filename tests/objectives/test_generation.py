@@ -81,6 +81,18 @@ def test_averages_follow_at_their_own_pace():
     assert objective.averaged(1)["final_layer.linear.bias"][0] == after[1]
 
 
+@pytest.mark.parametrize(("warmup", "momentum"), [(True, 3 / 12), (False, 0.99)])
+def test_averages_follow_faster_at_first_where_they_are_told_to(warmup, momentum):
+    """(1 + 2) / (10 + 2) in the third step; LightningDiT's have their one momentum from the first."""
+    objective = objective_of(ema=[0.99], ema_warmup=warmup)
+    with torch.no_grad():
+        objective.model.final_layer.linear.bias.fill_(1.0)
+    before = float(objective.averages[0].final_layer.linear.bias[0])
+    objective.after_step(StepContext(2, 2000, log_step=False))
+    after = float(objective.averages[0].final_layer.linear.bias[0])
+    assert after == pytest.approx(momentum * before + (1 - momentum))
+
+
 def test_recomputed_gradients_are_the_same():
     plain, placed = objective_of(), objective_of()
     parallelize(placed, LocalHost(Path(), Path(), Runtime.of({"VTP_DEVICE": "cpu", "VTP_RECOMPUTE": "true"})))

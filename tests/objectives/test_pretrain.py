@@ -255,7 +255,7 @@ def test_sigmoid_contrast_learns_scale_and_bias():
 
 
 def test_separate_patch_head():
-    other = {"hidden_dim": 8, "bottleneck_dim": 4, "prototypes": 24, "weight_norm": False}
+    other = {"hidden_dim": 8, "bottleneck_dim": 4, "prototypes": 24, "weight_norm": False, "prototype_init": "linear"}
     config = config_of({"objective": {"ssl": {"patch_head": other, "pooling": "pooled"}}})
     objective = objective_of(config)
     gradients, _ = backward(objective, [batch_of(config)])
@@ -434,6 +434,19 @@ def test_stochastic_depth_does_not_depend_on_micro_batches(rates):
     assert not torch.equal(views.indices, local_views.indices)
 
 
+@pytest.mark.parametrize("decays", [True, False])
+def test_scales_of_prototypes_decay_where_they_are_told_to(decays):
+    """In DINOv2 they do; all other vectors never do."""
+    config = config_of({"rates": {"decay_scales": decays, "heads": {"weight_decay": 0.5}}})
+    objective = objective_of(config)
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    groups = build_optimizer(objective.phases()["model"], config.optim).param_groups
+    factor = {names[parameter]: group["decay_factor"] for group in groups for parameter in group["params"]}
+    assert factor["ssl.heads.dino.directions"] == 0.5
+    assert factor["ssl.heads.dino.scales"] == (0.5 if decays else 0.0)
+    assert {factor[name] for name in factor if name.endswith("bias")} == {0.0}
+
+
 def test_temperature_rises_then_stays():
     warmup = {"start": 0.04, "end": 0.07, "warmup": 0.3}
     ssl = {f"teacher_temperature_{key}": value for key, value in warmup.items()}
@@ -481,6 +494,7 @@ def test_l1_space():
 
     # [-1, 1] is wider than normalised space by 2 sigma, about 0.45.
     assert losses("unit")["l1"] / losses("normalised")["l1"] == pytest.approx(0.45, abs=0.01)
+    assert losses("unit")["l1"] == pytest.approx(2 * losses("pixels")["l1"])
 
 
 def test_impossible_configurations_are_refused():
@@ -503,6 +517,7 @@ def test_impossible_configurations_are_refused():
         ({"data": {"ssl_views": {"local_size": 9}}}, "local_size 9 is not a multiple"),
         ({"data": {"clip_view": {"size": 8}}}, "reconstruction_view is shared"),
         ({"data": {"subsets": "disjoint", "batch": {"clip": 4}}}, "of 4 images none is left"),
+        ({"objective": {"ssl": {"koleo_group": 3}}}, "data.batch.ssl 4 is no multiple of objective.ssl.koleo_group 3"),
         ({"tokenizer": {"vision": {"num_heads": 3}}}, "is not a multiple of 4"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     deeper = objective_of(config_of({"tokenizer": {"vision": {"depth": 3}}}))
     with pytest.raises(ArtefactError, match=r"vision\.depth is 2 there"):
         load_pretrain_state(deeper, tmp_path / "tokenizer")
-    wider = {"hidden_dim": 16, "bottleneck_dim": 8, "prototypes": 32, "weight_norm": True}
+    wider = {"hidden_dim": 16, "bottleneck_dim": 8, "prototypes": 32, "weight_norm": True, "prototype_init": "linear"}
     other = objective_of(config_of({"objective": {"ssl": {"head": wider}}}))
     with pytest.raises(ArtefactError, match=r"heads\.dino.* begin from a model of the same architecture"):
         load_pretrain_state(other, tmp_path / "state")

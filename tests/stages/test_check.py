@@ -134,7 +134,7 @@ FILE = {"weights": "dino.safetensors", "sha256": "ab" * 32}
 OTHER = {"weights": "dino.safetensors", "sha256": "cd" * 32}
 TO_FILL = {"weights": "dino.safetensors", "sha256": "0" * 64}
 TIMM = {"name": "timm", "model": "vit_small_patch8_224.dino"}
-CRITIC = TIMM | {"image_size": 224, "blocks": 2}
+CRITIC = TIMM | {"image_size": 224, "blocks": 2, "antialias": True, "layer_norm": True}
 
 
 def critic(**file):

@@ -177,6 +177,7 @@ def make(folder, name):
 
 def test_discriminators_that_cannot_be_are_told_before_any_step(inputs, tmp_path):
     timm = {"name": "timm", "model": "vit_tiny_patch16_224", "weights": "none", "sha256": "0" * 64, "image_size": 32}
+    timm |= {"antialias": True, "layer_norm": True}
     cases = {
         "no such weights": {"discriminator": FEATURES | {"network": timm | {"blocks": 2}}},
         "have 2 blocks": {"discriminator": FEATURES | {"network": FEATURES["network"] | {"blocks": 5}}},

@@ -16,7 +16,14 @@ from vtp.data.conditions import SampleConditions, Told
 from vtp.data.latents import LatentDataset
 from vtp.data.order import sample_indices
 from vtp.data.stream import Stream
-from vtp.data.views import CentreCropView, RandomCropView, least_size, reconstruction_batch, reconstruction_crop
+from vtp.data.views import (
+    CentreCropView,
+    RandomCropView,
+    ScaledCropView,
+    least_size,
+    reconstruction_batch,
+    reconstruction_crop,
+)
 from vtp.draws import torch_draws
 from vtp.layers.captions import Condition
 from vtp.layers.decode import finish, upright_size
@@ -110,7 +117,7 @@ class ImageBatches(Dataset[ImageBatch]):
     def __init__(
         self,
         stream: Stream,
-        view: CentreCropView | RandomCropView,
+        view: CentreCropView | RandomCropView | ScaledCropView,
         *,
         size: int,
         batch_size: int,

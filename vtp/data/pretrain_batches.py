@@ -20,6 +20,7 @@ from vtp.data.views import (
     Crop,
     RandomCropView,
     ReconstructionViewConfig,
+    ScaledCropView,
     SharedView,
     Size,
     SslViews,
@@ -220,7 +221,7 @@ class PretrainBatches(Dataset[PretrainBatch]):
             view, picture_crops = config.reconstruction_view, []
             if place in in_rec and isinstance(view, CentreCropView):
                 return None
-            if place in in_rec and isinstance(view, RandomCropView):
+            if place in in_rec and isinstance(view, RandomCropView | ScaledCropView):
                 picture_crops.append(reconstruction_crop(view, self.image_size, seed, first + place))
             if place in in_clip or (place in in_rec and isinstance(view, SharedView)):
                 picture_crops.append(clip_crop(config.clip_view, seed, first + place))

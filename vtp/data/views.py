@@ -8,6 +8,7 @@ were inverted by its code, and its weights were trained so (0, 0.9, 0.5 for firs
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from vtp.config import Config
 from vtp.draws import numpy_draws
 from vtp.layers.colour import gaussian_blur, grey, shift_hue
 from vtp.layers.images import centre_crop
-from vtp.layers.preprocess import TRIES, Box, random_box
+from vtp.layers.preprocess import TRIES, Box, random_box, random_square
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +58,17 @@ class RandomCropView(Config):
     scale_min: float = Field(gt=0, le=1, description="least area of the crop")
 
 
-ReconstructionViewConfig = Annotated[SharedView | CentreCropView | RandomCropView, Field(discriminator="name")]
+class ScaledCropView(Config):
+    """Reconstruct a square of the scaled image at a random place, as RAE does: 256 pixels of a short side of 384."""
+
+    name: Literal["scaled_crop"]
+    scale: float = Field(ge=1, description="short side of the scaled image, in sides of the crop; RAE: 1.5")
+
+
+OwnViewConfig = Annotated[CentreCropView | RandomCropView | ScaledCropView, Field(discriminator="name")]
+ReconstructionViewConfig = Annotated[
+    SharedView | CentreCropView | RandomCropView | ScaledCropView, Field(discriminator="name")
+]
 
 
 class BlurAsTrained(Config):
@@ -102,6 +113,9 @@ class SslViewsConfig(Config):
     contrast: float = Field(ge=0, le=1, description="largest change of the factor 1 on contrast")
     saturation: float = Field(ge=0, le=1, description="largest change of the factor 1 on saturation")
     hue: float = Field(ge=0, le=0.5, description="largest shift of the hue, in turns")
+    jitter_order: Literal["fixed", "random"] = Field(
+        description="brightness, contrast, saturation and hue change in this order, or in one drawn for every view (DINOv2)"
+    )
     grey: float = Field(ge=0, le=1, description="probability of a grey image")
     blur: BlurAsTrained | BlurAsIntended | BlurProbabilities = Field(discriminator="name")
     blur_sigma_max: float = Field(
@@ -109,16 +123,27 @@ class SslViewsConfig(Config):
     )
     solarize: float = Field(ge=0, le=1, description="probability, second global view only")
 
+    @property
+    def colour_draws(self) -> int:
+        """Numbers behind the colours of a view: that of the jitter's order comes last."""
+        return OF_COLOURS + (self.jitter_order == "random")
+
 
 class Crop(NamedTuple):
-    """A random crop before the image is known: torchvision's `RandomResizedCrop` with its aspects of 3/4 to 4/3."""
+    """A random crop before the image is known: torchvision's `RandomResizedCrop` with its aspects of 3/4 to 4/3.
+
+    Or a square of a given side.
+    """
 
     size: int  # side of the result in pixels
     area: tuple[float, float]  # in shares of the image
     draws: np.ndarray  # [OF_CROP] uniform numbers
+    side: float | None = None  # of a square in its place, in shares of the short side
 
     def box(self, whole: Size) -> Box:
         """Where it lies in an image of that size."""
+        if self.side is not None:
+            return random_square(*whole, self.draws[:2], side=self.side)
         return random_box(*whole, self.draws.reshape(TRIES, 4), scale=self.area)
 
     def of(self, image: Tensor, whole: Size) -> Tensor:
@@ -143,17 +168,22 @@ def clip_crop(config: ClipViewConfig, seed: int, position: int) -> Crop:
     return Crop(config.size, (config.scale_min, 1.0), numpy_draws(seed, "clip_view", position).random(OF_CROP))
 
 
-def reconstruction_crop(config: RandomCropView, size: int, seed: int, position: int) -> Crop:
+def reconstruction_crop(config: RandomCropView | ScaledCropView, size: int, seed: int, position: int) -> Crop:
     """The crop to reconstruct, when it is no view of another objective."""
-    return Crop(size, (config.scale_min, 1.0), numpy_draws(seed, "reconstruction_view", position).random(OF_CROP))
+    draws = numpy_draws(seed, "reconstruction_view", position).random(OF_CROP)
+    if isinstance(config, ScaledCropView):
+        return Crop(size, (1.0, 1.0), draws, 1 / config.scale)
+    return Crop(size, (config.scale_min, 1.0), draws)
 
 
 def ssl_crops(config: SslViewsConfig, seed: int, position: int) -> tuple[list[Crop], np.ndarray]:
-    """The crops of self-supervision, global ones first, and the draws of their colours [V, OF_COLOURS]."""
+    """The crops of self-supervision, global ones first, and the draws of their colours [V, config.colour_draws]."""
     uniform = numpy_draws(seed, "ssl_views", position).random((2 + config.local_views, OF_CROP + OF_COLOURS))
     whole, part = (config.global_scale_min, 1.0), (config.local_scale_min, config.local_scale_max)
     crops = [Crop(config.global_size, whole, draws[:OF_CROP]) for draws in uniform[:2]]
     crops += [Crop(config.local_size, part, draws[:OF_CROP]) for draws in uniform[2:]]
+    if config.jitter_order == "random":
+        uniform = np.column_stack([uniform, numpy_draws(seed, "jitter_order", position).random(len(uniform))])
     return crops, uniform[:, OF_CROP:]
 
 
@@ -182,7 +212,7 @@ def clip_batch(
 
 def reconstruction_batch(
     images: Sequence["Image"],
-    config: CentreCropView | RandomCropView,
+    config: CentreCropView | RandomCropView | ScaledCropView,
     size: int,
     seed: int,
     positions: np.ndarray,
@@ -200,7 +230,7 @@ class SslViews(NamedTuple):
 
     whole: Tensor  # [B, 2, 3, G, G]
     local: Tensor  # [B, L, 3, S, S]
-    draws: Tensor  # [B, 2 + L, OF_COLOURS] uniform numbers; no rows when nothing is left to do
+    draws: Tensor  # [B, 2 + L, config.colour_draws] uniform numbers; no rows when nothing is left to do
 
 
 def ssl_batch(
@@ -230,7 +260,7 @@ def ssl_views(
     whole = torch.stack([_stack(view, config.global_size) for view in views[:2]], 1)
     local = [_stack(view, config.local_size) for view in views[2:]]
     empty = torch.empty(len(images), 0, 3, config.local_size, config.local_size, dtype=torch.uint8)
-    colours = np.array(draws, dtype=np.float32).reshape(len(images), len(views), OF_COLOURS)
+    colours = np.array(draws, dtype=np.float32).reshape(len(images), len(views), config.colour_draws)
     return SslViews(whole, torch.stack(local, 1) if local else empty, torch.from_numpy(colours))
 
 
@@ -279,6 +309,21 @@ def _stack(crops: list[Tensor], size: int) -> Tensor:
     return torch.cat(crops).contiguous() if crops else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
+def _brighten(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp_(0, 1)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(grey(x).mean((2, 3), keepdim=True), x, factor).clamp_(0, 1)
+
+
+def _saturate(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(grey(x).expand_as(x), x, factor).clamp_(0, 1)
+
+
+JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (_brighten, _contrast, _saturate, shift_hue)
+
+
 class _Colours(NamedTuple):
     """What happens to each image of a batch; factors are [B, 1, 1, 1], conditions are [B]."""
 
@@ -292,6 +337,9 @@ class _Colours(NamedTuple):
     blur: Tensor
     sigma: Tensor
     solarize: Tensor
+    order: (
+        Tensor | None
+    )  # of the jitter: numbers of JITTER in the order in which they come, [B, 4]; None: as they stand
 
     @classmethod
     def of(cls, uniform: Tensor, config: SslViewsConfig, blur: float, *, solarize: bool) -> "_Colours":
@@ -311,21 +359,32 @@ class _Colours(NamedTuple):
             blur=columns[7] < blur,
             sigma=0.1 + columns[8] * (config.blur_sigma_max - 0.1),
             solarize=columns[9] < (config.solarize if solarize else 0.0),
+            order=_orders(columns[OF_COLOURS]) if config.jitter_order == "random" else None,
         )
 
 
-def _recolour(x: Tensor, colours: _Colours, reach: int) -> Tensor:
-    """Flip, jitter (brightness, contrast, saturation, hue in this order), grey, blur, solarize, on [0, 1]."""
+def _orders(uniform: Tensor) -> Tensor:
+    """Permutations [B, 4] by numbers [B] in [0, 1), all as likely as each other."""
+    every = torch.tensor(list(permutations(range(len(JITTER)))), device=uniform.device)
+    return every[(uniform * len(every)).long().clamp_max(len(every) - 1)]
 
-    def jitter(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-        x = (x * brightness).clamp_(0, 1)
-        x = torch.lerp(grey(x).mean((2, 3), keepdim=True), x, contrast).clamp_(0, 1)
-        x = torch.lerp(grey(x).expand_as(x), x, saturation).clamp_(0, 1)
-        return shift_hue(x, hue)
+
+def _recolour(x: Tensor, colours: _Colours, reach: int) -> Tensor:
+    """Flip, jitter, grey, blur, solarize, on [0, 1]."""
+
+    def jitter(x: Tensor, *factors: Tensor) -> Tensor:
+        for change, factor in zip(JITTER, factors, strict=True):
+            x = change(x, factor)
+        return x
 
     x = torch.where(_wide(colours.flip), x.flip(3), x)
     factors = (colours.brightness, colours.contrast, colours.saturation, colours.hue)
-    x = _some(x, colours.jitter, jitter, *factors)
+    if colours.order is None:
+        x = _some(x, colours.jitter, jitter, *factors)
+    else:
+        for next_ones in colours.order.unbind(1):
+            for number, (change, factor) in enumerate(zip(JITTER, factors, strict=True)):
+                x = _some(x, colours.jitter & (next_ones == number), change, factor)
     x = _some(x, colours.grey, lambda x: grey(x).expand_as(x))
     x = _some(x, colours.blur, lambda x, sigma: gaussian_blur(x, sigma, reach), colours.sigma)
     return _some(x, colours.solarize, lambda x: torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x))

@@ -9,6 +9,7 @@ from torch import nn
 from vtp.distributed import local
 
 M = TypeVar("M", bound=nn.Module)
+EMA_WARMUP = "let averages follow faster at first: momentum (1 + step) / (10 + step) until that is larger"
 
 
 def frozen_copy(module: M) -> M:

@@ -73,6 +73,13 @@ def random_box(
     return Box((width - w) // 2, (height - h) // 2, w, h)
 
 
+def random_square(width: int, height: int, uniform: np.ndarray, *, side: float) -> Box:
+    """A square of `side` times the short side at a place by two numbers in [0, 1): left, top."""
+    pixels = max(1, round(side * min(width, height)))
+    left, top = uniform.tolist()
+    return Box(int(left * (width - pixels + 1)), int(top * (height - pixels + 1)), pixels, pixels)
+
+
 def resized_box(image: "Image", box: Box, size: int) -> "Image":
     """A box of the picture, bicubically: `resized_crop`."""
     from PIL.Image import Resampling

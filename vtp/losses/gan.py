@@ -1,4 +1,4 @@
-"""Hinge GAN losses and the adaptive weight that balances them with reconstruction (Esser et al. 2021)."""
+"""Hinge GAN losses, LeCam, and the adaptive weight that balances them with reconstruction (Esser et al. 2021)."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +7,16 @@ from torch import Tensor
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Hinge loss of logits; 1 for a discriminator that says 0 everywhere."""
     return (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()) / 2
+
+
+def lecam_loss(real: Tensor, fake: Tensor, anchors: Tensor) -> Tensor:
+    """How far logits have left those that the other kind had: mean relu(real - a_fake)^2 + mean relu(a_real - fake)^2.
+
+    `anchors` [2] are moving averages of the logits of real and of fake images, without gradient. A discriminator that tells
+    few images apart too well is held back (Tseng et al. 2021, as its authors compute it).
+    """
+    of_real, of_fake = anchors.unbind()
+    return F.relu(real.float() - of_fake).square().mean() + F.relu(of_real - fake.float()).square().mean()
 
 
 def generator_loss(fake: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class TimmFeaturesConfig(Config):
     sha256: str = Field(description="digest that the file must have")
     image_size: int = Field(ge=1, description="side in pixels that images are scaled to")
     blocks: int = Field(ge=1, description="heads on so many blocks, evenly over the depth")
+    antialias: bool = Field(description="scale images down with antialiasing; RAE: false")
+    layer_norm: bool = Field(description="normalise each token of the features, without learned scales; RAE: false")
 
 
 class TokenizerFeaturesConfig(Config):

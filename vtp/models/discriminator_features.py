@@ -87,7 +87,7 @@ class TimmFeatures(nn.Module):
 
     def __init__(self, config: TimmFeaturesConfig, path: Path) -> None:
         super().__init__()
-        self._size = config.image_size
+        self._config = config
         self.backbone: Any = bare_backbone(config.model, config.image_size)
         load_backbone(self.backbone, config.model, path)
         self.eval().requires_grad_(False)
@@ -95,13 +95,15 @@ class TimmFeatures(nn.Module):
         self.chosen = spread(config.blocks, len(self.backbone.blocks))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = (_resized(images, self._size) + 1) / 2
+        x = (_resized(images, self._config.image_size, antialias=self._config.antialias) + 1) / 2
         trained_on = self.backbone.pretrained_cfg
         mean, std = (constant(trained_on[name], x).view(3, 1, 1) for name in ("mean", "std"))
         of_blocks = self.backbone.forward_intermediates(
             (x - mean) / std, indices=self.chosen, output_fmt="NLC", intermediates_only=True
         )
-        return [F.layer_norm(tokens, tokens.shape[-1:]).transpose(1, 2) for tokens in of_blocks]
+        if self._config.layer_norm:
+            of_blocks = [F.layer_norm(tokens, tokens.shape[-1:]) for tokens in of_blocks]
+        return [tokens.transpose(1, 2) for tokens in of_blocks]
 
 
 def spread(count: int, depth: int) -> list[int]:
@@ -113,7 +115,7 @@ def spread(count: int, depth: int) -> list[int]:
     return [round((index + 1) * depth / count) - 1 for index in range(count)]
 
 
-def _resized(images: Tensor, size: int | None) -> Tensor:
+def _resized(images: Tensor, size: int | None, *, antialias: bool = True) -> Tensor:
     if size is None or images.shape[-2:] == (size, size):
         return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=antialias)

@@ -1,5 +1,7 @@
 """The projection head of self-distillation: features to prototype logits (DINO; DINOv2's short recipe)."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -15,6 +17,10 @@ class DinoHeadConfig(Config):
     bottleneck_dim: int = Field(ge=1, description="width of the vectors that are compared with prototypes")
     prototypes: int = Field(ge=2, description="number of prototypes K")
     weight_norm: bool = Field(description="true: prototypes are unit vectors with a learned scale; false: plain (v3)")
+    prototype_init: Literal["trunc_normal", "linear"] = Field(
+        description="first prototypes: normal with deviation 0.02, or uniform as those of nn.Linear (DINOv2), longer and so "
+        "slower to turn"
+    )
 
 
 class DinoHead(nn.Module):
@@ -41,6 +47,9 @@ class DinoHead(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.trunc_normal_(parameter, std=0.02)
+        if config.prototype_init == "linear":
+            bound = config.bottleneck_dim**-0.5
+            nn.init.uniform_(self.directions, -bound, bound)
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.zeros_(layer.bias)

@@ -11,7 +11,7 @@ micro-batches.
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -24,13 +24,22 @@ from vtp.host import Host
 from vtp.layers.augment import AugmentationConfig, augment, draw_augmentation
 from vtp.layers.flops import FROZEN, TRAINING
 from vtp.layers.images import denormalise
-from vtp.losses.gan import balance, discriminator_loss, generator_loss
+from vtp.losses.gan import balance, discriminator_loss, generator_loss, lecam_loss
 from vtp.models.base import Tokenizer
 from vtp.models.discriminator import Discriminator, DiscriminatorConfig
 from vtp.models.discriminator_features import build_discriminator
 from vtp.step import Logs, OptimConfig, ParameterGroup, StepContext, Term
 
 DISCRIMINATOR = "discriminator"  # the phase that trains it
+
+
+class LecamConfig(Config):
+    """LeCam regularisation of the discriminator (Tseng et al. 2021)."""
+
+    weight: float = Field(gt=0, description="weight of LeCam beside the discriminator's hinge loss; TiTok: 0.001")
+    momentum: float = Field(
+        ge=0, lt=1, description="momentum of the averages of logits, which begin at 0; TiTok: 0.999"
+    )
 
 
 class AdversaryConfig(Config):
@@ -44,7 +53,18 @@ class AdversaryConfig(Config):
     start: float = Field(ge=0, le=1, description="share of the run after which the decoder sees it")
     augmentation: AugmentationConfig
     discriminator: DiscriminatorConfig
+    lecam: LecamConfig | None = Field(description="regularisation of the discriminator; null: none")
     optim: OptimConfig = Field(description="optimiser of the discriminator")
+    schedule: Literal["run", "delayed", "own"] = Field(
+        description="course of the discriminator's rates: that of the run; as long, but from discriminator_start on, which "
+        "leaves its end out (RAE); or from there to the end of the run"
+    )
+
+    @property
+    def course(self) -> tuple[float, float]:
+        """Shares of the run at which the discriminator's rates begin and end their course."""
+        start = self.discriminator_start
+        return {"run": (0.0, 1.0), "delayed": (start, 1.0 + start), "own": (start, 1.0)}[self.schedule]
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -70,7 +90,9 @@ class ReconstructionStep(NamedTuple):
 
 
 class Adversary(nn.Module):
-    """The discriminator and the loss that it gives to a decoder. Its state is the discriminator's."""
+    """The discriminator and the loss that it gives to a decoder. Its state is the discriminator's, and LeCam's averages."""
+
+    anchors: Tensor  # [2], mean logits of real and of fake images; only with LeCam
 
     def __init__(self, discriminator: Discriminator, config: AdversaryConfig, *, seed: int) -> None:
         super().__init__()
@@ -78,10 +100,13 @@ class Adversary(nn.Module):
         self.config = config
         self.seed = seed
         self._pairs: list[tuple[Tensor, Tensor]] = []  # real and fake images of the micro-batches of this step
+        if config.lecam is not None:
+            self.register_buffer("anchors", torch.zeros(2))
+            self._mean_logits = torch.zeros(2)  # this rank's part of this step's
 
     def phases(self) -> dict[str, Sequence[ParameterGroup]]:
         """The discriminator's phase, the last of a step."""
-        return {DISCRIMINATOR: [ParameterGroup(self._trained())]}
+        return {DISCRIMINATOR: [ParameterGroup(self._trained(), course=self.config.course)]}
 
     def terms(
         self, name: str, step: ReconstructionStep, context: StepContext, *, apart: bool = False
@@ -122,20 +147,31 @@ class Adversary(nn.Module):
         """The discriminator's own loss, on the images of the same step."""
         if context.progress < self.config.discriminator_start:
             return
-        count = len(self._pairs)
+        count, lecam = len(self._pairs), self.config.lecam
         parts = count * ranks().size
+        if lecam is not None:
+            self._mean_logits = torch.zeros_like(self.anchors)
         for number, (real, fake) in enumerate(self._pairs):
             real_logits = self.discriminator(self._augment(real, "real", context, number, count))
             fake_logits = self.discriminator(self._augment(fake, "fake", context, number, count))
             loss = discriminator_loss(real_logits, fake_logits) / parts
             accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
             logs = {"discriminator_loss": loss.detach(), "discriminator_accuracy": accuracy / parts}
+            if lecam is not None:
+                held = lecam_loss(real_logits, fake_logits, self.anchors) / parts
+                logs["lecam"] = held.detach()
+                loss = loss + lecam.weight * held
+                means = torch.stack([logits.detach().float().mean() for logits in (real_logits, fake_logits)])
+                self._mean_logits += means / parts
             yield Term(DISCRIMINATOR, loss, logs, (fake,))
 
     def after_step(self, context: StepContext) -> None:
-        """Follow the discriminator's new weights with its norms."""
-        if context.progress >= self.config.discriminator_start:
-            self.discriminator.refine_norms()
+        """Follow the discriminator's new weights with its norms, and this step's logits with their averages."""
+        if context.progress < self.config.discriminator_start:
+            return
+        self.discriminator.refine_norms()
+        if self.config.lecam is not None:
+            self.anchors.lerp_(total(self._mean_logits), 1 - self.config.lecam.momentum)
 
     def step_flops(self, side: int) -> float:
         """FLOPs per image of a step with all parts at work: once for the decoder, with real and fake for itself."""

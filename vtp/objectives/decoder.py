@@ -15,12 +15,12 @@ from vtp.data.batches import ImageBatch
 from vtp.device import send
 from vtp.distributed import ranks
 from vtp.draws import torch_draws
-from vtp.layers.average import frozen_copy, update_average, warm_momentum
+from vtp.layers.average import EMA_WARMUP, frozen_copy, update_average, warm_momentum
 from vtp.layers.block import Block, Blocks
 from vtp.layers.flops import FROZEN, TRAINING, forward_flops
 from vtp.layers.images import normalise
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
-from vtp.losses.reconstruction import reconstruction_distance
+from vtp.losses.reconstruction import L1Space, reconstruction_distance
 from vtp.models.base import Encoding, Tokenizer
 from vtp.objectives.adversary import DISCRIMINATOR, Adversary, ReconstructionStep
 from vtp.step import Logs, ParameterGroup, StepContext, StepCost, Term, hidden_matrices
@@ -38,10 +38,14 @@ class LatentNoiseConfig(Config):
 class DecoderObjectiveConfig(Config):
     """The loss of the second stage, without the adversary."""
 
+    l1_space: L1Space = Field(
+        description="where L1 is taken: ImageNet-normalised pixels, `unit` in [-1, 1], or `pixels` in [0, 1] (RAE)"
+    )
     perceptual: PerceptualConfig
     perceptual_weight: float = Field(ge=0, description="weight of the perceptual distance beside L1")
     noise: LatentNoiseConfig
     ema: float = Field(ge=0, lt=1, description="momentum of the averaged decoder, which is the result")
+    ema_warmup: bool = Field(description=EMA_WARMUP)
 
 
 class DecoderObjective(nn.Module):
@@ -117,7 +121,8 @@ class DecoderObjective(nn.Module):
 
     def after_step(self, context: StepContext) -> Logs:
         """Move the averaged decoder."""
-        update_average(self.average, self.decoder, warm_momentum(self.config.ema, context.step))
+        momentum = warm_momentum(self.config.ema, context.step) if self.config.ema_warmup else self.config.ema
+        update_average(self.average, self.decoder, momentum)
         if self.adversary is not None:
             self.adversary.after_step(context)
         return {}
@@ -148,7 +153,7 @@ class DecoderObjective(nn.Module):
             return self.decoder(self._noisy(latents[number], context.step, number, count))
 
         def loss(number: int, pixels: Tensor) -> tuple[Tensor, Logs]:
-            distance = reconstruction_distance(perceptual, pixels, images[number])
+            distance = reconstruction_distance(perceptual, pixels, images[number], l1_space=self.config.l1_space)
             l1, of_features = distance.l1 / parts, distance.perceptual / parts
             logs = {"l1": l1.detach(), "perceptual": of_features.detach()}
             logs["replaced_samples"] = micro_batches[number].replaced.sum()

@@ -11,7 +11,7 @@ from vtp.config import Config, Distinct
 from vtp.data.batches import LatentBatch
 from vtp.distributed import ranks, whole
 from vtp.flow import TimestepSamplingConfig, flow_matching_loss, timesteps_of
-from vtp.layers.average import frozen_copy, update_average, warm_momentum
+from vtp.layers.average import EMA_WARMUP, frozen_copy, update_average, warm_momentum
 from vtp.layers.flops import TRAINING, forward_flops, without_contents
 from vtp.models.lightningdit import LightningDiT
 from vtp.step import Logs, ParameterGroup, StepContext, StepCost, Term, hidden_matrices
@@ -27,6 +27,7 @@ class GenerationObjectiveConfig(Config):
     ema: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Distinct] = Field(
         min_length=1, description="momenta of averaged weights; the first is the result, the others lie beside it"
     )
+    ema_warmup: bool = Field(description=EMA_WARMUP)
 
 
 class GenerationObjective(nn.Module):
@@ -87,7 +88,9 @@ class GenerationObjective(nn.Module):
     def after_step(self, context: StepContext) -> Logs:
         """Move the averaged weights."""
         for average, momentum in zip(self.averages, self.config.ema, strict=True):
-            update_average(average, self.model, warm_momentum(momentum, context.step))
+            update_average(
+                average, self.model, warm_momentum(momentum, context.step) if self.config.ema_warmup else momentum
+            )
         return {}
 
     def _timesteps(self, batch: LatentBatch, context: StepContext) -> Tensor:

@@ -12,7 +12,7 @@ A convolutional tokenizer learns by reconstruction alone; `kl` is of its posteri
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -28,7 +28,7 @@ from vtp.layers.images import normalise
 from vtp.losses.clip import ContrastConfig, clip_loss, siglip_loss
 from vtp.losses.kl import kl_divergence
 from vtp.losses.perceptual import PerceptualConfig, PerceptualDistance
-from vtp.losses.reconstruction import reconstruction_distance
+from vtp.losses.reconstruction import L1Space, reconstruction_distance
 from vtp.models.base import TrainableTokenizer
 from vtp.models.diffusers_vae import DiffusersVae, Posterior
 from vtp.models.tokenizer import VisualTokenizer
@@ -66,7 +66,9 @@ class WeightsConfig(Config):
 class ReconstructionConfig(Config):
     """L1 and a perceptual distance (paper eq. 1: 1 and 1), and the divergence of a posterior."""
 
-    l1_space: Literal["normalised", "unit"] = Field(description="ImageNet-normalised pixels, or pixels in [-1, 1]")
+    l1_space: L1Space = Field(
+        description="where L1 is taken: ImageNet-normalised pixels, `unit` in [-1, 1], or `pixels` in [0, 1] (RAE)"
+    )
     perceptual: PerceptualConfig
     perceptual_weight: float = Field(ge=0, description="weight of the perceptual distance beside L1")
     kl: float = Field(

@@ -31,6 +31,7 @@ class RatesConfig(Config):
     patch_embed: float = Field(
         ge=0, description="further factor on the rate of the layer that reads the pixels (DINOv2: 0.2)"
     )
+    decay_scales: bool = Field(description="let the scales of prototypes decay as matrices do (DINOv2), not only these")
     frozen_prototypes: float = Field(ge=0, le=1, description="share of the run in which prototypes do not learn")
 
 
@@ -61,8 +62,9 @@ def _heads(heads: nn.Module, config: RatesConfig) -> Iterator[ParameterGroup]:
         prototypes = [p for m in head.modules() if isinstance(m, DinoHead) for p in m.parameters(recurse=False)]
         known = {id(p) for p in prototypes}
         others = ParameterGroup([p for p in head.parameters() if id(p) not in known], rates.lr, rates.weight_decay)
-        for group in (others, ParameterGroup(prototypes, rates.lr, rates.weight_decay, config.frozen_prototypes)):
-            yield group._replace(module=f"{name}_head")
+        last = ParameterGroup(prototypes, rates.lr, rates.weight_decay, config.frozen_prototypes)
+        yield others._replace(module=f"{name}_head")
+        yield last._replace(module=f"{name}_head", vectors_decay=config.decay_scales)
 
 
 def _encoder(layers: EncoderLayers, config: RatesConfig) -> Iterator[ParameterGroup]:

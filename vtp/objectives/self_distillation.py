@@ -71,6 +71,10 @@ class SslConfig(Config):
     momentum: Annotated[ConstantMomentum | CosineMomentum, Field(discriminator="name")]
     teacher_projection: bool = Field(description="the teacher keeps CLIP's image projection too")
     koleo: float = Field(ge=0, description="weight of the KoLeo spread of class tokens")
+    koleo_group: int | None = Field(
+        ge=2,
+        description="consecutive images of a batch among which KoLeo seeks the nearest; null: all (DINOv2: those of a GPU)",
+    )
 
     def width(self, vision: VisionConfig) -> int:
         """Channels that the heads read."""
@@ -134,7 +138,7 @@ class SelfDistillation(nn.Module):
         own = (seen, patches)
         images = len(seen) * ranks().size
         if config.koleo:
-            first, second = (koleo_loss(view) for view in seen.unbind(1))
+            first, second = (koleo_loss(view, group=config.koleo_group) for view in seen.unbind(1))
             loss, duplicates = first.loss + second.loss, (first.duplicates + second.duplicates) / 2
             logs = {"koleo_loss": loss.detach(), "koleo_duplicates": duplicates}
             yield Term("ssl", weight * config.koleo * loss, logs, own)

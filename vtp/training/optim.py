@@ -42,7 +42,7 @@ class Optimizers:
 
 
 def build_optimizer(groups: Sequence[ParameterGroup], config: OptimConfig) -> Optimizers:
-    """Fused AdamW, and torch's Muon where `config` asks for it; parameters with fewer than two dimensions do not decay.
+    """Fused AdamW, and torch's Muon where `config` asks for it. Vectors and scalars decay where their group says so alone.
 
     State exists from the start. Muon multiplies in bfloat16, 15 products a matrix, one matrix after the other. Every rank
     does all of them for weights that are whole on each; of sharded ones the products are shared, and each communicates, so
@@ -55,14 +55,14 @@ def build_optimizer(groups: Sequence[ParameterGroup], config: OptimConfig) -> Op
     muon = config.matrices if isinstance(config.matrices, MuonMatrices) else None
     for group in groups:
         own = [parameter for parameter in group.parameters if parameter.requires_grad]
-        options = {"frozen_until": group.frozen_until, "module": group.module}
+        options = {"frozen_until": group.frozen_until, "module": group.module, "course": group.course}
         matrices = [p for p in own if p in group.hidden] if muon is not None else []
         if muon is not None and matrices:
             factors = {"lr_factor": group.lr * muon.lr, "decay_factor": group.weight_decay}
             by_muon.append({"params": matrices, **factors, **options})
             own = [p for p in own if p not in group.hidden]
         for decays, sharded in itertools.product((True, False), (True, False)):  # fused steps cannot mix either
-            parameters = [p for p in own if (p.ndim >= 2) == decays and is_sharded(p) == sharded]
+            parameters = [p for p in own if (p.ndim >= 2 or group.vectors_decay) == decays and is_sharded(p) == sharded]
             factors = {"lr_factor": group.lr, "decay_factor": group.weight_decay * decays}
             if parameters:
                 by_adamw.append({"params": parameters, **factors, **options})
@@ -107,10 +107,17 @@ def parameters_of(optimizer: Optimizers | torch.optim.Optimizer) -> list[nn.Para
 
 
 def set_rates(optimizer: Optimizers, config: OptimConfig, context: StepContext) -> float:
-    """Put the learning rate and weight decay of a step into every group; the learning rate of a factor of 1."""
-    rate = learning_rate(config, context.step, context.steps)
-    decay = _cosine(config.weight_decay, config.final_weight_decay, context.progress)
-    for group in optimizer.param_groups:
+    """Put the learning rate and weight decay of a step into every group; the learning rate of a factor of 1.
+
+    The groups of a phase have one course.
+    """
+    groups = optimizer.param_groups
+    begin, end = groups[0]["course"]
+    first, steps = round(begin * context.steps), max(1, round((end - begin) * context.steps))
+    step = max(0, context.step - first)
+    rate = learning_rate(config, step, steps)
+    decay = _cosine(config.weight_decay, config.final_weight_decay, step / steps)
+    for group in groups:
         group["lr"] = rate * group["lr_factor"] * (context.progress >= group["frozen_until"])
         group["weight_decay"] = decay * group["decay_factor"]
     return rate
