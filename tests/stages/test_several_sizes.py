@@ -345,3 +345,37 @@ def test_a_cache_of_squares_is_no_cache_of_sizes(inputs, tmp_path):
         LatentDataset(inputs / "latents")
     with pytest.raises(ArtefactError, match=r"latents of squares alone; set cache_latents\.sizes"):
         SizedLatents(cache(inputs, tmp_path))
+
+
+TOLD = {
+    "model": {
+        "condition": {
+            "name": "captions",
+            "encoder": {"name": "tokenizer"},
+            "features": "encoded",
+            "reading": "cross_attention",
+        }
+    }
+}
+
+
+@pytest.mark.parametrize("source", ["cached", "encoded"])
+def test_captions_go_with_pictures_of_every_size(inputs, tmp_path, source):
+    """Of cached latents and of pictures that are encoded as they come; a sample of any size is of its prompt."""
+    given = {"text_encoder": inputs / "tokenizer"}
+    if source == "cached":
+        cache(inputs, tmp_path, of="captions", sizes=SIZES)
+        out = train(inputs, tmp_path, CACHED | TOLD, **given, latents=tmp_path / "latents")
+    else:
+        changes = ENCODED | TOLD | {"images": IMAGES | {"labelled": False}}
+        out = train(inputs, tmp_path, changes, **given, shards=inputs / "shards", latents=None)
+    (tmp_path / "tokenizer").symlink_to(inputs / "tokenizer")
+    generator = vtp.load_generator(out / "generator")
+    assert generator.classes == []
+    one, other = (np.asarray(generator.sample(text, size=(16, 32))[0]) for text in ("a frog", "a dog"))
+    assert one.shape == (16, 32, 3)
+    assert generator.model.config.text is not None
+    with torch.no_grad():
+        generator.model.blocks[0].cross_attn.proj.weight.normal_()
+    assert not np.array_equal(one, np.asarray(generator.sample("a frog", size=(16, 32))[0]))
+    assert other.shape == one.shape
