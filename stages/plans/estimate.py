@@ -23,6 +23,7 @@ from vtp.data.sizes import PictureSize
 from vtp.layers.flops import forward_flops
 from vtp.models.base import EncoderLayers, Encoding
 from vtp.models.diffusers_vae import ConvolutionalConfig
+from vtp.models.text import TextConfig
 from vtp.models.tokenizer import TokenizerConfig
 from vtp.models.trainable import build_tokenizer
 from vtp.objectives.cost import decoding_flops, encoding_flops
@@ -79,6 +80,7 @@ class PlannedInputs(NamedTuple):
     splits: Mapping[str, SplitSize]
     classes: int  # that prompts ask for
     labels: int  # that a generator learns
+    text: TextConfig | None  # of the text tower that parameters describe, whether this run trains it or not
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -161,7 +163,8 @@ def inputs_of(options: argparse.Namespace) -> PlannedInputs:
             f"{file}: no section 'pretrain', whose tokenizer a plan takes; name one by --tokenizer FILE:SECTION, such as "
             "pipelines/overlays/sizes/L.yaml:pretrain"
         )
-    tokenizer = load(options.tokenizer or f"{file}:pretrain", Pretrain).architecture
+    trained = load(options.tokenizer or f"{file}:pretrain", Pretrain)
+    tokenizer, text = trained.architecture, getattr(trained.tokenizer, "text", None)
     train, validation = (SplitSize(IMAGENET[name], IMAGENET[name]) for name in ("images", "validation_images"))
     classes = labels = IMAGENET["classes"]
     if "prepare_data" in sections:
@@ -179,7 +182,7 @@ def inputs_of(options: argparse.Namespace) -> PlannedInputs:
     if options.validation_images is not None:
         validation = SplitSize(options.validation_images, options.validation_images)
     splits = {"train": train, "validation": validation}
-    return PlannedInputs(tokenizer, splits, options.classes or classes, options.classes or labels)
+    return PlannedInputs(tokenizer, splits, options.classes or classes, options.classes or labels, text)
 
 
 def beside(options: argparse.Namespace, section: str) -> str:

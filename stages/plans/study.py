@@ -11,7 +11,7 @@ from stages.plans.estimate import Estimate, Figure, rounded
 from stages.runner.pipeline import Use
 from vtp.artefact import write_json
 
-UNPLANNED = ("prepare_data", "summary")  # they run on no device
+UNPLANNED = ("prepare_data", "train_detector", "summary")  # they run on no device, or for a minute
 FLOPS, HOURS = "run", "GPU hours"  # as the plans of stages call them
 
 

@@ -38,10 +38,9 @@ from vtp.flow import SamplerConfig, flow_matching_loss
 from vtp.flow.sampler import time_grid
 from vtp.layers.flops import TRAINING, forward_flops
 from vtp.models.captions import TextCondition
-from vtp.models.diffusers_vae import ConvolutionalConfig
 from vtp.models.lightningdit import LightningDiT
-from vtp.models.text_encoder import OpenClipText, TransformersText
-from vtp.models.tokenizer import TokenizerConfig
+from vtp.models.text import TextConfig
+from vtp.models.text_encoder import OpenClipText, TokenizerText, TransformersText
 from vtp.params import load, read_parameters, split_address
 from vtp.step import hidden_matrices
 from vtp.training.conditioning import CaptionCondition, ClassCondition
@@ -136,38 +135,40 @@ def plan(arguments: list[str]) -> Estimate:
 
 def generator_of(config: TrainGenerator, inputs: PlannedInputs) -> LightningDiT:
     """Without contents."""
-    text = text_of(config.model.condition, inputs.tokenizer)
+    text = text_of(config.model.condition, inputs.text)
     with torch.device("meta"):
         return LightningDiT(config.model.architecture(inputs.latent_shape, classes=inputs.labels, text=text))
 
 
-def text_of(
-    condition: ClassCondition | CaptionCondition, tokenizer: TokenizerConfig | ConvolutionalConfig
-) -> TextCondition | None:
+def text_of(condition: ClassCondition | CaptionCondition, tower: TextConfig | None) -> TextCondition | None:
     """The features that a generator reads, without loading what makes them; None for classes.
 
-    A tower of a tokenizer is taken to be as long and wide as that of `tokenizer`. Raises ConfigError where nothing says it.
+    `tower`: what a text tower of a tokenizer is taken to be. Raises ConfigError where nothing says it.
     """
     if isinstance(condition, ClassCondition):
         return None
     encoder = condition.encoder
-    if isinstance(encoder, OpenClipText):
-        from open_clip import get_model_config
-
-        known = (get_model_config(encoder.architecture) or {}).get("text_cfg")
-        if known is None:
-            raise ConfigError(f"open_clip has no architecture {encoder.architecture!r}")
-        length, width = known["context_length"], known["width"]
-    elif isinstance(encoder, TransformersText):
+    if isinstance(encoder, TransformersText):
         length, width = encoder.length, encoder.width
     else:
-        text = tokenizer.text if isinstance(tokenizer, TokenizerConfig) else None
-        if text is None:
-            raise ConfigError(
-                "a plan takes the text tower of this tokenizer's size, and it has none; set pretrain's text"
-            )
-        length, width = text.context_length, text.embed_dim
+        known = tower_of(encoder, tower)
+        length, width = known.context_length, known.embed_dim
     return TextCondition(width=width, length=length, reading=condition.reading)
+
+
+def tower_of(encoder: TokenizerText | OpenClipText, tower: TextConfig | None) -> TextConfig:
+    """A text tower without its weights; that of a tokenizer is taken to be `tower`. Raises ConfigError for none."""
+    if isinstance(encoder, TokenizerText):
+        if tower is None:
+            raise ConfigError("a plan takes the text tower of pretrain.tokenizer.text, and there is none; write one")
+        return tower
+    from open_clip import get_model_config
+
+    known = (get_model_config(encoder.architecture) or {}).get("text_cfg")
+    if known is None:
+        raise ConfigError(f"open_clip has no architecture {encoder.architecture!r}")
+    size = {"embed_dim": known["width"], "depth": known["layers"], "num_heads": known["heads"]}
+    return TextConfig(context_length=known["context_length"], vocab_size=known["vocab_size"], **size)
 
 
 def learnt_sizes(options: argparse.Namespace, config: TrainGenerator) -> SizesConfig | None:
