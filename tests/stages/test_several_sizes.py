@@ -279,8 +279,25 @@ def test_pictures_of_any_size_are_drawn(inputs, encoded, tmp_path, size):
     ours = torch.stack([generator.draw([label], label + 1, size=size, **sampler)[-1] for label in range(3)])
     assert (ours.int() - theirs.int()).abs().max() <= 1
     assert generator.sample(0, size=size)[0].size == (width, height)
-    flags = {"steps": 2, "guidance": None, "tokenizer": inputs / "tokenizer", "decoder": None, "device": "cpu"}
-    sample(encoded / "generator", ["a"], count=2, size=f"{width}x{height}", seed=0, out=tmp_path / "a.png", **flags)
+    flags = {
+        "steps": 2,
+        "guidance": None,
+        "tokenizer": inputs / "tokenizer",
+        "decoder": None,
+        "text_encoder": None,
+        "device": "cpu",
+    }
+    sample(
+        encoded / "generator",
+        ["a"],
+        None,
+        None,
+        count=2,
+        size=f"{width}x{height}",
+        seed=0,
+        out=tmp_path / "a.png",
+        **flags,
+    )
     assert Image.open(tmp_path / "a.png").size[1] >= 96 // min(size) * height
 
 
