@@ -19,6 +19,7 @@ from stages.reference import run as reference
 from stages.runner.environment import Interrupted
 from vtp.__main__ import main
 from vtp.artefact import ArtefactError
+from vtp.commands.info import info
 from vtp.config import ConfigError
 from vtp.data.captions import CachedCaptions
 from vtp.data.dataset import ShardDataset
@@ -70,6 +71,7 @@ def test_cached_features_are_those_of_the_encoder(inputs):
     ours = encoder(encoder.tokenize(texts))
     assert torch.equal(mask, ours.mask)
     torch.testing.assert_close(features[mask], ours.features[mask].bfloat16().float())
+    assert f"{len(cached):,}, in" in info(inputs / "captions")
     assert len(cached) == len(set(texts) | set(LatentDataset(inputs / "latents").captions))
     with pytest.raises(ArtefactError, match="no features of the caption 'a unicorn'"):
         cached.numbers(["a unicorn"])

@@ -9,6 +9,7 @@ from torch import nn
 
 from vtp.artefact import ArtefactError, digest, files, read_json, reading_tensors, siblings
 from vtp.commands.pictures import SUFFIX, describe_latents
+from vtp.data.captions import CachedCaptions
 from vtp.data.latents import LatentsArtefact, read_latents_config
 from vtp.data.shards import Manifest
 from vtp.evaluation.features import features_name
@@ -33,6 +34,7 @@ MAKERS = {  # stages by the kind of what they make, for provenance
     "samples": ("generate",),
     "shards": ("prepare_data",),
     "reference": ("reference",),
+    "captions": ("cache_captions",),
     "detector": ("train_detector",),
 }
 
@@ -144,7 +146,9 @@ def _latents(folder: Path) -> Lines:
     _require(folder, config.files)
     if not config.splits:
         raise ArtefactError(f"{folder / 'config.json'}: has no split; run cache_latents again")
-    shapes = _latent_shapes(folder / list(config.splits.values())[-1].shards[0])  # of squares
+    *_, shapes = [
+        _latent_shapes(folder / split.shards[0]) for split in config.splits.values()
+    ]  # the last are of squares
     flips = "with those of flipped images" if "flipped" in shapes else "without those of flipped images"
     lines = {"format": str(config.format_version), "images": f"{config.image_size} x {config.image_size} pixels"}
     if config.sizes is not None:
@@ -179,6 +183,14 @@ def _reference(folder: Path) -> Lines:
         for name, split in config.splits.items()
     }
     return lines | _splits(said) | {"data": config.data}
+
+
+def _captions(folder: Path) -> Lines:
+    cached = CachedCaptions(folder)
+    config = cached.config
+    lines = {"captions": f"{len(cached):,}, in {_count(config.shards, 'file')}"}
+    lines["features"] = f"{config.width} numbers for each of {config.length} tokens at most, bfloat16"
+    return lines | {"text encoder": f"{config.text_encoder['encoder']['name']}, {config.text_encoder['digest']}"}
 
 
 def _detector(folder: Path) -> Lines:
@@ -267,6 +279,7 @@ _BY_KEY: list[tuple[str, str, Callable[[Path], Lines]]] = [
     ("decoder", "decoder", _decoder),
     ("settings", "samples", _samples),
     ("crop", "reference", _reference),
+    ("captions", "captions", _captions),
     ("detector", "detector", _detector),
     ("statistics_images", "latents", _latents),
     ("hidden_size", "generator", _generator),
