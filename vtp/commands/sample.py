@@ -44,7 +44,7 @@ def sample(  # noqa: PLR0913 - flags of the command
     names = _asked(generator, classes, texts)
     given = {"steps": steps, "guidance_scale": guidance}
     changes = {name: value for name, value in given.items() if value is not None}
-    with tqdm(total=count * len(names), desc="sampling", unit="picture", leave=False) as bar:
+    with tqdm(total=count * len(names), desc="sampling", unit="picture", leave=False, disable=None) as bar:
         pixels = generator.draw(names, count, size=shape, seed=seed, progress=bar.update, **changes)
     sampler = generator.sampler.model_copy(update=changes)
     of_size = "" if size is None else f"{size}, "

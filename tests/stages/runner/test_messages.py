@@ -64,7 +64,7 @@ def test_what_is_full_is_named():
 def test_ranks_are_quoted_plainly(tmp_path, capsys):
     values = {"rank": 0, "message": f"a{FOREIGN}", "consequence": False}
     (tmp_path / "rank-00000.json").write_text(json.dumps(values))
-    tell(f"error: {_report(tmp_path, 1)}")
+    tell(f"error: {_report(tmp_path, 1, restarts=0)}")
     assert is_plain(capsys.readouterr().err)
 
 
