@@ -237,7 +237,7 @@ def test_moments_are_those_that_optimisers_keep(tmp_path, name):
     pretrain = Pretrain.parse(values["pretrain"], where="test")
     generator = TrainGenerator.parse(values["train_generator"], where="test")
     tuned = tuning.config_of(change)
-    model = LightningDiT(generator.model.architecture((8, 2, 2), 6))
+    model = LightningDiT(generator.model.architecture((8, 2, 2), classes=6, text=None))
     objectives = {
         "pretrain": (pretraining.objective_of(pretrain), {"model": pretrain.optim}),
         "tune_decoder": (
