@@ -36,7 +36,7 @@ DVC_FILES = [folder / "dvc.yaml" for folder in (ROOT, *STUDIES)]
 OVERLAYS = ROOT / "pipelines/overlays"
 COMPARISONS = [folder for folder in STUDIES if "${seeds}" in (folder / "dvc.yaml").read_text()]
 FROZEN = ("fixed_representations", "dinov2")  # the second is the paper's size of the first
-LINES = 1450
+LINES = 1500
 PARAMETERS = [(file, params) for file in DVC_FILES for params in sorted(file.parent.glob("params*.yaml"))]
 
 

@@ -28,7 +28,9 @@ def study(tmp_path_factory):
     )
     study.values |= {"runs": {"clip": study.values["runs"]["clip"]}, "points": ["end"]}
     metrics = study.values["summary"]["metrics"]
-    study.values["summary"]["metrics"] = {name: path.replace("_512_", "_24_") for name, path in metrics.items()}
+    study.values["summary"]["metrics"] = {
+        name: path and path.replace("_512_", "_24_").replace("_of100_", "_of6_") for name, path in metrics.items()
+    }
     study.values["summary"]["claims"] = {}
     study.write({})
     return study

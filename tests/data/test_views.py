@@ -23,11 +23,11 @@ from vtp.data.views import (
     least_size,
     reconstruction_batch,
     reconstruction_crop,
-    shift_hue,
     ssl_batch,
     ssl_crops,
 )
 from vtp.data.views import _Colours as Colours
+from vtp.layers.colour import shift_hue
 from vtp.layers.images import from_pil, normalise, to_uint8
 
 PLAIN = {"global_scale_min": 1.0, "local_scale_min": 0.1, "local_scale_max": 0.3, "flip": 0.0, "jitter": 0.0}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vtp.config import Config
 from vtp.draws import numpy_draws
-from vtp.layers.colour import gaussian_blur, grey, shift_hue
+from vtp.layers.colour import JITTER, gaussian_blur, grey
 from vtp.layers.images import centre_crop
 from vtp.layers.preprocess import TRIES, Box, random_box, random_square
 
@@ -307,21 +307,6 @@ def _pixels(image: "Image") -> Tensor:
 def _stack(crops: list[Tensor], size: int) -> Tensor:
     """[B, 3, size, size], channels first: colours change plane by plane."""
     return torch.cat(crops).contiguous() if crops else torch.empty(0, 3, size, size, dtype=torch.uint8)
-
-
-def _brighten(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).clamp_(0, 1)
-
-
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(grey(x).mean((2, 3), keepdim=True), x, factor).clamp_(0, 1)
-
-
-def _saturate(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(grey(x).expand_as(x), x, factor).clamp_(0, 1)
-
-
-JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (_brighten, _contrast, _saturate, shift_hue)
 
 
 class _Colours(NamedTuple):

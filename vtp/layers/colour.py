@@ -1,5 +1,7 @@
 """Colour transforms of image batches on any device: hue, blur, grey. They match torchvision's on single images."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,3 +50,22 @@ def grey(x: Tensor) -> Tensor:
     """Luma (Rec. 601) of images [B, 3, H, W], as [B, 1, H, W]."""
     red, green, blue = x.split(1, dim=1)
     return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def brighten(x: Tensor, factor: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] times a factor [B, 1, 1, 1] each."""
+    return (x * factor).clamp_(0, 1)
+
+
+def change_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Away from, or towards, the mean luma of each."""
+    return torch.lerp(grey(x).mean((2, 3), keepdim=True), x, factor).clamp_(0, 1)
+
+
+def saturate(x: Tensor, factor: Tensor) -> Tensor:
+    """Away from, or towards, the luma of each pixel."""
+    return torch.lerp(grey(x).expand_as(x), x, factor).clamp_(0, 1)
+
+
+# In the order of DINOv2 when it is fixed.
+JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (brighten, change_contrast, saturate, shift_hue)
