@@ -29,7 +29,7 @@ class Clone:
         self.folder = folder
         # The working tree as it is, uncommitted changes included.
         ignore = shutil.ignore_patterns(
-            ".git", ".scratch", "work", "cache", "tmp", "*.egg-info", ".venv", "__pycache__"
+            ".git", ".scratch", "work", "cache", "tmp", "*.egg-info", ".venv", "venv", "__pycache__"
         )
         shutil.copytree(ROOT, folder, ignore=ignore, symlinks=True)
         for project in (folder, *folder.glob("pipelines/*/")):
