@@ -15,7 +15,7 @@ from vtp.losses.dino import (
     build_targets,
     dino_loss,
     ibot_loss,
-    sinkhorn_potential,
+    sinkhorn_potentials,
     target_of,
 )
 
@@ -34,11 +34,11 @@ def in_chunks(logits, rows):
 
 def probabilities(targets, logits, rows=4):
     """Targets of all rows, by a potential that saw them in chunks."""
-    return target_of(logits, targets(in_chunks(logits, rows), TEACHER), TEACHER)
+    return target_of(logits, targets({"rows": in_chunks(logits, rows)}, TEACHER)["rows"], TEACHER)
 
 
 def sinkhorn(logits, *, temperature, iterations, rows=3):
-    potential = sinkhorn_potential(in_chunks(logits, rows), temperature=temperature, iterations=iterations)
+    (potential,) = sinkhorn_potentials([in_chunks(logits, rows)], temperature=temperature, iterations=iterations)
     return target_of(logits, potential, temperature)
 
 
@@ -68,7 +68,7 @@ def check_step(io, name, cls_probs, patch_probs):
 def test_sinkhorn_matches_official():
     io = load_file(GOLDEN / "io.safetensors")
     targets = build_targets(
-        SinkhornConfig(name="sinkhorn", iterations=SETUP["sinkhorn_iterations"]), SETUP["prototypes"]
+        SinkhornConfig(name="sinkhorn", iterations=SETUP["sinkhorn_iterations"]), {"rows": SETUP["prototypes"]}
     )
     cls, patches = io["teacher_cls_logits"], io["teacher_masked_patch_logits"]
     for rows in (1, 3, 1000):
@@ -78,7 +78,7 @@ def test_sinkhorn_matches_official():
 def test_centering_matches_official_over_three_steps():
     io = load_file(GOLDEN / "io.safetensors")
     config = CenteringConfig(name="centering", momentum=SETUP["center_momentum"])
-    of_cls, of_patches = (build_targets(config, SETUP["prototypes"]) for _ in range(2))
+    of_cls, of_patches = (build_targets(config, {"rows": SETUP["prototypes"]}) for _ in range(2))
     cls, patches = io["teacher_cls_logits"], io["teacher_masked_patch_logits"]
     for step in range(3):
         check_step(io, f"centering.step{step}", probabilities(of_cls, cls), probabilities(of_patches, patches))
@@ -87,11 +87,12 @@ def test_centering_matches_official_over_three_steps():
 
 
 def test_a_skipped_step_leaves_the_centre():
-    centering = build_targets(CenteringConfig(name="centering", momentum=0.5), 3)
-    centering(in_chunks(torch.ones(4, 3), 2), 1.0)
-    assert centering.center.eq(0).all()
+    centering = build_targets(CenteringConfig(name="centering", momentum=0.5), {"rows": 3, "others": 2})
+    centering({"rows": in_chunks(torch.ones(4, 3), 2)}, 1.0)
+    assert centering.rows.eq(0).all()
     centering.after_step()
-    torch.testing.assert_close(centering.center, torch.full((3,), 0.5))
+    torch.testing.assert_close(centering.rows, torch.full((3,), 0.5))
+    assert centering.others.eq(0).all()
 
 
 def test_sinkhorn_is_the_plain_algorithm_in_float64():
@@ -103,6 +104,18 @@ def test_sinkhorn_is_the_plain_algorithm_in_float64():
     torch.testing.assert_close(sinkhorn(logits, temperature=0.5, iterations=3).double(), q, atol=1e-6, rtol=0)
 
 
+def test_sets_are_balanced_each_by_itself():
+    """Together or alone, whatever their widths and numbers of rows; logits of one are a hundred times the other's."""
+    draws = torch.Generator().manual_seed(3)
+    logits = [torch.randn(9, 5, generator=draws), 100 * torch.randn(20, 12, generator=draws)]
+    chunks = [in_chunks(of_set, 4) for of_set in logits]
+    together = sinkhorn_potentials(chunks, temperature=0.1, iterations=3)
+    for potential, of_set in zip(together, chunks, strict=True):
+        (alone,) = sinkhorn_potentials([of_set], temperature=0.1, iterations=3)
+        torch.testing.assert_close(potential, alone)
+        assert torch.isfinite(potential).all()
+
+
 def test_sinkhorn_balances():
     q = sinkhorn(torch.randn(64, 8), temperature=0.3, iterations=100)
     torch.testing.assert_close(q.sum(1), torch.ones(64))
@@ -111,7 +124,7 @@ def test_sinkhorn_balances():
 
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match=r"no patch is masked"):
-        sinkhorn_potential(lambda: iter([]), temperature=1.0, iterations=3)
+        sinkhorn_potentials([lambda: iter([])], temperature=1.0, iterations=3)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +133,8 @@ def test_no_rows_are_refused():
 def test_finite_at_huge_logits(config):
     signs = torch.randn(6, 2, 16, generator=torch.Generator().manual_seed(1)).sign()
     logits = 200 * signs
-    teacher = target_of(logits, build_targets(config, 16)(in_chunks(logits.flatten(0, 1), 5), 0.04), 0.04)
+    potentials = build_targets(config, {"rows": 16})({"rows": in_chunks(logits.flatten(0, 1), 5)}, 0.04)
+    teacher = target_of(logits, potentials["rows"], 0.04)
     student = (200 * signs.flip(2)).requires_grad_()
     dino = dino_loss(student, student, teacher, temperature=0.1)
     loss = dino.between_globals + dino.local_to_global

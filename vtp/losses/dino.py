@@ -7,7 +7,7 @@ they are asked for. Everything runs in float32 and log space, where logits of an
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vtp.config import Config
-from vtp.distributed import log_sum_exp, ranks, total
+from vtp.distributed import largest, ranks, total
 
 Chunks = Callable[[], Iterable[Tensor]]  # logits of this rank's rows, [m, K] each, computed anew by every call
 
@@ -37,8 +37,8 @@ class CenteringConfig(Config):
 TargetsConfig = Annotated[SinkhornConfig | CenteringConfig, Field(discriminator="name")]
 
 
-def build_targets(config: SinkhornConfig | CenteringConfig, prototypes: int) -> "Sinkhorn | Centering":
-    """What balances the prototypes, with whatever state it keeps between steps."""
+def build_targets(config: SinkhornConfig | CenteringConfig, prototypes: Mapping[str, int]) -> "Sinkhorn | Centering":
+    """What balances the `prototypes` of several sets of rows, with whatever state it keeps between steps."""
     return Sinkhorn(config) if isinstance(config, SinkhornConfig) else Centering(config, prototypes)
 
 
@@ -49,63 +49,80 @@ class Sinkhorn(nn.Module):
         super().__init__()
         self.iterations = config.iterations
 
-    def forward(self, chunks: Chunks, temperature: float) -> Tensor:
-        """The potential [K] for the rows of all ranks."""
-        return sinkhorn_potential(chunks, temperature=temperature, iterations=self.iterations)
+    def forward(self, sets: Mapping[str, Chunks], temperature: float) -> dict[str, Tensor]:
+        """The potential [K] of each set for the rows of all ranks."""
+        found = sinkhorn_potentials(list(sets.values()), temperature=temperature, iterations=self.iterations)
+        return dict(zip(sets, found, strict=True))
 
     def after_step(self) -> None:
         """Nothing to keep."""
 
 
 class Centering(nn.Module):
-    """The centre of the logits, which moves after it has been used."""
+    """The centre of each set's logits, which moves after it has been used."""
 
-    center: Tensor
-
-    def __init__(self, config: CenteringConfig, prototypes: int) -> None:
+    def __init__(self, config: CenteringConfig, prototypes: Mapping[str, int]) -> None:
         super().__init__()
         self.momentum = config.momentum
-        self.register_buffer("center", torch.zeros(prototypes))
-        self._mean: Tensor | None = None
+        for name, count in prototypes.items():
+            self.register_buffer(name, torch.zeros(count))
+        self._means: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def forward(self, chunks: Chunks, temperature: float) -> Tensor:
-        """The potential [K]; the mean logits of all ranks wait for the end of the step."""
-        sums, rows = torch.zeros_like(self.center), 0
-        for logits in chunks():
-            sums += logits.float().sum(0)
-            rows += len(logits)
-        self._mean = total(sums) / (rows * ranks().size) if rows else None
-        return -self.center / temperature
+    def forward(self, sets: Mapping[str, Chunks], temperature: float) -> dict[str, Tensor]:
+        """The potential [K] of each set; the mean logits of all ranks wait for the end of the step."""
+        sums = {name: torch.zeros_like(self.get_buffer(name)) for name in sets}
+        rows = dict.fromkeys(sets, 0)
+        for name, chunks in sets.items():
+            for logits in chunks():
+                sums[name] += logits.float().sum(0)
+                rows[name] += len(logits)
+        summed = total(torch.cat(list(sums.values()))).split([len(mass) for mass in sums.values()])
+        self._means = {
+            name: mass / (rows[name] * ranks().size) for name, mass in zip(sets, summed, strict=True) if rows[name]
+        }
+        return {name: -self.get_buffer(name) / temperature for name in sets}
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the centre; a skipped step does not."""
-        if self._mean is not None:
-            self.center.lerp_(self._mean, 1 - self.momentum)
+        """Move the centres; a skipped step does not."""
+        for name, mean in self._means.items():
+            self.get_buffer(name).lerp_(mean, 1 - self.momentum)
 
 
 @torch.no_grad()
-def sinkhorn_potential(chunks: Chunks, *, temperature: float, iterations: int) -> Tensor:
-    """The potential [K] of balanced prototypes after `iterations` rounds of columns, then rows.
+def sinkhorn_potentials(sets: Sequence[Chunks], *, temperature: float, iterations: int) -> list[Tensor]:
+    """For each set of rows the potential [K] of balanced prototypes after `iterations` rounds of columns, then rows.
 
     A round of columns makes every prototype's mass equal, over the rows of all ranks; one of rows makes the mass of
-    every row 1. The last round of rows is the softmax of the target itself.
+    every row 1. The last round of rows is the softmax of the target itself. The sets go together, so that a round is one
+    reduction, and the first round two: from then on the mass of a column over all ranks is between 1 / K and the number
+    of rows times what the potential before would have it, and no other peak is needed for the sum to be finite.
     """
-    potential: Tensor | None = None
+    potentials: list[Tensor] | None = None
     for _ in range(iterations):
-        mass: Tensor | None = None  # log of each column's sum
-        for logits in chunks():
-            scaled = logits.float() / temperature
-            if potential is not None:
-                scaled = scaled - (scaled + potential).logsumexp(1, keepdim=True)
-            of_chunk = scaled.logsumexp(0)
-            mass = of_chunk if mass is None else torch.logaddexp(mass, of_chunk)
-        if mass is None:
-            raise ValueError("no rows to balance: no patch is masked; raise masks.probability or masks.ratio_max")
-        potential = -log_sum_exp(mass)
-    assert potential is not None
-    return potential
+        known = potentials or [None] * len(sets)
+        masses = [_column_masses(*each, temperature) for each in zip(sets, known, strict=True)]
+        own = torch.cat(masses)
+        peak = largest(own.clone()) if potentials is None else -torch.cat(potentials)
+        of_all = peak + total((own - peak).exp()).log()
+        potentials = list((-of_all).split([len(mass) for mass in masses]))
+    assert potentials is not None
+    return potentials
+
+
+def _column_masses(chunks: Chunks, potential: Tensor | None, temperature: float) -> Tensor:
+    """Log of each column's sum [K] over this rank's rows, of mass 1 each where there is a potential."""
+    masses: Tensor | None = None
+    for logits in chunks():
+        scaled = logits.float() / temperature
+        if potential is not None:
+            scaled = scaled - (scaled + potential).logsumexp(1, keepdim=True)
+        of_chunk = scaled.logsumexp(0)
+        masses = of_chunk if masses is None else torch.logaddexp(masses, of_chunk)
+    if masses is None:
+        raise ValueError("no rows to balance: no patch is masked; raise masks.probability or masks.ratio_max")
+    return masses
 
 
 def target_of(logits: Tensor, potential: Tensor, temperature: float) -> Tensor:

@@ -8,6 +8,7 @@ in chunks, the potentials that balance them and the nearest neighbours of KoLeo 
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -22,8 +23,6 @@ from vtp.layers.average import frozen_copy, update_average
 from vtp.layers.drop_path import DropPath
 from vtp.layers.images import normalise
 from vtp.losses.dino import (
-    Centering,
-    Sinkhorn,
     TargetDiagnostics,
     TargetsConfig,
     build_targets,
@@ -110,12 +109,8 @@ class SelfDistillation(nn.Module):
             self.heads["ibot"] = DinoHead(width, config.patch_head)
         projection = tokenizer.visual_proj if config.teacher_projection and tokenizer.config.text else None
         self.teacher = Teacher(tokenizer.trunk, self.heads, projection)
-        self.targets = nn.ModuleDict(
-            {
-                "views": build_targets(config.targets, config.head.prototypes),
-                "patches": build_targets(config.targets, (config.patch_head or config.head).prototypes),
-            }
-        )
+        prototypes = {"views": config.head.prototypes, "patches": (config.patch_head or config.head).prototypes}
+        self.targets = build_targets(config.targets, prototypes)
 
     def terms(
         self,
@@ -144,11 +139,11 @@ class SelfDistillation(nn.Module):
             yield Term("ssl", weight * config.koleo * loss, logs, own)
         temperature = self.teacher_temperature(context.progress)
         diagnostics = TargetDiagnostics(config.head.prototypes, seen.device)
-        potential = self._potential("views", taught.views.flatten(0, 1), temperature)
+        potentials = self._potentials(taught, temperature)
         head, teacher_head = self._heads("dino")
         per_image = (4 + local.shape[1]) * config.head.prototypes
         for rows in _chunks(len(seen), per_image):
-            targets = target_of(teacher_head.logits(taught.views[rows]), potential, temperature)
+            targets = target_of(teacher_head.logits(taught.views[rows]), potentials["views"], temperature)
             logits = head(torch.cat([seen[rows], local[rows]], dim=1))
             global_logits, local_logits = logits.split([2, local.shape[1]], dim=1)
             parts = dino_loss(global_logits, local_logits, targets, temperature=config.student_temperature)
@@ -156,12 +151,10 @@ class SelfDistillation(nn.Module):
             if context.log_step:
                 diagnostics.add(targets)
             yield Term("ssl", weight * loss, {"dino_loss": loss.detach()}, own)
-        if len(patches):
-            potential = self._potential("patches", taught.patches, temperature)
         head, teacher_head = self._heads("ibot")
         weights = torch.cat([batch.mask_weights for batch in micro_batches])
-        for rows in _chunks(len(patches), 2 * len(potential)):
-            targets = target_of(teacher_head.logits(taught.patches[rows]), potential, temperature)
+        for rows in _chunks(len(patches), 2 * len(head.directions)):
+            targets = target_of(teacher_head.logits(taught.patches[rows]), potentials["patches"], temperature)
             loss = ibot_loss(head(patches[rows]), targets, weights[rows], temperature=config.student_temperature)
             loss = loss / (2 * images)
             yield Term("ssl", weight * loss, {"ibot_loss": loss.detach()}, own)
@@ -178,9 +171,7 @@ class SelfDistillation(nn.Module):
         update_average(self.teacher.heads, self.heads, momentum)
         if self.teacher.visual_proj is not None:
             update_average(self.teacher.visual_proj, tokenizer.visual_proj, momentum)
-        for targets in self.targets.values():
-            assert isinstance(targets, Sinkhorn | Centering)
-            targets.after_step()
+        self.targets.after_step()
 
     def momentum(self, progress: float) -> float:
         """Of the teacher, when `progress` is the share of the run behind us."""
@@ -232,13 +223,17 @@ class SelfDistillation(nn.Module):
     def _pool(self, features: Features) -> Tensor:
         return features.cls if self.config.pooling == "cls" else features.patches.mean(1)
 
-    def _potential(self, name: str, embeddings: Tensor, temperature: float) -> Tensor:
-        _, head = self._heads("dino" if name == "views" else "ibot")
-        with torch.no_grad():
-            return self.targets[name](
-                lambda: (head.logits(embeddings[rows]) for rows in _chunks(len(embeddings), len(head.directions))),
-                temperature,
-            )
+    @torch.no_grad()
+    def _potentials(self, taught: _HeadInputs, temperature: float) -> dict[str, Tensor]:
+        """Of views, and of patches where any is masked."""
+        sets = {"views": ("dino", taught.views.flatten(0, 1)), "patches": ("ibot", taught.patches)}
+
+        def logits(name: str, embeddings: Tensor) -> Iterator[Tensor]:
+            _, head = self._heads(name)
+            return (head.logits(embeddings[rows]) for rows in _chunks(len(embeddings), len(head.directions)))
+
+        chunks = {which: partial(logits, *of_set) for which, of_set in sets.items() if len(of_set[1])}
+        return self.targets(chunks, temperature)
 
 
 class SslDropPath(NamedTuple):
