@@ -3,7 +3,7 @@
 Files are shared by ranks, and a killed run goes on with those that are missing.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from vtp.data.captions import distinct_captions, finish_captions, ragged
 from vtp.data.dataset import ShardDataset
 from vtp.data.latents import plan_shards
 from vtp.data.shared_files import SharedFiles, row_count
+from vtp.device import Precision, computing
 from vtp.distributed import ranks
 from vtp.finite import require_finite
 from vtp.host import Host
@@ -28,7 +29,7 @@ class CacheCaptions(Config):
     """The section `cache_captions`."""
 
     encoder: TextEncoderConfig
-    precision: Literal["float32", "bfloat16"] = Field(description="precision of the text encoder's forward pass")
+    precision: Precision = Field(description="precision of the text encoder's forward pass")
     batch_size: int = Field(ge=1, description="captions per forward pass")
     shard_size: int = Field(ge=1, description="captions per file")
 
@@ -78,7 +79,7 @@ def run(
 def _encode(encoder: TextEncoder, batch: list[str], config: CacheCaptions, host: Host) -> Captions:
     """On the CPU."""
     tokens = CaptionTokens(*(each.to(host.device) for each in encoder.tokenize(batch)))
-    with torch.autocast(torch.device(host.device).type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+    with computing(config.precision, host.device):
         features, mask = encoder(tokens)
     require_finite(features[mask], "tokens of a batch of captions", "set cache_captions.precision to float32")
     return Captions(features.float().cpu(), mask.cpu())

@@ -26,6 +26,7 @@ from vtp.data.remote import ShardCache
 from vtp.data.shards import WHOLE_SET
 from vtp.data.shared_files import SharedFiles, row_count
 from vtp.data.sizes import PictureSize, SizesConfig
+from vtp.device import Precision, computing
 from vtp.distributed import ranks
 from vtp.finite import require_finite
 from vtp.host import Host
@@ -50,7 +51,7 @@ class CacheLatents(Config):
         description="the pictures that are encoded: those with a class, or those with a caption"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="floating-point type of the stored latents")
-    precision: Literal["float32", "bfloat16"] = Field(description="precision of the encoder's forward pass")
+    precision: Precision = Field(description="precision of the encoder's forward pass")
     horizontal_flips: bool = Field(description="store the latents of horizontally flipped images as well")
     sizes: SizesConfig | None = Field(
         description="sizes of the training pictures, each at every short edge up to its own; null: the tokenizer's squares"
@@ -191,7 +192,7 @@ def _by_file(batches: _FileBatches, host: Host) -> Iterator[tuple[LatentShard, I
 def _encode(model: Tokenizer, pictures: Tensor, config: CacheLatents) -> dict[str, Tensor]:
     """Latents of pictures, and of their horizontal flips, as they are stored."""
     images = normalise(pictures)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+    with computing(config.precision, images.device):
         encoded = {"latents": model.encode(images)}
         if config.horizontal_flips:
             encoded["flipped"] = model.encode(images.flip(3))

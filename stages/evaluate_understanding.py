@@ -23,6 +23,7 @@ from vtp.data.dataset import ShardDataset
 from vtp.data.imagenet import is_imagenet
 from vtp.data.remote import ShardCache
 from vtp.data.shards import Manifest
+from vtp.device import Precision, computing
 from vtp.distributed import ranks
 from vtp.evaluation.extraction import Extraction, LabelledSplit, Views
 from vtp.evaluation.probes import ProbesConfig, Probing, Row, Tables
@@ -39,7 +40,7 @@ class EvaluateUnderstanding(Config):
     """The section `evaluate_understanding`."""
 
     batch_size: int = Field(ge=1, description="images of a forward pass")
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         description="precision of the forward pass; official: bfloat16. Features are kept in float32, or float16"
     )
     train_samples: int = Field(ge=1, description="labelled training images that the probes see")
@@ -135,7 +136,7 @@ def _zero_shot(
     """Top 1 and top 5 by protocol."""
     assert isinstance(model, VisualTokenizer)
     device = model.logit_scale.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+    with computing(config.precision, device):
         classifier = build_classifier(
             lambda texts: model.encode_text(model.tokenize(texts).to(device)), prompts.classes, prompts.templates
         )

@@ -1,9 +1,13 @@
 """Between the host and the device of a run. A GPU works behind the host; of these functions only `read` waits for it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Precision = Literal["float32", "tf32", "bfloat16"]  # tf32: float32 whose products on GPUs have inputs of 10 bits
 
 _constants: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
 
@@ -18,6 +22,27 @@ def constant(values: Sequence[float], like: Tensor) -> Tensor:
             return made
         _constants[key] = made
     return _constants[key]
+
+
+@contextmanager
+def computing(precision: Precision, device: torch.device | str) -> Iterator[None]:
+    """Forward passes inside are of `precision`. A backward pass rounds as it finds `rounded_products`."""
+    reduced = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
+    with rounded_products(precision == "tf32"), reduced:
+        yield
+
+
+@contextmanager
+def rounded_products(allowed: bool) -> Iterator[None]:
+    """Whether float32 products and convolutions of a GPU round their inputs to TF32 inside, forward and backward."""
+    products: Any = torch.backends.cuda.matmul
+    convolutions: Any = torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -33,7 +33,7 @@ from vtp.step import OptimConfig
 FLOAT = 4  # bytes
 LABEL = 8  # bytes
 GIGA = 1e9
-PEAKS = {"bfloat16": 9.89e14, "float32": 6.7e13}  # FLOP/s of an H100, dense, float32 without TF32
+PEAKS = {"bfloat16": 9.89e14, "tf32": 4.95e14, "float32": 6.7e13}  # FLOP/s of an H100, dense, float32 without TF32
 IMAGENET = {"images": 1_281_167, "validation_images": 50_000, "classes": 1000}
 
 

@@ -22,6 +22,7 @@ from vtp.data.size_order import SizeOrder
 from vtp.data.sized_latents import SizedLatents
 from vtp.data.sizes import PictureSize, SizesConfig
 from vtp.data.stream import require_memory, require_room
+from vtp.device import Precision
 from vtp.draws import numpy_draws
 from vtp.layers.decode import finish, open_header, upright_size
 from vtp.layers.images import cover_crop, cover_scale
@@ -40,7 +41,7 @@ class EncodedImagesConfig(Config):
         description="pictures with a class alone; false: all, and those without what is told train the null condition"
     )
     horizontal_flips: bool = Field(description="half of the pictures are mirrored, by chance")
-    precision: Literal["float32", "bfloat16"] = Field(description="precision of the encoder")
+    precision: Precision = Field(description="precision of the encoder")
     window: int | None = Field(ge=1, description="shards that are shuffled together; null: all of them at once")
     decode: Literal["full", "reduced"] = Field(
         description="whether JPEGs much larger than a batch's pictures are decoded in full, or only as far as those need"

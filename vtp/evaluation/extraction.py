@@ -6,7 +6,7 @@ no number of ranks.
 
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from vtp.artefact import load_tensors, remove, save_tensors
 from vtp.config import ConfigError
 from vtp.data.dataset import ShardDataset
 from vtp.data.loader import load_batches
+from vtp.device import Precision, computing
 from vtp.distributed import barrier, gather_objects, ranks, total
 from vtp.finite import require_finite
 from vtp.host import Host
@@ -83,9 +84,7 @@ class Extraction:
     Raises ConfigError when it has fewer than n blocks.
     """
 
-    def __init__(
-        self, model: Tokenizer, *, blocks: int, batch_size: int, precision: Literal["float32", "bfloat16"], host: Host
-    ) -> None:
+    def __init__(self, model: Tokenizer, *, blocks: int, batch_size: int, precision: Precision, host: Host) -> None:
         self.model = model
         if model.has_features and blocks > model.num_blocks:
             raise ConfigError(
@@ -93,7 +92,7 @@ class Extraction:
             )
         self.blocks = blocks
         self._batch_size = batch_size
-        self._reduced = precision == "bfloat16"
+        self._precision: Precision = precision
         self._host = host
 
     def table(self, name: str, data: LabelledSplit, views: Views) -> dict[str, Tensor]:
@@ -136,7 +135,7 @@ class Extraction:
     @torch.no_grad()
     def _features(self, pixels: Pixels, views: Views) -> dict[str, Tensor]:
         model, images = self.model, normalise(pixels.probe)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._reduced):
+        with computing(self._precision, images.device):
             if not model.has_features:
                 return {"latent": self._kept(model.encode(images).float().mean((2, 3)))}
             of_blocks = model.intermediate_features(images, self.blocks)
@@ -152,6 +151,6 @@ class Extraction:
 
     def _kept(self, values: Tensor) -> Tensor:
         """On the CPU; of half precision when the encoder's is lower still."""
-        values = values.to("cpu", torch.float16 if self._reduced else torch.float32)
+        values = values.to("cpu", torch.float16 if self._precision == "bfloat16" else torch.float32)
         require_finite(values, f"features of the encoder as {values.dtype}", "is the tokenizer sound?")
         return values

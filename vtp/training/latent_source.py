@@ -23,6 +23,7 @@ from vtp.data.shards import WHOLE_SET
 from vtp.data.size_order import SampleBuckets, SizeOrder
 from vtp.data.sized_batches import EncodedImagesConfig, PictureBatch, PictureBatches, SizedLatentBatches
 from vtp.data.sized_latents import SizedLatents
+from vtp.device import Precision, computing
 from vtp.distributed import gather_objects, gather_rows, own_rows, ranks, total
 from vtp.host import Host
 from vtp.layers.block import Block
@@ -156,14 +157,13 @@ class _Encoder(NamedTuple):
     """A frozen tokenizer, from pixels on."""
 
     tokenizer: Tokenizer
-    precision: str
+    precision: Precision
     device: str
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
         """Latents [B, d, h, w] float32 of uint8 pictures [B, 3, H, W]."""
-        device = torch.device(self.device).type
-        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with computing(self.precision, self.device):
             return self.tokenizer.encode(normalise(pictures.to(self.device))).float()
 
 
