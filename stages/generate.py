@@ -9,7 +9,7 @@ import logging
 from contextlib import AbstractContextManager
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -21,6 +21,7 @@ from vtp.config import Config, ConfigError, Distinct, Keys, number_name
 from vtp.data.latents import LatentShard
 from vtp.data.shared_parts import SharedParts
 from vtp.data.sized_latents import space_of
+from vtp.device import Precision, computing
 from vtp.distributed import ranks
 from vtp.evaluation.samples import FORMAT_VERSION, Labels, SamplesArtefact, SettingName, draw_labels
 from vtp.evaluation.settings import NOISE, RESERVED
@@ -36,7 +37,10 @@ from vtp.training.parallelize import compile_units
 
 
 class Sweep(Config):
-    """One setting at many strengths of guidance: all combinations, each a setting of its own."""
+    """One setting at many strengths of guidance: all combinations, each a setting of its own.
+
+    A scale of 1, at which no interval matters, is drawn once for each shift.
+    """
 
     setting: SettingName = Field(description="the setting whose scale, interval and shift are replaced")
     scales: Annotated[list[float], Distinct] = Field(min_length=1, description="guidance scales of the sweep")
@@ -48,8 +52,10 @@ class Sweep(Config):
         settings = {}
         for scale, (start, end), shift in product(self.scales, self.intervals, self.shifts):
             of_scale, of_start, of_end, of_shift = map(number_name, (scale, start, end, shift))
-            name = f"w{of_scale}_t{of_start}-{of_end}_s{of_shift}".replace(".", "p")
-            changed = {"guidance_scale": scale, "guidance_interval": (start, end), "timestep_shift": shift}
+            when = "" if scale == 1 else f"t{of_start}-{of_end}_"
+            name = f"w{of_scale}_{when}s{of_shift}".replace(".", "p")
+            interval = self.intervals[0] if scale == 1 else (start, end)
+            changed = {"guidance_scale": scale, "guidance_interval": interval, "timestep_shift": shift}
             settings[name] = SamplerConfig.parse(base.model_dump() | changed, where=_place_in_sweep)
         return settings
 
@@ -78,7 +84,7 @@ class Generate(Config):
     prompts: Prompts | None = Field(description="what a generator is asked for that is told captions; null: classes")
     batch_size: int = Field(ge=1, description="samples of every forward pass; a short batch is filled up")
     shard_size: int = Field(ge=1, description="samples per file")
-    precision: Literal["float32", "bfloat16"] = Field(description="precision of the generator; states are float32")
+    precision: Precision = Field(description="precision of the generator; states are float32")
     settings: dict[SettingName, SamplerConfig] = Field(min_length=1, description="ways to draw, by name")
     sweep: Sweep | None = Field(description="one of the settings at many strengths; or null")
 
@@ -200,8 +206,7 @@ class _Drawing(NamedTuple):
         return latents
 
     def _precision(self) -> AbstractContextManager[object]:
-        device = torch.device(self.device).type
-        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return computing(self.config.precision, self.device)
 
 
 def _load(folder: Input, host: Host) -> LightningDiT:

@@ -101,7 +101,7 @@ def test_guidance_is_swept_without_training(clone, finished):
     ]
     assert output.count("is cached - skipping run") == 6
     figures = study.json("work/metrics/auto.json")["generation"]
-    assert set(figures) == {"real", "guided", "w1_t0-1_s0p5", "w2_t0-1_s0p5", "noise", "best"}
+    assert set(figures) == {"real", "guided", "w1_s0p5", "w2_t0-1_s0p5", "noise", "best"}
     assert "gfid_efficientnet-lite0-64_24_auto2_balanced" in figures["w2_t0-1_s0p5"]
     assert (study.folder / "plots/samples/guidance.png").exists()
     assert digest(study.folder / WEIGHTS["train_generator"]) == finished["train_generator"]

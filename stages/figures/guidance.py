@@ -36,10 +36,17 @@ class Guided(NamedTuple):
 
 
 def draw_guidance(rows: Sequence[Guided], path: Path) -> None:
-    """Figures against the scale, as one PNG; nothing where no curve has two points."""
+    """Figures against the scale, as one PNG; nothing where no curve has two points.
+
+    A point without guidance belongs to the curves of all intervals, channels and guides.
+    """
     curves: dict[str, list[Guided]] = {}
-    for row in sorted(rows, key=lambda row: row.sampler.guidance_scale):
-        curves.setdefault(_curve(row.sampler), []).append(row)
+    for row in rows:
+        if row.sampler.guides:
+            curves.setdefault(_curve(row.sampler), []).append(row)
+    for curve in curves.values():
+        curve += [row for row in rows if not row.sampler.guides and _path(row.sampler) == _path(curve[0].sampler)]
+        curve.sort(key=lambda row: row.sampler.guidance_scale)
     drawn = {name: curve for name, curve in curves.items() if len({row.sampler.guidance_scale for row in curve}) > 1}
     if not drawn:
         return
@@ -58,5 +65,8 @@ def _curve(sampler: SamplerConfig) -> str:
     start, end = sampler.guidance_interval
     away = "" if sampler.guide == "null_class" else ", from a weaker generator"
     channels = "" if sampler.guidance_channels == "all" else f", {sampler.guidance_channels} channels"
-    start, end, shift = map(number_name, (start, end, sampler.timestep_shift))
-    return f"t {start} to {end}, shift {shift}, {sampler.steps} {sampler.solver}{channels}{away}"
+    return f"t {number_name(start)} to {number_name(end)}, {_path(sampler)}{channels}{away}"
+
+
+def _path(sampler: SamplerConfig) -> str:
+    return f"shift {number_name(sampler.timestep_shift)}, {sampler.steps} {sampler.solver}"

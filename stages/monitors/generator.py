@@ -62,7 +62,7 @@ class GeneratorMonitorConfig(Config):
             raise ValueError(
                 "guide: generator asks for a weaker one, and beside one in training is none; choose null_class"
             )
-        if sampler.solver == "dopri5":
+        if sampler.adaptive:
             raise ValueError("solver: dopri5 takes other steps on every rank; choose euler or heun")
         return sampler
 

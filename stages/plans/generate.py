@@ -56,7 +56,7 @@ def plan(arguments: list[str]) -> Estimate:
         weak = f" and {passes.weak} of its guide" if passes.weak else ""
         said = f"{passes.own} forward passes{weak}, {rounded(of_sample / 1e12)} T a sample, {rounded(hours)} GPU hours"
         settings[name] = Figure(of_sample, said)
-    if any(sampler.guide == "generator" and sampler.guidance_scale != 1 for sampler in config.all_settings.values()):
+    if any(sampler.guide == "generator" and sampler.guides for sampler in config.all_settings.values()):
         settings["a weaker generator"] = Figure(math.nan, "counted as if it were as large as the generator")
     settings["run"] = Figure(flops, f"{flops:.3e}")
     time = estimate.section("time and disk")

@@ -56,14 +56,12 @@ class ForwardPasses(NamedTuple):
 
 def forward_passes(sampler: SamplerConfig) -> ForwardPasses | None:
     """None for dopri5, which chooses its steps while it draws."""
-    if sampler.solver == "dopri5":
+    if sampler.adaptive:
         return None
     steps = pairwise(time_grid(sampler.steps, sampler.timestep_shift).tolist())
     timesteps = [t for step in steps for t in (step if sampler.solver == "heun" else step[:1])]
     start, end = sampler.guidance_interval
-    return ForwardPasses(
-        len(timesteps), 0 if sampler.guidance_scale == 1 else sum(start <= t <= end for t in timesteps)
-    )
+    return ForwardPasses(len(timesteps), 0 if not sampler.guides else sum(start <= t <= end for t in timesteps))
 
 
 def plan(arguments: list[str]) -> Estimate:

@@ -1,6 +1,7 @@
 """The samplers against official samples and known solutions."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def test_order_of_convergence(solver, order):
 def test_constant_velocity_is_integrated_exactly():
     """x(1) = x(0) + v for any grid, since the steps sum to one."""
     noise, v = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.randn(2, 4, 3, 3, dtype=torch.float64)
-    cases: list[tuple[Solver, float]] = [("euler", 0.0), ("euler", 0.075), ("heun", 0.3), ("dopri5", 0.0)]
+    cases: list[tuple[Solver, float]] = [("euler", 0.0), ("euler", 0.075), ("heun", 0.3)]
+    cases += [("dopri5", 0.0), ("dopri5_bounded", 0.0)]
     for solver, shift in cases:
         out = sample(lambda x, t, c: v, noise, torch.zeros(2), solver=solver, steps=7, timestep_shift=shift)
         torch.testing.assert_close(out, noise + v, atol=1e-12, rtol=0)
@@ -89,6 +91,22 @@ def test_dopri5_keeps_its_tolerance():
     tight_error = abs(float(draw(tight, solver="dopri5", atol=1e-12, rtol=1e-10).mean()) - math.e)
     assert tight_error < 1e-8 < loose_error < 1e-2
     assert len(tight.batches) > len(loose.batches)
+
+
+def test_bounded_dopri5_stays_within_what_was_learnt():
+    """The published solver asks for velocities behind t = 1 and interpolates; both reach the same point."""
+    times = {"dopri5": [], "dopri5_bounded": []}
+
+    def model(x, t, condition, *, seen):
+        seen.append(float(t[0]))
+        return 4 * x * (t[0] - 0.5)
+
+    noise = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    for solver, seen in times.items():
+        drawn = sample(partial(model, seen=seen), noise, torch.zeros(2), solver=solver, steps=1, timestep_shift=0.0)
+        torch.testing.assert_close(drawn, noise, atol=2e-3, rtol=0)  # the integral of the factor from 0 to 1 is 0
+    assert max(times["dopri5"]) > 1
+    assert max(times["dopri5_bounded"]) == pytest.approx(1, abs=1e-9)
 
 
 def test_steps_count_evaluations():

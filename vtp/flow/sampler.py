@@ -17,7 +17,7 @@ def _pair(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value  # YAML has lists only
 
 
-Solver = Literal["euler", "heun", "dopri5"]
+Solver = Literal["euler", "heun", "dopri5", "dopri5_bounded"]
 Channels = Literal["all"] | Annotated[int, Field(ge=1)]
 Interval = Annotated[tuple[float, float], BeforeValidator(_pair)]
 Derivative = Callable[[float, Tensor], Tensor]  # (t, x) -> dx/dt
@@ -26,7 +26,10 @@ Derivative = Callable[[float, Tensor], Tensor]  # (t, x) -> dx/dt
 class SamplerConfig(Config):
     """How a sample is drawn."""
 
-    solver: Solver = Field(description="method of integration")
+    solver: Solver = Field(
+        description="method of integration; dopri5 steps beyond t = 1 and interpolates, as published samples were drawn, "
+        "dopri5_bounded ends there"
+    )
     steps: int = Field(ge=1, description="number of steps; dopri5 chooses its own")
     timestep_shift: float = Field(
         ge=0, le=1000, description="t' = s t / (1 + (s - 1) t); below 1 dwells on noise; 0 or 1: none"
@@ -46,9 +49,19 @@ class SamplerConfig(Config):
         return self
 
     @property
+    def adaptive(self) -> bool:
+        """Whether the solver chooses its steps while it draws."""
+        return self.solver.startswith("dopri5")
+
+    @property
+    def guides(self) -> bool:
+        """Whether there is guidance; without, neither interval nor channels nor guide matter."""
+        return self.guidance_scale != 1
+
+    @property
     def guidance(self) -> str:
         """For names of metrics: `unguided`, or how and how much, such as `cfg2p5`, `cfg10-3ch`, `auto1p4`."""
-        if self.guidance_scale == 1:
+        if not self.guides:
             return "unguided"
         kind = "cfg" if self.guide == "null_class" else "auto"
         channels = "" if self.guidance_channels == "all" else f"-{self.guidance_channels}ch"
@@ -90,8 +103,8 @@ def sample(  # noqa: PLR0913 - the sampler's own degrees of freedom
     Guidance replaces v by v_0 + w (v - v_0) while t lies in the interval, ends included (Ho and Salimans 2022;
     Kynkäänniemi et al. 2024). v_0 is the velocity under `null_condition` (by default that of the model's `without`), or
     that of a weaker `guide_model` under the same condition (autoguidance, Karras et al. 2024). Outside the interval v_0 is
-    not computed. `atol` and `rtol` are dopri5's; the other solvers call `progress` with the timestep that every step
-    reaches.
+    not computed. `atol` and `rtol` are dopri5's, bounded or not; the other solvers call `progress` with the timestep that
+    every step reaches.
     Raises ValueError when guidance lacks a null condition or asks for more channels than there are.
     """
     if guide_model is None and null_condition is None and guidance_scale != 1:
@@ -115,8 +128,8 @@ def sample(  # noqa: PLR0913 - the sampler's own degrees of freedom
         guided = weak + guidance_scale * (strong - weak)
         return torch.cat([guided[:, :channels], strong[:, channels:]], dim=1)
 
-    if solver == "dopri5":
-        return _dopri5(velocity, noise, atol=atol, rtol=rtol)
+    if solver in ("dopri5", "dopri5_bounded"):
+        return _dopri5(velocity, noise, atol=atol, rtol=rtol, bounded=solver == "dopri5_bounded")
     x = noise
     for t, following in pairwise(time_grid(steps, timestep_shift).tolist()):
         x = _step(velocity, x, t, following, second_order=solver == "heun")
@@ -134,12 +147,18 @@ def _step(velocity: Derivative, x: Tensor, t: float, following: float, *, second
     return x + step * v
 
 
-def _dopri5(velocity: Derivative, x: Tensor, *, atol: float, rtol: float) -> Tensor:
-    """Dormand and Prince 1980 by torchdiffeq, which chooses its own steps from 0 to 1."""
+def _dopri5(velocity: Derivative, x: Tensor, *, atol: float, rtol: float, bounded: bool) -> Tensor:
+    """Dormand and Prince 1980 by torchdiffeq, which chooses its own steps from 0 to 1.
+
+    Its last step goes beyond 1, where no velocity was learnt, and 1 is interpolated, unless `bounded`.
+    """
     from torchdiffeq import odeint
 
     ends = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
-    path: Any = odeint(lambda t, y: velocity(float(t), y), x, ends, method="dopri5", atol=atol, rtol=rtol)
+    options = {"step_t": ends[1:]} if bounded else {}
+    path: Any = odeint(
+        lambda t, y: velocity(float(t), y), x, ends, method="dopri5", atol=atol, rtol=rtol, options=options
+    )
     return path[-1]
 
 
