@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from tiny import ROOT, SMALL, merged, tiny_params, write_params
+from warm import folder_of_python
 
 from stages.runner.pipeline import Pipeline
 from vtp.artefact import digest
@@ -59,9 +60,12 @@ class Clone:
         own = {"VTP_CHECKPOINT_SECONDS": "0", "VTP_CHECKPOINT_SHARE": "1", "VTP_WORKERS": "1"}
         return os.environ | own | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
 
-    def start(self, *arguments, cwd=None, **settings):
-        # sys.executable's folder first: `python` in a stage's command is this interpreter.
-        environment = self.environment() | settings | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    def start(self, *arguments, cwd=None, warm=False, **settings):
+        """A dvc command, whose stages are interpreters of their own, or those of `warm`."""
+        # The first `python` on the path is that of a stage's command.
+        python = folder_of_python() if warm else Path(sys.executable).parent
+        path = f"{python}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = self.environment() | settings | {"PATH": path}
         return subprocess.Popen(
             [sys.executable, "-m", "dvc", *arguments],
             cwd=cwd or self.folder,
@@ -74,7 +78,7 @@ class Clone:
 
     def dvc(self, *arguments, cwd=None, seconds=1800, **settings):
         """Output of a dvc command and its status."""
-        process = self.start(*arguments, cwd=cwd, **settings)
+        process = self.start(*arguments, cwd=cwd, warm=True, **settings)
         output, _ = process.communicate(timeout=seconds)
         return output, process.returncode
 
