@@ -205,7 +205,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     rank_slice = slice_of(config, host)
     objective = build_objective(config, host)
     optimizer_state = load_pretrain_state(objective, init_from) if init_from is not None else {}
-    parallelize(objective, host)
+    parallelize(objective, host, communication=config.training.travels)
     cost = step_cost(config, objective.adversary)
     length = run_length(config.training.length, samples=config.active.pool, flops=cost.flops)
     _require_reachable(config.monitor.milestones, length.flops)
@@ -283,7 +283,7 @@ def _require_reachable(milestones: Sequence[float | str], flops: float) -> None:
 
 def slice_of(config: Pretrain, host: Host) -> RankSlice:
     """What this rank takes of every step. Raises ConfigError or ValueError for what no rank could do."""
-    if config.adversary is not None and host.parallel == "fsdp" and ranks().size > 1:
+    if config.adversary is not None and host.parallel != "ddp" and ranks().size > 1:
         raise ConfigError("pretrain.adversary needs whole weights on every rank: unset VTP_PARALLEL, or set it to ddp")
     return RankSlice(*ranks(), micro_batches_of(config, ranks().size, host.micro_batch))
 

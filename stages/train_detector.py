@@ -65,7 +65,7 @@ def run(
     model = SceneDetector(config.model, classes=names, image_size=config.source.image_size)
     objective = DetectionObjective(model, batch_size=config.batch_size)
     cost = objective.step_cost(composer.canvas(SPLIT, 0))
-    parallelize(objective, host)
+    parallelize(objective, host, communication=config.training.travels)
     length = run_length(config.training.length, samples=config.batch_size, flops=cost.flops)
     host.record(**length._asdict())
     fit(objective, batches, Run(length.steps, config.training, {"model": config.optim}, cost, passes), host=host)

@@ -148,7 +148,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     objective = GenerationObjective(model, config.objective)
     cost = objective.step_cost(source.shapes, batch_size=config.batch_size)
     cost = cost._replace(flops=cost.flops + source.encoding_flops * config.batch_size)
-    parallelize(objective, host, shapes=len(source.shapes))
+    parallelize(objective, host, shapes=len(source.shapes), communication=config.training.travels)
     length = run_length(config.training.length, samples=config.batch_size, flops=cost.flops)
     host.record(**length._asdict())
 

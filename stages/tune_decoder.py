@@ -87,7 +87,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
         perceptual=objective.perceptual,
         host=host,
     )
-    parallelize(objective, host)
+    parallelize(objective, host, communication=config.training.travels)
     length = run_length(config.training.length, samples=config.batch_size, flops=cost.flops)
     host.record(**length._asdict())
 

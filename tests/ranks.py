@@ -6,16 +6,18 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from objectives.test_pretrain import COMBINATIONS, CONVOLUTIONAL, batch_of, config_of, objective_of
 from safetensors.torch import load_file
 from torch import nn
 
+import vtp.distributed
 from stages.runner.environment import LocalHost, Runtime
 from vtp.data.batches import RankSlice
-from vtp.distributed import gather, process_group, ranks, shard, sum_gradients, whole
+from vtp.distributed import GradientSum, gather, process_group, ranks, shard, whole
 from vtp.losses.clip import clip_loss, siglip_loss
-from vtp.losses.dino import sinkhorn_potential
+from vtp.losses.dino import sinkhorn_potentials
 from vtp.losses.koleo import koleo_loss
 from vtp.step import ParameterGroup, StepContext, Term, hidden_matrices
 from vtp.training.checkpoint import Checkpoints
@@ -50,11 +52,23 @@ OPEN_CLIP = Path(__file__).parent / "golden" / "openclip-losses"
 CONTRASTS = {"clip": (clip_loss, 14.2857), "siglip": (siglip_loss, 10.0, -10.0)}  # first scale, first bias
 JOINT = ("clip+ssl+ae", "everything")
 LAYOUTS = [(parallel, micro_batches) for parallel in ("ddp", "fsdp") for micro_batches in (1, 2)]
+PARALLEL = {2: ("ddp", "fsdp"), 4: ("ddp", "fsdp", "hsdp")}  # by the number of ranks
 
 
 def cases_on(size):
     """Two ranks have every objective by itself as well; more of them only those that are trained at once."""
     return list(CASES) if size == 2 else list(JOINT)
+
+
+def layouts_on(size):
+    """Ways to distribute models and batches over ranks."""
+    return [*LAYOUTS, ("hsdp", 1)] if size == 4 else LAYOUTS
+
+
+def distribute(units, parallel, dtype=None):
+    """Shard modules over all ranks, or over those of each of two groups; or leave them whole."""
+    if parallel != "ddp":
+        shard(units, "cpu", groups=2 if parallel == "hsdp" else 1, dtype=dtype)
 
 
 def config_for(case):
@@ -66,19 +80,17 @@ def gradients_and_weights(case, parallel="ddp", micro_batches=1):
     """Gradient and logged scalars of the first step, weights after some: whole tensors by name."""
     config, rank_slice = config_for(case), RankSlice(*ranks(), micro_batches)
     objective = objective_of(config)
-    if parallel == "fsdp":
-        shard(objective.sharded_units(), "cpu")
+    distribute(objective.sharded_units(), parallel)
     batches = [[batch_of(config, step, rank_slice, micro) for micro in range(micro_batches)] for step in range(STEPS)]
     for term in objective.terms("model", batches[0], StepContext(0, STEPS, log_step=True)):
         if term.loss is not None:
             term.loss.backward()
-    sum_gradients(objective.parameters())
+    GradientSum(objective.parameters()).finish()
     named = list(objective.named_parameters())
     gradients = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
     objective.zero_grad()
     objective = objective_of(config)
-    if parallel == "fsdp":
-        shard(objective.sharded_units(), "cpu")
+    distribute(objective.sharded_units(), parallel)
     optim = config.optim.model_copy(update={"lr": LR, "warmup": 0.0, "schedule": "constant"})
     update = Update("model", build_optimizer(objective.phases()["model"], optim), optim, objective.shared_parameters())
     logs = {}
@@ -101,8 +113,51 @@ def placed_gradients(case):
     for term in objective.terms("model", [batch_of(config, 0, rank_slice)], StepContext(0, STEPS, log_step=True)):
         if term.loss is not None:
             term.loss.backward()
-    sum_gradients(objective.parameters())
+    GradientSum(objective.parameters()).finish()
     return {name: whole(p.grad) for name, p in objective.named_parameters() if p.grad is not None}
+
+
+def rounded_gradients(parallel="ddp"):
+    """Of a pass whose gradients travel in bfloat16."""
+    config, rank_slice = config_for("clip+ssl+ae"), RankSlice(*ranks(), 1)
+    objective = objective_of(config)
+    distribute(objective.sharded_units(), parallel, torch.bfloat16)
+    terms = objective.terms("model", [batch_of(config, 0, rank_slice)], StepContext(0, STEPS, log_step=False))
+    for term in terms:
+        if term.loss is not None:
+            term.loss.backward()
+    GradientSum(objective.parameters(), torch.bfloat16).finish()
+    return {name: whole(p.grad) for name, p in objective.named_parameters() if p.grad is not None}
+
+
+def overlap():
+    """How many buckets have left when each objective begins, when the last pass is at its end, and in all."""
+    begun, objectives, at_the_end, config = [], {}, [], config_for("clip+ssl+ae")
+    objective = objective_of(config)
+    bucket, send = vtp.distributed.BUCKET, dist.all_reduce
+
+    def counted(tensor, *arguments, **settings):
+        if settings.get("async_op"):
+            begun.append(tensor.numel())
+        return send(tensor, *arguments, **settings)
+
+    def watched(terms):
+        for term in terms:
+            objectives.setdefault(term.name, len(begun))
+            yield term
+
+    vtp.distributed.BUCKET = 1 << 10
+    update = Update("model", build_optimizer(objective.phases()["model"], config.optim), config.optim, ())
+    dist.all_reduce = counted
+    # The pixels' own layer is the last that a backward pass reaches.
+    first, *_ = objective.tokenizer.encoder_layers().embed.parameters()
+    first.register_post_accumulate_grad_hook(lambda _: at_the_end.append(len(begun)))
+    batch, context = batch_of(config, 0, RankSlice(*ranks(), 1)), StepContext(0, STEPS, log_step=False)
+    try:
+        assert update.apply(watched(objective.terms("model", [batch], context)), context).finite
+    finally:
+        vtp.distributed.BUCKET, dist.all_reduce = bucket, send
+    return {**objectives, "the end": at_the_end[-1], "all": len(begun)}
 
 
 def reductions():
@@ -127,7 +182,8 @@ def reductions():
         results[name] = [part.detach(), scale.grad, *(leaf.grad for leaf in leaves)]
     results["duplicates"] = [koleo_loss(_with_copies(first[rows])).duplicates]
     mine = logits[rank * 24 // size : (rank + 1) * 24 // size]
-    results["sinkhorn"] = [sinkhorn_potential(lambda: iter(mine.split(2)), temperature=0.1, iterations=3)]
+    sets = [lambda: iter(mine.split(2)), lambda: iter((90 * mine[:, :5]).split(3))]
+    results["sinkhorn"] = sinkhorn_potentials(sets, temperature=0.1, iterations=3)
     return results
 
 
@@ -171,8 +227,7 @@ def poisoned(parallel):
     found = {}
     for field in ("clip_images", "global_views", "rec_images"):
         objective = objective_of(config)
-        if parallel == "fsdp":
-            shard(objective.sharded_units(), "cpu")
+        distribute(objective.sharded_units(), parallel)
         update = Update("model", build_optimizer(objective.phases()["model"], config.optim), config.optim, ())
         batch, context = batch_of(config, 0, rank_slice), StepContext(0, STEPS, log_step=False)
         if rank == size - 1:
@@ -190,8 +245,7 @@ def checkpointed(case, folder, start, stop, parallel="ddp"):
     """Train from the checkpoint in `folder`, if there is one, up to step `stop`; losses by step, and the weights."""
     config, rank_slice = config_for(case), RankSlice(*ranks(), 1)
     objective = objective_of(config)
-    if parallel == "fsdp":
-        shard(objective.sharded_units(), "cpu")
+    distribute(objective.sharded_units(), parallel)
     optim = config.optim.model_copy(update={"lr": LR})
     optimizer = build_optimizer(objective.phases()["model"], optim)
     update, tensors = Update("model", optimizer, optim, ()), state_of(objective, {"model": optimizer})
@@ -219,8 +273,7 @@ def moved_by_muon(parallel="ddp"):
     torch.manual_seed(0)
     blocks = [nn.Linear(24, 24) for _ in range(2)]
     objective = nn.Sequential(*blocks, nn.Linear(24, 8))
-    if parallel == "fsdp":
-        shard([[*objective, objective]], "cpu")
+    distribute([[*objective, objective]], parallel)
     matrices = {"name": "muon", "lr": 1.0, "momentum": 0.95, "nesterov": True, "adjust_lr": "match_rms_adamw"}
     optim = config_of({"optim": {"matrices": matrices, "lr": LR, "clip_norm": 0.1, "clip_by": "module"}}).optim
     groups = [
@@ -245,23 +298,24 @@ def main(folder):
         rank, size = ranks()
         results = {
             (case, *layout): gradients_and_weights(case, *layout)
-            for case, layout in itertools.product(cases_on(size), LAYOUTS)
+            for case, layout in itertools.product(cases_on(size), layouts_on(size))
         }
+        results["overlap"] = overlap()
         results["reductions"] = reductions()
         results["contrasts"] = contrasts()
         if size == 2:
             results["placed"] = placed_gradients("clip+ssl+ae")
-        for parallel in ("ddp", "fsdp"):
+        for parallel in PARALLEL[size]:
+            results["rounded", parallel] = rounded_gradients(parallel)
             results["poisoned", parallel] = poisoned(parallel)
             results["muon", parallel] = moved_by_muon(parallel)
-        for parallel in ("ddp", "fsdp"):
             place = folder / f"checkpoints-{parallel}-{size}"
             results["saved", parallel] = checkpointed("everything", place, 0, 3, parallel)
             results["resumed", parallel] = checkpointed("everything", place, 3, 5, parallel)
             results["through", parallel] = checkpointed(
                 "everything", folder / f"through-{parallel}-{size}", 0, 5, parallel
             )
-            if size == 4:  # what two ranks saved
+            if size == 4 and parallel != "hsdp":  # what two ranks saved
                 results["from two", parallel] = checkpointed(
                     "everything", folder / f"copied-{parallel}", 3, 5, parallel
                 )

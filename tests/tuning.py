@@ -17,7 +17,7 @@ from stages.pretrain import Pretrain
 from stages.runner.environment import LocalHost, Runtime
 from stages.tune_decoder import TuneDecoder
 from vtp.data.batches import ImageBatch, RankSlice
-from vtp.distributed import process_group, ranks, sum_gradients
+from vtp.distributed import GradientSum, process_group, ranks
 from vtp.losses.perceptual import build_perceptual
 from vtp.models.tokenizer import VisualTokenizer
 from vtp.objectives.adversary import build_adversary
@@ -112,7 +112,7 @@ def gradients(
             if term.loss is not None:
                 term.loss.backward()
         own = [parameter for group in groups for parameter in group.parameters]
-        sum_gradients(own)
+        GradientSum(own).finish()
         found |= {names[p]: p.grad.clone() for p in own if p.grad is not None}
     return found
 

@@ -4,9 +4,10 @@ The only file that imports torch.distributed. Without a process group there is o
 identity. Losses are parts: a rank back-propagates its share of the global loss, and gradients are summed over ranks.
 """
 
+import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
@@ -96,13 +97,11 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def log_sum_exp(x: Tensor) -> Tensor:
-    """Elementwise log of the sum over ranks of exp(x), without gradient."""
-    if not dist.is_initialized():
-        return x
-    peak = x.clone()
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
-    return peak + total((x - peak).exp()).log()
+def largest(x: Tensor) -> Tensor:
+    """Elementwise maximum over ranks, in place, without gradient."""
+    if dist.is_initialized():
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
 
 
 def gather(x: Tensor) -> Tensor:
@@ -119,7 +118,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ANN401
-        return total(gradients[0].contiguous().clone()).chunk(dist.get_world_size())[dist.get_rank()]
+        (gradient,) = gradients
+        own = gradient.new_empty(gradient.shape[0] // dist.get_world_size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own
 
 
 def gather_objects(value: T, *, background: bool = False) -> list[T]:
@@ -178,44 +180,110 @@ class Board:
         return self._store.get(name).decode() if self._store.check([name]) else None
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum the gradients of replicated parameters over ranks, in buckets; sharded ones are summed by FSDP already."""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
-    for bucket in _buckets(gradients):
-        flat = total(torch.cat([gradient.reshape(-1) for gradient in bucket]))
-        pieces = flat.split([gradient.numel() for gradient in bucket])
-        torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
+class GradientSum:
+    """The sum over ranks of the gradients of some parameters, by buckets that travel while others are computed.
+
+    A bucket holds the same parameters in every step and on every rank. Sharded parameters are left to FSDP, which sums
+    them within the backward pass.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype | None = None) -> None:
+        """`dtype`: of what travels, by default that of the gradients."""
+        # The backward pass reaches first what is used last. Vectors are small, and of many layers together.
+        own = [p for p in parameters if not is_sharded(p)][::-1] if dist.is_initialized() else []
+        self._buckets = list(_buckets(sorted(own, key=lambda parameter: parameter.ndim < 2)))
+        self._dtype = dtype
+        self._begun = 0  # buckets
+        self._travelling: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
+
+    def begin(self) -> None:
+        """Send what has not been sent: these gradients are complete. Does not wait."""
+        self._send(len(self._buckets))
+
+    @contextmanager
+    def during_backward(self) -> Iterator[None]:
+        """Send each bucket as soon as the backward pass inside has reached all of it: the last pass of these parameters."""
+        missing = [sum(1 for p in bucket if p.requires_grad) for bucket in self._buckets]
+
+        def reached(number: int) -> None:
+            missing[number] -= 1
+            # In the same order on every rank, whatever is complete first.
+            complete = self._begun
+            while complete < len(missing) and missing[complete] <= 0:
+                complete += 1
+            self._send(complete)
+
+        def hook(number: int) -> Callable[[Tensor], None]:
+            return lambda _: reached(number)
+
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(hook(number))
+            for number, bucket in enumerate(self._buckets)
+            for parameter in bucket
+            if parameter.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+        self.begin()
+
+    def finish(self) -> None:
+        """Send what is left, and put the sums where the gradients are."""
+        self.begin()
+        for work, flat, gradients in self._travelling:
+            work.wait()
+            pieces = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
+        self._begun, self._travelling = 0, []
+
+    def _send(self, end: int) -> None:
+        for bucket in self._buckets[self._begun : end]:
+            if gradients := [p.grad for p in bucket if p.grad is not None]:
+                flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+                flat = flat if self._dtype is None else flat.to(self._dtype)
+                work = dist.all_reduce(flat, async_op=True)
+                assert work is not None
+                self._travelling.append((work, flat, gradients))
+        self._begun = max(self._begun, end)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
     size = 0
-    for tensor in tensors:
-        if bucket and (size + tensor.nbytes > BUCKET or tensor.dtype != bucket[0].dtype):
+    for parameter in parameters:
+        if bucket and (size + parameter.nbytes > BUCKET or parameter.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
+        bucket.append(parameter)
+        size += parameter.nbytes
     if bucket:
         yield bucket
 
 
-def shard(units: Iterable[Sequence[nn.Module]], device: str) -> None:
+def shard(
+    units: Iterable[Sequence[nn.Module]], device: str, *, groups: int = 1, dtype: torch.dtype | None = None
+) -> None:
     """Shard parameters over all ranks (FSDP2): each unit is a module preceded by its parts, which are gathered apart.
 
-    Gradients are summed, not averaged. A parameter becomes a DTensor; modules keep their names and methods.
+    Over `groups` of consecutive ranks each, which hold the same (HSDP): weights are gathered within a group, and of
+    gradients the shards alone travel between groups. Gradients are summed, not averaged. `dtype`: of gradients that travel,
+    by default their own. A parameter becomes a DTensor; modules keep their names and methods.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     # Features are views of the encoder's output; nothing writes into them.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view", UserWarning)
-    mesh = dist.init_device_mesh(device.split(":", maxsplit=1)[0], (dist.get_world_size(),))
+    shape, names = (dist.get_world_size(),), ("shard",)
+    if groups > 1:
+        shape, names = (groups, shape[0] // groups), ("copy", "shard")
+    mesh = dist.init_device_mesh(device.split(":", maxsplit=1)[0], shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(reduce_dtype=dtype)
     for unit in units:
         for module in unit:
             # Also what gets no backward pass, the teacher, must let go of its gathered weights.
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
@@ -226,6 +294,16 @@ def is_sharded(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def copies(tensor: Tensor) -> int:
+    """On how many ranks each number of a sharded tensor lies; 1 for one that is not sharded."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_replicate())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ class Host(Protocol):
         ...
 
     @property
-    def parallel(self) -> Literal["ddp", "fsdp"]:
-        """Whether weights are whole on every rank or sharded over the ranks."""
+    def parallel(self) -> Literal["ddp", "fsdp", "hsdp"]:
+        """Whether weights are whole on every rank, sharded over all ranks, or over those of each machine."""
         ...
 
     @property

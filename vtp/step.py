@@ -41,6 +41,7 @@ class Term(NamedTuple):
     loss: "Tensor | None"  # None: scalars alone
     parts: Logs = MappingProxyType({})
     own: "Sequence[Tensor]" = ()
+    last: bool = False  # of its phase: gradients of parameters that it reaches are complete when it has passed
 
 
 class ParameterGroup(NamedTuple):
@@ -54,6 +55,7 @@ class ParameterGroup(NamedTuple):
     hidden: "Set[nn.Parameter]" = frozenset()  # among others, its matrices of hidden layers
     vectors_decay: bool = False  # as matrices do, and not only these
     course: tuple[float, float] = (0.0, 1.0)  # shares of the run at which its rates begin and end their course
+    last_term: str = ""  # name of the last terms that reach them; by default the phase's
 
 
 def hidden_matrices(blocks: "Iterable[nn.Module]") -> "frozenset[nn.Parameter]":

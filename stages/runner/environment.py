@@ -90,7 +90,9 @@ class Runtime(Config):
     ranks: int | None = Field(None, ge=1, description="processes per machine; every visible GPU, or one on a CPU")
     nodes: int | None = Field(None, ge=1, description="machines; those of the Slurm job, or one")
     rendezvous: str | None = Field(None, description="HOST:PORT of the first of several machines without Slurm")
-    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="weights on every rank, or sharded over the ranks")
+    parallel: Literal["ddp", "fsdp", "hsdp"] = Field(
+        "ddp", description="weights on every rank, or sharded over all ranks, or over those of each machine"
+    )
     micro_batch: int | None = Field(None, ge=1, description="most images of a rank in one pass; all, if not given")
     compile: bool | None = Field(None, description="torch.compile; on GPUs, if not given")
     recompute: bool = Field(False, description="compute activations again in the backward pass, to save memory")
@@ -218,7 +220,7 @@ class LocalHost:
         return self.runtime.torch_device
 
     @property
-    def parallel(self) -> Literal["ddp", "fsdp"]:
+    def parallel(self) -> Literal["ddp", "fsdp", "hsdp"]:
         return self.runtime.parallel
 
     @property

@@ -28,6 +28,7 @@ SECTION = {
     "training": {
         "length": {"name": "samples", "samples": 64},
         "precision": "float32",
+        "communication": "float32",
         "log_every": 2,
         "max_skipped": 0,
     },

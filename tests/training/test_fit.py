@@ -18,7 +18,11 @@ from vtp.training.log import Curves, Means
 from vtp.training.optim import build_optimizer, learning_rate, set_rates
 
 TRAINING = TrainingConfig(
-    length=SamplesLength(name="samples", samples=1), precision="float32", log_every=3, max_skipped=1
+    length=SamplesLength(name="samples", samples=1),
+    precision="float32",
+    communication="float32",
+    log_every=3,
+    max_skipped=1,
 )
 OPTIM = OptimConfig(
     matrices=AdamwMatrices(name="adamw"),

@@ -211,13 +211,14 @@ class EncoderLayers(NamedTuple):
 
     embed: nn.Module  # reads the pixels
     tokens: Sequence[nn.Parameter]  # learnt ones, beside the pixels' first features
+    mask_tokens: Sequence[nn.Parameter]  # learnt ones in place of features that are hidden
     blocks: Sequence[nn.Module]
     top: nn.Module  # all behind the blocks
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All of them."""
         yield from self.embed.parameters()
-        yield from self.tokens
+        yield from (*self.tokens, *self.mask_tokens)
         for module in (*self.blocks, self.top):
             yield from module.parameters()
 

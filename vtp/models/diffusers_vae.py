@@ -220,7 +220,7 @@ class DiffusersVae(TrainableTokenizer):
     def encoder_layers(self) -> EncoderLayers:
         encoder = self.encoder
         top = [encoder.mid_block, encoder.conv_norm_out, encoder.conv_out, self.quant_conv]
-        return EncoderLayers(encoder.conv_in, [], list(encoder.down_blocks), nn.ModuleList(top))
+        return EncoderLayers(encoder.conv_in, [], [], list(encoder.down_blocks), nn.ModuleList(top))
 
     def blocks(self) -> Iterator[nn.Module]:
         encoder, decoder = self._halves

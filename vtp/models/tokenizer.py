@@ -155,7 +155,7 @@ class VisualTokenizer(TrainableTokenizer):
     def encoder_layers(self) -> EncoderLayers:
         trunk = self.trunk
         top = nn.ModuleList([trunk.norm, trunk.feature_bottleneck])
-        return EncoderLayers(trunk.patch_embed, [trunk.cls_token, trunk.mask_token], list(trunk.blocks), top)
+        return EncoderLayers(trunk.patch_embed, [trunk.cls_token], [trunk.mask_token], list(trunk.blocks), top)
 
     def blocks(self) -> Iterator[nn.Module]:
         yield from (*self.trunk.blocks, *self.pixel_decoder.blocks)

@@ -122,7 +122,7 @@ class Adversary(nn.Module):
                 pixels = step.reconstruct(number)
                 loss, logs = step.loss(number, pixels)
                 self._remember(number, step, pixels, context)
-                yield Term(name, loss, logs, (pixels,))
+                yield Term(name, loss, logs, (pixels,), number == step.micro_batches - 1)
             return
         parts = step.micro_batches * ranks().size
         reconstructions: list[Tensor] = []
@@ -138,10 +138,12 @@ class Adversary(nn.Module):
         for number, gradient in enumerate(gradients):
             pixels = reconstructions[number] if reconstructions else step.reconstruct(number)
             own = gradient.reconstruction if apart else gradient.reconstruction + factor * gradient.adversarial
-            yield _surrogate(name, pixels, own, {**gradient.logs, "adaptive_weight": weight / parts})
+            logs, last = {**gradient.logs, "adaptive_weight": weight / parts}, number == step.micro_batches - 1
+            yield _surrogate(name, pixels, own, logs, last=last and not apart)
         if apart:
             for number, gradient in enumerate(gradients):
-                yield _surrogate("adversarial", step.reconstruct(number), factor * gradient.adversarial, {})
+                own, last = factor * gradient.adversarial, number == step.micro_batches - 1
+                yield _surrogate("adversarial", step.reconstruct(number), own, {}, last=last)
 
     def discriminator_terms(self, context: StepContext) -> Iterator[Term]:
         """The discriminator's own loss, on the images of the same step."""
@@ -163,7 +165,7 @@ class Adversary(nn.Module):
                 loss = loss + lecam.weight * held
                 means = torch.stack([logits.detach().float().mean() for logits in (real_logits, fake_logits)])
                 self._mean_logits += means / parts
-            yield Term(DISCRIMINATOR, loss, logs, (fake,))
+            yield Term(DISCRIMINATOR, loss, logs, (fake,), number == count - 1)
 
     def after_step(self, context: StepContext) -> None:
         """Follow the discriminator's new weights with its norms, and this step's logits with their averages."""
@@ -244,9 +246,9 @@ class _PixelGradients(NamedTuple):
     logs: Logs
 
 
-def _surrogate(name: str, pixels: Tensor, gradient: Tensor, logs: Logs) -> Term:
+def _surrogate(name: str, pixels: Tensor, gradient: Tensor, logs: Logs, *, last: bool) -> Term:
     """A scalar whose gradient at the pixels is `gradient`."""
-    return Term(name, (pixels.float() * gradient.float()).sum(), logs, (pixels,))
+    return Term(name, (pixels.float() * gradient.float()).sum(), logs, (pixels,), last)
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class DecoderObjective(nn.Module):
         for number in range(step.micro_batches):
             reconstructions = step.reconstruct(number)
             loss, logs = step.loss(number, reconstructions)
-            yield Term("decoder", loss, logs, (reconstructions,))
+            yield Term("decoder", loss, logs, (reconstructions,), number == step.micro_batches - 1)
 
     def after_step(self, context: StepContext) -> Logs:
         """Move the averaged decoder."""

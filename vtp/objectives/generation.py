@@ -66,7 +66,7 @@ class GenerationObjective(nn.Module):
 
     def terms(self, phase: str, micro_batches: Sequence[LatentBatch], context: StepContext) -> Iterator[Term]:
         parts = len(micro_batches) * ranks().size
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, start=1):
             t = self._timesteps(batch, context)
             dropped = batch.uniform[:, 1] < self.config.condition_dropout
             condition = self.model.without(batch.condition, dropped)
@@ -74,7 +74,9 @@ class GenerationObjective(nn.Module):
             mse, cosine = loss.mse.mean() / parts, loss.cosine.mean() / parts
             logs = {"mse": mse.detach(), "cosine": cosine.detach()}
             logs |= {"replaced_samples": batch.replaced.sum()} if len(batch.replaced) else {}
-            yield Term("flow", mse + self.config.cosine_weight * cosine, logs, (loss.mse,))
+            yield Term(
+                "flow", mse + self.config.cosine_weight * cosine, logs, (loss.mse,), number == len(micro_batches)
+            )
 
     def step_cost(self, shapes: Mapping[tuple[int, int, int], float], *, batch_size: int) -> StepCost:
         """Expected training FLOPs of a step of `batch_size` latents; each shape (d, h, w) has a share of the steps."""

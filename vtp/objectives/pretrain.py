@@ -229,7 +229,7 @@ class PretrainObjective(nn.Module):
                 divergence = kl_divergence(*posterior) / (len(micro_batches) * ranks().size)
                 loss = loss + self.config.weights.reconstruction * self.config.reconstruction.kl * divergence
                 logs = {**logs, "kl": divergence.detach()}
-            yield Term("reconstruction", loss, logs, (reconstructions,))
+            yield Term("reconstruction", loss, logs, (reconstructions,), number == len(micro_batches) - 1)
 
     def _reconstruction_step(self, micro_batches: Sequence[PretrainBatch], context: StepContext) -> ReconstructionStep:
         """The same as the adversary needs it: piece by piece."""

@@ -49,6 +49,7 @@ def groups(tokenizer: TrainableTokenizer, heads: nn.Module | None, config: Rates
         yield group._replace(
             parameters=[*group.parameters, *scalars],
             module="text",
+            last_term="clip",
             hidden=hidden_matrices(text.transformer.resblocks),
         )
     if heads is not None:
@@ -63,19 +64,20 @@ def _heads(heads: nn.Module, config: RatesConfig) -> Iterator[ParameterGroup]:
         known = {id(p) for p in prototypes}
         others = ParameterGroup([p for p in head.parameters() if id(p) not in known], rates.lr, rates.weight_decay)
         last = ParameterGroup(prototypes, rates.lr, rates.weight_decay, config.frozen_prototypes)
-        yield others._replace(module=f"{name}_head")
-        yield last._replace(module=f"{name}_head", vectors_decay=config.decay_scales)
+        yield others._replace(module=f"{name}_head", last_term="ssl")
+        yield last._replace(module=f"{name}_head", last_term="ssl", vectors_decay=config.decay_scales)
 
 
 def _encoder(layers: EncoderLayers, config: RatesConfig) -> Iterator[ParameterGroup]:
     rates, depth = config.encoder, len(layers.blocks)
-    yield _group(layers.top, rates)
-    for index, block in enumerate(layers.blocks):
-        yield _group(block, rates, config.layer_decay ** (depth - index))
     bottom = config.layer_decay ** (depth + 1)
     yield _group(layers.embed, rates, bottom * config.patch_embed)
-    if layers.tokens:
-        yield ParameterGroup(layers.tokens, rates.lr * bottom, rates.weight_decay)
+    for tokens, term in ((layers.tokens, ""), (layers.mask_tokens, "ssl")):
+        if tokens:
+            yield ParameterGroup(tokens, rates.lr * bottom, rates.weight_decay, last_term=term)
+    for index, block in enumerate(layers.blocks):
+        yield _group(block, rates, config.layer_decay ** (depth - index))
+    yield _group(layers.top, rates)
 
 
 def _group(module: nn.Module, rates: ModuleRates, factor: float = 1.0) -> ParameterGroup:

@@ -16,11 +16,13 @@ from torch.utils.data import Dataset
 
 from vtp.config import Config
 from vtp.data.loader import load_batches
+from vtp.device import Precision, rounded_products
 from vtp.distributed import StateMismatchError, fill, ranks
 from vtp.finite import NotFiniteError
 from vtp.host import Host
 from vtp.step import Logs, OptimConfig, ParameterGroup, StepContext, StepCost, Term
 from vtp.training.checkpoint import Checkpoints
+from vtp.training.garbage import collecting_in_step
 from vtp.training.log import Curves, Means
 from vtp.training.optim import Optimizers, build_optimizer
 from vtp.training.throughput import Throughput
@@ -68,9 +70,20 @@ class TrainingConfig(Config):
     """What every training run has."""
 
     length: Length
-    precision: Literal["float32", "bfloat16"] = Field(description="precision of the forward pass; weights stay float32")
+    precision: Precision = Field(
+        description="precision of the forward pass; weights stay float32. tf32: float32 whose products on GPUs round their "
+        "inputs to 10 bits, backward too"
+    )
+    communication: Literal["float32", "bfloat16"] = Field(
+        description="precision in which gradients travel between ranks and are added up"
+    )
     log_every: int = Field(ge=1, description="steps per row of the curves; a row holds means over them")
     max_skipped: int = Field(ge=0, description="steps with a gradient that is not finite, skipped before the run fails")
+
+    @property
+    def travels(self) -> torch.dtype | None:
+        """Type of gradients that travel; None: their own."""
+        return torch.bfloat16 if self.communication == "bfloat16" else None
 
 
 class Objective(Protocol[Consumed_contra]):
@@ -139,7 +152,10 @@ def fit(  # noqa: C901 - the one loop
     """
     steps, training = run.steps, run.training
     optimizers = {phase: build_optimizer(groups, run.optim[phase]) for phase, groups in objective.phases().items()}
-    updates = [Update(phase, o, run.optim[phase], objective.shared_parameters()) for phase, o in optimizers.items()]
+    updates = [
+        Update(phase, optimizer, run.optim[phase], objective.shared_parameters(), communication=training.travels)
+        for phase, optimizer in optimizers.items()
+    ]
     means, skipped, max_skipped = Means(), 0, training.max_skipped
     checkpoints = Checkpoints(host.folder / "checkpoints", kept=host.checkpoints_kept)
     tensors = state_of(objective, optimizers)
@@ -157,7 +173,8 @@ def fit(  # noqa: C901 - the one loop
         logging.info("resumed after step %d of %d", start, steps)
     curves = Curves(host.folder / "curves.csv", start=start) if ranks().first else None
     throughput = Throughput(host.folder / "throughput.csv", run.cost, device=host.device, peak=host.peak_flops)
-    with host.progress(total=steps, description="training", unit="step", done=start) as bar:
+    bar_of_run = host.progress(total=steps, description="training", unit="step", done=start)
+    with bar_of_run as bar, rounded_products(training.precision == "tf32"), collecting_in_step() as collect:
         stream = load_batches(batches, range(start * run.micro_batches, steps * run.micro_batches), host)
         for step in range(start, steps):
             log_step = (step + 1) % training.log_every == 0 or step + 1 == steps
@@ -175,6 +192,7 @@ def fit(  # noqa: C901 - the one loop
                 if monitor.due(context):
                     means.add(monitor.evaluate(context))
             bar.update(1)
+            collect(step)
             throughput.step()
             if context.log_step:
                 bar.set_postfix_str(_brief(throughput.row(step + 1)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp.distributed import is_sharded, local
+from vtp.distributed import copies, is_sharded, local
 from vtp.step import MuonMatrices, OptimConfig, ParameterGroup, StepContext
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -55,7 +55,7 @@ def build_optimizer(groups: Sequence[ParameterGroup], config: OptimConfig) -> Op
     muon = config.matrices if isinstance(config.matrices, MuonMatrices) else None
     for group in groups:
         own = [parameter for parameter in group.parameters if parameter.requires_grad]
-        options = {"frozen_until": group.frozen_until, "module": group.module, "course": group.course}
+        options = {name: getattr(group, name) for name in ("frozen_until", "module", "course", "last_term")}
         matrices = [p for p in own if p in group.hidden] if muon is not None else []
         if muon is not None and matrices:
             factors = {"lr_factor": group.lr * muon.lr, "decay_factor": group.weight_decay}
@@ -138,11 +138,11 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 
 def squared_norms(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """Squared norms of the gradients: of replicated parameters, and of this rank's pieces of sharded ones."""
+    """Squared norms of the gradients: of replicated parameters, and this rank's part of those of sharded ones."""
     norms = []
     parameters = list(parameters)
     for sharded in (False, True):
         gradients = [local(p.grad) for p in parameters if p.grad is not None and is_sharded(p) == sharded]
         parts = torch._foreach_norm(gradients) if gradients else [torch.zeros((), device=parameters[0].device)]
         norms.append(torch.stack(parts).square().sum())
-    return norms[0], norms[1]
+    return norms[0], norms[1] / max(map(copies, parameters))

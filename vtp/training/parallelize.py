@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from vtp.distributed import ranks, shard
+from vtp.distributed import machines, ranks, shard
 from vtp.host import Host
 
 
@@ -29,19 +29,24 @@ class Parallelizable(Protocol):
         ...
 
 
-def parallelize(objective: Parallelizable, host: Host, *, shapes: int = 1) -> None:
-    """Put the models on the device; recompute, compile and shard them, in this order. `shapes`: those of their inputs."""
+def parallelize(
+    objective: Parallelizable, host: Host, *, shapes: int = 1, communication: torch.dtype | None = None
+) -> None:
+    """Put the models on the device; recompute, compile and shard them, in this order.
+
+    `shapes`: those of their inputs; `communication`: type of gradients that travel, if not their own.
+    """
     objective.to(host.device)
     if host.recomputes:
         objective.recompute()
     compile_units(objective.compiled_units(), host, shapes)
-    if host.parallel == "fsdp" and ranks().size > 1:
+    if host.parallel != "ddp" and ranks().size > 1:
         units = list(objective.sharded_units())
         if not units:
             logging.info(
                 "these models stay whole on every rank: they are small, and one layer's gradient is needed apart"
             )
-        shard(units, host.device)
+        shard(units, host.device, groups=machines() if host.parallel == "hsdp" else 1, dtype=communication)
 
 
 def compile_units(modules: Iterable[nn.Module], host: Host, shapes: int = 1) -> None:

@@ -1,8 +1,9 @@
 """One update of one phase: gradients of all terms, summed over ranks, guarded, clipped, applied.
 
-Terms are back-propagated one after the other, without any reduction on the way, and the summed gradient is reduced
-once. (Reducing inside of several backward passes is where DistributedDataParallel goes wrong silently: with `no_sync`
-on all but the last, gradients of parameters that the last one does not reach stay unreduced.)
+Terms are back-propagated one after the other, and each gradient is summed over ranks once, when it is complete: those of
+a text tower or a head while the next objective is computed, the rest during the last backward pass.
+(DistributedDataParallel goes wrong here silently: with `no_sync` on all passes but the last, gradients of parameters that
+the last one does not reach stay unreduced.)
 
 The host waits for the device once: whether the gradient is finite must be known before the step, and comes with all that
 is logged.
@@ -10,13 +11,14 @@ is logged.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vtp.device import read, send
-from vtp.distributed import gather_objects, is_sharded, local, sum_gradients, total
+from vtp.distributed import GradientSum, copies, gather_objects, is_sharded, local, total
 from vtp.step import Logs, OptimConfig, StepContext, Term
 from vtp.training.optim import Optimizers, parameters_of, set_rates, squared_norms
 
@@ -42,31 +44,31 @@ class Outcome(NamedTuple):
 class Update:
     """The optimiser of a phase and its rules."""
 
-    def __init__(self, phase: str, optimizer: Optimizers, config: OptimConfig, shared: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        phase: str,
+        optimizer: Optimizers,
+        config: OptimConfig,
+        shared: Sequence[nn.Parameter],
+        *,
+        communication: torch.dtype | None = None,
+    ) -> None:
+        """`shared`: parameters on which terms are compared; `communication`: type of gradients between ranks, if another."""
         self.phase = phase
         self.optimizer = optimizer
         self.config = config
         self._parameters = parameters_of(optimizer)
-        self._clipped = _by_module(optimizer) if config.clip_by == "module" else {"": self._parameters}
+        self._clipped = _by(optimizer, "module") if config.clip_by == "module" else {"": self._parameters}
         own = set(self._parameters)
         self._shared = [parameter for parameter in shared if parameter in own]
+        self._sums = {
+            name: GradientSum(of_name, communication) for name, of_name in _by(optimizer, "last_term").items()
+        }
 
     def apply(self, terms: Iterator[Term], context: StepContext, *, requests: Requests = NONE) -> Outcome:
         """Differentiate `terms` and step, unless the gradient is not finite: then weights and optimiser state stay."""
         similarity = _GradientSimilarity(self._shared) if context.log_step and self._shared else None
-        parts: dict[str, Tensor | float] = {}
-        # Terms are computed lazily: the loop body runs between two of them.
-        for term in terms:
-            for name, value in term.parts.items():
-                plain = value.detach().float() if isinstance(value, Tensor) else value
-                parts[name] = parts[name] + plain if name in parts else plain
-            if term.loss is not None:
-                if similarity is not None:
-                    similarity.begin(term.name)
-                term.loss.backward()
-        if similarity is not None:
-            similarity.restore()
-        sum_gradients(self._parameters)
+        parts = self._differentiate(terms, similarity)
         norms, known, values, agreed = self._summarise(parts, requests)
         norm, *of_modules = known
         finite = math.isfinite(norm)
@@ -84,6 +86,31 @@ class Update:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return Outcome(logs, finite, agreed)
+
+    def _differentiate(
+        self, terms: Iterator[Term], similarity: "_GradientSimilarity | None"
+    ) -> dict[str, Tensor | float]:
+        """Gradients summed over terms and ranks; this rank's parts of the scalars, summed over terms."""
+        parts: dict[str, Tensor | float] = {}
+        passed = None
+        # Terms are computed lazily: the loop body runs between two of them.
+        for term in terms:
+            if term.name != passed and passed in self._sums:
+                self._sums[passed].begin()
+            passed = term.name
+            for name, value in term.parts.items():
+                plain = value.detach().float() if isinstance(value, Tensor) else value
+                parts[name] = parts[name] + plain if name in parts else plain
+            if term.loss is not None:
+                if similarity is not None:
+                    similarity.begin(term.name)
+                with self._at_last(term, similarity):
+                    term.loss.backward()
+        if similarity is not None:
+            similarity.restore()
+        for gradients in self._sums.values():
+            gradients.finish()
+        return parts
 
     def find_nonfinite(self, terms: Iterator[Term]) -> str:
         """Where it began, by computing the step again: the objectives, and the ranks that hold the samples."""
@@ -107,6 +134,11 @@ class Update:
             if level == strongest
         ]
         return ", ".join(origins) or "only the sum of all objectives"
+
+    def _at_last(self, term: Term, similarity: "_GradientSimilarity | None") -> AbstractContextManager[None]:
+        """Around the pass of the last term, where gradients leave as they are made, unless some are set aside."""
+        whole = term.last and similarity is None and "" in self._sums
+        return self._sums[""].during_backward() if whole else nullcontext()
 
     def _summarise(self, parts: Mapping[str, Tensor | float], requests: Requests) -> "_Summed":
         """What all ranks must know of each other, in one small reduction, and the one time that the host waits."""
@@ -133,11 +165,12 @@ class Update:
                 torch._foreach_mul_(gradients, (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
-def _by_module(optimizer: Optimizers) -> dict[str, list[nn.Parameter]]:
-    modules: dict[str, list[nn.Parameter]] = {}
+def _by(optimizer: Optimizers, key: str) -> dict[str, list[nn.Parameter]]:
+    """All parameters, by what their groups have under `key`."""
+    found: dict[str, list[nn.Parameter]] = {}
     for group in optimizer.param_groups:
-        modules.setdefault(group["module"], []).extend(group["params"])
-    return modules
+        found.setdefault(group[key], []).extend(group["params"])
+    return found
 
 
 class _Summed(NamedTuple):
@@ -184,7 +217,7 @@ class _GradientSimilarity:
             total(flat)
         gram = flat.double() @ flat.double().T
         if sharded:
-            total(gram)
+            total(gram.div_(copies(self._parameters[0])))
         norms = gram.diagonal().sqrt()
         logs: dict[str, Tensor | float] = {
             f"trunk_gradient_{name}": norm for name, norm in zip(names, norms, strict=True)
