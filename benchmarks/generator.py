@@ -77,7 +77,9 @@ class Bench(NamedTuple):
         """The generator with its first weights."""
         torch.manual_seed(0)
         data = LatentDataset(self.caches.ours)
-        return LightningDiT(self.config.model.architecture(data.shape, classes=len(data.classes), text=None))
+        model = LightningDiT(self.config.model.architecture(data.shape, classes=len(data.classes), text=None))
+        model.residual = self.config.residual_dtype
+        return model
 
 
 class Measured(NamedTuple):

@@ -87,6 +87,10 @@ class TrainGenerator(Config):
     """The section `train_generator`."""
 
     seed: int = Field(description="seed of weights, data, noise and timesteps")
+    residual: Literal["float32", "bfloat16"] = Field(
+        description="precision of what blocks add to, in training and its monitors; bfloat16 moves half of the bytes, and "
+        "asks for training.precision bfloat16"
+    )
     batch_size: int = Field(ge=1, description="latents of a step over all devices")
     images: EncodedImagesConfig | None = Field(
         description="pictures of the command's --shards that are encoded as they come; null: cached latents"
@@ -96,6 +100,20 @@ class TrainGenerator(Config):
     optim: OptimConfig
     training: TrainingConfig
     monitor: GeneratorMonitorConfig
+
+    @model_validator(mode="after")
+    def _residual_fits_the_layers(self) -> Self:
+        if self.residual == "bfloat16" and self.training.precision != "bfloat16":
+            raise ValueError(
+                f"residual is bfloat16 and training.precision {self.training.precision}: set both to bfloat16, or residual "
+                "to float32"
+            )
+        return self
+
+    @property
+    def residual_dtype(self) -> torch.dtype | None:
+        """What a LightningDiT's `residual` is."""
+        return torch.bfloat16 if self.residual == "bfloat16" else None
 
 
 def run(  # noqa: PLR0913 - inputs and outputs of the stage
@@ -145,6 +163,7 @@ def run(  # noqa: PLR0913 - inputs and outputs of the stage
     torch.manual_seed(address(config.seed, "weights"))
     classes = len(source.space.classes)
     model = LightningDiT(config.model.architecture(source.square, classes=classes, text=told.text))
+    model.residual = config.residual_dtype
     objective = GenerationObjective(model, config.objective)
     cost = objective.step_cost(source.shapes, batch_size=config.batch_size)
     cost = cost._replace(flops=cost.flops + source.encoding_flops * config.batch_size)

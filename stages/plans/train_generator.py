@@ -188,6 +188,7 @@ def activations(config: TrainGenerator, model: LightningDiT, shape: tuple[int, i
 
     with FakeTensorMode(allow_non_fake_inputs=True), autocast(config.training.precision):
         model = model.to_empty(device="cpu")
+        model.residual = config.residual_dtype
 
         def forward(count: int) -> list[Tensor]:
             latents, told = torch.empty(count, *shape), model.shape_of_condition(count)

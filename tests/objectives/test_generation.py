@@ -1,5 +1,6 @@
 """The objective on the official numbers: parts add up, dropped labels are the null class, averages follow."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from vtp import LightningDiT
 from vtp.data.batches import LatentBatch
 from vtp.objectives.generation import GenerationObjective, GenerationObjectiveConfig
 from vtp.step import StepContext
+from vtp.training.fit import in_precision
 from vtp.training.parallelize import parallelize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lightningdit-tiny"
@@ -91,6 +93,31 @@ def test_averages_follow_faster_at_first_where_they_are_told_to(warmup, momentum
     objective.after_step(StepContext(2, 2000, log_step=False))
     after = float(objective.averages[0].final_layer.linear.bias[0])
     assert after == pytest.approx(momentum * before + (1 - momentum))
+
+
+def test_a_residual_of_bfloat16_learns_alike():
+    """Blocks add to bfloat16; the losses of a short training stay within its rounding of those of float32."""
+    widths, losses = {}, {}
+
+    def look(residual, layer, given):
+        widths[residual] = given[0].dtype
+
+    for residual in (None, torch.bfloat16):
+        objective = objective_of()
+        objective.model.residual = residual
+        objective.model.final_layer.register_forward_pre_hook(partial(look, residual))
+        optimizer = torch.optim.AdamW(objective.model.parameters(), lr=1e-3)
+        losses[residual] = []
+        for _ in range(30):
+            for term in in_precision(objective.terms("model", [batch_of()], NOW), "cpu", "bfloat16"):
+                term.loss.backward()
+                losses[residual].append(float(term.loss))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert widths == {None: torch.float32, torch.bfloat16: torch.bfloat16}
+    assert losses[torch.bfloat16] != losses[None]
+    assert losses[torch.bfloat16] == pytest.approx(losses[None], rel=0.02)
+    assert losses[None][-1] < 0.9 * losses[None][0]
 
 
 def test_recomputed_gradients_are_the_same():

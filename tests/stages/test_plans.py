@@ -227,6 +227,17 @@ def test_activations_are_those_of_a_run(small):
     assert planned == estimate.kept_per_sample(lambda count: model(torch.rand(count, 3, 8, 8))) > 64 * 8 * 8 * 4
 
 
+def test_a_residual_of_bfloat16_is_kept_in_half(tmp_path):
+    planned = {}
+    for residual in ("float32", "bfloat16"):
+        change = {"train_generator": {"residual": residual, "training": {"precision": "bfloat16"}}}
+        write_params(merged(tiny_params(), change), tmp_path / "params.yaml")
+        planned[residual] = plan_of("train_generator", f"{tmp_path / 'params.yaml'}:train_generator")[
+            "activations"
+        ].value
+    assert 0.6 < planned["bfloat16"] / planned["float32"] < 0.95
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_are_those_that_optimisers_keep(tmp_path, name):
     muon = {"name": "muon", "lr": 1.0, "momentum": 0.95, "nesterov": True, "adjust_lr": "match_rms_adamw"}

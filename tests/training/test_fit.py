@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import gc
 import json
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from vtp.device import computing
 from vtp.finite import NotFiniteError
 from vtp.step import AdamwMatrices, OptimConfig, ParameterGroup, StepContext, StepCost, Term
 from vtp.training.fit import FlopsLength, Run, SamplesLength, TrainingConfig, fit, run_length
@@ -161,6 +163,60 @@ def test_a_kill_between_checkpoints_repeats_the_steps_since(tmp_path):
     resumed = train(Host(tmp_path / "parts"))
     assert torch.equal(whole.first.weight, resumed.first.weight)
     assert (tmp_path / "whole/curves.csv").read_bytes() == (tmp_path / "parts/curves.csv").read_bytes()
+
+
+def test_nothing_collects_garbage_but_the_step(tmp_path, monkeypatch):
+    """Every so many steps, on all ranks after the same one."""
+    monkeypatch.setattr("vtp.training.garbage.EVERY", 20)
+    seen, collected = set(), []
+
+    class Seeing(Lines):
+        def __getitem__(self, step):
+            seen.add(gc.isenabled())
+            return super().__getitem__(step)
+
+    def collect(phase, info):
+        if phase == "stop":
+            collected.append(info["generation"])
+
+    gc.callbacks.append(collect)
+    try:
+        train(Host(tmp_path), batches=Seeing())
+    finally:
+        gc.callbacks.remove(collect)
+    assert seen == {False}
+    assert gc.isenabled()
+    assert collected[:3] == [2, 1, 1]  # all at the start, then after 20 and 40 steps
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_products_of_a_run_are_rounded_where_it_says_so(tmp_path, precision):
+    """Forward and backward; before and after it they are as they were."""
+    seen = set()
+
+    class Seeing(Regression):
+        def terms(self, phase, micro_batches, context):
+            for term in super().terms(phase, micro_batches, context):
+                term.loss.register_hook(lambda _: note())
+                note()
+                yield term
+
+    def note():
+        seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    before = torch.backends.cudnn.allow_tf32
+    run = Run(
+        2, TRAINING.model_copy(update={"precision": precision}), {"first": OPTIM, "second": OPTIM}, StepCost(1, {}, 1)
+    )
+    fit(Seeing(), Lines(), run, host=Host(tmp_path))
+    assert seen == {(precision == "tf32",) * 2}
+    assert torch.backends.cudnn.allow_tf32 == before
+    with computing("tf32", "cpu"):
+        assert torch.backends.cuda.matmul.allow_tf32
+        with computing("bfloat16", "cpu"):
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.bfloat16
 
 
 def test_nan_stops_and_names_the_place(tmp_path):

@@ -42,6 +42,7 @@ class LightningDiT(nn.Module):
         None  # how to draw, unless one says otherwise; a record of vtp.flow.SamplerConfig
     )
     text_encoder: Mapping[str, Any] | None = None  # whose captions it reads; a record of vtp.models.text_encoder
+    residual: torch.dtype | None = None  # of what blocks add to, in training; None: as the layers' precision gives it
     recompute = False  # whether blocks compute their activations again in the backward pass instead of keeping them
 
     def __init__(self, config: LightningDiTConfig) -> None:
@@ -118,6 +119,7 @@ class LightningDiT(nn.Module):
         modulation, captions = (time + said, None) if text is None else (time, said)  # [B, D]
         if text is not None and text.reading == "joint":
             x = torch.cat([x, said.features.to(x.dtype)], dim=1)
+        x = x if self.residual is None else x.to(self.residual)
         for block in self.blocks:
             given = (x, modulation, rotation, captions)
             if self.recompute and torch.is_grad_enabled():
