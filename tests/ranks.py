@@ -4,6 +4,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch import nn
 import vtp.distributed
 from stages.runner.environment import LocalHost, Runtime
 from vtp.data.batches import RankSlice
-from vtp.distributed import GradientSum, gather, process_group, ranks, shard, whole
+from vtp.distributed import GradientSum, copies, gather, is_sharded, process_group, ranks, shard, whole
 from vtp.losses.clip import clip_loss, siglip_loss
 from vtp.losses.dino import sinkhorn_potentials
 from vtp.losses.koleo import koleo_loss
@@ -105,11 +106,15 @@ def gradients_and_weights(case, parallel="ddp", micro_batches=1):
 
 
 def placed_gradients(case):
-    """Of sharded, compiled and recomputed blocks, all at once."""
+    """Of blocks that are sharded, recomputed and compiled at once; on four ranks within two machines, and not compiled."""
     config, rank_slice = config_for(case), RankSlice(*ranks(), 1)
     objective = objective_of(config)
     settings = {"VTP_DEVICE": "cpu", "VTP_PARALLEL": "fsdp", "VTP_COMPILE": "true", "VTP_RECOMPUTE": "true"}
-    parallelize(objective, LocalHost(Path(), Path(), Runtime.of(settings)))
+    if ranks().size == 4:
+        settings |= {"VTP_PARALLEL": "hsdp", "VTP_COMPILE": "false"}
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE="2"):
+        parallelize(objective, LocalHost(Path(), Path(), Runtime.of(settings)))
+    assert {copies(p) for p in objective.parameters() if is_sharded(p)} == {ranks().size // 2}
     for term in objective.terms("model", [batch_of(config, 0, rank_slice)], StepContext(0, STEPS, log_step=True)):
         if term.loss is not None:
             term.loss.backward()
@@ -303,8 +308,7 @@ def main(folder):
         results["overlap"] = overlap()
         results["reductions"] = reductions()
         results["contrasts"] = contrasts()
-        if size == 2:
-            results["placed"] = placed_gradients("clip+ssl+ae")
+        results["placed"] = placed_gradients("clip+ssl+ae")
         for parallel in PARALLEL[size]:
             results["rounded", parallel] = rounded_gradients(parallel)
             results["poisoned", parallel] = poisoned(parallel)

@@ -126,8 +126,9 @@ def test_gradients_travel_while_others_are_made(request, size):
         assert overlap["the end"] >= 0.8 * overlap["all"]
 
 
-def test_sharded_compiled_and_recomputed_at_once(two, one):
-    for results in two:
+@pytest.mark.parametrize("size", [2, 4])
+def test_sharded_compiled_and_recomputed_at_once(request, one, size):
+    for results in ranks_of(request, size):
         for name, gradient in one["clip+ssl+ae"]["gradients"].items():
             error = (results["placed"][name] - gradient).norm() / (gradient.norm() + 1e-8)
             assert error < 1e-5, f"{name}: {error}"
