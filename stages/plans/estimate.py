@@ -20,6 +20,7 @@ from vtp.curation.ingest.compose import EmbeddedConfig, categories
 from vtp.curation.ingest.openmoji import catalogue
 from vtp.data.batches import count_micro_batches
 from vtp.data.sizes import PictureSize
+from vtp.layers.captions import Condition
 from vtp.layers.flops import forward_flops
 from vtp.models.base import EncoderLayers, Encoding
 from vtp.models.diffusers_vae import ConvolutionalConfig
@@ -34,6 +35,7 @@ FLOAT = 4  # bytes
 LABEL = 8  # bytes
 GIGA = 1e9
 PEAKS = {"bfloat16": 9.89e14, "tf32": 4.95e14, "float32": 6.7e13}  # FLOP/s of an H100, dense, float32 without TF32
+_counted: dict[tuple[object, ...], float] = {}
 IMAGENET = {"images": 1_281_167, "validation_images": 50_000, "classes": 1000}
 
 
@@ -116,7 +118,8 @@ class PlannedInputs(NamedTuple):
         """Of the latents of one picture of each size."""
         with torch.device("meta"):
             encoder = Encoding(build_tokenizer(self.tokenizer))
-        return [forward_flops(encoder, torch.empty(1, 3, *size)) for size in sizes]
+        record = self.tokenizer.model_dump_json()
+        return [counted_once((record, *sorted(size)), encoder, torch.empty(1, 3, *size)) for size in sizes]
 
     def split(self, name: str) -> SplitSize:
         """Raises ConfigError for a split whose size nothing says."""
@@ -194,6 +197,13 @@ def per_gpu(options: argparse.Namespace, count: int, *, named: str) -> tuple[int
     """Samples of a GPU in one pass, and passes per step. Raises ValueError where they do not split."""
     passes = count_micro_batches(count, options.gpus, options.micro_batch or count, named=named)
     return count // options.gpus // passes, passes
+
+
+def counted_once(key: tuple[object, ...], module: nn.Module, *inputs: Condition) -> float:
+    """FLOPs of a forward pass; what has the same `key` costs the same, and runs of a study share many."""
+    if key not in _counted:
+        _counted[key] = forward_flops(module, *inputs)
+    return _counted[key]
 
 
 def kept_per_sample(forward: Callable[[int], list[Tensor]]) -> float:

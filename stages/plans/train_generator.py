@@ -23,6 +23,7 @@ from stages.plans.estimate import (
     autocast,
     beside,
     count_of,
+    counted_once,
     gigabytes,
     inputs_of,
     kept_moments,
@@ -36,7 +37,7 @@ from vtp.config import ConfigError, number_name
 from vtp.data.sizes import SizesConfig
 from vtp.flow import SamplerConfig, flow_matching_loss
 from vtp.flow.sampler import time_grid
-from vtp.layers.flops import TRAINING, forward_flops
+from vtp.layers.flops import TRAINING
 from vtp.models.captions import TextCondition
 from vtp.models.lightningdit import LightningDiT
 from vtp.models.text import TextConfig
@@ -179,7 +180,9 @@ def learnt_sizes(options: argparse.Namespace, config: TrainGenerator) -> SizesCo
 
 def generator_flops(model: LightningDiT, shape: tuple[int, int, int]) -> float:
     """Of one forward pass of one latent (d, h, w)."""
-    return forward_flops(model, torch.zeros(1, *shape), torch.zeros(1), model.shape_of_condition(1))
+    channels, *sides = shape
+    key = model.config.model_dump_json(), channels, *sorted(sides)  # as wide as high, or the other way round
+    return counted_once(key, model, torch.zeros(1, *shape), torch.zeros(1), model.shape_of_condition(1))
 
 
 def activations(config: TrainGenerator, model: LightningDiT, shape: tuple[int, int, int]) -> float:
