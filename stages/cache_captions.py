@@ -13,8 +13,8 @@ from vtp.artefact import ArtefactError, save_tensors
 from vtp.config import Config
 from vtp.data.captions import distinct_captions, finish_captions, ragged
 from vtp.data.dataset import ShardDataset
-from vtp.data.latents import plan_shards
-from vtp.data.shared_files import SharedFiles, row_count
+from vtp.data.latents import plan_shards, row_count
+from vtp.data.shared_files import SharedFiles
 from vtp.device import Precision, computing
 from vtp.distributed import ranks
 from vtp.finite import require_finite

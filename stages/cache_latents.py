@@ -21,10 +21,19 @@ from stages.runner.run import Input, Output, main
 from vtp.config import Config
 from vtp.data.buckets import ImageBuckets
 from vtp.data.dataset import LabelledSamples, ShardDataset
-from vtp.data.latents import LatentShard, finish_cache, plan_shards, sized_split, write_latent_shard
+from vtp.data.latents import (
+    LatentShard,
+    finish_cache,
+    plan_shards,
+    row_count,
+    sized_split,
+    statistics_rows,
+    summarise,
+    write_latent_shard,
+)
 from vtp.data.remote import ShardCache
 from vtp.data.shards import WHOLE_SET
-from vtp.data.shared_files import SharedFiles, row_count
+from vtp.data.shared_files import SharedFiles
 from vtp.data.sizes import PictureSize, SizesConfig
 from vtp.device import Precision, computing
 from vtp.distributed import ranks
@@ -82,11 +91,12 @@ def run(
         splits = _by_size(train, config.sizes, _learnt(train, config))
     splits["validation"] = _SplitImages(validation, _learnt(validation, config), square)
     files = plan_shards({name: len(split.singles.rows) for name, split in splits.items()}, config.shard_size)
+    most, seed = config.statistics.images, config.statistics.seed
     shared = SharedFiles(host.folder / "latents", files)
     total = shared.done + row_count(shared.own)
     with (
         host.progress(total=total, description="encoding", unit="image", done=shared.done) as bar,
-        _LatentWriter(shared.folder, splits) as writer,
+        _LatentWriter(shared.folder, splits, statistics_rows(files, most=most, seed=seed)) as writer,
     ):
         for shard, parts in _by_file(_batches(shared.own, splits, config.batch_size), host):
             encoded = []
@@ -106,7 +116,7 @@ def run(
         "sizes": config.sizes,
         "encoder": model.encoder_digest(),
     }
-    finish_cache(shared.folder, files, description, most=config.statistics.images, seed=config.statistics.seed)
+    finish_cache(shared.folder, files, description, most=most, seed=seed)
     shared.folder.rename(latents)
     host.record(samples=shared.total)
 
@@ -204,11 +214,15 @@ def _encode(model: Tokenizer, pictures: Tensor, config: CacheLatents) -> dict[st
 
 
 class _LatentWriter:
-    """Writes a file in a thread of its own; the next one waits for it, and errors surface there."""
+    """Writes and sums up a file in a thread of its own; the next one waits for it, and errors surface there."""
 
-    def __init__(self, folder: Path, splits: Mapping[str, _SplitImages]) -> None:
+    def __init__(
+        self, folder: Path, splits: Mapping[str, _SplitImages], statistics: Mapping[LatentShard, np.ndarray]
+    ) -> None:
+        """`statistics`: rows of the files of training pictures that are behind mean and deviation."""
         self._folder = folder
         self._splits = splits
+        self._statistics = statistics
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="latents")
         self._writing: Future[None] | None = None
 
@@ -225,9 +239,11 @@ class _LatentWriter:
         images, singles, _ = self._splits[shard.split]
         chosen = slice(shard.rows.start, shard.rows.stop)
         tensors = {**latents, "labels": torch.from_numpy(singles.labels[chosen])}
-        self._writing = self._thread.submit(
-            write_latent_shard, self._folder, shard, tensors, images, singles.rows[chosen]
-        )
+        self._writing = self._thread.submit(self._write, shard, tensors, images, singles.rows[chosen])
+
+    def _write(self, shard: LatentShard, tensors: Mapping[str, Tensor], images: ShardDataset, rows: np.ndarray) -> None:
+        write_latent_shard(self._folder, shard, tensors, images, rows)
+        summarise(self._folder, shard, self._statistics.get(shard, np.empty(0, dtype=np.int64)))
 
     def _wait(self) -> None:
         if self._writing is not None:

@@ -15,7 +15,7 @@ from stages.runner.environment import Interrupted
 from vtp import load_tokenizer
 from vtp.artefact import ArtefactError, digest, load_tensors, read_json, save_tensors, write_json
 from vtp.data.dataset import ShardDataset
-from vtp.data.latents import LatentDataset
+from vtp.data.latents import LatentDataset, summarise
 from vtp.finite import NotFiniteError
 from vtp.layers.images import normalise
 from vtp.models.tokenizer import VisualTokenizer
@@ -99,14 +99,33 @@ def test_without_flips(inputs, cached, tmp_path):
         plain.rows(rows, np.ones(len(rows), dtype=bool))
 
 
-def test_a_stopped_run_goes_on_with_the_files_that_are_missing(inputs, cached, tmp_path):
+@pytest.mark.parametrize("summarised", [True, False])
+def test_a_stopped_run_goes_on_with_the_files_that_are_missing(inputs, cached, tmp_path, summarised):
+    """Also where it was killed between a file and its summary."""
     with pytest.raises(Interrupted):
         cache(inputs, tmp_path, stop_after=1)
-    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "scratch/folder/latents").iterdir()}
-    assert set(done) == {"train-00000.safetensors", "train-00000.parquet"}
+    folder = tmp_path / "scratch/folder/latents"
+    summary = folder / "train-00000.summary.json"
+    assert {path.name for path in folder.iterdir()} == {"train-00000.safetensors", "train-00000.parquet", summary.name}
+    if not summarised:
+        summary.unlink()
+    done = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != summary}
     latents = cache(inputs, tmp_path)
     assert {name: (latents / name).stat().st_mtime_ns for name in done} == done
     assert digest(latents) == digest(cached)
+
+
+def test_no_file_is_read_again_for_the_statistics(inputs, tmp_path, monkeypatch):
+    read = []
+
+    def summary(folder, shard, rows):
+        read.append(shard.name)
+        return summarise(folder, shard, rows)
+
+    monkeypatch.setattr("vtp.data.latents.summarise", summary)  # as `finish_cache` calls it
+    latents = cache(inputs, tmp_path)
+    assert not read
+    assert not list(latents.glob("*.json"))[1:]
 
 
 def test_ranks_share_the_files(inputs, cached, tmp_path):

@@ -119,15 +119,69 @@ def write_latent_shard(
     save_tensors(shard.path(folder), tensors)
 
 
+class FileSummary(Config):
+    """What is known of a file when it is written, so that nobody reads a whole cache again; beside it until the end."""
+
+    digests: dict[str, str]  # SHA-256 of the file and of its table
+    count: int  # numbers of a channel behind the sums
+    first: list[
+        float
+    ]  # per channel the sum of the rows that the statistics take, both ways round, and of their squares
+    second: list[float]
+
+
+def statistics_rows(shards: Sequence[LatentShard], *, most: int | None, seed: int) -> dict[LatentShard, np.ndarray]:
+    """Rows of each file of training images that are behind the statistics: of `most` images, or of all of them."""
+    training = [shard for shard in shards if shard.split.partition("-")[0] == "train"]
+    total = row_count(training)
+    chosen = np.arange(total)
+    if most is not None and most < total:
+        chosen = np.sort(numpy_draws(seed, "latent statistics").permutation(total)[:most])
+    ends = np.cumsum([len(shard.rows) for shard in training])
+    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+    return {
+        shard: part - (end - len(shard.rows)) for shard, part, end in zip(training, parts, ends.tolist(), strict=True)
+    }
+
+
+def row_count(files: Sequence[LatentShard]) -> int:
+    """Rows of all of them."""
+    return sum(len(shard.rows) for shard in files)
+
+
+def summarise(folder: Path, shard: LatentShard, rows: np.ndarray) -> FileSummary:
+    """Of a file that is written; `rows` of it are behind the statistics."""
+    path = shard.path(folder)
+    tensors, chosen = load_tensors(path), torch.from_numpy(rows)
+    channels = tensors["latents"].shape[1]
+    count, first, second = 0, *torch.zeros(2, channels, dtype=torch.float64)
+    for latents in (tensors[name] for name in ("latents", "flipped") if name in tensors):
+        for part in chosen.split(CHUNK) if len(chosen) else ():
+            values = latents[part].double().transpose(0, 1).flatten(1)  # [d, n h w]
+            first, second = first + values.sum(1), second + values.square().sum(1)
+            count += values.shape[1]
+    files = [each for each in (path, path.with_suffix(".parquet")) if each.exists()]
+    digests = {each.name: digest(each) for each in files}
+    summary = FileSummary(digests=digests, count=count, first=first.tolist(), second=second.tolist())
+    write_json(_summary_path(folder, shard), summary.model_dump())
+    return summary
+
+
 def finish_cache(
     folder: Path, shards: Sequence[LatentShard], description: Mapping[str, Any], *, most: int | None, seed: int
 ) -> None:
     """Write the statistics over `most` training images, both ways round (None: all), and `config.json`, which ends it.
 
-    Raises ArtefactError when a channel is constant.
+    A file that has no summary yet gets one. Raises ArtefactError when a channel is constant.
     """
-    training = [shard for shard in shards if shard.split.partition("-")[0] == "train"]
-    mean, std, images = _statistics(folder, training, most, seed)
+    rows = statistics_rows(shards, most=most, seed=seed)
+    summaries = [_summary(folder, shard, rows.get(shard, np.empty(0, dtype=np.int64))) for shard in shards]
+    count = sum(summary.count for summary in summaries)
+    mean, square = (
+        torch.tensor([getattr(summary, name) for summary in summaries], dtype=torch.float64).sum(0) / count
+        for name in ("first", "second")
+    )
+    std, images = (square - mean.square()).clamp_min(0).sqrt(), sum(map(len, rows.values()))
     if not bool((std > 0).all()):
         dead = int((std == 0).sum())
         raise ArtefactError(
@@ -140,32 +194,22 @@ def finish_cache(
         entry = splits.setdefault(shard.split, {"samples": 0, "shards": []})
         entry["samples"] += len(shard.rows)
         entry["shards"].append(shard.name)
-    paths = [path for shard in shards for path in (shard.path(folder), shard.path(folder).with_suffix(".parquet"))]
-    written = {path.name: digest(path) for path in (*paths, folder / STATISTICS_FILE) if path.exists()}
+    written = {name: value for summary in summaries for name, value in summary.digests.items()}
+    written[STATISTICS_FILE] = digest(folder / STATISTICS_FILE)
     values = {"format_version": FORMAT_VERSION, "splits": splits, "statistics_images": images, "files": written}
     config = LatentsArtefact.parse(values | dict(description), where="config.json")
+    for shard in shards:
+        _summary_path(folder, shard).unlink(missing_ok=True)
     write_json(folder / "config.json", config.model_dump(exclude_none=True))
 
 
-def _statistics(folder: Path, shards: Sequence[LatentShard], most: int | None, seed: int) -> tuple[Tensor, Tensor, int]:
-    """Mean and standard deviation [d] in float64, and of how many images."""
-    total = sum(len(shard.rows) for shard in shards)
-    chosen = np.arange(total)
-    if most is not None and most < total:
-        chosen = np.sort(numpy_draws(seed, "latent statistics").permutation(total)[:most])
-    count, first, second = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    ends = np.cumsum([len(shard.rows) for shard in shards])
-    for shard, end in zip(shards, ends.tolist(), strict=True):
-        begin = end - len(shard.rows)
-        rows = torch.from_numpy(chosen[(chosen >= begin) & (chosen < end)] - begin)
-        tensors = load_tensors(shard.path(folder))
-        for latents in (tensors[name] for name in ("latents", "flipped") if name in tensors):
-            for part in rows.split(CHUNK):
-                values = latents[part].double().transpose(0, 1).flatten(1)  # [d, n h w]
-                first, second = first + values.sum(1), second + values.square().sum(1)
-                count += values.shape[1]
-    mean = first / count
-    return mean, (second / count - mean.square()).clamp_min(0).sqrt(), len(chosen)
+def _summary(folder: Path, shard: LatentShard, rows: np.ndarray) -> FileSummary:
+    path = _summary_path(folder, shard)
+    return FileSummary.parse(read_json(path), where=str(path)) if path.exists() else summarise(folder, shard, rows)
+
+
+def _summary_path(folder: Path, shard: LatentShard) -> Path:
+    return shard.path(folder).with_suffix(".summary.json")
 
 
 class LatentDataset:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vtp.data.latents import LatentShard, missing_shards
+from vtp.data.latents import LatentShard, missing_shards, row_count
 from vtp.distributed import gather_objects, ranks
 from vtp.host import Host
 
@@ -24,8 +24,3 @@ class SharedFiles:
         """Go on when every file is there; else stop, as a rank was asked to."""
         if any(gather_objects(host.stop_seen)) and any(missing_shards(self.folder, self._files)):
             host.stop()
-
-
-def row_count(files: Sequence[LatentShard]) -> int:
-    """Rows of all of them."""
-    return sum(len(shard.rows) for shard in files)
