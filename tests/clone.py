@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 from tiny import ROOT, SMALL, merged, tiny_params, write_params
@@ -132,7 +133,7 @@ class Study:
         self.name = name
         self.folder = clone.folder / "pipelines" / name
         sections = {use.section for use in Pipeline.of(self.folder / "dvc.yaml").uses} - {"prepare_data", *without}
-        small = {section: change for section, change in SMALL.items() if section in sections}
+        small = {section: deepcopy(change) for section, change in SMALL.items() if section in sections}
         values = read_yaml(self.folder / "params.yaml")
         self.values = merged(merged(values, small, new=True), changes, new=True)
         self.write({})

@@ -187,7 +187,7 @@ def test_lecam_follows_logits_and_holds_the_discriminator():
         (term,) = objective.terms("discriminator", batches_of(number), context)
         held = lecam_loss(*logits, anchors)
         torch.testing.assert_close(term.loss, discriminator_loss(*logits) + lecam.weight * held)
-        assert float(term.parts["lecam"]) == pytest.approx(float(held))
+        assert float(term.parts["lecam"]) == pytest.approx(float(held.detach()))
         means.append(torch.stack([each.mean() for each in logits]).detach())
         objective.after_step(context)
     share = 1 - lecam.momentum

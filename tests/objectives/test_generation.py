@@ -111,7 +111,7 @@ def test_a_residual_of_bfloat16_learns_alike():
         for _ in range(30):
             for term in in_precision(objective.terms("model", [batch_of()], NOW), "cpu", "bfloat16"):
                 term.loss.backward()
-                losses[residual].append(term.loss.item())
+                losses[residual].append(float(term.loss.detach()))
             optimizer.step()
             optimizer.zero_grad()
     assert widths == {None: torch.float32, torch.bfloat16: torch.bfloat16}
