@@ -88,7 +88,7 @@ def test_decoder_parameters_leave_latents_and_generator(clone, finished):
 
 def test_guidance_is_swept_without_training(clone, finished):
     """The study of pipelines/guidance draws from the generator that the root made: DVC finds it in the cache of runs."""
-    sweep = {"setting": "guided", "scales": [1.0, 2.0], "intervals": [[0.0, 1.0]], "shifts": [0.5]}
+    sweep = {"setting": "guided", "scales": [1.0, 2.0, 3.0], "intervals": [[0.0, 1.0]], "shifts": [0.5]}
     small = {"samples": 24, "batch_size": 12, "sweep": sweep, "settings": {"guided": {"steps": 2}}}
     study = Study(clone, "guidance", without=SMALL.keys() - {"evaluate_generator"}, generate=small)
     output = study.dvc("repro")
@@ -101,7 +101,7 @@ def test_guidance_is_swept_without_training(clone, finished):
     ]
     assert output.count("is cached - skipping run") == 6
     figures = study.json("work/metrics/auto.json")["generation"]
-    assert set(figures) == {"real", "guided", "w1_s0p5", "w2_t0-1_s0p5", "noise", "best"}
+    assert set(figures) == {"real", "guided", "w1_s0p5", "w2_t0-1_s0p5", "w3_t0-1_s0p5", "noise", "best"}
     assert "gfid_efficientnet-lite0-64_24_auto2_balanced" in figures["w2_t0-1_s0p5"]
     assert (study.folder / "plots/samples/guidance.png").exists()
     assert digest(study.folder / WEIGHTS["train_generator"]) == finished["train_generator"]

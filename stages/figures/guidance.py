@@ -36,7 +36,7 @@ class Guided(NamedTuple):
 
 
 def draw_guidance(rows: Sequence[Guided], path: Path) -> None:
-    """Figures against the scale, as one PNG; nothing where no curve has two points.
+    """Figures against the scale, as one PNG; nothing where no curve has two scales of guidance.
 
     A point without guidance belongs to the curves of all intervals, channels and guides.
     """
@@ -44,12 +44,12 @@ def draw_guidance(rows: Sequence[Guided], path: Path) -> None:
     for row in rows:
         if row.sampler.guides:
             curves.setdefault(_curve(row.sampler), []).append(row)
-    for curve in curves.values():
-        curve += [row for row in rows if not row.sampler.guides and _path(row.sampler) == _path(curve[0].sampler)]
-        curve.sort(key=lambda row: row.sampler.guidance_scale)
     drawn = {name: curve for name, curve in curves.items() if len({row.sampler.guidance_scale for row in curve}) > 1}
     if not drawn:
         return
+    for curve in drawn.values():
+        curve += [row for row in rows if not row.sampler.guides and _path(row.sampler) == _path(curve[0].sampler)]
+        curve.sort(key=lambda row: row.sampler.guidance_scale)
     scales = sorted({row.sampler.guidance_scale for curve in drawn.values() for row in curve})
     shown = []
     for name in [name for name in rows[0].figures if name.split("_")[0] in SHOWN]:
