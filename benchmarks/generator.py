@@ -47,6 +47,7 @@ from vtp.data.batches import LatentBatch, LatentBatches, RankSlice, count_micro_
 from vtp.data.conditions import ClassConditions
 from vtp.data.latents import LatentDataset
 from vtp.data.loader import load_batches
+from vtp.device import Precision
 from vtp.models.generator_folder import SIZES
 from vtp.models.lightningdit import LightningDiT
 from vtp.objectives.generation import GenerationObjective
@@ -71,7 +72,7 @@ class Bench(NamedTuple):
     config: TrainGenerator
     caches: Caches
     host: LocalHost
-    precision: str
+    precision: Precision
 
     def model(self) -> LightningDiT:
         """The generator with its first weights."""
@@ -125,7 +126,8 @@ def main() -> None:
     """Measure and print."""
     options = _options()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        bench = prepare(options, LocalHost(Path(temporary) / "folder", Path.cwd(), Runtime.of(os.environ)))
+        host = LocalHost(Path(temporary) / "folder", Path.cwd(), Runtime.of(os.environ))
+        bench = prepare(options, host, residual=options.residual)
         names = ["ours"]
         if not options.only_ours:
             names += ["plain", "plain, compiled"] if bench.host.compiles else ["plain"]
@@ -171,7 +173,7 @@ def _serve(name: str, bench: Bench, options: argparse.Namespace, orders: Connect
         _profile(run)
 
 
-def prepare(options: argparse.Namespace, host: LocalHost) -> Bench:
+def prepare(options: argparse.Namespace, host: LocalHost, *, residual: str | None = None) -> Bench:
     """The section with what the command changes, and random latents of the size's shape."""
     config = load(options.address, TrainGenerator)
     model, batch = config.model.model_dump(mode="json"), options.batch or config.batch_size
@@ -180,8 +182,9 @@ def prepare(options: argparse.Namespace, host: LocalHost) -> Bench:
     config = config.model_copy(
         update={"model": GeneratorConfig.parse(model, where=f"--size {options.size}"), "batch_size": batch}
     )
+    config = config.model_copy(update={"residual": residual or config.residual})
     shape, classes = (OWN_SHAPE, OWN_CLASSES) if options.size == "own" else (PAPER_SHAPE, PAPER_CLASSES)
-    precision = "bfloat16" if host.device == "cuda" else "float32"
+    precision: Precision = "bfloat16" if host.device == "cuda" else "float32"
     caches = write_caches(
         host.folder / "latents", shape, count=options.latents, classes=classes, dtype=precision, files=8
     )
@@ -313,6 +316,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=4, help="steps before the clock")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="per round and kind")
+    parser.add_argument("--residual", choices=("float32", "bfloat16"), help="of ours; the section's, if not given")
     parser.add_argument("--only-ours", action="store_true", help="skip the reference")
     parser.add_argument("--profile", action="store_true", help="print where our step spends its time")
     parser.add_argument("--folder", type=Path, help="for temporary files")

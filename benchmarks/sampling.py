@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from benchmarks._reference_generator import (
 )
 from benchmarks.generator import prepare
 from stages.runner.environment import LocalHost, Runtime, keep_freed_memory
+from vtp.device import Precision, computing
 from vtp.flow import sample
 from vtp.layers.flops import forward_flops
 from vtp.models.generator_folder import SIZES
@@ -60,6 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         host = LocalHost(Path(temporary) / "folder", Path.cwd(), runtime)
         bench = prepare(options, host)
+        precision = options.precision or bench.precision
         model = _trained(bench.model()).to(host.device).eval()
         if host.compiles:
             torch._dynamo.config.recompile_limit = 64  # three shapes, under autocast and not
@@ -71,7 +73,7 @@ def main() -> None:
         start = Start(torch.randn(options.batch, *shape).to(host.device), labels.to(host.device))
         few = start.first(options.reference_samples)
         samplers = {
-            "ours": lambda: ours(model, start, options, precision=bench.precision),
+            "ours": lambda: ours(model, start, options, precision=precision),
             "reference": lambda: reference(model, few, options),
         }
         counts = {"ours": len(start.labels), "reference": len(few.labels)}
@@ -87,15 +89,15 @@ def main() -> None:
         print(f"{_device(host)}, torch {torch.__version__}, {'compiled' if host.compiles else 'not compiled'}")
         _print({name: statistics.median(values) for name, values in times.items()}, first, model, options)
         drawn = first["reference"].samples
-        off = {"float32": exact, bench.precision: first["ours"].samples[: len(drawn)]}
+        off = {"float32": exact, precision: first["ours"].samples[: len(drawn)]}
         deviations = ", ".join(f"{(value - drawn).abs().max():.1e} in {name}" for name, value in off.items())
         print(f"largest deviation from the reference's samples: {deviations}; their spread is {drawn.std():.2f}")
 
 
 @torch.inference_mode()
-def ours(model: LightningDiT, start: Start, options: argparse.Namespace, *, precision: str) -> Tensor:
+def ours(model: LightningDiT, start: Start, options: argparse.Namespace, *, precision: Precision) -> Tensor:
     """One batch."""
-    with torch.autocast(start.noise.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with computing(precision, start.noise.device):
         return sample(
             model,
             start.noise,
@@ -188,6 +190,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shift", type=float, default=0.5)
     parser.add_argument("--scale", type=float, default=2.0)
     parser.add_argument("--interval", type=float, default=0.1, help="time from which guidance acts")
+    parser.add_argument("--precision", choices=get_args(Precision), help="of ours; default: bfloat16 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="for temporary files")
     parser.set_defaults(latents=64)
