@@ -77,12 +77,17 @@ def config_for(case):
     return config_of(CASES[case] | batch)
 
 
+def batch_at(config, step, *place):
+    """Of a step of the tests: in the pictures of step 0 a residual is so near 0 that rounding decides its sign in L1."""
+    return batch_of(config, step + 1, *place)
+
+
 def gradients_and_weights(case, parallel="ddp", micro_batches=1):
     """Gradient and logged scalars of the first step, weights after some: whole tensors by name."""
     config, rank_slice = config_for(case), RankSlice(*ranks(), micro_batches)
     objective = objective_of(config)
     distribute(objective.sharded_units(), parallel)
-    batches = [[batch_of(config, step, rank_slice, micro) for micro in range(micro_batches)] for step in range(STEPS)]
+    batches = [[batch_at(config, step, rank_slice, micro) for micro in range(micro_batches)] for step in range(STEPS)]
     for term in objective.terms("model", batches[0], StepContext(0, STEPS, log_step=True)):
         if term.loss is not None:
             term.loss.backward()
@@ -115,7 +120,7 @@ def placed_gradients(case):
     with patch.dict(os.environ, LOCAL_WORLD_SIZE="2"):
         parallelize(objective, LocalHost(Path(), Path(), Runtime.of(settings)))
     assert {copies(p) for p in objective.parameters() if is_sharded(p)} == {ranks().size // 2}
-    for term in objective.terms("model", [batch_of(config, 0, rank_slice)], StepContext(0, STEPS, log_step=True)):
+    for term in objective.terms("model", [batch_at(config, 0, rank_slice)], StepContext(0, STEPS, log_step=True)):
         if term.loss is not None:
             term.loss.backward()
     GradientSum(objective.parameters()).finish()
@@ -127,7 +132,7 @@ def rounded_gradients(parallel="ddp"):
     config, rank_slice = config_for("clip+ssl+ae"), RankSlice(*ranks(), 1)
     objective = objective_of(config)
     distribute(objective.sharded_units(), parallel, torch.bfloat16)
-    terms = objective.terms("model", [batch_of(config, 0, rank_slice)], StepContext(0, STEPS, log_step=False))
+    terms = objective.terms("model", [batch_at(config, 0, rank_slice)], StepContext(0, STEPS, log_step=False))
     for term in terms:
         if term.loss is not None:
             term.loss.backward()
@@ -157,7 +162,7 @@ def overlap():
     # The pixels' own layer is the last that a backward pass reaches.
     first, *_ = objective.tokenizer.encoder_layers().embed.parameters()
     first.register_post_accumulate_grad_hook(lambda _: at_the_end.append(len(begun)))
-    batch, context = batch_of(config, 0, RankSlice(*ranks(), 1)), StepContext(0, STEPS, log_step=False)
+    batch, context = batch_at(config, 0, RankSlice(*ranks(), 1)), StepContext(0, STEPS, log_step=False)
     try:
         assert update.apply(watched(objective.terms("model", [batch], context)), context).finite
     finally:
@@ -234,7 +239,7 @@ def poisoned(parallel):
         objective = objective_of(config)
         distribute(objective.sharded_units(), parallel)
         update = Update("model", build_optimizer(objective.phases()["model"], config.optim), config.optim, ())
-        batch, context = batch_of(config, 0, rank_slice), StepContext(0, STEPS, log_step=False)
+        batch, context = batch_at(config, 0, rank_slice), StepContext(0, STEPS, log_step=False)
         if rank == size - 1:
             pictures = getattr(batch, field).float() / 255
             batch = batch._replace(**{field: pictures * float("nan")})
@@ -263,7 +268,7 @@ def checkpointed(case, folder, start, stop, parallel="ddp"):
     losses = []
     for step in range(start, stop):
         context = StepContext(step, 8, log_step=False)
-        outcome = update.apply(objective.terms("model", [batch_of(config, step, rank_slice)], context), context)
+        outcome = update.apply(objective.terms("model", [batch_at(config, step, rank_slice)], context), context)
         objective.after_step(context)
         losses.append({name: float(value) for name, value in outcome.logs.items()})
     checkpoints.save(stop, tensors, {})

@@ -84,12 +84,11 @@ def test_gradients_and_weights_are_those_of_one_process(request, one, size, case
             # Zero by algebra, but for rounding: of a bias of attention's keys, or before a norm of single channels.
             floor = 1e-8 if gradient.norm() > 1e-8 else 1e-3
             error = (together["gradients"][name] - gradient).norm() / (gradient.norm() + floor)
-            # Rounding is 1e-6, and may flip a sign of L1, of which there are 6,144.
-            assert error < 1e-3, f"{name} on rank {rank}: {error}"
+            assert error < 1e-5, f"{name} on rank {rank}: {error}"
         for name, weight in alone["weights"].items():
             error = (together["weights"][name] - weight).abs().max()
             assert error <= 0.05 * LR * STEPS, f"{name} on rank {rank}: {error}"
-        assert together["logs"] == pytest.approx(alone["logs"], rel=1e-3, abs=1e-5)
+        assert together["logs"] == pytest.approx(alone["logs"], rel=2e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(("size", "parallel"), WAYS)
@@ -147,7 +146,9 @@ def test_reductions_are_exact(request, size):
         torch.testing.assert_close(torch.cat([part[3] for part in parts]), second, rtol=1e-5, atol=1e-7)
     assert sum(float(of_rank["duplicates"][0]) for of_rank in everybody) == float(alone["duplicates"][0]) == 5 / 16
     for of_rank in everybody:
-        torch.testing.assert_close(of_rank["sinkhorn"], alone["sinkhorn"], rtol=1e-6, atol=2e-4)
+        plain, sharp = zip(of_rank["sinkhorn"], alone["sinkhorn"], strict=True)
+        torch.testing.assert_close(*plain, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(*sharp, rtol=1e-6, atol=2e-4)  # logits are 90 times as large
 
 
 @pytest.mark.parametrize("size", [2, 4])
