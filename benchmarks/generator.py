@@ -180,9 +180,12 @@ def prepare(options: argparse.Namespace, host: LocalHost, *, residual: str | Non
     if options.size != "own":
         model["size"] = {"name": options.size}
     config = config.model_copy(
-        update={"model": GeneratorConfig.parse(model, where=f"--size {options.size}"), "batch_size": batch}
+        update={
+            "model": GeneratorConfig.parse(model, where=f"--size {options.size}"),
+            "batch_size": batch,
+            "residual": residual or config.residual,
+        }
     )
-    config = config.model_copy(update={"residual": residual or config.residual})
     shape, classes = (OWN_SHAPE, OWN_CLASSES) if options.size == "own" else (PAPER_SHAPE, PAPER_CLASSES)
     precision: Precision = "bfloat16" if host.device == "cuda" else "float32"
     caches = write_caches(
